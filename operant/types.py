@@ -1,0 +1,215 @@
+"""The data that flows through operant: plain containers, no logic.
+
+Axes: B rows, S padded or packed length, N segments, T completion tokens, P prompt tokens.
+Records of one prompt or completion are numpy arrays on the CPU; a `Batch` holds torch tensors on the policy's device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+StopReason = Literal["eos", "stop", "length", "reward", "cancelled"]
+
+
+class OperantError(Exception):
+    """A fault the user can mend. The message is one line and says how; the program prints it without a traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the policy is asked. `references` are seen by rewards and metrics only, never by the policy.
+
+    `tokens` (int64[P]) is what the policy conditions on: the decoder's prefix, or the encoder's input.
+    """
+
+    id: str
+    tokens: Ints
+    text: str = ""
+    messages: tuple[dict[str, str], ...] | None = None
+    references: tuple[str, ...] = ()
+    task: str = ""
+    inputs: Any = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a completion is drawn. `temperature=0` is greedy decoding, which has no propensity: its log-probs are 0."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    banned: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Completion:
+    """What the policy answered. The token ids are the record; `text` is a view of them without special tokens.
+
+    tokens: int64[T], the final EOS included when it was sampled.
+    behavior_logprobs: float32[T], log-probability under the distribution really drawn from (temperature, top-p, top-k,
+        bans), or None when unknown, which makes the completion untrainable.
+    model_logprobs: float32[T], the same weights at temperature 1 with nothing cut off.
+    text_ends: int64[T], how many characters of `text` are committed (decodable as whole characters) once token t is
+        there. Non-decreasing; the last entry may be less than len(text) if the bytes of the last character are cut off.
+    sampled: bool[T], False for tokens that the policy did not draw (forced or observed tokens).
+    policy_version: int64[T], the version whose weights drew token t.
+    stop_reason: "eos", "stop" (a stop string), "length", "reward" (a streaming reward ended it) or "cancelled".
+    truncated: True when the length limit, not the policy, ended the text.
+    stream_rewards: float32[T] given by a streaming reward while the text was written, or None.
+    """
+
+    id: str
+    prompt_id: str
+    text: str
+    tokens: Ints
+    text_ends: Ints
+    behavior_logprobs: Floats | None = None
+    model_logprobs: Floats | None = None
+    sampled: Bools | None = None
+    policy_version: Ints | None = None
+    stop_reason: StopReason = "eos"
+    truncated: bool = False
+    sampling: Sampling | None = None
+    tokenizer_hash: str = ""
+    template_hash: str = ""
+    stream_rewards: Floats | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trainable(self) -> bool:
+        return self.behavior_logprobs is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A reward on characters [start, end) of a completion's text (Python code points)."""
+
+    start: int
+    end: int
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """One append-only event about a completion. `time` is seconds since the epoch."""
+
+    id: str
+    completion_id: str
+    kind: Literal["score", "thumb", "edit", "comparison", "span", "comment", "retract"]
+    value: float | str | None
+    source: str
+    idempotency_key: str
+    time: float
+    span: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """A completion with its token rewards. A sequence reward stands on the last sampled token.
+
+    rewards: float64[T]; observed: bool[T], False where the reward is missing (never read as zero).
+    parts: each named part of a combined reward, summed over tokens; None where missing. missing: the reason, if any.
+    """
+
+    prompt: Prompt
+    completion: Completion
+    rewards: Doubles
+    observed: Bools
+    parts: dict[str, float | None] = field(default_factory=dict)
+    missing: str | None = None
+
+
+@dataclass(slots=True)
+class EncoderContext:
+    """Encoder inputs of an encoder-decoder batch: each distinct prompt once.
+
+    tokens: int64[C, P] right-padded; mask: bool[C, P]; row: int64[B], the context of decoder row b.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    row: Tensor
+
+
+@dataclass(slots=True)
+class Batch:
+    """Token columns (B, S), segment columns (N,), and one denominator fixed over the whole optimizer step.
+
+    Column t describes token t; the one-place shift between logits and tokens lives in `Policy.logprobs` alone.
+    `segment_ids` (B, S) int64 index the segment columns; -1 marks padding. Unused columns are None.
+    The loss of a batch is Σ weights · token_loss / denominator, so cutting it into micro-batches changes nothing.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    action_mask: Tensor
+    weights: Tensor
+    denominator: float
+    context: EncoderContext | None = None
+    turn_ids: Tensor | None = None
+    behavior_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    rewards: Tensor | None = None
+    observed: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+    advantages: Tensor | None = None
+    policy_versions: Tensor | None = None
+    group_ids: Tensor | None = None
+    prompt_ids: Tensor | None = None
+    pair_ids: Tensor | None = None
+    is_chosen: Tensor | None = None
+    temperature: Tensor | None = None
+    truncated: Tensor | None = None
+    route: Tensor | None = None
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What one optimizer step did. `coefficients` are those that the loss really used; `extra` is anything else logged."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    skipped: bool = False
+    reason: str = ""
+    approx_kl: float = 0.0
+    clipfrac: float = 0.0
+    entropy: float = 0.0
+    reward_mean: float = float("nan")
+    staleness: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+    coefficients: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVersion:
+    """One published set of weights and where it came from."""
+
+    version: int
+    parent: int | None
+    step: int
+    path: str
+    sha256: str
+    consumed: tuple[str, ...] = ()
+    verdict: str = ""
