@@ -1,0 +1,346 @@
+"""Checkpoints that a crash cannot break: staged, synced, renamed, pointer last.
+
+A checkpoint is a folder `step-00000123` with whatever the caller wrote and a `manifest.json` that names every file with
+its size and sha256. It is filled under a hidden name beside its final place, every file and folder is synced, and one
+rename makes it visible; the pointer file `latest` moves after that. So at any instant the pointer names a whole
+checkpoint, and a process killed half-way leaves only hidden rubbish that the next save sweeps up. A folder is never
+filled twice: saving a step again makes `step-00000123-2`.
+
+One process writes a folder at a time (`runlog.RunFolder` holds the lock); any number may read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from operant.types import OperantError
+
+__all__ = ["Checkpoint", "clean", "latest", "list_checkpoints", "prune", "read", "save", "verify"]
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+POINTER = "latest"
+STAGING = ".staging-"
+PRUNED = ".pruned-"
+_NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a manifest says. `order` counts saves in the folder, `parent` names the checkpoint that this one grew from.
+
+    `sha256` is the hash over all names and hashes of the files: two checkpoints with the same content share it.
+    """
+
+    path: Path
+    step: int
+    order: int
+    healthy: bool
+    parent: str | None
+    sha256: str
+    time: float
+    meta: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+def save(
+    folder: Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    healthy: bool = True,
+    meta: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save one checkpoint so that it is wholly there or not there at all.
+
+    Args:
+        folder: holds all checkpoints of a run; made when missing.
+        step: the optimizer steps behind these weights.
+        write: fills the empty folder that it is given with files (weights, optimizer, generators, anything).
+        healthy: False for weights not to go on from (non-finite loss, failed check). The pointer never moves to such a
+            checkpoint, `latest` never returns it and `prune` never drops a healthy one for it.
+        meta: JSON-able facts kept in the manifest. `parent` is filled in from the pointer unless given.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        OperantError: the disk is full or the place cannot be written. The checkpoints before it are untouched.
+    """
+    if step < 0:
+        raise ValueError(f"step must not be negative, got {step}")
+    folder = Path(folder)
+    facts = dict(meta or {})
+    staging = folder / f"{STAGING}{step:08d}-{os.getpid()}"
+    try:
+        _make_folder(folder)
+        clean(folder)
+        facts.setdefault("parent", _pointer(folder))
+        known = list_checkpoints(folder)
+        target = _free_name(folder, step)
+        staging.mkdir()
+        write(staging)
+        files = _describe(staging)
+        manifest = {
+            "step": step,
+            "order": 1 + max((c.order for c in known), default=0),
+            "healthy": healthy,
+            "time": time.time(),
+            "sha256": _digest(files),
+            "meta": facts,
+            "files": files,
+        }
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        _sync_tree(staging)
+        os.rename(staging, target)
+        _sync(folder)
+        if healthy:
+            _write_pointer(folder, target.name)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        reason = _storage_fault(error, folder)
+        if reason is None:
+            raise
+        raise OperantError(
+            f"{reason} while saving step {step} in {folder}; the checkpoints before it are intact: "
+            "free some space there, or choose another --out, and go on with --resume"
+        ) from error
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole and healthy, or None when there is none.
+
+    The pointer's checkpoint comes first, then the ones saved before it, newest first, then any saved after it (a crash
+    between rename and pointer). Every file's size and sha256 is checked; a broken one is passed over with a warning.
+    """
+    folder = Path(folder)
+    pointed = _pointer(folder)
+    found = {c.path.name: c for c in list_checkpoints(folder)}
+    limit = found[pointed].order if pointed in found else None
+    ranked = sorted(found.values(), key=lambda c: (limit is None or c.order <= limit, c.order), reverse=True)
+    if pointed is not None and pointed not in found:
+        log.warning("checkpoint %s is missing or has no readable manifest; looking for an older one", folder / pointed)
+    for checkpoint in ranked:
+        if not checkpoint.healthy:
+            continue
+        fault = verify(checkpoint.path)
+        if fault is None:
+            return checkpoint.path
+        log.warning("checkpoint %s is broken (%s); falling back to the one before it", checkpoint.path, fault)
+    return None
+
+
+def prune(folder: Path, keep: int = 2, protect: Iterable[str | Path] = ()) -> list[Path]:
+    """Delete old checkpoints and return those deleted.
+
+    Kept are the `keep` newest healthy ones, the pointer's, everything in `protect` (names or paths, such as the best
+    one), and the newest sick one if nothing healthy is newer, for the post-mortem. Sick and visibly damaged checkpoints
+    (a file missing or of the wrong size) never count towards `keep`.
+
+    Raises:
+        ValueError: `keep` is less than 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    folder = Path(folder)
+    kept = {Path(p).name for p in protect}
+    pointed = _pointer(folder)
+    if pointed is not None:
+        kept.add(pointed)
+    everything = sorted(list_checkpoints(folder), key=lambda c: c.order, reverse=True)
+    good = [c for c in everything if c.healthy and _sizes_fault(c) is None]
+    kept.update(c.path.name for c in good[:keep])
+    if everything and not everything[0].healthy:
+        kept.add(everything[0].path.name)
+    gone = []
+    for checkpoint in everything:
+        if checkpoint.path.name not in kept:
+            # Hidden before it is emptied: a crash in between must not leave half a checkpoint under a real name.
+            grave = folder / f"{PRUNED}{checkpoint.path.name}-{os.getpid()}"
+            os.rename(checkpoint.path, grave)
+            shutil.rmtree(grave, ignore_errors=True)
+            gone.append(checkpoint.path)
+    if gone:
+        _sync(folder)
+    return gone
+
+
+def clean(folder: Path) -> int:
+    """Remove what killed saves and prunes left behind; return how many. Call it only while holding the run's lock."""
+    leftovers = [p for p in Path(folder).glob(".*") if p.name.startswith((STAGING, PRUNED))]
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Return every checkpoint with a readable manifest, oldest save first. File contents are not checked."""
+    folder = Path(folder)
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _NAME.fullmatch(path.name) and path.is_dir():
+            with contextlib.suppress(OperantError):
+                found.append(read(path))
+    return sorted(found, key=lambda c: c.order)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read the manifest of one checkpoint.
+
+    Raises:
+        OperantError: there is none, or it cannot be read.
+    """
+    path = Path(path)
+    try:
+        raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return Checkpoint(
+            path=path,
+            step=int(raw["step"]),
+            order=int(raw["order"]),
+            healthy=bool(raw["healthy"]),
+            parent=raw["meta"].get("parent"),
+            sha256=str(raw["sha256"]),
+            time=float(raw["time"]),
+            meta=dict(raw["meta"]),
+            files={str(name): dict(entry) for name, entry in raw["files"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OperantError(
+            f"{path} is not a whole checkpoint (its {MANIFEST} cannot be read): name another step-… folder"
+        ) from error
+
+
+def verify(path: Path) -> str | None:
+    """Check every file of a checkpoint against its manifest. Return None when it is whole, else what is wrong."""
+    try:
+        checkpoint = read(path)
+        fault = _sizes_fault(checkpoint)
+        if fault is not None:
+            return fault
+        if _digest(checkpoint.files) != checkpoint.sha256:
+            return f"{MANIFEST} has been changed"
+        for name, entry in checkpoint.files.items():
+            if _hash(checkpoint.path / name) != entry["sha256"]:
+                return f"{name} has been changed"
+    except OperantError:
+        return f"{MANIFEST} is missing or unreadable"
+    except (OSError, KeyError) as error:
+        return f"cannot be read: {error}"
+    return None
+
+
+def _sizes_fault(checkpoint: Checkpoint) -> str | None:
+    for name, entry in checkpoint.files.items():
+        file = checkpoint.path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry.get("bytes"):
+            return f"{name} has {file.stat().st_size} bytes, not {entry.get('bytes')}"
+    return None
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    target, again = folder / f"step-{step:08d}", 1
+    while target.exists():
+        again += 1
+        target = folder / f"step-{step:08d}-{again}"
+    return target
+
+
+def _describe(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": _hash(p)}
+        for p in files
+        if p.relative_to(folder).as_posix() != MANIFEST
+    }
+
+
+def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _pointer(folder: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        name = (folder / POINTER).read_text(encoding="utf-8").strip()
+        if _NAME.fullmatch(name):
+            return name
+    return None
+
+
+def _write_pointer(folder: Path, name: str) -> None:
+    fresh = folder / f"{STAGING}{POINTER}-{os.getpid()}"
+    try:
+        fresh.write_text(name + "\n", encoding="utf-8")
+        _sync(fresh)
+        os.replace(fresh, folder / POINTER)
+        _sync(folder)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync(folder.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder; its rename is journalled by the file system
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _storage_fault(error: BaseException, folder: Path) -> str | None:
+    """Name the fault if the storage, not the program, is to blame. Weight writers wrap the system's error in their own."""
+    link: BaseException | None = error
+    while link is not None:
+        number, text = getattr(link, "errno", None), str(link)
+        if number in _FULL or "No space left on device" in text or "os error 28" in text:
+            return "the disk is full"
+        if number == errno.EFBIG:
+            return "a file grew over the size that this file system allows"
+        if isinstance(link, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"no permission to write ({os.strerror(number)})"
+        # torch's zip writer reports only its own position after a short write.
+        if isinstance(link, RuntimeError) and ("PytorchStreamWriter" in text or "unexpected pos" in text):
+            with contextlib.suppress(OSError):
+                if shutil.disk_usage(folder).free < 1 << 20:
+                    return "the disk is full"
+        link = link.__cause__ or link.__context__
+    return None
