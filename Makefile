@@ -1,0 +1,49 @@
+# Needs Python 3.11 or newer and make, nothing else. `make quickstart` and `make test` work in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart test test-slow lint fmt bench results docs
+.DEFAULT_GOAL := quickstart
+
+install: $(STAMP)
+
+# torch first and at its exact version: a range would make pip weigh several builds of it, gigabytes each.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "operant needs Python 3.11 or newer: make install PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+quickstart: install
+	$(BIN)/operant quickstart $(ARGS)
+
+test: install
+	$(BIN)/pytest $(ARGS)
+
+test-slow: install
+	$(BIN)/pytest -m slow $(ARGS)
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Speed and memory on this machine.
+bench: install
+	$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+# Runs again what docs/results.md records. DATA names the folder that holds the data sets.
+results: install
+	$(BIN)/python benchmarks/results.py $(ARGS)
+
+# docs/reference.md, written by the program itself.
+docs: install
+	$(BIN)/python docs/reference.py
