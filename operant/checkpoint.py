@@ -327,7 +327,7 @@ def _sync(path: Path) -> None:
 
 
 def _storage_fault(error: BaseException, folder: Path) -> str | None:
-    """Name the fault if the storage, not the program, is to blame. Weight writers wrap the system's error in their own."""
+    """Name the fault if the storage is to blame. Weight writers wrap the system's error in their own."""
     link: BaseException | None = error
     while link is not None:
         number, text = getattr(link, "errno", None), str(link)

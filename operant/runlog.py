@@ -1,0 +1,513 @@
+"""The run folder and what is written into it while a run goes on.
+
+```
+runs/name/
+  config.yaml      the resolved configuration
+  run.json         when it started and finished, and why it stopped
+  metrics.jsonl    one JSON object a line: step, time, slash-named metrics
+  samples.jsonl    completions kept for reading: step, prompt, text, reward …
+  checkpoints/     see `checkpoint`
+  tensorboard/     the same metrics as event files
+  curves/, report.html   see `report`
+```
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import yaml
+from filelock import FileLock, Timeout
+
+from operant.types import OperantError
+
+__all__ = ["FREE_KEYS", "Progress", "RunFolder", "RunLog", "read_jsonl"]
+
+log = logging.getLogger(__name__)
+
+#: Configuration keys that may differ on resume: how long, where and how loudly, never what is learned.
+FREE_KEYS = frozenset(
+    {
+        "config",
+        "log_every",
+        "max_minutes",
+        "max_steps",
+        "out",
+        "overwrite",
+        "resume",
+        "save_every",
+        "steps",
+        "target",
+        "tensorboard",
+        "wandb",
+        "workers",
+    }
+)
+
+_LOCK = ".lock"
+_RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html")
+_RUN_FOLDERS = ("checkpoints", "curves", "tensorboard")
+
+
+class RunFolder:
+    """One run's folder, locked by this process until `close` (or the end of a `with` block, or of the process).
+
+    Make it with `RunFolder.open`. `path`, `checkpoints` and `curves` are folders; `resumed` says whether the run had
+    been started before; `config` is the resolved configuration as YAML.
+    """
+
+    def __init__(self, path: Path, config: str, *, resumed: bool, lock: FileLock) -> None:
+        self.path = path
+        self.config = config
+        self.resumed = resumed
+        self._lock = lock
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves"
+
+    @classmethod
+    def open(
+        cls,
+        out: str | Path,
+        config_yaml: str,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        free_keys: Collection[str] = FREE_KEYS,
+    ) -> RunFolder:
+        """Make or reopen a run folder and lock it. On a fault nothing in it has been changed.
+
+        Args:
+            out: the folder; made when missing.
+            config_yaml: the resolved configuration, a YAML mapping.
+            resume: go on with the run in it, whose configuration must agree except in `free_keys`.
+            overwrite: throw the run in it away and start again. Files that operant did not write stay.
+            free_keys: keys that may differ on resume: a dotted path (`data.limit`), or the last part of one.
+
+        Raises:
+            OperantError: another process uses the folder; it holds a run and neither `resume` nor `overwrite` is set;
+                `resume` with no run in it or with another configuration; the place is a file or not writable.
+        """
+        path = Path(out)
+        if path.exists() and not path.is_dir():
+            raise OperantError(f"{path} is a file, not a folder: choose another --out")
+        if resume and overwrite:
+            raise OperantError("--resume and --overwrite exclude each other: give one of them")
+        if resume and not _started(path):
+            raise OperantError(
+                f"there is no run to resume in {path}: leave --resume out to start one, or correct --out"
+            )
+        lock = _acquire(path)
+        try:
+            resumed = _started(path)
+            if resumed and resume:
+                _compare(path, config_yaml, free_keys)
+            elif resumed and overwrite:
+                _wipe(path)
+                resumed = False
+            elif resumed:
+                raise OperantError(
+                    f"{path} already holds a run: go on with it by --resume, or choose another --out "
+                    "(--overwrite throws it away)"
+                )
+            facts: dict[str, Any] = _read_json(path / "run.json") if resumed else {"started": time.time()}
+            if resumed:
+                facts = {k: v for k, v in facts.items() if k not in ("finished", "stop_reason")}
+                facts["resumed"] = [*facts.get("resumed", []), time.time()]
+            _write_atomically(path / "config.yaml", config_yaml)
+            _write_atomically(path / "run.json", json.dumps(facts, indent=1))
+            for name in ("checkpoints", "curves"):
+                (path / name).mkdir(exist_ok=True)
+        except OSError as error:
+            lock.release()
+            raise OperantError(f"cannot write in {path} ({error.strerror or error}): choose another --out") from error
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, config_yaml, resumed=resumed, lock=lock)
+
+    def finish(self, stop_reason: str, **facts: Any) -> None:
+        """Record in run.json why the run stopped, and any other JSON-able fact worth keeping (best step, totals …)."""
+        known = _read_json(self.path / "run.json")
+        known.update(facts, finished=time.time(), stop_reason=stop_reason)
+        _write_atomically(self.path / "run.json", json.dumps(known, indent=1, ensure_ascii=False))
+
+    def close(self) -> None:
+        """Give the lock back. Safe to call twice."""
+        self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class RunLog:
+    """Writes metrics and samples of one run, and shows its progress.
+
+    Args:
+        folder: a `RunFolder`, or a plain path.
+        tensorboard: also write event files; skipped with a warning when the package is missing.
+        wandb: the Weights & Biases project to log to as well, or None.
+        resume_step: the step of the checkpoint that the run goes on from. Lines of later steps are dropped first, so
+            that no step is logged twice; 0 drops all but step 0. None (a new run) keeps what is there.
+
+    Raises:
+        OperantError: `wandb` is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder | str | Path,
+        *,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        resume_step: int | None = None,
+    ) -> None:
+        self.path = folder.path if isinstance(folder, RunFolder) else Path(folder)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._wandb = _start_wandb(wandb, self.path) if wandb else None
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _truncate(self.path / name, resume_step)
+        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._samples: TextIO | None = None
+        self._board = _start_tensorboard(self.path, resume_step) if tensorboard else None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl and the same numbers elsewhere. NaN and infinities are kept, as strings."""
+        numbers = {name: float(value) for name, value in metrics.items()}
+        row: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
+        row.update((name, _jsonable(value)) for name, value in numbers.items())
+        self._write(self._metrics, row)
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, int(step))
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=int(step))
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append completions to samples.jsonl. The report reads `prompt`, `text`, `reward`, `references` of a row."""
+        if self._samples is None:
+            self._samples = (self.path / "samples.jsonl").open("a", encoding="utf-8", buffering=1)
+        for row in rows:
+            self._write(self._samples, {"step": int(step), **_clean(row)})
+
+    def _write(self, stream: TextIO, row: Mapping[str, Any]) -> None:
+        try:
+            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        except OSError as error:
+            raise OperantError(
+                f"cannot write in {self.path} ({error.strerror or error}): free some space there, "
+                "and go on from the last checkpoint with --resume"
+            ) from error
+
+    @contextlib.contextmanager
+    def progress(
+        self, total: int | None, description: str, *, start: int = 0, stream: TextIO | None = None, every: float = 10.0
+    ) -> Iterator[Progress]:
+        """Show progress on stderr while the block runs: a live line on a terminal, else a plain line every few seconds.
+
+        Args:
+            total: steps in all, or None when unknown.
+            description: what is going on, such as "train".
+            start: steps that an earlier process has already done.
+            stream: where to write instead of stderr.
+            every: seconds between plain lines.
+        """
+        bar = Progress(total, description, start=start, stream=stream, every=every)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    def close(self) -> None:
+        """Flush and close every file. Safe to call twice."""
+        self._metrics.close()
+        if self._samples is not None:
+            self._samples.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Progress:
+    """A progress line: share done, steps/s, tokens/s, time left, then whatever the caller shows.
+
+    `advance(n, tokens=…, shown={"reward": 0.31}, missing=Counter(timeout=2))`; `note(text)` prints a line above it.
+    """
+
+    def __init__(
+        self, total: int | None, description: str, *, start: int = 0, stream: TextIO | None = None, every: float = 10.0
+    ) -> None:
+        self.total, self.description, self.done = total, description, start
+        self._stream = sys.stderr if stream is None else stream
+        self._every = every
+        self._begun = self._printed = time.monotonic()
+        self._first, self._tokens = start, 0
+        self._shown: dict[str, str] = {}
+        self._missing: dict[str, int] = {}
+        self._live: Any = None
+        self._task: Any = None
+        if self._stream.isatty():
+            self._live, self._task = _live_bar(self._stream, total, description, start)
+
+    def advance(
+        self,
+        steps: int = 1,
+        *,
+        tokens: int = 0,
+        shown: Mapping[str, float | str] | None = None,
+        missing: Mapping[str, int] | None = None,
+    ) -> None:
+        """Count steps and tokens done. `shown` replaces values of the same name; `missing` is all so far, by reason."""
+        self.done += steps
+        self._tokens += tokens
+        for name, value in (shown or {}).items():
+            self._shown[name] = value if isinstance(value, str) else f"{value:.4g}"
+        if missing is not None:
+            self._missing = {reason: n for reason, n in missing.items() if n}
+        if self._live is not None:
+            self._live.update(self._task, completed=self.done, rest=self._rest())
+        elif time.monotonic() - self._printed >= self._every or self.done == self.total:
+            self._print()
+
+    def note(self, text: str) -> None:
+        """Print one line without disturbing the progress line."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def line(self) -> str:
+        """Return the line that a plain log would show now."""
+        share = "" if self.total is None else f"/{self.total} ({self.done / max(self.total, 1):.0%})"
+        parts = [f"{self.description} {self.done}{share}"]
+        elapsed = time.monotonic() - self._begun
+        fresh = self.done - self._first
+        if fresh > 0 and self.total is not None and self.done < self.total:
+            parts.append(f"ETA {_clock(elapsed / fresh * (self.total - self.done))}")
+        else:
+            parts.append(f"elapsed {_clock(elapsed)}")
+        rest = self._rest()
+        return " · ".join([*parts, rest] if rest else parts)
+
+    def close(self) -> None:
+        """Stop showing. The last state stays on the terminal, or is printed if it has not been yet."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        elif self.done != self._first and self.done != self.total:
+            self._print()
+
+    def _rest(self) -> str:
+        elapsed = max(time.monotonic() - self._begun, 1e-9)
+        parts = [f"{self._tokens / elapsed:,.0f} tokens/s"] if self._tokens else []
+        parts += [f"{name} {value}" for name, value in self._shown.items()]
+        if self._missing:
+            parts.append("missing " + ", ".join(f"{reason} {n}" for reason, n in sorted(self._missing.items())))
+        return " · ".join(parts)
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        print(self.line(), file=self._stream, flush=True)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read JSON Lines written by `RunLog`. A last line cut off by a crash is left out; a missing file is empty."""
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError), Path(path).open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    rows.append(row)
+    return rows
+
+
+def _started(path: Path) -> bool:
+    return (path / "config.yaml").exists() or (path / "metrics.jsonl").exists()
+
+
+def _acquire(path: Path) -> FileLock:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / _LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        holder = ""
+        with contextlib.suppress(OSError, ValueError):
+            holder = f" (process {int((path / _LOCK).read_text())})"
+        raise OperantError(
+            f"{path} is already in use by another run{holder}: wait for it, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise OperantError(f"cannot write in {path} ({error.strerror or error}): choose another --out") from error
+    with contextlib.suppress(OSError):  # for the message only; the kernel's lock is what counts
+        (path / _LOCK).write_text(str(os.getpid()))
+    return lock
+
+
+def _compare(path: Path, config_yaml: str, free_keys: Collection[str]) -> None:
+    try:
+        kept = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise OperantError(f"{path}/config.yaml cannot be read: start a new run with another --out") from error
+    old, new = dict(_leaves(kept)), dict(_leaves(yaml.safe_load(config_yaml)))
+    absent = object()
+    differing = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, absent) != new.get(key, absent)
+        and key not in free_keys
+        and key.rsplit(".", 1)[-1] not in free_keys
+    ]
+    if differing:
+        told = "; ".join(
+            f"{key}: was {old.get(key, 'absent')!r}, now {new.get(key, 'absent')!r}" for key in differing[:5]
+        )
+        more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise OperantError(
+            f"cannot resume {path} with another configuration ({told}{more}): "
+            "give the old values, or choose another --out"
+        )
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and (value or not prefix):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _wipe(path: Path) -> None:
+    for name in _RUN_FOLDERS:
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in _RUN_FILES:
+        (path / name).unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        with fresh.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _truncate(path: Path, step: int | None) -> None:
+    """Drop lines after `step` and a last line that a crash cut off."""
+    if not path.exists():
+        return
+    rows = read_jsonl(path)
+    kept = [row for row in rows if step is None or row.get("step", 0) <= step]
+    whole = path.read_bytes()
+    if len(kept) != whole.count(b"\n") or not whole.endswith(b"\n"):
+        _write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
+def _jsonable(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, float):
+        return _jsonable(value)
+    if isinstance(value, Mapping):
+        return {str(key): _clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(inner) for inner in value]
+    if hasattr(value, "tolist"):  # numpy and torch
+        return _clean(value.tolist())
+    return value
+
+
+def _start_tensorboard(path: Path, resume_step: int | None) -> Any:
+    try:
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+    except ImportError:
+        log.warning("TensorBoard files are not written: pip install tensorboard, or pass --tensorboard false")
+        return None
+    return writer(str(path / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
+
+
+def _start_wandb(project: str, path: Path) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError as error:
+        raise OperantError(
+            "--wandb needs a package that is not installed: pip install wandb, or leave it out"
+        ) from error
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) if _started(path) else None
+    return wandb.init(project=project, dir=str(path), name=path.name, config=config, resume="allow")
+
+
+def _live_bar(stream: TextIO, total: int | None, description: str, start: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    bar = Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[rest]}"),
+        console=Console(file=stream),
+        refresh_per_second=4,
+    )
+    bar.start()
+    return bar, bar.add_task(description, total=total, completed=start, rest="")
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
