@@ -1,0 +1,523 @@
+"""Text and token ids, both ways: tokenizers, chat templates, training a BPE, character spans and token spans.
+
+The token ids are the record and text is a view of them, so everything here is about one question: which characters of
+the text are settled once token t is there? A byte-level token may hold a third of a Chinese character or a quarter of
+an emoji; `text_ends` counts whole characters only, and the span functions read nothing but that array.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from operant.types import Ints, OperantError
+
+__all__ = ["Codec", "Incremental", "chars_to_tokens", "tokens_to_chars"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+)
+REPLACEMENT = "\ufffd"
+
+
+def chars_to_tokens(ends: Sequence[int] | Ints, start: int, end: int) -> tuple[int, int]:
+    """The tokens that wrote the characters [start, end): the smallest half-open token span that covers them.
+
+    Character c is finished by the first token t with `ends[t] > c`. The tokens just before t that finished no character
+    hold its first bytes and belong to it too, so an emoji spread over three tokens maps to all three. (A token that
+    finishes c-1 and also holds the first byte of c counts as c-1's alone: `ends` cannot tell the difference.)
+
+    Args:
+        ends: int[T], non-decreasing, characters committed after token t (`Completion.text_ends`).
+        start, end: character positions, 0 <= start <= end. Past the committed text lie the tokens of a cut-off tail.
+
+    Returns:
+        (t0, t1) with 0 <= t0 <= t1 <= T. An empty character span gives an empty token span.
+
+    Raises:
+        ValueError: start is negative or after end.
+    """
+    if start < 0 or end < start:
+        raise ValueError(f"a character span needs 0 <= start <= end, got [{start}, {end})")
+    total = len(ends)
+    first = 0
+    if start > 0:
+        first = int(np.searchsorted(ends, start, side="left"))
+        if first < total and int(ends[first]) == start:
+            first += 1
+    if end == start:
+        return first, first
+    last = min(int(np.searchsorted(ends, end, side="left")) + 1, total)
+    return first, max(first, last)
+
+
+def tokens_to_chars(ends: Sequence[int] | Ints, t0: int, t1: int) -> tuple[int, int]:
+    """The characters that tokens [t0, t1) finished: `[ends[t0-1], ends[t1-1])`, with `ends[-1] = 0`.
+
+    Args:
+        ends: int[T], characters committed after token t.
+        t0, t1: token positions, 0 <= t0 <= t1 <= T.
+
+    Returns:
+        (start, end), empty where the tokens finished no character.
+
+    Raises:
+        ValueError: the token span does not lie in [0, T].
+    """
+    if not 0 <= t0 <= t1 <= len(ends):
+        raise ValueError(f"a token span needs 0 <= t0 <= t1 <= {len(ends)}, got [{t0}, {t1})")
+    start = int(ends[t0 - 1]) if t0 > 0 else 0
+    end = int(ends[t1 - 1]) if t1 > 0 else 0
+    return start, max(start, end)
+
+
+class Incremental(Protocol):
+    """Decodes a completion while it is written. Made by `Codec.incremental()`; one per completion."""
+
+    ends: list[int]
+
+    @property
+    def text(self) -> str:
+        """The text committed so far: whole characters only."""
+
+    def push(self, token: int) -> str:
+        """Takes the next token and returns the text that it committed, often several characters or none."""
+
+    def finish(self) -> str:
+        """Returns what an unfinished last character reads as (a replacement character), or ''. Changes nothing."""
+
+
+class _Committed:
+    """The committed text and its length after each token."""
+
+    def __init__(self) -> None:
+        self.ends: list[int] = []
+        self._pieces: list[str] = []
+        self._length = 0
+
+    @property
+    def text(self) -> str:
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+    def _commit(self, piece: str) -> str:
+        if piece:
+            self._pieces.append(piece)
+            self._length += len(piece)
+        self.ends.append(self._length)
+        return piece
+
+
+class _ByteIncremental(_Committed):
+    """Exact route: each token is a known string of bytes, and UTF-8 says when a character is whole."""
+
+    def __init__(self, table: list[bytes], strip_left: int) -> None:
+        super().__init__()
+        self._table = table
+        self._strip_left = strip_left
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        data = self._table[token] if 0 <= token < len(self._table) else b""
+        while self._strip_left and data:
+            if not data.startswith(b" "):
+                self._strip_left = 0
+            else:
+                data = data[1:]
+                self._strip_left -= 1
+        return self._commit(self._decoder.decode(data))
+
+    def finish(self) -> str:
+        pending, _ = self._decoder.getstate()
+        return pending.decode("utf-8", errors="replace")
+
+
+class _WindowIncremental(_Committed):
+    """Route for any other tokenizer: decode a short window twice and commit the difference.
+
+    The window starts at the tokens of the last commit, so that the first new token is decoded in its context (a space
+    that the tokenizer drops at the start of a text is dropped from both sides of the difference).
+    """
+
+    def __init__(self, codec: Codec) -> None:
+        super().__init__()
+        self._codec = codec
+        self._context: list[int] = []
+        self._new: list[int] = []
+
+    def push(self, token: int) -> str:
+        if not self._codec.is_text(token):
+            return self._commit("")
+        self._new.append(token)
+        piece = self._difference()
+        if not piece or piece.endswith(REPLACEMENT):
+            return self._commit("")
+        self._context, self._new = self._new, []
+        return self._commit(piece)
+
+    def finish(self) -> str:
+        return self._difference() if self._new else ""
+
+    def _difference(self) -> str:
+        before = self._codec.decode_with_tokenizer(self._context)
+        after = self._codec.decode_with_tokenizer(self._context + self._new)
+        # Decoders may touch up the end of the context (a WordPiece space before a full stop): keep what was committed.
+        return after[len(before) :]
+
+
+class Codec:
+    """A tokenizer with the few operations that operant needs, exact on any Unicode text.
+
+    Byte-level BPE (GPT-2, Llama 3, Qwen, …) and byte-fallback (Llama 2, Gemma) tokenizers are decoded from their token
+    bytes; all others through the tokenizer itself, a window at a time. The Transformers tokenizer is `.tokenizer`.
+
+    Raises:
+        OperantError: the tokenizer has no end-of-text token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        if eos is None:
+            raise OperantError(
+                "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json and load it again"
+            )
+        self.eos_id: int = int(eos)
+        self.bos_id: int | None = None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+        self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        added = tokenizer.added_tokens_decoder
+        self._added: dict[int, str] = {int(i): str(token.content) for i, token in added.items()}
+        self.special_ids: frozenset[int] = frozenset(int(i) for i in tokenizer.all_special_ids) | frozenset(
+            int(i) for i, token in added.items() if token.special
+        )
+        vocab = tokenizer.get_vocab()
+        self._vocab: dict[str, int] = vocab
+        self.vocab_size: int = max(len(tokenizer), 1 + max(vocab.values(), default=-1))
+        sentinels: list[int] = []
+        while (token := f"<extra_id_{len(sentinels)}>") in vocab:
+            sentinels.append(int(vocab[token]))
+        self.sentinel_ids: list[int] = sentinels
+
+    # -- making, loading, saving
+
+    @classmethod
+    def load(cls, path: str | Path) -> Codec:
+        """Loads the tokenizer of a model folder, or of a model on the Hugging Face hub.
+
+        A PEFT adapter folder without a tokenizer gives its base model's.
+
+        Raises:
+            OperantError: no such folder or model, or the folder holds no tokenizer.
+        """
+        from transformers import AutoTokenizer
+
+        name = str(path)
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            name = str(folder)
+            if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+                adapter = folder / "adapter_config.json"
+                base = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+                if base.get("base_model_name_or_path"):
+                    return cls.load(base["base_model_name_or_path"])
+                raise OperantError(
+                    f"{path} holds no tokenizer: copy tokenizer.json and tokenizer_config.json of the model into it"
+                )
+        elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise OperantError(f"{path} is not a model folder: give a folder with a tokenizer, or a hub id")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OperantError(
+                f"cannot load a tokenizer from {path}: give a folder that save_pretrained wrote, or a hub id"
+                f" that can be reached ({reason})"
+            ) from error
+        return cls(tokenizer)
+
+    @classmethod
+    def train_bpe(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int = 4096,
+        special: tuple[str, str, str] = ("<|pad|>", "<|bos|>", "<|eos|>"),
+        sentinels: int = 0,
+        split_digits: bool = False,
+        min_frequency: int = 2,
+    ) -> Codec:
+        """Trains a byte-level BPE (Sennrich et al. 2016; bytes as in GPT-2). All 256 bytes are in: any text encodes.
+
+        Args:
+            texts: the training text.
+            vocab_size: at most so many tokens, special ones included; fewer when the text is small.
+            special: names of the padding, beginning and end tokens, which become ids 0, 1 and 2.
+            sentinels: how many `<extra_id_i>` tokens to add for span corruption (T5).
+            split_digits: each digit its own token, which makes numbers easier to learn.
+            min_frequency: a pair must be seen so often to become a token.
+
+        Raises:
+            OperantError: vocab_size leaves no room for the 256 bytes and the special tokens, or there is no text.
+        """
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        names = [*special, *(f"<extra_id_{i}>" for i in range(sentinels))]
+        if vocab_size < 256 + len(names):
+            raise OperantError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} special tokens need"
+                               f" at least {256 + len(names)}")  # fmt: skip
+        seen = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal seen
+            for text in texts:
+                seen += bool(text)
+                yield text
+
+        core = Tokenizer(models.BPE())
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if split_digits else byte_level
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_frequency,
+            special_tokens=names,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        core.train_from_iterator(counted(), trainer=trainer)
+        if not seen:
+            raise OperantError("there is no text to train a tokenizer on: give data with at least one non-empty text")
+        pad, bos, eos = special
+        return cls(
+            PreTrainedTokenizerFast(
+                tokenizer_object=core,
+                pad_token=pad,
+                bos_token=bos,
+                eos_token=eos,
+                extra_special_tokens=names[3:],
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the tokenizer into a folder, in the form that plain Transformers loads."""
+        self.tokenizer.save_pretrained(str(path))
+
+    # -- identity
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the tokenizer's content; the same for a saved and loaded copy."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        content: Any
+        if backend is not None:
+            content = json.loads(backend.to_str())
+            # Padding and truncation are settings of the last call, no part of what the tokenizer is.
+            content.update(truncation=None, padding=None)
+        else:
+            content = {"vocab": sorted(self._vocab.items()), "class": type(self.tokenizer).__name__}
+        special = {name: getattr(self, name) for name in ("pad_id", "bos_id", "eos_id")}
+        return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def template_hash(self) -> str:
+        """sha256 of the chat template in force: the tokenizer's own, or operant's default."""
+        own = self.tokenizer.chat_template
+        template = DEFAULT_TEMPLATE if not own else own if isinstance(own, str) else json.dumps(own, sort_keys=True)
+        return hashlib.sha256(template.encode()).hexdigest()
+
+    # -- text to tokens
+
+    def encode(self, text: str, eos: bool = False, target: bool = False, parse_special: bool = False) -> Ints:
+        """Token ids of a text, int64[T].
+
+        Args:
+            text: any text. A special token's name in it (`<|eos|>` typed by a user) is plain text.
+            eos: append the end-of-text token.
+            target: the text is in the target language of a tokenizer that tells them apart (Marian).
+            parse_special: read names of special tokens as special tokens.
+        """
+        return self.encode_batch([text], eos=eos, target=target, parse_special=parse_special)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], eos: bool = False, target: bool = False, parse_special: bool = False
+    ) -> list[Ints]:
+        """`encode` of many texts at once, which is faster."""
+        if not texts:
+            return []
+        given = {"text_target" if target else "text": list(texts)}
+        rows = self.tokenizer(
+            **given,
+            add_special_tokens=False,
+            split_special_tokens=not parse_special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        tail = [self.eos_id] if eos else []
+        return [np.asarray([*row, *tail], dtype=np.int64) for row in rows]
+
+    def encode_prompt(
+        self,
+        text: str | None = None,
+        messages: Sequence[dict[str, str]] | None = None,
+        encoder: bool = False,
+    ) -> Ints:
+        """Token ids of what a policy is asked, int64[P], with the special tokens that the model expects around it.
+
+        Args:
+            text: a plain prompt. The tokenizer's own beginning token is added where it has one (Llama's BOS).
+            messages: a chat, `[{"role": …, "content": …}, …]`, rendered by the tokenizer's chat template (or a plain
+                readable one) up to where the assistant begins to speak.
+            encoder: the prompt is an encoder's input and ends with EOS; otherwise it never does.
+
+        Raises:
+            OperantError: both or neither of text and messages are given, or the template refuses the messages.
+        """
+        if (text is None) == (messages is None):
+            raise OperantError("a prompt is either a text or a list of messages: give exactly one of them")
+        if messages is not None:
+            rendered = self.render(messages)
+            ids = self.encode(rendered, parse_special=bool(self.tokenizer.chat_template)).tolist()
+        else:
+            ids = self.tokenizer(text, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
+        while ids and ids[-1] == self.eos_id and len(ids) > (ids[0] == self.bos_id):
+            ids = ids[:-1]
+        if encoder:
+            ids = [*ids, self.eos_id]
+        elif not ids:
+            # A decoder must be given something to predict from.
+            ids = [self.eos_id if self.bos_id is None else self.bos_id]
+        return np.asarray(ids, dtype=np.int64)
+
+    def render(self, messages: Sequence[dict[str, str]], generation_prompt: bool = True) -> str:
+        """The text of a chat under the tokenizer's template, or under operant's default when it has none.
+
+        Raises:
+            OperantError: a message lacks its role or content, or the template refuses the chat.
+        """
+        for message in messages:
+            if not isinstance(message, dict) or "role" not in message or "content" not in message:
+                raise OperantError('a message needs "role" and "content", as in {"role": "user", "content": "Hello"}')
+        if self.tokenizer.chat_template:
+            try:
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        [dict(message) for message in messages],
+                        tokenize=False,
+                        add_generation_prompt=generation_prompt,
+                    )
+                )
+            except Exception as error:  # Templates are programs of others: they raise whatever they like.
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise OperantError(f"the chat template refuses these messages: mend their roles ({reason})") from error
+        turns = [f"### {message['role'].capitalize()}\n{message['content']}\n\n" for message in messages]
+        return "".join(turns) + ("### Assistant\n" if generation_prompt else "")
+
+    # -- tokens to text
+
+    def is_text(self, token: int) -> bool:
+        """False for special tokens and for ids that the tokenizer does not have (a model's padded vocabulary)."""
+        return token not in self.special_ids and 0 <= token < self.vocab_size
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of the tokens. Special tokens are dropped, spaces stay, broken bytes read as U+FFFD."""
+        if self._token_bytes is None:
+            return self.text_and_ends(tokens)[0]
+        table, strip_left = self._token_bytes
+        data = b"".join([table[token] for token in _ids(tokens) if 0 <= token < len(table)])
+        kept = data.lstrip(b" ") if strip_left else data
+        return data[min(strip_left, len(data) - len(kept)) :].decode("utf-8", errors="replace")
+
+    def text_and_ends(self, tokens: Iterable[int]) -> tuple[str, Ints]:
+        """The text, and int64[T] how many of its characters are committed after each token.
+
+        Committed characters are whole and never change later. The text of an unfinished last character (U+FFFD) is in
+        the text and not in `ends`. Takes linear time.
+        """
+        decoder = self.incremental()
+        for token in _ids(tokens):
+            decoder.push(token)
+        return decoder.text + decoder.finish(), np.asarray(decoder.ends, dtype=np.int64)
+
+    def incremental(self) -> Incremental:
+        """A fresh decoder for one completion that is being written: push each token, get the text it committed."""
+        if self._token_bytes is None:
+            return _WindowIncremental(self)
+        return _ByteIncremental(*self._token_bytes)
+
+    def decode_with_tokenizer(self, tokens: list[int]) -> str:
+        """The tokenizer's own decoding, without its clean-up of spaces."""
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    @cached_property
+    def _token_bytes(self) -> tuple[list[bytes], int] | None:
+        """Bytes of every token (b"" for special ones) and how many leading spaces the text loses; None if unknown."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None or backend.decoder is None:
+            return None
+        state = json.loads(backend.decoder.__getstate__())
+        steps = state["decoders"] if state["type"] == "Sequence" else [state]
+        kinds = {step["type"] for step in steps}
+        byte_level = "ByteLevel" in kinds
+        if not byte_level and not ("ByteFallback" in kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip"}):
+            return None
+        table = [b""] * self.vocab_size
+        for token, index in self._vocab.items():
+            if index in self.special_ids:
+                continue
+            if index in self._added:
+                table[index] = self._added[index].encode()
+            elif byte_level:
+                table[index] = _byte_level_bytes(token)
+            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                table[index] = bytes([int(token[3:5], 16)])
+            else:
+                for step in steps:
+                    if step["type"] == "Replace":
+                        token = token.replace(step["pattern"].get("String", "▁"), step["content"])
+                table[index] = token.encode()
+        strip_left = sum(int(step["start"]) for step in steps if step["type"] == "Strip" and step["content"] == " ")
+        return table, strip_left
+
+
+DEFAULT_TEMPLATE = "### {role}\n{content}\n\n … ### Assistant\n"
+
+
+def _ids(tokens: Iterable[int]) -> list[int]:
+    return tokens.tolist() if isinstance(tokens, np.ndarray) else [int(token) for token in tokens]
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The 256 printable characters that stand for bytes in a byte-level vocabulary (GPT-2, `bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(256 + n): byte for n, byte in enumerate(others)})
+    return table
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return bytes([_ALPHABET[char] for char in token])
+    except KeyError:
+        return token.encode()
