@@ -242,9 +242,14 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close every file. Safe to call twice."""
-        self._metrics.close()
-        if self._samples is not None:
-            self._samples.close()
+        for stream in (self._metrics, self._samples):
+            if stream is not None:
+                try:
+                    stream.close()
+                except (
+                    OSError
+                ) as error:  # a full disk has been told of by `log`; it must not be hidden by another error
+                    log.warning("the last lines of %s are lost: %s", stream.name, error)
         if self._board is not None:
             self._board.close()
             self._board = None

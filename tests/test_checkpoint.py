@@ -370,7 +370,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
 
 @pytest.mark.skipif(os.name == "nt", reason="kill -9 is a POSIX signal")
 def test_killed_at_every_point_of_a_save(tmp_path: Path) -> None:
-    """Killed at each call that touches the disk in turn: the checkpoint before always loads, and the next save works."""
+    """Killed at each call that touches the disk in turn: the checkpoint before loads, and the next save works."""
     fatal, survived = 0, False
     while not survived:
         fatal += 1
