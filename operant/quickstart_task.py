@@ -1,0 +1,533 @@
+"""The quickstart's data: English sentences about dates, times, amounts and numbers, and the same in Chinese.
+
+Nothing is downloaded. The words come from well-kept libraries: num2words spells English numbers, cn2an Chinese ones,
+and Babel (the Unicode CLDR) names months, weekdays, parts of the day, units, currencies, cities, countries and
+languages. The two languages disagree in ways that must be learned: thousands against ten thousands, "a quarter to four"
+against three forty-five, percent and fractions the other way round, and the order of a sentence.
+
+The Chinese of an English sentence is a function of it, so that an exact match is always possible.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import random
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import cn2an
+from babel import Locale, dates, numbers, units
+from num2words import num2words
+
+from operant.types import OperantError
+
+Pair = tuple[str, str]
+"""The same thing in English and in Chinese."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Rows of the five splits; no English and no Chinese sentence stands in two of them.
+
+    labelled: prompt and completion, for supervised fine-tuning.
+    prompts: prompt and references; the references are for the reward alone.
+    dev, test: prompt, completion and references.
+    raw: sentences of either language, none a translation of another, for pretraining.
+    """
+
+    labelled: list[Row]
+    prompts: list[Row]
+    dev: list[Row]
+    test: list[Row]
+    raw: list[str]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write each split as JSON Lines: labelled.jsonl, prompts.jsonl, dev.jsonl, test.jsonl, raw.jsonl (`text`)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        splits: dict[str, list[Row]] = {
+            "labelled": self.labelled,
+            "prompts": self.prompts,
+            "dev": self.dev,
+            "test": self.test,
+            "raw": [{"text": text} for text in self.raw],
+        }
+        for name, rows in splits.items():
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        return folder
+
+
+def make_task(
+    seed: int = 0, *, labelled: int = 400, prompts: int = 8000, dev: int = 200, test: int = 400, raw: int = 8000
+) -> Task:
+    """Draw the splits. The same seed and sizes give the same rows; a smaller test or dev set is the larger one's start.
+
+    Raises OperantError when a size is negative.
+    """
+    for name, size in (("labelled", labelled), ("prompts", prompts), ("dev", dev), ("test", test), ("raw", raw)):
+        if size < 0:
+            raise OperantError(f"the quickstart's {name} is {size}; give a number of rows, 0 or more")
+    seen: set[str] = set()
+
+    def fresh(split: str, size: int) -> list[Pair]:
+        stream = sentences(random.Random(f"{seed} {split}"))
+        rows: list[Pair] = []
+        while len(rows) < size:
+            english, chinese = next(stream)
+            if english not in seen and chinese not in seen:
+                seen.update((english, chinese))
+                rows.append((english, chinese))
+        return rows
+
+    # The held-out sets come first, so that their rows do not depend on how much there is to train on.
+    held_test, held_dev = fresh("test", test), fresh("dev", dev)
+    pairs, unlabelled, text = fresh("labelled", labelled), fresh("prompts", prompts), fresh("raw", raw)
+    return Task(
+        labelled=[{"prompt": en, "completion": zh} for en, zh in pairs],
+        prompts=[{"prompt": en, "references": [zh]} for en, zh in unlabelled],
+        dev=[{"prompt": en, "completion": zh, "references": [zh]} for en, zh in held_dev],
+        test=[{"prompt": en, "completion": zh, "references": [zh]} for en, zh in held_test],
+        raw=[pair[i % 2] for i, pair in enumerate(text)],  # one language of each, so nothing is parallel
+    )
+
+
+def sentences(rng: random.Random) -> Iterator[Pair]:
+    """Endless sentences in English and Chinese, drawn with `rng`; repeats are possible."""
+    frames, weights = _frames(), [frame.weight for frame in _frames()]
+    while True:
+        frame = rng.choices(frames, weights)[0]
+        english, chinese = frame.draw(rng)
+        yield english[0].upper() + english[1:], chinese
+
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1 << 16)
+def number(value: int | str) -> Pair:
+    """A cardinal, spelled. A string is a decimal and keeps its zeros: "3.05" is three point zero five, 三点零五."""
+    spoken = num2words(value) if isinstance(value, int) else _decimal(value)
+    return spoken.replace(",", ""), cn2an.an2cn(value)
+
+
+def _decimal(value: str) -> str:
+    whole, _, digits = value.partition(".")
+    return " ".join([num2words(int(whole)), "point", *(num2words(int(digit)) for digit in digits)])
+
+
+@cache
+def ordinal(value: int) -> Pair:
+    """21: twenty-first, 第二十一."""
+    return num2words(value, to="ordinal").replace(",", ""), "第" + cn2an.an2cn(value)
+
+
+@cache
+def year(value: int) -> Pair:
+    """1985: nineteen eighty-five, 一九八五年: English in pairs of digits, Chinese digit by digit."""
+    return num2words(value, to="year").replace(",", ""), cn2an.an2cn(str(value), "direct") + "年"
+
+
+@cache
+def digits(value: str) -> Pair:
+    """305: three oh five, 三零五."""
+    spoken = ("oh" if digit == "0" else num2words(int(digit)) for digit in value)
+    return " ".join(spoken), cn2an.an2cn(value, "direct")
+
+
+@cache
+def fraction(numerator: int, denominator: int) -> Pair:
+    """(3, 5): three fifths, 五分之三."""
+    below = "half" if denominator == 2 else num2words(denominator, to="ordinal")
+    english = f"{num2words(numerator)} {below}" + ("s" if numerator > 1 else "")
+    return english, f"{cn2an.an2cn(denominator)}分之{cn2an.an2cn(numerator)}"
+
+
+def percent(value: int | str) -> Pair:
+    """25: twenty-five percent, 百分之二十五."""
+    english, chinese = number(value)
+    return f"{english} percent", f"百分之{chinese}"
+
+
+def _counted(value: int | str) -> Pair:
+    # Before a measure word, 2 alone is 两; within a larger number it stays 二.
+    english, chinese = number(value)
+    return english, "两" if value == 2 else chinese
+
+
+# --- quantities, dates and times, named by Babel -------------------------------------------------------------------
+
+
+@cache
+def _unit(unit: str, one: bool) -> Pair:
+    english = units.format_unit(1 if one else 5, unit, "long", locale="en").split(" ", 1)[1]
+    # Babel has some Chinese units in the long form and the others in the short one.
+    length: Literal["long", "short"] = "long" if unit.startswith(("mass-", "temperature-")) else "short"
+    return english, units.format_unit(5, unit, length, locale="zh").removeprefix("5").strip()
+
+
+def measure(value: int | str, unit: str) -> Pair:
+    """(2, "length-kilometer"): two kilometers, 两公里. Units by their CLDR names."""
+    (english, chinese), (unit_en, unit_zh) = _counted(value), _unit(unit, value == 1)
+    return f"{english} {unit_en}", f"{chinese}{unit_zh}"
+
+
+def temperature(value: int) -> Pair:
+    """-3: minus three degrees Celsius, 零下三摄氏度."""
+    english, chinese = measure(abs(value), "temperature-celsius")
+    return (f"minus {english}", f"零下{chinese}") if value < 0 else (english, chinese)
+
+
+@cache
+def _currency(code: str, one: bool) -> Pair:
+    english = numbers.get_currency_name(code, 1 if one else 5, locale="en")
+    return english, numbers.get_currency_name(code, locale="zh")
+
+
+def money(value: int | str, code: str) -> Pair:
+    """("12.5", "EUR"): twelve point five euros, 十二点五欧元. Currencies by their ISO 4217 codes."""
+    (english, chinese), (name_en, name_zh) = _counted(value), _currency(code, value == 1)
+    return f"{english} {name_en}", f"{chinese}{name_zh}"
+
+
+@cache
+def _day_period(hour: int) -> Pair:
+    at = datetime.time(hour, 30)
+    return dates.format_time(at, "B", locale="en"), dates.format_time(at, "B", locale="zh")
+
+
+@cache
+def time_of_day(hour: int, minute: int, direct: bool = False) -> Pair:
+    """(15, 45): a quarter to four in the afternoon, or `direct`: three forty-five in the afternoon; 下午三点四十五分.
+
+    The part of the day is the CLDR's in each language, which divide the day differently.
+    """
+    this, following = (num2words((h - 1) % 12 + 1) for h in (hour, hour + 1))
+    if minute == 0:
+        english = f"{this} o'clock"
+    elif direct:
+        english = f"{this} {'oh ' if minute < 10 else ''}{num2words(minute)}"
+    elif minute == 30:
+        english = f"half past {this}"
+    else:
+        past = minute < 30
+        apart = minute if past else 60 - minute
+        minutes = "a quarter" if apart == 15 else num2words(apart)
+        english = f"{minutes} {'past' if past else 'to'} {this if past else following}"
+    period_en, period_zh = _day_period(hour)
+    hour_zh = _counted((hour - 1) % 12 + 1)[1]
+    if minute in (0, 30):
+        minutes_zh = "半" if minute else ""
+    else:
+        minutes_zh = f"{'零' if minute < 10 else ''}{cn2an.an2cn(minute)}分"
+    return f"{english} {period_en}", f"{period_zh}{hour_zh}点{minutes_zh}"
+
+
+def date(day: datetime.date, *, with_year: bool, with_weekday: bool, day_first: bool = False) -> Pair:
+    """2024-03-25: Monday, March twenty-fifth, twenty twenty-four; 二零二四年三月二十五日星期一."""
+    (month_en, month_zh), (weekday_en, weekday_zh) = _month(day.month), _weekday(day.weekday())
+    day_en, day_zh = ordinal(day.day)
+    english = f"the {day_en} of {month_en}" if day_first else f"{month_en} {day_en}"
+    chinese = f"{month_zh}{day_zh.removeprefix('第')}日"
+    if with_weekday:
+        english, chinese = f"{weekday_en}, {english}", f"{chinese}{weekday_zh}"
+    if with_year:
+        year_en, year_zh = year(day.year)
+        english, chinese = f"{english}, {year_en}", f"{year_zh}{chinese}"
+    return english, chinese
+
+
+@cache
+def _month(month: int) -> Pair:
+    return dates.get_month_names(locale="en")[month], dates.get_month_names(locale="zh")[month]
+
+
+@cache
+def _weekday(weekday: int) -> Pair:
+    return dates.get_day_names(locale="en")[weekday], dates.get_day_names(locale="zh")[weekday]
+
+
+# --- what is drawn into a sentence -----------------------------------------------------------------------------------
+
+ZONES = """Asia/Tokyo Europe/Berlin Europe/Paris America/New_York Europe/London Asia/Shanghai Europe/Rome Africa/Cairo
+America/Chicago Europe/Moscow Asia/Seoul Europe/Madrid Australia/Sydney Europe/Vienna Asia/Singapore Asia/Bangkok
+Europe/Athens Africa/Nairobi Europe/Oslo Asia/Dubai Europe/Lisbon""".split()
+TERRITORIES = "CN FR DE IT JP US BR IN MX EG CA ES RU VN".split()
+LANGUAGES = "zh fr de it ja en es ar ru ko".split()
+CURRENCIES = "USD EUR GBP CHF JPY KRW".split()
+WHOLE_CURRENCIES = {"JPY", "KRW"}  # have no cents
+
+PEOPLE = [
+    ("my brother", "我哥哥"),
+    ("my sister", "我姐姐"),
+    ("my neighbor", "我邻居"),
+    ("the teacher", "老师"),
+    ("the doctor", "医生"),
+    ("the driver", "司机"),
+    ("the student", "学生"),
+    ("her uncle", "她叔叔"),
+    ("his daughter", "他女儿"),
+    ("the new manager", "新经理"),
+]
+EVENTS = [
+    ("the concert", "音乐会"),
+    ("the meeting", "会议"),
+    ("the exam", "考试"),
+    ("the wedding", "婚礼"),
+    ("the exhibition", "展览"),
+    ("the football match", "足球赛"),
+    ("the lecture", "讲座"),
+    ("the opening ceremony", "开幕式"),
+]
+VEHICLES = [("train", "火车"), ("bus", "大巴"), ("ferry", "渡轮"), ("tram", "电车")]
+GOODS = [
+    ("ticket", "tickets", "张票"),
+    ("book", "books", "本书"),
+    ("chair", "chairs", "把椅子"),
+    ("shirt", "shirts", "件衬衫"),
+    ("cup of coffee", "cups of coffee", "杯咖啡"),
+    ("bicycle", "bicycles", "辆自行车"),
+    ("phone", "phones", "部手机"),
+    ("bottle of water", "bottles of water", "瓶水"),
+]
+STUFF = [("rice", "大米"), ("sugar", "白糖"), ("flour", "面粉"), ("salt", "盐"), ("tea", "茶叶"), ("steel", "钢材")]
+GROUPS = [("students", "学生"), ("farmers", "农民"), ("workers", "工人"), ("families", "家庭"), ("companies", "公司")]
+HABITS = [
+    ("own a car", "有汽车"),
+    ("pay by phone", "用手机付款"),
+    ("work at night", "上夜班"),
+    ("save money", "存钱"),
+    ("use solar power", "使用太阳能"),
+]
+CHANGES = [("rose", "上涨了"), ("fell", "下跌了")]
+DURATIONS = "minute hour day week month year".split()
+MASSES = "mass-gram mass-kilogram mass-ton".split()
+LENGTHS = "length-meter length-kilometer length-mile".split()
+
+
+@cache
+def _cities() -> list[Pair]:
+    def name(zone: str, locale: str) -> str:
+        return dates.get_timezone_location(zone, locale=locale, return_city=True)
+
+    return [(name(zone, "en"), name(zone, "zh")) for zone in ZONES]
+
+
+@cache
+def _countries() -> list[Pair]:
+    english, chinese = Locale("en").territories, Locale("zh").territories
+    return [("the " * (code == "US") + english[code], chinese[code]) for code in TERRITORIES]
+
+
+@cache
+def _languages() -> list[Pair]:
+    english, chinese = Locale("en").languages, Locale("zh").languages
+    return [(english[code], chinese[code]) for code in LANGUAGES]
+
+
+def _whole(rng: random.Random, most: int) -> int:
+    """An integer whose number of digits is uniform, since people speak of small numbers as often as of large ones."""
+    size = rng.randint(1, most)
+    value = rng.randint(10 ** (size - 1), 10**size - 1)
+    # Round numbers, and zeros inside a number, are common in speech and hard: 三万零二十.
+    if size > 2 and rng.random() < 0.4:
+        value -= value % 10 ** rng.randint(1, size - 1)
+        value += rng.choice((0, 0, rng.randint(1, 9)))
+    return value
+
+
+def _decimal_or_whole(rng: random.Random, most: int) -> int | str:
+    if rng.random() < 0.3:
+        return f"{_whole(rng, min(most, 3))}.{rng.choice('123456789')}"
+    return _whole(rng, most)
+
+
+def _draw_date(rng: random.Random) -> Pair:
+    day = datetime.date(1950, 1, 1) + datetime.timedelta(days=rng.randrange(36500))
+    form = rng.random()
+    return date(day, with_year=form < 0.4, with_weekday=form > 0.6, day_first=rng.random() < 0.4)
+
+
+def _draw_money(rng: random.Random) -> Pair:
+    code = rng.choice(CURRENCIES)
+    return money(_whole(rng, 6) if code in WHOLE_CURRENCIES else _decimal_or_whole(rng, 5), code)
+
+
+def _draw_goods(rng: random.Random) -> Pair:
+    one, many, chinese = rng.choice(GOODS)
+    count = rng.choice((1, 2, 2, 3, rng.randint(4, 99)))
+    english, chinese_count = _counted(count)
+    return f"{english} {one if count == 1 else many}", chinese_count + chinese
+
+
+def _draw_share(rng: random.Random) -> Pair:
+    if rng.random() < 0.5:
+        below = rng.randint(2, 10)
+        return fraction(rng.choice([above for above in range(1, below) if math.gcd(above, below) == 1]), below)
+    return percent(rng.randint(1, 99) if rng.random() < 0.7 else f"{rng.randint(1, 99)}.{rng.randint(1, 9)}")
+
+
+def _draw_time(rng: random.Random) -> Pair:
+    return time_of_day(rng.randrange(24), 5 * rng.randrange(12), rng.random() < 0.4)
+
+
+def _one_of(rows: Callable[[], list[Pair]]) -> Callable[[random.Random], Pair]:
+    return lambda rng: rng.choice(rows())
+
+
+DRAW: dict[str, Callable[[random.Random], Pair]] = {
+    "person": _one_of(lambda: PEOPLE),
+    "event": _one_of(lambda: EVENTS),
+    "vehicle": _one_of(lambda: VEHICLES),
+    "stuff": _one_of(lambda: STUFF),
+    "group": _one_of(lambda: GROUPS),
+    "habit": _one_of(lambda: HABITS),
+    "change": _one_of(lambda: CHANGES),
+    "city": _one_of(_cities),
+    "country": _one_of(_countries),
+    "language": _one_of(_languages),
+    "date": _draw_date,
+    "time": _draw_time,
+    "money": _draw_money,
+    "goods": _draw_goods,
+    "share": _draw_share,
+    "percent": lambda rng: percent(rng.randint(1, 99)),
+    "year": lambda rng: year(rng.randint(1950, 2049)),
+    "month": lambda rng: _month(rng.randint(1, 12)),
+    "people": lambda rng: number(_whole(rng, 7)),
+    "place": lambda rng: ordinal(rng.randint(1, 120)),
+    "floor": lambda rng: ordinal(rng.randint(1, 60)),
+    "room": lambda rng: digits(str(rng.randint(100, 2999))),
+    "duration": lambda rng: measure(rng.randint(1, 60), f"duration-{rng.choice(DURATIONS)}"),
+    "mass": lambda rng: measure(_decimal_or_whole(rng, 4), rng.choice(MASSES)),
+    "length": lambda rng: measure(_decimal_or_whole(rng, 5), rng.choice(LENGTHS)),
+    "degrees": lambda rng: temperature(rng.randint(-30, 45)),
+}
+
+
+class Frame:
+    """A Chinese sentence with holes and the ways to say it in English; `{city2}` is another city than `{city}`."""
+
+    def __init__(self, weight: float, chinese: str, *english: str) -> None:
+        self.weight, self.chinese, self.english = weight, chinese, english
+        self.holes = [name for _, name, _, _ in string.Formatter().parse(chinese) if name]
+
+    def draw(self, rng: random.Random) -> Pair:
+        filled: dict[str, Pair] = {}
+        for hole in self.holes:
+            draw = DRAW[hole.rstrip("2")]
+            filled[hole] = draw(rng)
+            while hole.endswith("2") and filled[hole] == filled[hole[:-1]]:
+                filled[hole] = draw(rng)
+        english = rng.choice(self.english).format_map({hole: pair[0] for hole, pair in filled.items()})
+        return english, self.chinese.format_map({hole: pair[1] for hole, pair in filled.items()})
+
+
+@cache
+def _frames() -> list[Frame]:
+    return [
+        Frame(
+            2,
+            "{event}定于{date}{time}举行。",
+            "{event} is on {date} at {time}.",
+            "on {date} at {time}, {event} takes place.",
+            "{event} begins at {time} on {date}.",
+        ),
+        Frame(
+            1.5,
+            "开往{city}的{vehicle}{time}出发。",
+            "the {vehicle} to {city} leaves at {time}.",
+            "at {time} the {vehicle} departs for {city}.",
+        ),
+        Frame(
+            1,
+            "从{city}来的{vehicle}{date}到达。",
+            "the {vehicle} from {city} arrives on {date}.",
+            "on {date} the {vehicle} from {city} comes in.",
+        ),
+        Frame(
+            1.5,
+            "{person}花了{money}买了{goods}。",
+            "{person} paid {money} for {goods}.",
+            "{person} bought {goods} for {money}.",
+        ),
+        Frame(
+            1,
+            "{person}还欠{person2}{money}。",
+            "{person} still owes {person2} {money}.",
+            "{person} has yet to pay {person2} {money}.",
+        ),
+        Frame(
+            1,
+            "从{city}到{city2}的路程是{length}。",
+            "it is {length} from {city} to {city2}.",
+            "the way from {city} to {city2} is {length} long.",
+        ),
+        Frame(
+            1,
+            "{city}{time}的气温是{degrees}。",
+            "in {city} it is {degrees} at {time}.",
+            "at {time} the temperature in {city} is {degrees}.",
+        ),
+        Frame(
+            1.5,
+            "{country}{share}的{group}{habit}。",
+            "{share} of the {group} in {country} {habit}.",
+            "in {country}, {share} of the {group} {habit}.",
+        ),
+        Frame(
+            0.7,
+            "{city}{share}的{group}会说{language}。",
+            "{share} of the {group} in {city} speak {language}.",
+            "in {city}, {share} of the {group} know {language}.",
+        ),
+        Frame(
+            1.5,
+            "{year}{city}有{people}人。",
+            "in {year}, {people} people lived in {city}.",
+            "{city} had {people} people in {year}.",
+        ),
+        Frame(
+            1,
+            "{person}在{city}的比赛中获得{place}名。",
+            "{person} came {place} in the race in {city}.",
+            "in the race in {city}, {person} finished {place}.",
+        ),
+        Frame(
+            1,
+            "{person}{date}出生在{city}。",
+            "{person} was born on {date} in {city}.",
+            "{person} was born in {city} on {date}.",
+        ),
+        Frame(
+            1,
+            "{event}在{floor}层{room}号房间。",
+            "{event} is in room {room} on the {floor} floor.",
+            "for {event}, go to the {floor} floor, room {room}.",
+        ),
+        Frame(
+            1,
+            "{person}等{vehicle}等了{duration}。",
+            "{person} waited {duration} for the {vehicle}.",
+            "for {duration} {person} waited for the {vehicle}.",
+        ),
+        Frame(
+            1,
+            "{person}需要{mass}{stuff}。",
+            "{person} needs {mass} of {stuff}.",
+            "{mass} of {stuff} is what {person} needs.",
+        ),
+        Frame(
+            1.5,
+            "{year}{month}{stuff}价格{change}{percent}。",
+            "the price of {stuff} {change} by {percent} in {month} {year}.",
+            "in {month} {year} {stuff} prices {change} by {percent}.",
+        ),
+    ]
