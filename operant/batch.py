@@ -1,0 +1,260 @@
+"""From documents, pairs and trajectories to a `Batch`: padding, packing, masks, weights and the one denominator."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from operant.types import Batch, EncoderContext, Ints, Trajectory
+
+Normalisation = Literal["per_completion", "per_token", "per_sequence_mean", "constant"]
+
+
+def token_weights(mask: Tensor, normalisation: Normalisation, constant: float = 1.0) -> tuple[Tensor, float]:
+    """Weights float[B, S] and the denominator, from action mask bool[B, S] with one completion a row.
+
+    per_completion: Σ_i Σ_t / N, the unbiased gradient of the expected return. per_token: Σ_i Σ_t / Σ_i |y_i| (DAPO,
+    fine-tuning). per_sequence_mean: Σ_i (1/|y_i|) Σ_t / N (GRPO; short completions weigh more per token).
+    constant: Σ_i Σ_t / (N · constant) (Dr. GRPO, with the length limit).
+    """
+    weights = mask.to(torch.float32)
+    lengths = weights.sum(1)
+    rows = float((lengths > 0).sum())
+    if normalisation == "per_completion":
+        return weights, max(rows, 1.0)
+    if normalisation == "per_token":
+        return weights, max(float(lengths.sum()), 1.0)
+    if normalisation == "per_sequence_mean":
+        return weights / lengths.clamp(min=1)[:, None], max(rows, 1.0)
+    return weights, max(rows * constant, 1.0)
+
+
+def _right_pad(rows: Sequence[Ints], value: int) -> Tensor:
+    width = max((len(r) for r in rows), default=0)
+    out = np.full((len(rows), width), value, np.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return torch.from_numpy(out)
+
+
+def encoder_context(prompts: Sequence[Ints], pad_id: int) -> EncoderContext:
+    """Each distinct prompt once; rows point at theirs, so that a group's prompt is encoded once in the update too."""
+    seen: dict[bytes, int] = {}
+    distinct: list[Ints] = []
+    row = []
+    for prompt in prompts:
+        key = prompt.tobytes()
+        if key not in seen:
+            seen[key] = len(distinct)
+            distinct.append(prompt)
+        row.append(seen[key])
+    tokens = _right_pad(distinct, pad_id)
+    lengths = torch.tensor([len(p) for p in distinct])
+    return EncoderContext(tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None], torch.tensor(row))
+
+
+def from_sequences(
+    prompts: Sequence[Ints],
+    completions: Sequence[Ints],
+    *,
+    encoder: bool,
+    pad_id: int,
+    sampled: Sequence[np.ndarray] | None = None,
+    normalisation: Normalisation = "per_token",
+    constant: float = 1.0,
+) -> Batch:
+    """One segment a row, right-padded: prompt and completion for a decoder, completion alone with the prompts as
+    encoder context otherwise. `action_mask` is True on completion tokens (where `sampled` says so, if given)."""
+    offsets = [0 if encoder else len(p) for p in prompts]
+    rows = list(completions) if encoder else [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
+    tokens = _right_pad(rows, pad_id)
+    lengths = torch.tensor([len(r) for r in rows])
+    columns = torch.arange(tokens.shape[1])[None]
+    real = columns < lengths[:, None]
+    action = real & (columns >= torch.tensor(offsets)[:, None])
+    if sampled is not None:
+        for i, flags in enumerate(sampled):
+            action[i, offsets[i] : offsets[i] + len(flags)] &= torch.from_numpy(np.asarray(flags, np.bool_))
+    if not encoder:
+        action[:, :1] = False  # nothing predicts a decoder's first token
+    weights, denominator = token_weights(action, normalisation, constant)
+    rows_index = torch.arange(len(rows))[:, None].expand_as(tokens)
+    return Batch(
+        tokens=tokens,
+        position_ids=columns.expand_as(tokens).clone(),
+        segment_ids=torch.where(real, rows_index, -1),
+        action_mask=action,
+        weights=weights,
+        denominator=denominator,
+        context=encoder_context(prompts, pad_id) if encoder else None,
+    )
+
+
+def pack(documents: Sequence[Ints], length: int, pad_id: int) -> Batch:
+    """Documents (int64 with their EOS) into rows of `length` columns, each document its own segment: attention stays
+    inside it and positions start again, so packing changes no log-probability. A longer document is cut into pieces.
+    """
+    pieces = [doc[i : i + length] for doc in documents for i in range(0, len(doc), length)]
+    rows: list[list[Ints]] = []
+    space: list[int] = []
+    for piece in pieces:
+        target = next((r for r in range(max(0, len(rows) - 16), len(rows)) if space[r] >= len(piece)), None)
+        if target is None:
+            rows.append([])
+            space.append(length)
+            target = len(rows) - 1
+        rows[target].append(piece)
+        space[target] -= len(piece)
+    tokens = np.full((len(rows), length), pad_id, np.int64)
+    positions = np.zeros((len(rows), length), np.int64)
+    segments = np.full((len(rows), length), -1, np.int64)
+    action = np.zeros((len(rows), length), np.bool_)
+    number = 0
+    for r, row in enumerate(rows):
+        at = 0
+        for piece in row:
+            end = at + len(piece)
+            tokens[r, at:end], positions[r, at:end], segments[r, at:end] = piece, np.arange(len(piece)), number
+            action[r, at + 1 : end] = True
+            at, number = end, number + 1
+    mask = torch.from_numpy(action)
+    return Batch(
+        tokens=torch.from_numpy(tokens),
+        position_ids=torch.from_numpy(positions),
+        segment_ids=torch.from_numpy(segments),
+        action_mask=mask,
+        weights=mask.to(torch.float32),
+        denominator=max(float(mask.sum()), 1.0),
+    )
+
+
+def from_trajectories(
+    trajectories: Sequence[Trajectory],
+    *,
+    encoder: bool,
+    pad_id: int,
+    normalisation: Normalisation = "per_completion",
+    constant: float = 1.0,
+) -> Batch:
+    """A batch of completions with their rewards and behaviour log-probs placed on the tokens they belong to.
+
+    Advantages come later, from `credit` (see `place`). Rows are the segments; `group_ids` number the prompts.
+    """
+    completions = [t.completion for t in trajectories]
+    batch = from_sequences(
+        [t.prompt.tokens for t in trajectories],
+        [c.tokens for c in completions],
+        encoder=encoder,
+        pad_id=pad_id,
+        sampled=[c.sampled if c.sampled is not None else np.ones(len(c.tokens), np.bool_) for c in completions],
+        normalisation=normalisation,
+        constant=constant,
+    )
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(t.prompt.id, len(numbers)) for t in trajectories]
+    batch.group_ids = torch.tensor(groups)
+    batch.prompt_ids = batch.group_ids.clone()
+    batch.truncated = torch.tensor([c.truncated for c in completions])
+    temperatures = [c.sampling.temperature if c.sampling else 1.0 for c in completions]
+    batch.temperature = torch.tensor([x if x > 0 else 1.0 for x in temperatures])
+    offsets = [0 if encoder else len(t.prompt.tokens) for t in trajectories]
+
+    def column(values: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+        out = torch.zeros(batch.tokens.shape, dtype=dtype)
+        for i, row in enumerate(values):
+            out[i, offsets[i] : offsets[i] + len(row)] = torch.from_numpy(np.ascontiguousarray(row)).to(dtype)
+        return out
+
+    if all(c.behavior_logprobs is not None for c in completions):
+        batch.behavior_logprobs = column([c.behavior_logprobs for c in completions], torch.float32)  # type: ignore[misc]
+    if all(c.policy_version is not None for c in completions):
+        batch.policy_versions = column([c.policy_version for c in completions], torch.int64)  # type: ignore[misc]
+    batch.rewards = column([t.rewards for t in trajectories], torch.float64)
+    batch.observed = column([t.observed for t in trajectories], torch.bool)
+    return batch
+
+
+def completion_axes(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
+    """(rewards float64[N, T], mask bool[N, T], valid bool[N]): trajectories on the completion's own axis, for `credit`.
+
+    valid: every reward that the row's returns depend on is there, and the completion can be trained on.
+    """
+    width = max((len(t.completion.tokens) for t in trajectories), default=0)
+    rewards = torch.zeros(len(trajectories), width, dtype=torch.float64)
+    mask = torch.zeros(len(trajectories), width, dtype=torch.bool)
+    valid = torch.zeros(len(trajectories), dtype=torch.bool)
+    for i, t in enumerate(trajectories):
+        n = len(t.completion.tokens)
+        rewards[i, :n] = torch.from_numpy(np.where(t.observed, t.rewards, 0.0))
+        mask[i, :n] = True
+        valid[i] = bool(t.observed.all()) and n > 0 and t.completion.trainable
+    return rewards, mask, valid
+
+
+def place(batch: Batch, values: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
+    """Values [N, T] on the completion's axis → float32[B, S] on the batch's columns."""
+    out = torch.zeros(batch.tokens.shape, dtype=torch.float32)
+    for i, t in enumerate(trajectories):
+        n = len(t.completion.tokens)
+        start = 0 if batch.context is not None else len(t.prompt.tokens)
+        out[i, start : start + n] = values[i, :n].to(torch.float32)
+    return out * batch.action_mask.cpu()
+
+
+def select_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The rows int64[K] of a batch with one segment a row, padding columns dropped; the denominator stays."""
+    width = int((batch.segment_ids[rows] >= 0).sum(1).max()) if len(rows) else 0
+    fields: dict[str, object] = {}
+    for f in dataclasses.fields(batch):
+        value = getattr(batch, f.name)
+        if isinstance(value, Tensor):
+            fields[f.name] = value[rows, :width] if value.dim() == 2 else value[rows]
+    picked = dataclasses.replace(batch, **fields)  # type: ignore[arg-type]
+    own = torch.arange(len(rows), device=rows.device)[:, None].expand(-1, width)
+    picked.segment_ids = torch.where(picked.segment_ids >= 0, own, -1)
+    if batch.context is not None:
+        used, index = batch.context.row[rows].unique(return_inverse=True)
+        mask = batch.context.mask[used]
+        longest = int(mask.sum(1).max())
+        picked.context = EncoderContext(batch.context.tokens[used, :longest], mask[:, :longest], index)
+    return picked
+
+
+def microbatches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
+    """Cut a batch with one segment a row into pieces of at most `max_tokens` padded tokens, rows of like length
+    together. The pieces keep the batch's denominator, so their gradients sum to the batch's."""
+    lengths = (batch.segment_ids >= 0).sum(1)
+    if batch.context is not None:
+        lengths = lengths + batch.context.mask.sum(1)[batch.context.row]
+    if int(lengths.max()) * len(lengths) <= max_tokens:
+        yield batch
+        return
+    # groups stay together: rows of like length, then prompt, so that shared encoder work is shared here too
+    order = lengths.argsort(stable=True).tolist()
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and int(lengths[order[stop]]) * (stop + 1 - start) <= max_tokens:
+            stop += 1
+        yield select_rows(batch, torch.tensor(order[start:stop], device=batch.tokens.device))
+        start = stop
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A copy whose tensors live on `device` (float64 columns stay behind on MPS, which has none)."""
+    moved: dict[str, object] = {}
+    for f in dataclasses.fields(batch):
+        value = getattr(batch, f.name)
+        if isinstance(value, Tensor):
+            if value.dtype == torch.float64 and device.type == "mps":
+                value = value.float()
+            moved[f.name] = value.to(device)
+    if batch.context is not None:
+        c = batch.context
+        moved["context"] = EncoderContext(c.tokens.to(device), c.mask.to(device), c.row.to(device))
+    return dataclasses.replace(batch, **moved)  # type: ignore[arg-type]

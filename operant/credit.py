@@ -1,0 +1,189 @@
+"""Credit assignment: from token rewards to advantages. Pure functions of tensors.
+
+Axes: N completions, T completion tokens (right-padded). `mask` bool[N, T] is True on a completion's tokens; `groups`
+int64[N] says which completions answer the same prompt; `valid` bool[N] is False where a reward is missing: such a row
+is taught nothing, and no baseline reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["none", "running", "batch", "leave_one_out", "position_leave_one_out", "control_variate"]
+
+
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """Discounted return from each token on: G_t = Σ_{k ≥ t} γ^{k−t} r_k (Sutton & Barto 2018, eq. 3.8).
+
+    rewards: float[N, T], mask: bool[N, T]. Returns float[N, T], zero outside the mask.
+    """
+    rewards = rewards * mask
+    if gamma == 1.0:
+        return rewards.flip(1).cumsum(1).flip(1) * mask
+    out = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        running = rewards[:, t] + gamma * running
+        out[:, t] = running
+    return out * mask
+
+
+def discount_weights(mask: Tensor, gamma: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """γ^t for token t: the weight of each term in the exact gradient of Σ γ^t r_t (Thomas 2014). float[N, T]."""
+    steps = (mask.to(dtype).cumsum(1) - 1).clamp(min=0)
+    return torch.pow(torch.as_tensor(gamma, dtype=dtype, device=mask.device), steps) * mask
+
+
+def group_sums(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over each row's group, per row: values float[N, …] → (sums float[N, …], group index int64[N])."""
+    _, index = groups.unique(return_inverse=True)
+    count = int(index.max()) + 1 if len(index) else 0
+    sums = torch.zeros((count, *values.shape[1:]), dtype=values.dtype, device=values.device).index_add(0, index, values)
+    return sums[index], index
+
+
+def leave_one_out(values: Tensor, groups: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """values_i − mean_{j ≠ i, j in i's group} values_j (Kool et al. 2019; RLOO, Ahmadian et al. 2024).
+
+    values: float[N] or float[N, T]; with float[N, T] the mean is taken position by position over all valid rows, a
+    finished row counting with what it holds there (0 for a return-to-go), which keeps it independent of row i's
+    choices: unbiased. Means over the rows still alive are not, and are not offered.
+    Returns (float like values, usable bool[N]): a row without a valid fellow has no baseline and is not usable.
+    """
+    weight = valid.to(values.dtype)
+    count, _ = group_sums(weight, groups)
+    shaped = weight.reshape(-1, *[1] * (values.dim() - 1))
+    sums, _ = group_sums(values * shaped, groups)
+    others = (count - weight).reshape(shaped.shape)
+    centred = values - (sums - values * shaped) / others.clamp(min=1)
+    usable = valid & (count - weight >= 1)
+    return centred * usable.reshape(shaped.shape).to(values.dtype), usable
+
+
+def group_deviation(values: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
+    """Standard deviation (n − 1) of float[N] sequence returns within each group, per row; 0 for groups of one."""
+    weight = valid.to(values.dtype)
+    count, _ = group_sums(weight, groups)
+    mean = group_sums(values * weight, groups)[0] / count.clamp(min=1)
+    square, _ = group_sums(weight * (values - mean) ** 2, groups)
+    return (square / (count - 1).clamp(min=1)).sqrt()
+
+
+def group_centred(values: Tensor, groups: Tensor, valid: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
+    """(values_i − mean_g) / (std_g + ε), GRPO's advantage (Shao et al. 2024, eq. 21 of arXiv 2402.03300v3).
+
+    The mean includes row i, so the expected gradient is the exact one times (G − 1)/G before scaling, and the division
+    by the group's own deviation is a further bias that no factor undoes. `scale=False` is Dr. GRPO (Liu et al. 2025).
+    """
+    weight = valid.to(values.dtype)
+    count, _ = group_sums(weight, groups)
+    mean = group_sums(values * weight, groups)[0] / count.clamp(min=1)
+    centred = (values - mean) * weight
+    return centred / (group_deviation(values, groups, valid) + eps) if scale else centred
+
+
+def held_potential(rewards: Tensor, mask: Tensor) -> Tensor:
+    """Φ_{t−1} − M('') at each token, from potential rewards r_t = Φ_t − Φ_{t−1}: their exclusive cumulative sum.
+
+    A finished row holds its total M(y) − M('') after its last token. float[N, T], defined on all T columns.
+    """
+    summed = (rewards * mask).cumsum(1)
+    return torch.nn.functional.pad(summed[:, :-1], (1, 0))
+
+
+def fit_beta(returns: Tensor, potential: Tensor, mask: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
+    """The coefficient β of the control variate for each group, fitted on the other groups only.
+
+    Least squares of the centred return on the centred potential, β_g = Σ_{h ≠ g} ⟨m, φ⟩ / Σ_{h ≠ g} ⟨φ, φ⟩, where m and
+    φ are leave-one-out centred. What a row is taught does not enter its own β, so the gradient stays unbiased.
+    returns: float[N]; potential, mask: [N, T]. Returns float[N], clipped to [0, 1.5]; 0 where no other group tells.
+    """
+    centred, usable = leave_one_out(returns, groups, valid)
+    phi, _ = leave_one_out(potential, groups, valid)
+    inside = mask & usable[:, None]
+    top = (centred[:, None] * phi * inside).sum(1)
+    bottom = (phi * phi * inside).sum(1)
+    numerator = top.sum() - group_sums(top, groups)[0]
+    denominator = bottom.sum() - group_sums(bottom, groups)[0]
+    beta = torch.where(denominator > 1e-12, numerator / denominator.clamp(min=1e-12), torch.zeros_like(numerator))
+    return beta.clamp(0.0, 1.5)
+
+
+def control_variate(
+    rewards: Tensor, mask: Tensor, groups: Tensor, valid: Tensor, beta: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Terminal reward with the potential as a control variate, for potential rewards at γ = 1.
+
+        A_{i,t} = (M_i − mean_{j≠i} M_j) − β (Φ_{i,t−1} − mean_{j≠i} Φ_{j,t−1})
+
+    β = 0 is the terminal reward with leave-one-out, β = 1 the plain difference with position-wise leave-one-out; any
+    β that does not depend on row i's own tokens from t on has the same expected gradient, so what it changes is
+    variance. beta: a number, or float[N] such as `fit_beta` gives.
+    Returns (advantages float[N, T], usable bool[N]).
+    """
+    total, usable = leave_one_out((rewards * mask).sum(1), groups, valid)
+    phi, _ = leave_one_out(held_potential(rewards, mask), groups, valid)
+    coefficient = torch.as_tensor(beta, dtype=rewards.dtype, device=rewards.device).reshape(-1, 1)
+    return (total[:, None] - coefficient * phi) * (mask & usable[:, None]), usable
+
+
+def advantages(
+    rewards: Tensor,
+    mask: Tensor,
+    groups: Tensor,
+    valid: Tensor,
+    *,
+    baseline: Baseline,
+    gamma: float = 1.0,
+    running: float = 0.0,
+    beta: float | Tensor = 1.0,
+    scale_by_group: bool = False,
+    discount_state: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages of every token under one of the baselines. rewards float[N, T] → (advantages, returns, usable bool[N]).
+
+    none: A = G_t. running: A = G_t − b with b from earlier steps only (unbiased). batch: the mean over the other
+    prompts' completions in the batch (unbiased: a row's own group is left out, unless it is the only group).
+    leave_one_out: the group's fellows' sequence returns. position_leave_one_out: their returns-to-go at the same
+    position. control_variate: see `control_variate` (γ = 1). `scale_by_group` with leave_one_out is GRPO's estimator:
+    the mean includes the row itself and the deviation of sequence returns divides. `discount_state` weighs token t
+    with γ^t, the exact gradient; without it the usual, biased one (Thomas 2014).
+    """
+    inside = mask & valid[:, None]
+    returns = returns_to_go(torch.where(inside, rewards, torch.zeros_like(rewards)), mask, gamma)
+    totals = returns[:, 0] if returns.shape[1] else returns.sum(1)
+    usable = valid
+    if baseline == "none":
+        out = returns
+    elif baseline == "running":
+        out = returns - running
+    elif baseline == "batch":
+        weight = valid.to(returns.dtype)
+        own_sum, _ = group_sums(totals * weight, groups)
+        own_count, _ = group_sums(weight, groups)
+        others = weight.sum() - own_count
+        if bool((others >= 1).all()):
+            out = returns - (((totals * weight).sum() - own_sum) / others.clamp(min=1))[:, None]
+        else:
+            centred, usable = leave_one_out(totals, torch.zeros_like(groups), valid)
+            out = returns - (totals - centred)[:, None]
+    elif baseline == "leave_one_out" and scale_by_group:
+        # GRPO subtracts the group's mean of sequence returns and divides by their deviation
+        centred = group_centred(totals, groups, valid)
+        spread = group_deviation(totals, groups, valid) + 1e-4
+        out = (returns - totals[:, None]) / spread[:, None] + centred[:, None]
+        usable = valid & (group_sums(valid.to(returns.dtype), groups)[0] >= 2)
+    elif baseline == "leave_one_out":
+        centred, usable = leave_one_out(totals, groups, valid)
+        out = returns - (totals - centred)[:, None]
+    elif baseline == "position_leave_one_out":
+        out, usable = leave_one_out(returns, groups, valid)
+    else:
+        out, usable = control_variate(torch.where(inside, rewards, torch.zeros_like(rewards)), mask, groups, valid, beta)
+    if discount_state:
+        out = out * discount_weights(mask, gamma, out.dtype)
+    keep = mask & usable[:, None]
+    return torch.where(keep, out, torch.zeros_like(out)), returns, usable

@@ -1,0 +1,184 @@
+"""One learner for every stage: a loss per token in, new weights and what happened out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from operant.batch import to_device
+from operant.policy import Policy
+from operant.types import Batch, OperantError, StepStats
+
+Schedule = Literal["constant", "cosine", "linear"]
+
+# (policy, micro-batch on its device) → loss per token float[B, S] and sums over the micro-batch's action tokens
+TokenLoss = Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass(slots=True)
+class ClosureResult:
+    loss: float
+    sums: dict[str, float]
+    tokens: int
+
+
+class UpdateRule(Protocol):
+    """How gradients become new weights. `step` returns (gradient norm before clipping, reason for skipping or '')."""
+
+    def step(self, closure: Callable[[], ClosureResult]) -> tuple[ClosureResult, float, str]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def learning_rate(step: int, peak: float, warmup: int, total: int, schedule: Schedule, floor: float = 0.1) -> float:
+    """Linear warm-up to `peak`, then constant, linear or cosine decay to floor · peak at `total` steps."""
+    if step < warmup:
+        return peak * (step + 1) / max(1, warmup)
+    if schedule == "constant" or total <= warmup:
+        return peak
+    done = min(1.0, (step - warmup) / (total - warmup))
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return peak * (floor + (1 - floor) * shape)
+
+
+class Adam:
+    """AdamW (Loshchilov & Hutter 2019) with gradient-norm clipping; a non-finite step is skipped, never applied.
+
+    Weight decay touches matrices only, as is customary.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lr: float,
+        *,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.parameters = list(parameters)
+        if not self.parameters:
+            raise OperantError("the policy has no trainable weights; unfreeze some or add LoRA with --lora_rank 8")
+        self.max_grad_norm = max_grad_norm
+        groups = [
+            {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self, closure: Callable[[], ClosureResult]) -> tuple[ClosureResult, float, str]:
+        self.optimizer.zero_grad(set_to_none=True)
+        result = closure()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        reason = ""
+        if not math.isfinite(result.loss):
+            reason = f"loss is {result.loss}"
+        elif not math.isfinite(norm):
+            reason = f"gradient norm is {norm}"
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return result, norm, reason
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
+
+
+class Learner:
+    """Applies an `UpdateRule` to a policy. `step` counts every attempt; `skipped_in_row` the sick ones in a row."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        warmup_steps: int = 0,
+        total_steps: int = 0,
+        schedule: Schedule = "constant",
+        rule: UpdateRule | None = None,
+    ) -> None:
+        self.policy = policy
+        self.lr, self.warmup_steps, self.total_steps, self.schedule = lr, warmup_steps, total_steps, schedule
+        self.rule: UpdateRule = rule or Adam(
+            policy.trainable_parameters(), lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm
+        )
+        self.steps = 0
+        self.skipped = 0
+        self.skipped_in_row = 0
+
+    def step(self, batches: Iterable[Batch], loss_of: TokenLoss) -> StepStats:
+        """One optimizer step over micro-batches that share one denominator: Σ weights · loss / denominator.
+
+        A non-finite loss or gradient leaves weights and optimizer as they were and is counted.
+        """
+        begun = time.perf_counter()
+        lr = learning_rate(self.steps, self.lr, self.warmup_steps, self.total_steps, self.schedule)
+        if isinstance(self.rule, Adam):
+            self.rule.set_lr(lr)
+
+        def closure() -> ClosureResult:
+            total, tokens, sums = 0.0, 0, {}
+            for batch in batches:
+                micro = to_device(batch, self.policy.device)
+                token_loss, stats = loss_of(self.policy, micro)
+                loss = (token_loss * micro.weights).sum() / micro.denominator
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+                tokens += int(micro.action_mask.sum())
+                for name, value in stats.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach())
+            return ClosureResult(total, sums, tokens)
+
+        result, norm, reason = self.rule.step(closure)
+        self.steps += 1
+        if reason:
+            self.skipped += 1
+            self.skipped_in_row += 1
+        else:
+            self.skipped_in_row = 0
+        means = {name: value / max(1, result.tokens) for name, value in result.sums.items()}
+        return StepStats(
+            step=self.steps,
+            loss=result.loss,
+            grad_norm=norm,
+            skipped=bool(reason),
+            reason=reason,
+            approx_kl=means.pop("approx_kl", 0.0),
+            clipfrac=means.pop("clipfrac", 0.0),
+            entropy=means.pop("entropy", 0.0),
+            tokens=result.tokens,
+            seconds=time.perf_counter() - begun,
+            coefficients={"lr": lr},
+            extra=means,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+            "rule": self.rule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.skipped_in_row = state["skipped_in_row"]
+        self.rule.load_state_dict(state["rule"])

@@ -1,0 +1,476 @@
+"""A language model as a policy: load or make one, its log-probabilities, and its decode steps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from operant.cache import DecodeState
+from operant.text import Codec
+from operant.types import Batch, Ints, OperantError
+
+Family = Literal["decoder", "encoder-decoder"]
+
+# (layers, heads, width, feed-forward width): `tiny` trains on a laptop in minutes, `base` is the published size.
+SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
+    "gpt2": {"tiny": (4, 4, 128, 512), "small": (6, 8, 256, 1024), "base": (12, 12, 768, 3072)},
+    "llama": {"tiny": (4, 4, 128, 384), "small": (6, 8, 256, 768), "base": (12, 12, 768, 2048)},
+    "t5": {"tiny": (3, 4, 128, 384), "small": (4, 8, 256, 768), "base": (12, 12, 768, 2048)},
+}
+
+
+class LanguagePolicy(Protocol):
+    """What the loop needs of a policy; ten lines make a fake one for a test."""
+
+    codec: Codec
+    family: Family
+    max_length: int
+
+    def prefill(self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None) -> tuple[DecodeState, Tensor]: ...
+
+    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor: ...
+
+    def logprobs(self, batch: Batch, entropy: bool = False) -> TokenLogprobs: ...
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """logprobs float32[B, S], zero where column t has no predecessor in its segment; entropy float32[B, S] or None."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then CPU. Raises OperantError for a device that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OperantError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device auto") from error
+    return device
+
+
+class Policy:
+    """A Transformers model with its tokenizer.
+
+    `dtype` is the precision of the matrix work: "float32", or "bf16" for autocast over float32 weights.
+    """
+
+    def __init__(self, model: Any, codec: Codec, *, device: str = "auto", dtype: str = "float32") -> None:
+        if dtype not in ("float32", "bf16"):
+            raise OperantError(f"dtype {dtype!r} is not known; choose float32 or bf16")
+        self.device = resolve_device(device)
+        self.dtype = dtype
+        self.model = model.to(self.device)
+        self.codec = codec
+        self.family: Family = "encoder-decoder" if self.config.is_encoder_decoder else "decoder"
+        self.version = 0
+        self._reference: Any = None  # a frozen model, or the name of a frozen adapter; None: the adapter switched off
+        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        if codec.vocab_size > vocabulary:
+            raise OperantError(
+                f"the tokenizer has {codec.vocab_size} tokens but the model only {vocabulary}; "
+                "load the tokenizer that belongs to this model"
+            )
+        forward = inspect.signature(self._base().forward).parameters
+        self._keeps_logits = "logits_to_keep" in forward
+        self._takes_positions = "position_ids" in forward
+
+    # --- making, loading, saving ---------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, source: str | Path, *, device: str = "auto", dtype: str = "float32") -> Policy:
+        """Load a model folder or a hub id, with its PEFT adapter if it is one.
+
+        Raises OperantError when there is no such model, when it is no language model, or when it has no tokenizer.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        path = Path(source)
+        if path.exists() and not path.is_dir():
+            raise OperantError(f"{source} is a file; give the model's folder")
+        if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+            raise OperantError(f"{source} holds no model (no config.json); give a folder that a stage or Transformers saved")
+        try:
+            if (path / "adapter_config.json").exists():
+                from peft import PeftConfig, PeftModel
+
+                adapter = PeftConfig.from_pretrained(str(path))
+                base = str(adapter.base_model_name_or_path)
+                inner = path / "base" if (path / "base").is_dir() else Path(base)
+                plain = cls.load(inner if inner.exists() else base, device="cpu")
+                model: Any = PeftModel.from_pretrained(plain.model, str(path), is_trainable=True)
+                codec = Codec.load(path) if (path / "tokenizer_config.json").exists() else plain.codec
+            else:
+                config = AutoConfig.from_pretrained(source)
+                auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+                model = auto.from_pretrained(source, dtype=torch.float32)
+                codec = Codec.load(source)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise OperantError(f"cannot load a model from {source}: {first}") from error
+        return cls(model, codec, device=device, dtype=dtype)
+
+    @classmethod
+    def new(
+        cls,
+        arch: str,
+        size: str,
+        codec: Codec,
+        *,
+        max_length: int = 512,
+        seed: int = 0,
+        dropout: float = 0.0,
+        device: str = "auto",
+        dtype: str = "float32",
+    ) -> Policy:
+        """A model with random weights: arch `gpt2`, `llama` or `t5`, size `tiny`, `small` or `base` (see SIZES)."""
+        if arch not in SIZES or size not in SIZES[arch]:
+            raise OperantError(
+                f"no model {arch!r} of size {size!r}; choose --arch {'|'.join(SIZES)} and --size {'|'.join(SIZES['gpt2'])}"
+            )
+        layers, heads, width, inner = SIZES[arch][size]
+        ids: dict[str, Any] = {"pad_token_id": codec.pad_id, "eos_token_id": codec.eos_id, "bos_token_id": codec.bos_id}
+        vocab = math.ceil(codec.vocab_size / 8) * 8
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: Any
+            if arch == "gpt2":
+                from transformers import GPT2Config, GPT2LMHeadModel
+
+                model = GPT2LMHeadModel(
+                    GPT2Config(
+                        vocab_size=vocab, n_positions=max_length, n_embd=width, n_layer=layers, n_head=heads,
+                        n_inner=inner, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, **ids,
+                    )
+                )  # fmt: skip
+            elif arch == "llama":
+                from transformers import LlamaConfig, LlamaForCausalLM
+
+                model = LlamaForCausalLM(
+                    LlamaConfig(
+                        vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+                        num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), attention_dropout=dropout,
+                        max_position_embeddings=max_length, tie_word_embeddings=True, **ids,
+                    )
+                )  # fmt: skip
+            else:
+                from transformers import T5Config, T5ForConditionalGeneration
+
+                model = T5ForConditionalGeneration(
+                    T5Config(
+                        vocab_size=vocab, d_model=width, d_kv=width // heads, d_ff=inner, num_layers=layers,
+                        num_decoder_layers=layers, num_heads=heads, dropout_rate=dropout, tie_word_embeddings=True,
+                        feed_forward_proj="gated-gelu", decoder_start_token_id=codec.pad_id, n_positions=max_length, **ids,
+                    )
+                )  # fmt: skip
+        return cls(model, codec, device=device, dtype=dtype)
+
+    def add_lora(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, seed: int = 0) -> None:
+        """Train a low-rank adapter on every linear layer instead of the weights (Hu et al. 2021), `alpha` 2·rank."""
+        from peft import LoraConfig, TaskType, get_peft_model
+
+        task = TaskType.SEQ_2_SEQ_LM if self.family == "encoder-decoder" else TaskType.CAUSAL_LM
+        if self.is_lora:
+            self.model = self.model.merge_and_unload()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            config = LoraConfig(
+                r=rank, lora_alpha=int(alpha or 2 * rank), lora_dropout=dropout, target_modules="all-linear", task_type=task,
+                fan_in_fan_out=self.config.model_type == "gpt2",
+            )  # fmt: skip
+            self.model = get_peft_model(self.model, config)
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder that plain Transformers loads; with LoRA an adapter that PEFT loads, and its base beside it."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.is_lora:
+            # PEFT notes where the base is; a base that lives in the same folder keeps the whole movable.
+            self.model.save_pretrained(str(folder), selected_adapters=["default"])
+            base = self._base()
+            weights = {
+                name.replace("base_layer.", ""): tensor.detach().cpu().contiguous()
+                for name, tensor in base.state_dict().items()
+                if "lora_" not in name
+            }
+            base.save_pretrained(str(folder / "base"), state_dict=weights)
+            self.codec.save(folder / "base")
+            settings = json.loads((folder / "adapter_config.json").read_text())
+            settings["base_model_name_or_path"] = str((folder / "base").resolve())
+            (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+        else:
+            self.model.save_pretrained(str(folder))
+        self.codec.save(folder)
+
+    # --- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def is_lora(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit: prompt and completion together, or each side of an encoder-decoder."""
+        for name in ("max_position_embeddings", "n_positions"):
+            value = getattr(self.config, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+        return 2**20
+
+    @property
+    def parameters_count(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _base(self) -> Any:
+        return self.model.get_base_model() if self.is_lora else self.model
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        if self.dtype == "bf16":
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                yield
+        else:
+            yield
+
+    # --- the reference policy ------------------------------------------------------------------------------------
+
+    def freeze_reference(self) -> None:
+        """Remember the policy as it is now, as the KL's reference.
+
+        A fresh LoRA adapter adds nothing yet, so its reference is the same model with the adapter off; an adapter that
+        was trained before is kept as a second, frozen adapter; full weights are copied.
+        """
+        if self.is_lora:
+            from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+            weights = get_peft_model_state_dict(self.model)
+            if all(not bool(t.any()) for name, t in weights.items() if "lora_B" in name):
+                self._reference = None
+                return
+            if "reference" not in self.model.peft_config:
+                self.model.add_adapter("reference", copy.deepcopy(self.model.peft_config["default"]))
+            set_peft_model_state_dict(self.model, {k: v.clone() for k, v in weights.items()}, adapter_name="reference")
+            self.model.set_adapter("default")
+            self._reference = "reference"
+        else:
+            self._reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the policy computes with the reference's weights, without gradients."""
+        current = self.model
+        with torch.no_grad():
+            if self.is_lora and self._reference is None:
+                with current.disable_adapter():
+                    yield
+            elif self.is_lora:
+                current.set_adapter("reference")
+                try:
+                    yield
+                finally:
+                    current.set_adapter("default")
+            else:
+                if self._reference is None:
+                    raise OperantError("no reference was frozen; call freeze_reference() before the first update")
+                self.model = self._reference
+                try:
+                    yield
+                finally:
+                    self.model = current
+
+    # --- log-probabilities ---------------------------------------------------------------------------------------
+
+    def logits(self, batch: Batch, keep_from: int = 0) -> Tensor:
+        """Logits that predict columns keep_from … S−1, float32[B, S − keep_from, V]. This is where the shift lives.
+
+        Column t is predicted from what stands before it: the decoder's column t−1, or the encoder-decoder's shifted
+        input. Column 0 of a decoder has no predictor; its logits are zero.
+        """
+        with self.autocast():
+            if batch.context is not None:
+                start = torch.full_like(batch.tokens[:, :1], self._decoder_start())
+                inputs = torch.cat([start, batch.tokens[:, :-1]], 1)
+                encoded = self._encode(batch.context.tokens, batch.context.mask)[batch.context.row]
+                output = self.model(
+                    encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+                    attention_mask=batch.context.mask[batch.context.row].long(),
+                    decoder_input_ids=inputs,
+                    decoder_attention_mask=(batch.segment_ids >= 0).long(),
+                    use_cache=False,
+                )
+                return _upcast(output.logits[:, keep_from:])
+            arguments: dict[str, Any] = {"attention_mask": self._attention(batch), "use_cache": False}
+            if self._takes_positions:
+                arguments["position_ids"] = batch.position_ids
+            columns = batch.tokens.shape[1] - max(keep_from, 1) + 1  # one more than wanted: the last predicts nothing
+            if self._keeps_logits:
+                arguments["logits_to_keep"] = columns
+            logits = _upcast(self.model(input_ids=batch.tokens, **arguments).logits[:, -columns:-1])
+            return logits if keep_from > 0 else torch.nn.functional.pad(logits, (0, 0, 1, 0))
+
+    def logprobs(self, batch: Batch, entropy: bool = False) -> TokenLogprobs:
+        """log π(token_t | tokens before it in its segment, context), at the segment's temperature.
+
+        Returns float32[B, S], zero outside `action_mask`; the entropy of the same distributions if asked.
+        """
+        used = batch.action_mask.any(0).nonzero()
+        first = int(used[0]) if len(used) else 0
+        logits = self.logits(batch, keep_from=first)
+        if batch.temperature is not None and bool((batch.temperature != 1.0).any()):
+            per_token = batch.temperature[batch.segment_ids[:, first:].clamp(min=0)]
+            logits = logits / per_token.clamp(min=1e-6)[..., None]
+        mask = batch.action_mask[:, first:]
+        # only the columns that act: the rest of a padded batch costs nothing here
+        chosen = logits[mask]
+        normalised = torch.log_softmax(chosen, -1)
+        picked = normalised.gather(-1, batch.tokens[:, first:][mask][:, None])[:, 0]
+        out = torch.zeros(batch.tokens.shape, dtype=picked.dtype, device=picked.device)
+        logprobs = out.masked_scatter(batch.action_mask, picked)
+        if not entropy:
+            return TokenLogprobs(logprobs)
+        per_token_entropy = -(normalised.exp() * normalised).sum(-1)
+        return TokenLogprobs(logprobs, out.masked_scatter(batch.action_mask, per_token_entropy))
+
+    def _attention(self, batch: Batch) -> Tensor:
+        """bool[B, S] for one segment a row; bool[B, 1, S, S], causal inside each segment, for packed rows."""
+        real = batch.segment_ids >= 0
+        first = batch.segment_ids[:, :1]
+        if bool(((batch.segment_ids == first) | ~real).all()):
+            return real.long()
+        same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
+        causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
+        mask = (same & causal)[:, None]
+        if self._base().config._attn_implementation == "eager":
+            return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return mask
+
+    def _encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        encoder = self._base().get_encoder()
+        return encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state  # type: ignore[no-any-return]
+
+    def _decoder_start(self) -> int:
+        start = self.config.decoder_start_token_id
+        if start is None:
+            raise OperantError("the model's config has no decoder_start_token_id; set it in config.json")
+        return int(start)
+
+    # --- decoding ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None) -> tuple[DecodeState, Tensor]:
+        """Read prompts (and prefixes already written). Returns the rows' state and their next logits float32[B, V]."""
+        before = [np.empty(0, np.int64)] * len(prompts) if prefixes is None else list(prefixes)
+        layers = self._decoder_layers()
+        state = DecodeState.empty(len(prompts), layers, self.device, self.family == "encoder-decoder")
+        if self.family == "encoder-decoder":
+            width = max(1, max(len(p) for p in prompts))
+            tokens = torch.full((len(prompts), width), self.codec.pad_id, dtype=torch.long)
+            mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                tokens[row, : len(prompt)] = torch.from_numpy(prompt)
+                mask[row, : len(prompt)] = True
+            state.encoder_mask = mask.to(self.device)
+            with self.autocast():
+                state.encoder_hidden = self._encode(tokens.to(self.device), state.encoder_mask)
+            start = np.array([self._decoder_start()], np.int64)
+            inputs = [np.concatenate([start, prefix]) for prefix in before]
+        else:
+            inputs = [np.concatenate([p, q]) for p, q in zip(prompts, before, strict=True)]
+        width = max(len(row) for row in inputs)
+        block = torch.full((len(inputs), width), self.codec.pad_id, dtype=torch.long)
+        real = torch.zeros(len(inputs), width, dtype=torch.bool)
+        for row, ids in enumerate(inputs):
+            block[row, width - len(ids) :] = torch.from_numpy(ids)
+            real[row, width - len(ids) :] = True
+        return state, self._extend(state, block.to(self.device), real.to(self.device))
+
+    @torch.no_grad()
+    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        """Append tokens int64[B] to the rows of `state` (changed in place); the next logits, float32[B, V]."""
+        return self._extend(state, tokens[:, None], torch.ones_like(tokens, dtype=torch.bool)[:, None])
+
+    def _extend(self, state: DecodeState, tokens: Tensor, real: Tensor) -> Tensor:
+        positions = (state.positions[:, None] + real.long().cumsum(1) - 1).clamp(min=0)
+        state.mask = torch.cat([state.mask, real], 1)
+        state.positions = state.positions + real.sum(1)
+        attention = state.mask.long()
+        with self.autocast():
+            if self.family == "encoder-decoder":
+                assert state.encoder_hidden is not None and state.encoder_mask is not None
+                with _decoder_positions(self._base(), positions):
+                    output = self.model(
+                        encoder_outputs=BaseModelOutput(last_hidden_state=state.encoder_hidden),
+                        attention_mask=state.encoder_mask.long(),
+                        decoder_input_ids=tokens,
+                        decoder_attention_mask=attention,
+                        past_key_values=state.past_key_values(),
+                        use_cache=True,
+                    )
+            else:
+                arguments: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
+                if self._keeps_logits:
+                    arguments["logits_to_keep"] = 1
+                output = self.model(
+                    input_ids=tokens,
+                    attention_mask=attention,
+                    past_key_values=state.past_key_values(),
+                    use_cache=True,
+                    **arguments,
+                )
+        return _upcast(output.logits[:, -1])
+
+    def _decoder_layers(self) -> int:
+        config = self.config
+        for name in ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer"):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and (self.family == "encoder-decoder" or name in ("num_hidden_layers", "n_layer")):
+                return value
+        raise OperantError(f"the config of {config.model_type!r} does not say how many decoder layers there are")
+
+
+def _upcast(logits: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays, so that tests can recompute in it."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+@contextlib.contextmanager
+def _decoder_positions(model: Any, positions: Tensor) -> Iterator[None]:
+    """BART and Marian number decoder positions by the cache's length; rows of different ages need their own."""
+    embedding = getattr(model.get_decoder(), "embed_positions", None)
+    if embedding is None:  # T5: relative positions, which left padding leaves as they are
+        yield
+        return
+
+    def replace(module: Any, args: Any, output: Tensor) -> Tensor:
+        return module.weight[positions + getattr(module, "offset", 0)]  # type: ignore[no-any-return]
+
+    hook = embedding.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()

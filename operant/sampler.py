@@ -1,0 +1,389 @@
+"""One sampler for training and for live requests: rows join and leave between decode steps.
+
+Randomness is a pure function of (seed, prompt, sample, position), so what a row says depends neither on the rows that
+it shares a batch with nor on when it joined (up to the rounding of the logits), and a resumed run draws the same text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from operant.cache import DecodeState
+from operant.policy import LanguagePolicy
+from operant.types import Completion, OperantError, Prompt, Sampling, StopReason
+
+_MASK64 = (1 << 64) - 1
+
+
+class StreamSession(Protocol):
+    """One row's streaming reward: called after each sampled token with the text that the token committed.
+
+    Returns the token's reward, or an object with an attribute `reward` to end the row there (a terminal of its own).
+    """
+
+    def step(self, token: int, text: str) -> Any: ...
+
+
+class StreamingReward(Protocol):
+    def start(self, prompt: Prompt) -> StreamSession: ...
+
+
+def row_key(seed: int, prompt_id: str, sample: int) -> int:
+    """The 64-bit key of one row's random numbers."""
+    digest = hashlib.blake2b(f"{seed}\x00{prompt_id}\x00{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def uniform(key: int, position: int) -> float:
+    """A number in [0, 1) from SplitMix64 (Steele et al. 2014) at counter `position`; 53 bits."""
+    z = (key + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return float((z ^ (z >> 31)) >> 11) * 2.0**-53
+
+
+def behavior_logprobs(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, banned: Tensor | None = None
+) -> Tensor:
+    """The log-probabilities that tokens are really drawn from: bans, then temperature, top-k, top-p, renormalised.
+
+    logits: float32[B, V]. temperature: float32[B], > 0. top_k: int64[B], 0 for off. top_p: float32[B], 1 for off (Holtzman
+    et al. 2020: the smallest set whose probability reaches top_p). banned: bool[B, V] or None. Returns float32[B, V],
+    −inf where a token cannot be drawn.
+    """
+    if banned is not None:
+        logits = logits.masked_fill(banned, -torch.inf)
+    logprobs = torch.log_softmax(logits / temperature[:, None], -1)
+    if bool((top_k > 0).any()) or bool((top_p < 1.0).any()):
+        ordered, order = torch.sort(logprobs, dim=-1, descending=True, stable=True)
+        rank = torch.arange(ordered.shape[-1], device=logits.device)[None]
+        keep = (rank < torch.where(top_k > 0, top_k, ordered.shape[-1])[:, None]) & (
+            # a token stays while the probability of all better ones is still below top_p
+            (ordered.exp().cumsum(-1) - ordered.exp() < top_p[:, None]) | (top_p[:, None] >= 1.0)
+        )
+        keep[:, 0] = True
+        kept = torch.zeros_like(keep).scatter(-1, order, keep)
+        logprobs = torch.log_softmax(logprobs.masked_fill(~kept, -torch.inf), -1)
+    return logprobs
+
+
+def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling: int64[B] from logprobs float32[B, V] and uniforms float64[B] in [0, 1)."""
+    cumulative = logprobs.double().exp().cumsum(-1)
+    target = uniforms[:, None].to(cumulative.device) * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # rounding may land past the last token with probability; the last possible one is then meant
+    last = logprobs.shape[-1] - 1 - torch.isfinite(logprobs).flip(-1).to(torch.uint8).argmax(-1)
+    return torch.minimum(index, last)
+
+
+@dataclass(slots=True)
+class _Row:
+    id: str
+    prompt: Prompt
+    sampling: Sampling
+    key: int
+    text: Any
+    limit: int
+    session: StreamSession | None
+    audited: bool
+    tokens: list[int] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    behavior: list[float] = field(default_factory=list)
+    model: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Request:
+    prompt: Prompt
+    sampling: Sampling
+    ids: list[str]
+    first: int
+    stream: StreamingReward | None
+
+
+class Sampler:
+    """Continuous batching over one policy.
+
+    max_rows: rows decoded together. audit_fraction: of the rows that a streaming reward would end, this share runs on,
+    with `meta["would_stop_at"]` and `meta["stop_reward"]` noted, to estimate what early stops lose.
+    on_token: called with (completion id, token id, newly committed text) after each sampled token.
+    """
+
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        *,
+        max_rows: int = 128,
+        version: int = 0,
+        audit_fraction: float = 0.0,
+        on_token: Callable[[str, int, str], None] | None = None,
+    ) -> None:
+        self.policy = policy
+        self.version = version
+        self.max_rows = max_rows
+        self.audit_fraction = audit_fraction
+        self.on_token = on_token
+        self.decoded_tokens = 0
+        self.saved_tokens = 0  # decode steps that early stops made unnecessary, at most
+        self._queue: deque[_Request] = deque()
+        self._rows: list[_Row] = []
+        self._state: DecodeState | None = None
+        self._stale = False
+        self._sequence = 0
+
+    # --- requests ------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        stream: StreamingReward | None = None,
+        first_sample: int = 0,
+        ids: Sequence[str] | None = None,
+    ) -> list[str]:
+        """Ask for n completions; their ids. Sample i is keyed `first_sample + i`.
+
+        Raises OperantError when the prompt leaves no room for a token.
+        """
+        if self._room(prompt, sampling) < 1:
+            raise OperantError(
+                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and the model's context {self.policy.max_length}; "
+                "shorten it, or load it with --too_long truncate"
+            )
+        if ids is None:
+            ids = [f"{prompt.id}#{self._sequence + i}" for i in range(n)]
+            self._sequence += n
+        self._queue.append(_Request(prompt, sampling, list(ids), first_sample, stream))
+        return list(ids)
+
+    def cancel(self, completion_id: str) -> Completion | None:
+        """Drop one completion. Returns what was written of it, or None if it had not begun or is unknown."""
+        for request in self._queue:
+            if completion_id in request.ids:
+                request.ids.remove(completion_id)
+                return None
+        for index, row in enumerate(self._rows):
+            if row.id == completion_id:
+                self._keep([i for i in range(len(self._rows)) if i != index])
+                return self._finish(row, "cancelled")
+        return None
+
+    @property
+    def pending(self) -> int:
+        """Completions asked for and not yet returned."""
+        return len(self._rows) + sum(len(r.ids) for r in self._queue)
+
+    def load(self, version: int, policy: LanguagePolicy | None = None) -> None:
+        """Serve other weights from the next step on: rows under way are read again under them, no cache outlives its
+        version. Call it with the same policy after its weights were updated in place."""
+        self.version = version
+        self.policy = policy or self.policy
+        self._stale = True
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        stream: StreamingReward | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """All completions of all prompts, in order; nothing else may be under way."""
+        if self.pending:
+            raise RuntimeError("sample() needs an idle sampler; use submit() and step() for overlapping requests")
+        ids = [self.submit(prompt, sampling, n, stream=stream) for prompt in prompts]
+        done: dict[str, Completion] = {}
+        while self.pending:
+            finished = self.step()
+            done.update((c.id, c) for c in finished)
+            if progress and finished:
+                progress(len(finished))
+        return [[done[i] for i in group] for group in ids]
+
+    # --- one decode step -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Admit what fits, draw one token for every row, return the completions that this finished."""
+        if self._stale and self._rows:
+            self._state, _ = self.policy.prefill(
+                [row.prompt.tokens for row in self._rows], [np.array(row.tokens[:-1], np.int64) for row in self._rows]
+            )
+        self._stale = False
+        logits: list[Tensor] = []
+        if self._rows:
+            assert self._state is not None
+            fed = torch.tensor([row.tokens[-1] for row in self._rows], device=self._state.mask.device)
+            logits.append(self.policy.decode(self._state, fed))
+        admitted = self._admit()
+        if admitted is not None:
+            state, first_logits = admitted
+            logits.append(first_logits)
+            self._state = state if self._state is None else self._state.join(state)
+        if not self._rows:
+            return []
+        return self._draw(torch.cat(logits))
+
+    def _room(self, prompt: Prompt, sampling: Sampling) -> int:
+        used = len(prompt.tokens) if self.policy.family == "decoder" else 1
+        return min(sampling.max_tokens, self.policy.max_length - used)
+
+    def _admit(self) -> tuple[DecodeState, Tensor] | None:
+        """Prefill each admitted prompt once and share it among its completions."""
+        prompts: list[Prompt] = []
+        copies: list[int] = []
+        free = self.max_rows - len(self._rows)
+        while self._queue and free > 0:
+            request = self._queue[0]
+            count = min(free, len(request.ids))
+            for _ in range(count):
+                completion_id = request.ids.pop(0)
+                key = row_key(request.sampling.seed, request.prompt.id, request.first)
+                request.first += 1
+                self._rows.append(
+                    _Row(
+                        id=completion_id,
+                        prompt=request.prompt,
+                        sampling=request.sampling,
+                        key=key,
+                        text=self.policy.codec.incremental(),
+                        limit=self._room(request.prompt, request.sampling),
+                        session=request.stream.start(request.prompt) if request.stream else None,
+                        audited=uniform(key ^ 0xA0D17, 0) < self.audit_fraction,
+                    )
+                )
+            if count:
+                prompts.append(request.prompt)
+                copies.append(count)
+            free -= count
+            if not request.ids:
+                self._queue.popleft()
+        if not prompts:
+            return None
+        state, logits = self.policy.prefill([p.tokens for p in prompts])
+        if any(c > 1 for c in copies):
+            index = torch.repeat_interleave(torch.tensor(copies)).to(logits.device)
+            return state.select(index), logits[index]
+        return state, logits
+
+    def _draw(self, logits: Tensor) -> list[Completion]:
+        rows, device = self._rows, logits.device
+        model = torch.log_softmax(logits, -1)
+        plain = all(
+            r.sampling.temperature == 1 and r.sampling.top_p >= 1 and not r.sampling.top_k and not r.sampling.banned
+            for r in rows
+        )
+        if plain:
+            behavior = model
+        else:
+            temperature = torch.tensor([r.sampling.temperature for r in rows], device=device)
+            banned = None
+            if any(r.sampling.banned for r in rows):
+                banned = torch.zeros(logits.shape, dtype=torch.bool, device=device)
+                for i, r in enumerate(rows):
+                    banned[i, list(r.sampling.banned)] = True
+            behavior = behavior_logprobs(
+                logits,
+                torch.where(temperature > 0, temperature, 1.0),
+                torch.tensor([r.sampling.top_k if r.sampling.temperature > 0 else 1 for r in rows], device=device),
+                torch.tensor([r.sampling.top_p for r in rows], device=device),
+                banned,
+            )
+        uniforms = torch.tensor([uniform(r.key, len(r.tokens)) for r in rows], dtype=torch.float64)
+        tokens = draw(behavior, uniforms)
+        behavior_list = behavior.gather(1, tokens[:, None])[:, 0].tolist()
+        model_list = model.gather(1, tokens[:, None])[:, 0].tolist() if not plain else behavior_list
+        self.decoded_tokens += len(rows)
+        finished: list[Completion] = []
+        kept: list[int] = []
+        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            piece = row.text.push(token)
+            row.tokens.append(token)
+            row.ends.append(len(row.text.text))
+            row.behavior.append(behavior_list[i])
+            row.model.append(model_list[i])
+            row.versions.append(self.version)
+            if self.on_token:
+                self.on_token(row.id, token, piece)
+            reason = self._stop_reason(row, token, piece)
+            if reason is None:
+                kept.append(i)
+            else:
+                finished.append(self._finish(row, reason))
+        if len(kept) < len(rows):
+            self._keep(kept)
+        return finished
+
+    def _stop_reason(self, row: _Row, token: int, piece: str) -> StopReason | None:
+        stopped = False
+        if row.session is not None:
+            answer = row.session.step(token, piece)
+            if hasattr(answer, "reward"):
+                row.rewards.append(float(answer.reward))
+                if row.audited:
+                    row.meta.setdefault("would_stop_at", len(row.tokens))
+                    row.meta.setdefault("stop_reward", float(answer.reward))
+                else:
+                    stopped = True
+                    self.saved_tokens += row.limit - len(row.tokens)
+            else:
+                row.rewards.append(float(answer or 0.0))
+        if token == self.policy.codec.eos_id:
+            return "eos"
+        if stopped:
+            return "reward"
+        longest = max((len(s) for s in row.sampling.stop), default=0)
+        if longest and piece:
+            tail = row.text.text[-(longest + len(piece)) :]
+            if any(s in tail for s in row.sampling.stop):
+                return "stop"
+        return "length" if len(row.tokens) >= row.limit else None
+
+    def _keep(self, index: list[int]) -> None:
+        self._rows = [self._rows[i] for i in index]
+        assert self._state is not None
+        if not index:
+            self._state = None
+        else:
+            self._state = self._state.select(torch.tensor(index, device=self._state.mask.device))
+
+    def _finish(self, row: _Row, reason: StopReason) -> Completion:
+        row.text.finish()
+        text, ends = row.text.text, np.array(row.ends, np.int64)
+        if reason == "stop":
+            cut = min(i for i in (text.find(s) for s in row.sampling.stop) if i >= 0)
+            text, ends = text[:cut], np.minimum(ends, cut)
+        greedy = row.sampling.temperature == 0
+        return Completion(
+            id=row.id,
+            prompt_id=row.prompt.id,
+            text=text,
+            tokens=np.array(row.tokens, np.int64),
+            text_ends=ends,
+            behavior_logprobs=np.array(row.behavior, np.float32) * (0.0 if greedy else 1.0),
+            model_logprobs=np.array(row.model, np.float32),
+            sampled=np.ones(len(row.tokens), np.bool_),
+            policy_version=np.array(row.versions, np.int64),
+            stop_reason=reason,
+            truncated=reason == "length",
+            sampling=row.sampling,
+            tokenizer_hash=self.policy.codec.hash,
+            template_hash=self.policy.codec.template_hash,
+            stream_rewards=np.array(row.rewards, np.float32) if row.session is not None else None,
+            meta=row.meta,
+        )
