@@ -32,6 +32,13 @@ TOKENIZER_FILES = (
     "source.spm",
 )
 REPLACEMENT = "\ufffd"
+WINDOW = 8  # A character has at most four bytes: more tokens than this without one are broken, not unfinished.
+
+
+def looks_like_path(name: str) -> bool:
+    """True for a name meant as a path: hub ids are `name` or `owner/name`, and no owner is a folder here."""
+    owner, slash, rest = name.partition("/")
+    return name.startswith((".", "/", "~")) or "/" in rest or (bool(slash) and Path(owner).is_dir())
 
 
 def chars_to_tokens(ends: Sequence[int] | Ints, start: int, end: int) -> tuple[int, int]:
@@ -165,7 +172,7 @@ class _WindowIncremental(_Committed):
             return self._commit("")
         self._new.append(token)
         piece = self._difference()
-        if not piece or piece.endswith(REPLACEMENT):
+        if len(self._new) < WINDOW and (not piece or piece.endswith(REPLACEMENT)):
             return self._commit("")
         self._context, self._new = self._new, []
         return self._commit(piece)
@@ -238,7 +245,7 @@ class Codec:
                 raise OperantError(
                     f"{path} holds no tokenizer: copy tokenizer.json and tokenizer_config.json of the model into it"
                 )
-        elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        elif folder.exists() or looks_like_path(name):
             raise OperantError(f"{path} is not a model folder: give a folder with a tokenizer, or a hub id")
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)

@@ -1,0 +1,636 @@
+"""From files and hub data sets to prompts, pairs and texts.
+
+JSON Lines and CSV are read as they stand: a typed table would fill absent keys, turn "007" into 7 and lose the number
+of a broken line. Parquet, Arrow folders and hub data sets come through `datasets`. Nothing is ever written beside the
+user's data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from operant.text import Codec, looks_like_path
+from operant.types import Ints, OperantError, Prompt
+
+__all__ = ["Fields", "Pair", "load_pairs", "load_prompts", "load_rows", "load_texts", "splits"]
+
+Row = dict[str, Any]
+TooLong = Literal["error", "skip", "truncate"]
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "dev": ("dev", "validation", "valid", "val", "eval"),
+    "test": ("test",),
+}
+GUESSES = {
+    "prompt": ("prompt",),
+    "completion": ("completion",),
+    "references": ("references", "reference"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """Which column holds what. None takes the usual name where there is such a column.
+
+    The usual names are `prompt`, `completion`, `references` or `reference`, `messages` and `text`; `id` or `idx` names
+    a row. A dot reaches into a nested column: `translation.de`. References default to the completion.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+    references: str | None = None
+    messages: str | None = None
+    text: str | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prompt with the completion to imitate. completion_tokens: int64[T], EOS last (unless it was cut off)."""
+
+    prompt: Prompt
+    completion_tokens: Ints
+    completion_text: str
+
+
+# -- rows
+
+
+def load_rows(source: str | Path, split: str = "train", limit: int | None = None) -> list[Row]:
+    """The rows of a data set, in order.
+
+    Args:
+        source: a file (.jsonl, .json, .csv, .tsv, .txt, each also with .gz; .parquet), a folder that holds one or more
+            of them for each split (`train.jsonl.gz`, `dev.jsonl`, `test-00000.parquet`, …) or is `save_to_disk`'s,
+            or a hub id (`owner/name`, or `owner/name:config`). A .txt file is one row with one `text`.
+        split: which split of a folder or hub data set; "dev" and "validation" are the same. A file has no splits and is
+            given whole.
+        limit: at most so many rows, the first ones.
+
+    Raises:
+        OperantError: nothing there, nothing in it, no such split, or it cannot be read (with the line).
+    """
+    if limit is not None and limit < 1:
+        raise OperantError(f"limit {limit} leaves no rows: give at least 1, or leave it out")
+    path = Path(source).expanduser()
+    if path.is_file():
+        rows = _read_files([path], limit)
+    elif path.is_dir():
+        rows = _read_folder(path, split, limit)
+    elif looks_like_path(str(source)) or _reader(path) is not None:
+        raise OperantError(f"there is no data at {source}: give a file (.jsonl, .csv, .parquet), a folder or a hub id")
+    else:
+        rows = _read_hub(str(source), split, limit)
+    if not rows:
+        raise OperantError(f"{source} holds no rows: give data with at least one row")
+    return rows
+
+
+def splits(source: str | Path) -> list[str]:
+    """The splits that a folder holds, of "train", "dev" and "test". A file has none; a hub data set is not asked."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return []
+    saved = _saved_splits(path)
+    names = saved if saved is not None else [_stem(file) for file in _data_files(path)]
+    return [split for split in SPLIT_NAMES if any(_is_split(name, split) for name in names)]
+
+
+def _stem(file: Path) -> str:
+    return file.name.split(".", 1)[0]
+
+
+def _is_split(name: str, split: str) -> bool:
+    """`dev`, `dev-00000-of-00002` and `dev_1` are of the split "dev", `developers` is not."""
+    wanted = next((names for names in SPLIT_NAMES.values() if split in names), (split,))
+    return any(name == word or name.startswith((f"{word}-", f"{word}_")) for word in wanted)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    inside = [folder, folder / "data"]
+    return sorted(f for place in inside if place.is_dir() for f in place.iterdir() if f.is_file() and _reader(f))
+
+
+def _read_folder(folder: Path, split: str, limit: int | None) -> list[Row]:
+    saved = _saved_splits(folder)
+    if saved is not None:
+        return _read_saved(folder, saved, split, limit)
+    files = _data_files(folder)
+    if not files:
+        raise OperantError(f"the folder {folder} holds no data: put {split}.jsonl (or .csv, .parquet, .gz) into it")
+    chosen = [file for file in files if _is_split(_stem(file), split)]
+    if not chosen:
+        names = ", ".join(file.name for file in files[:8])
+        raise OperantError(
+            f"the folder {folder} has no split {split!r} (it holds {names}): name a split or a file of it"
+        )
+    return _read_files(chosen, limit)
+
+
+def _read_files(files: Sequence[Path], limit: int | None) -> list[Row]:
+    rows: list[Row] = []
+    for file in files:
+        reader = _reader(file)
+        if reader is None:
+            raise OperantError(
+                f"{file} is no data file that can be read: use .jsonl, .json, .csv, .tsv, .txt or .parquet"
+            )
+        left = None if limit is None else limit - len(rows)
+        try:
+            rows.extend(islice(reader(file), left))
+        except UnicodeDecodeError as error:
+            raise OperantError(f"{file} is not UTF-8: save it as UTF-8 ({error})") from error
+        except (OSError, EOFError) as error:
+            raise OperantError(f"{file} cannot be read: check that it is whole and readable ({error})") from error
+    return rows
+
+
+def _reader(file: Path) -> Callable[[Path], Iterable[Row]] | None:
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return _READERS.get(suffixes[-1]) if suffixes else None
+
+
+def _open(file: Path) -> io.TextIOBase:
+    if file.suffix.lower() == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
+    return file.open(encoding="utf-8-sig", newline="")
+
+
+def _read_jsonl(file: Path) -> Iterator[Row]:
+    with _open(file) as lines:
+        # Split at newlines alone: a JSON string may hold U+2028 and its kin.
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise OperantError(
+                    f"{file}, line {number} is no JSON: mend or remove that line ({error.msg}, column {error.colno})"
+                ) from error
+            if not isinstance(row, dict):
+                raise OperantError(f'{file}, line {number} is no JSON object: each line must be like {{"prompt": "…"}}')
+            yield row
+
+
+def _read_json(file: Path) -> list[Row]:
+    with _open(file) as stream:
+        content = stream.read()
+    if not content.strip():
+        return []
+    try:
+        rows = json.loads(content)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # JSON Lines under the name .json is common.
+            return list(_read_jsonl(file))
+        raise OperantError(f"{file}, line {error.lineno} is no JSON: mend that line ({error.msg})") from error
+    if isinstance(rows, dict):
+        lists = [value for value in rows.values() if isinstance(value, list)]
+        rows = lists[0] if len(rows) == 1 and lists else [rows]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise OperantError(f"{file} is no list of JSON objects: give a list of rows, or JSON Lines")
+    return rows
+
+
+def _read_csv(file: Path, delimiter: str = ",") -> Iterator[Row]:
+    with _open(file) as stream:
+        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise OperantError(
+                        f"{file}, line {reader.line_num} has not as many cells as the header: quote cells with commas"
+                    )
+                yield dict(row)
+        except csv.Error as error:
+            raise OperantError(f"{file}, line {reader.line_num} is no CSV: mend that line ({error})") from error
+
+
+def _read_tsv(file: Path) -> Iterator[Row]:
+    return _read_csv(file, delimiter="\t")
+
+
+def _read_text(file: Path) -> list[Row]:
+    with _open(file) as stream:
+        content = stream.read()
+    return [{"text": content}] if content.strip() else []
+
+
+def _read_parquet(file: Path) -> Iterator[Row]:
+    with _quiet(f"{file} cannot be read as Parquet: write it again"):
+        from datasets import load_dataset
+
+        # Streaming reads the file where it lies and caches nothing.
+        stream = load_dataset("parquet", data_files=glob.escape(str(file)), split="train", streaming=True)
+        for row in stream:
+            yield dict(row)
+
+
+_READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".txt": _read_text,
+    ".parquet": _read_parquet,
+}
+
+
+def _saved_splits(folder: Path) -> list[str] | None:
+    """The splits of a folder that `save_to_disk` wrote ([] for a single set), or None for any other folder."""
+    index = folder / "dataset_dict.json"
+    if index.is_file():
+        return list(json.loads(index.read_text(encoding="utf-8"))["splits"])
+    return [] if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file() else None
+
+
+def _read_saved(folder: Path, names: list[str], split: str, limit: int | None) -> list[Row]:
+    name = next((name for name in names if _is_split(name, split)), None)
+    if names and name is None:
+        raise OperantError(f"{folder} has no split {split!r}: it has {', '.join(names)}")
+    with _quiet(f"{folder} cannot be read: write it again with save_to_disk"):
+        from datasets import load_from_disk
+
+        data = load_from_disk(str(folder if name is None else folder / name))
+        return [dict(row) for row in (data if limit is None else data.take(limit))]
+
+
+def _read_hub(source: str, split: str, limit: int | None) -> list[Row]:
+    name, _, config = source.partition(":")
+    with _quiet(f"cannot load {source} from the hub: give a file, a folder or the id of a data set"):
+        from datasets import get_dataset_split_names, load_dataset
+
+        available = get_dataset_split_names(name, config or None)
+        chosen = split if split in available else next((word for word in available if _is_split(word, split)), None)
+        if chosen is None:
+            raise OperantError(f"{source} has no split {split!r}: it has {', '.join(available)}")
+        data = load_dataset(name, config or None, split=chosen, streaming=limit is not None)
+        return [dict(row) for row in (data if limit is None else data.take(limit))]
+
+
+@contextlib.contextmanager
+def _quiet(fault: str) -> Iterator[None]:
+    """No progress bars of `datasets`; its faults, which are of many types, become one line."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    except OperantError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OperantError(f"{fault} ({reason})") from error
+    finally:
+        if not silent:
+            enable_progress_bars()
+
+
+# -- columns
+
+_ABSENT: Any = object()
+
+
+def _get(row: Row, column: str) -> Any:
+    """The value of a column, `_ABSENT` where the row has no such column. A dot reaches into nested rows."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return _ABSENT
+        value = value[part]
+    return value
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Every column of the first rows, nested ones with a dot."""
+    names: dict[str, None] = {}
+    for row in rows[:100]:
+        for name, value in row.items():
+            names[name] = None
+            if isinstance(value, dict):
+                names.update({f"{name}.{inner}": None for inner in value})
+    return list(names)
+
+
+def _find(rows: Sequence[Row], role: str, given: str | None) -> str | None:
+    """The column for a role: the given one, which must exist, or the first usual name that does."""
+    if given is None:
+        return next((name for name in GUESSES[role] if any(name in row for row in rows)), None)
+    if any(_get(row, given) is not _ABSENT for row in rows):
+        return given
+    raise OperantError(_no_column(rows, role, given))
+
+
+def _no_column(rows: Sequence[Row], role: str, wanted: str) -> str:
+    columns = _columns(rows)
+    near = difflib.get_close_matches(wanted, columns, n=1) or difflib.get_close_matches(
+        wanted.lower(), [column for column in columns if column == column.lower()], n=1
+    )
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    flag = "reference" if role == "references" else role
+    return f"there is no column {wanted!r}: {hint}the columns are {', '.join(columns[:20])}; choose with --{flag}-field"
+
+
+def _text_of(value: Any, column: str, number: int) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    what = "nothing" if value is None or value is _ABSENT else f"a {type(value).__name__}"
+    raise OperantError(
+        f"row {number} has {what} in the column {column!r} where a text is needed: mend or remove the row"
+    )
+
+
+def _is_chat(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _texts_of(value: Any, column: str, number: int) -> tuple[str, ...]:
+    """One text, a list of them, or an assistant's message, as a tuple of texts."""
+    if value is None or value is _ABSENT:
+        return ()
+    if _is_chat(value):
+        return ("\n".join(_text_of(turn.get("content"), column, number) for turn in value),)
+    if isinstance(value, (list, tuple)):
+        return tuple(_text_of(item, column, number) for item in value if item is not None)
+    return (_text_of(value, column, number),)
+
+
+# -- prompts, pairs, texts
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A row read: what is asked, what may be answered, and the row's other columns."""
+
+    text: str
+    messages: tuple[dict[str, str], ...] | None
+    completions: tuple[str, ...]
+    references: tuple[str, ...]
+    meta: dict[str, Any]
+
+
+def _questions(rows: Sequence[Row], fields: Fields) -> list[_Question]:
+    if not rows:
+        raise OperantError("there are no rows: give data with at least one row")
+    prompt = _find(rows, "prompt", fields.prompt)
+    messages = _find(rows, "messages", fields.messages)
+    if fields.messages is not None and fields.prompt is None:
+        prompt = None
+    completion = _find(rows, "completion", fields.completion)
+    references = _find(rows, "references", fields.references)
+    if prompt is None and messages is None:
+        raise OperantError(_no_column(rows, "prompt", "prompt"))
+    used = {column.split(".")[0] for column in (prompt, messages, completion, references) if column is not None}
+    questions = []
+    for number, row in enumerate(rows, start=1):
+        asked = _get(row, prompt) if prompt is not None else _get(row, str(messages))
+        column = str(prompt if prompt is not None else messages)
+        answers = () if completion is None else _texts_of(_get(row, completion), completion, number)
+        chat: tuple[dict[str, str], ...] | None = None
+        text = ""
+        if _is_chat(asked):
+            turns = [{str(key): value for key, value in turn.items() if value is not None} for turn in asked]
+            # The answer to a recorded chat is its last message, which the policy must not see.
+            if turns[-1].get("role") == "assistant":
+                answers = answers or (_text_of(turns[-1].get("content"), column, number),)
+                turns = turns[:-1]
+            if not turns:
+                raise OperantError(f"row {number} has nothing before the assistant's message: add the user's message")
+            chat = tuple(turns)
+            text = str(turns[-1].get("content", ""))
+        else:
+            text = _text_of(asked, column, number)
+        wanted = () if references is None else _texts_of(_get(row, references), references, number)
+        meta = {key: value for key, value in row.items() if key not in used}
+        questions.append(_Question(text, chat, answers, wanted or answers, meta))
+    return questions
+
+
+def _ids(rows: Sequence[Row], questions: Sequence[_Question], fields: Fields) -> list[str]:
+    """A stable name for each row: its own where all are different, else a hash of its content and its place."""
+    if fields.id is not None and all(_get(row, fields.id) is _ABSENT for row in rows):
+        raise OperantError(_no_column(rows, "id", fields.id))
+    for column in ("id", "idx") if fields.id is None else (fields.id,):
+        values = [_get(row, column) for row in rows]
+        if all(isinstance(value, (str, int)) and value != "" for value in values):
+            names = [str(value) for value in values]
+            if len(set(names)) == len(names):
+                return names
+    names = []
+    for index, question in enumerate(questions):
+        content = json.dumps([question.text, question.messages, question.references], ensure_ascii=False, default=str)
+        names.append(f"{hashlib.sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}-{index}")
+    return names
+
+
+def load_prompts(
+    rows: Sequence[Row],
+    codec: Codec,
+    fields: Fields | None = None,
+    *,
+    task: str = "",
+    prefix: str = "",
+    separator: str = "\n",
+    encoder: bool = False,
+    max_prompt_tokens: int | None = None,
+    too_long: TooLong = "error",
+) -> list[Prompt]:
+    """Prompts for the policy, with the references that only rewards and metrics see.
+
+    Args:
+        rows: from `load_rows`.
+        codec: the policy's tokenizer.
+        fields: which columns to read. A prompt is a text or a chat (a list of messages); of a chat that ends with the
+            assistant's message, that message is the reference.
+        task: `Prompt.task` of all of them.
+        prefix: written before each text prompt ("translate English to German: "). `Prompt.text` stays without it.
+        separator: written after a decoder's text prompt, so that it can tell where the completion begins. Encoders'
+            prompts end with EOS, chats end as their template says.
+        encoder: the policy is an encoder-decoder.
+        max_prompt_tokens: the longest prompt that the model takes.
+        too_long: "error", "skip" (leave the row out) or "truncate" (a decoder keeps the end of the prompt, an encoder
+            the beginning and EOS).
+
+    Returns:
+        One prompt a row. `id` is the row's own id where ids are unique; `meta` holds the row's other columns.
+
+    Raises:
+        OperantError: a column is missing, a value is no text, or a prompt is too long.
+    """
+    made = _make_prompts(rows, codec, fields, task, prefix, separator, encoder, max_prompt_tokens, too_long)
+    return [prompt for prompt, _ in made]
+
+
+def _make_prompts(
+    rows: Sequence[Row],
+    codec: Codec,
+    fields: Fields | None,
+    task: str,
+    prefix: str,
+    separator: str,
+    encoder: bool,
+    max_prompt_tokens: int | None,
+    too_long: TooLong,
+) -> list[tuple[Prompt, tuple[str, ...]]]:
+    fields = fields or Fields()
+    questions = _questions(rows, fields)
+    made = []
+    ending = "" if encoder else separator
+    for question, name in zip(questions, _ids(rows, questions, fields), strict=True):
+        if question.messages is None:
+            tokens = codec.encode_prompt(f"{prefix}{question.text}{ending}", encoder=encoder)
+        else:
+            tokens = codec.encode_prompt(messages=question.messages, encoder=encoder)
+        prompt = Prompt(
+            id=name,
+            tokens=tokens,
+            text=question.text,
+            messages=question.messages,
+            references=question.references,
+            task=task,
+            meta=question.meta,
+        )
+        made.append((prompt, question.completions))
+    if max_prompt_tokens is None:
+        return made
+    lengths = [len(prompt.tokens) for prompt, _ in made]
+    _check_lengths("prompt", lengths, max_prompt_tokens, too_long)
+    kept = []
+    for prompt, completions in made:
+        if len(prompt.tokens) > max_prompt_tokens:
+            if too_long == "skip":
+                continue
+            prompt = _truncated(prompt, max_prompt_tokens, codec, encoder)
+        kept.append((prompt, completions))
+    return kept
+
+
+def _check_lengths(what: str, lengths: Sequence[int], limit: int, too_long: TooLong) -> None:
+    if too_long not in ("error", "skip", "truncate"):
+        near = difflib.get_close_matches(str(too_long), ("error", "skip", "truncate"), n=1, cutoff=0.0)
+        raise OperantError(f"too_long {too_long!r} is unknown: did you mean {near[0]!r}?")
+    if limit < 1:
+        raise OperantError(f"max_{what}_tokens {limit} leaves no room: give at least 1")
+    long = sum(length > limit for length in lengths)
+    if long and too_long == "error":
+        raise OperantError(
+            f"{long} of {len(lengths)} {what}s are longer than {limit} tokens (the longest has {max(lengths)}):"
+            f" give --max_{what}_tokens {max(lengths)} if the model takes it, or --too_long skip or truncate"
+        )
+    if long == len(lengths) and too_long == "skip":
+        raise OperantError(f"every {what} is longer than {limit} tokens: give --max_{what}_tokens {max(lengths)}")
+
+
+def _truncated(prompt: Prompt, limit: int, codec: Codec, encoder: bool) -> Prompt:
+    tokens = prompt.tokens
+    if encoder:
+        tokens = np.append(tokens[: limit - 1], codec.eos_id)
+    elif tokens[0] == codec.bos_id and limit > 1:
+        tokens = np.append(tokens[:1], tokens[len(tokens) - limit + 1 :])
+    else:
+        tokens = tokens[-limit:]
+    return Prompt(
+        id=prompt.id,
+        tokens=tokens,
+        text=prompt.text,
+        messages=prompt.messages,
+        references=prompt.references,
+        task=prompt.task,
+        meta=prompt.meta | {"truncated_prompt": True},
+    )
+
+
+def load_pairs(
+    rows: Sequence[Row],
+    codec: Codec,
+    fields: Fields | None = None,
+    *,
+    task: str = "",
+    prefix: str = "",
+    separator: str = "\n",
+    encoder: bool = False,
+    max_prompt_tokens: int | None = None,
+    max_completion_tokens: int | None = None,
+    too_long: TooLong = "error",
+) -> list[Pair]:
+    """Prompts with completions to imitate. A row with several completions gives a pair for each.
+
+    The completions are the completion column, or the last assistant's message of a chat, or else the references.
+
+    Args:
+        max_completion_tokens: the longest completion, EOS included. "truncate" cuts the end off, EOS with it, so that
+            nothing teaches the policy to stop in the middle.
+
+        The others are those of `load_prompts`.
+
+    Raises:
+        OperantError: as `load_prompts`, or a row has no completion.
+    """
+    made = _make_prompts(rows, codec, fields, task, prefix, separator, encoder, max_prompt_tokens, too_long)
+    owners: list[Prompt] = []
+    texts: list[str] = []
+    for prompt, completions in made:
+        answers = completions or prompt.references
+        if not answers:
+            columns = ", ".join(_columns(rows)[:20])
+            raise OperantError(
+                f"row {prompt.id} has no completion: the columns are {columns}; choose with --completion-field"
+            )
+        owners.extend([prompt] * len(answers))
+        texts.extend(answers)
+    tokens = codec.encode_batch(texts, eos=True, target=encoder)
+    if max_completion_tokens is not None:
+        _check_lengths("completion", [len(row) for row in tokens], max_completion_tokens, too_long)
+    pairs = []
+    for prompt, text, row in zip(owners, texts, tokens, strict=True):
+        if max_completion_tokens is not None and len(row) > max_completion_tokens:
+            if too_long == "skip":
+                continue
+            pairs.append(Pair(prompt, row[:max_completion_tokens], codec.decode(row[:max_completion_tokens])))
+        else:
+            pairs.append(Pair(prompt, row, text))
+    return pairs
+
+
+def load_texts(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
+    """Raw texts to pretrain on. Rows whose text is empty or absent are left out.
+
+    Raises:
+        OperantError: there is no text column, a value is no text, or all texts are empty.
+    """
+    if not rows:
+        raise OperantError("there are no rows: give data with at least one row")
+    column = _find(rows, "text", (fields or Fields()).text)
+    if column is None:
+        raise OperantError(_no_column(rows, "text", "text"))
+    values = ((number, _get(row, column)) for number, row in enumerate(rows, start=1))
+    texts = [_text_of(value, column, number) for number, value in values if value is not None and value is not _ABSENT]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise OperantError(f"every text in the column {column!r} is empty: choose another with --text-field")
+    return texts
