@@ -41,16 +41,22 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or "/" in rest or (bool(slash) and Path(owner).is_dir())
 
 
-def chars_to_tokens(ends: Sequence[int] | Ints, start: int, end: int) -> tuple[int, int]:
-    """The tokens that wrote the characters [start, end): the smallest half-open token span that covers them.
+def chars_to_tokens(
+    ends: Sequence[int] | Ints, start: int, end: int, reach: Sequence[int] | Ints | None = None
+) -> tuple[int, int]:
+    """The tokens that hold the characters [start, end): the smallest half-open token span that covers them.
 
-    Character c is finished by the first token t with `ends[t] > c`. The tokens just before t that finished no character
-    hold its first bytes and belong to it too, so an emoji spread over three tokens maps to all three. (A token that
-    finishes c-1 and also holds the first byte of c counts as c-1's alone: `ends` cannot tell the difference.)
+    Token t holds bytes of the characters `[ends[t-1], reach[t])`, with `ends[-1] = 0`. So an emoji spread over three
+    tokens maps to all three, also when the first of them holds the space before it as well.
+
+    Without `reach` a token is taken to hold what it finished and, if it finished nothing, the next character: exact but
+    where a token finishes one character and begins another (byte-level BPE likes to join a space with the first bytes
+    of an emoji), which then counts as the finished one's alone.
 
     Args:
         ends: int[T], non-decreasing, characters committed after token t (`Completion.text_ends`).
         start, end: character positions, 0 <= start <= end. Past the committed text lie the tokens of a cut-off tail.
+        reach: int[T], characters of which token t or one before it holds a byte (`Codec.reach`).
 
     Returns:
         (t0, t1) with 0 <= t0 <= t1 <= T. An empty character span gives an empty token span.
@@ -61,8 +67,11 @@ def chars_to_tokens(ends: Sequence[int] | Ints, start: int, end: int) -> tuple[i
     if start < 0 or end < start:
         raise ValueError(f"a character span needs 0 <= start <= end, got [{start}, {end})")
     total = len(ends)
-    first = 0
-    if start > 0:
+    if reach is not None:
+        first = int(np.searchsorted(reach, start, side="right"))
+    elif start == 0:
+        first = 0
+    else:
         first = int(np.searchsorted(ends, start, side="left"))
         if first < total and int(ends[first]) == start:
             first += 1
@@ -93,9 +102,13 @@ def tokens_to_chars(ends: Sequence[int] | Ints, t0: int, t1: int) -> tuple[int, 
 
 
 class Incremental(Protocol):
-    """Decodes a completion while it is written. Made by `Codec.incremental()`; one per completion."""
+    """Decodes a completion while it is written. Made by `Codec.incremental()`; one per completion.
+
+    ends, reach: int[T] so far, the characters committed after each token, and those begun.
+    """
 
     ends: list[int]
+    reach: list[int]
 
     @property
     def text(self) -> str:
@@ -109,10 +122,11 @@ class Incremental(Protocol):
 
 
 class _Committed:
-    """The committed text and its length after each token."""
+    """The committed text, its length after each token, and that length with the character begun by then."""
 
     def __init__(self) -> None:
         self.ends: list[int] = []
+        self.reach: list[int] = []
         self._pieces: list[str] = []
         self._length = 0
 
@@ -122,11 +136,12 @@ class _Committed:
             self._pieces = ["".join(self._pieces)]
         return self._pieces[0] if self._pieces else ""
 
-    def _commit(self, piece: str) -> str:
+    def _commit(self, piece: str, begun: int) -> str:
         if piece:
             self._pieces.append(piece)
             self._length += len(piece)
         self.ends.append(self._length)
+        self.reach.append(self._length + begun)
         return piece
 
 
@@ -147,7 +162,8 @@ class _ByteIncremental(_Committed):
             else:
                 data = data[1:]
                 self._strip_left -= 1
-        return self._commit(self._decoder.decode(data))
+        piece = self._decoder.decode(data)
+        return self._commit(piece, begun=bool(self._decoder.getstate()[0]))
 
     def finish(self) -> str:
         pending, _ = self._decoder.getstate()
@@ -166,16 +182,19 @@ class _WindowIncremental(_Committed):
         self._codec = codec
         self._context: list[int] = []
         self._new: list[int] = []
+        self._begun = 0
 
     def push(self, token: int) -> str:
         if not self._codec.is_text(token):
-            return self._commit("")
+            return self._commit("", self._begun)
         self._new.append(token)
         piece = self._difference()
         if len(self._new) < WINDOW and (not piece or piece.endswith(REPLACEMENT)):
-            return self._commit("")
-        self._context, self._new = self._new, []
-        return self._commit(piece)
+            # Each byte of an unfinished character may read as a replacement of its own: they are one character.
+            self._begun = len(piece.rstrip(REPLACEMENT)) + bool(piece)
+            return self._commit("", self._begun)
+        self._context, self._new, self._begun = self._new, [], 0
+        return self._commit(piece, begun=0)
 
     def finish(self) -> str:
         return self._difference() if self._new else ""
@@ -462,6 +481,13 @@ class Codec:
         for token in _ids(tokens):
             decoder.push(token)
         return decoder.text + decoder.finish(), np.asarray(decoder.ends, dtype=np.int64)
+
+    def reach(self, tokens: Iterable[int]) -> Ints:
+        """int64[T], of how many characters token t or one before it holds a byte (for `chars_to_tokens`)."""
+        decoder = self.incremental()
+        for token in _ids(tokens):
+            decoder.push(token)
+        return np.asarray(decoder.reach, dtype=np.int64)
 
     def incremental(self) -> Incremental:
         """A fresh decoder for one completion that is being written: push each token, get the text it committed."""
