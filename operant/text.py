@@ -31,6 +31,11 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "source.spm",
 )
+CLASSES_WITHOUT_FILES = (
+    "ByT5Tokenizer",
+    "CanineTokenizer",
+    "PerceiverTokenizer",
+)  # Their vocabulary is Unicode itself.
 REPLACEMENT = "\ufffd"
 WINDOW = 8  # A character has at most four bytes: more tokens than this without one are broken, not unfinished.
 
@@ -190,8 +195,8 @@ class _WindowIncremental(_Committed):
         self._new.append(token)
         piece = self._difference()
         if len(self._new) < WINDOW and (not piece or piece.endswith(REPLACEMENT)):
-            # Each byte of an unfinished character may read as a replacement of its own: they are one character.
-            self._begun = len(piece.rstrip(REPLACEMENT)) + bool(piece)
+            # The bytes of an unfinished character read as a replacement each, or as nothing: they are one character.
+            self._begun = len(piece.rstrip(REPLACEMENT)) + 1
             return self._commit("", self._begun)
         self._context, self._new, self._begun = self._new, [], 0
         return self._commit(piece, begun=0)
@@ -256,11 +261,9 @@ class Codec:
         folder = Path(name).expanduser()
         if folder.is_dir():
             name = str(folder)
-            if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-                adapter = folder / "adapter_config.json"
-                base = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
-                if base.get("base_model_name_or_path"):
-                    return cls.load(base["base_model_name_or_path"])
+            if not _holds_tokenizer(folder):
+                if base := _read_object(folder / "adapter_config.json").get("base_model_name_or_path"):
+                    return cls.load(base)
                 raise OperantError(
                     f"{path} holds no tokenizer: copy tokenizer.json and tokenizer_config.json of the model into it"
                 )
@@ -531,6 +534,22 @@ class Codec:
 
 
 DEFAULT_TEMPLATE = "### {role}\n{content}\n\n … ### Assistant\n"
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object from a file, {} where there is none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _holds_tokenizer(folder: Path) -> bool:
+    # Transformers would make an empty tokenizer of a folder without these, and say nothing.
+    if any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return True
+    return _read_object(folder / "tokenizer_config.json").get("tokenizer_class") in CLASSES_WITHOUT_FILES
 
 
 def _ids(tokens: Iterable[int]) -> list[int]:

@@ -438,3 +438,22 @@ def test_combining_and_joined_characters_are_code_points(codec: Codec) -> None:
     assert unicodedata.combining(text[at])
     t0, t1 = chars_to_tokens(ends, text.index(FAMILY), text.index("!"), codec.reach(tokens))
     assert codec.decode(tokens[t0:t1]).strip(" !") == FAMILY
+
+
+def test_tokenizer_without_fast_backend(tmp_path) -> None:
+    from transformers import ByT5Tokenizer
+
+    codec = Codec(ByT5Tokenizer(extra_ids=3))
+    text = "hello 你🏠 e\u0301"
+    tokens = codec.encode(text, eos=True)
+    decoded, ends = codec.text_and_ends(tokens)
+    assert len(tokens) == len(text.encode()) + 1
+    assert decoded == text == codec.decode(tokens)
+    assert ends.tolist() == [len(text.encode()[:n].decode(errors="ignore")) for n in range(1, len(tokens))] + [
+        len(text)
+    ]
+    at = text.index("🏠")
+    assert chars_to_tokens(ends, at, at + 1, codec.reach(tokens)) == (9, 13)
+    assert codec.sentinel_ids and len(codec.sentinel_ids) == 3
+    codec.save(tmp_path)
+    assert Codec.load(tmp_path).hash == codec.hash
