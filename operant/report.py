@@ -62,6 +62,8 @@ LABELS = {
 _LOWER_IS_BETTER = {"loss", "perplexity", "ter"}
 _BEHAVIOUR = ("length", "distinct1", "distinct2", "distinct3", "repetition")
 
+_LEVEL_MARKERS = ("┈", "═", "~", "+")
+
 # Thresholds of the checks against reward hacking, as relative change from the first to the last measurement.
 FELL = 0.03
 LENGTH_MOVED = 0.25
@@ -207,7 +209,7 @@ def hacking_checks(run: Run, optimised: Collection[str]) -> list[Check]:
         moved = (after - before) / max(abs(before), 1e-9)
         odd = abs(moved) > limit if both else moved < -limit
         checks.append(
-            Check(_label(name), "watch" if odd else "ok", f"{_fmt(before)} → {_fmt(after)} ({100 * moved:+.0f} %)")
+            Check(_label(name), "watch" if odd else "ok", f"{_fmt(before)} → {_fmt(after)} ({_percent(moved)})")
         )
     for name in ("kl_ref", "approx_kl"):
         change = _change(run.series.get(f"train/{name}"))
@@ -235,26 +237,29 @@ def terminal_curve(
         width, height: in characters.
         color: None uses colour when stdout is a terminal and NO_COLOR is not set.
     """
-    import plotext
+    from plotext import figure, uncolorize
 
     points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(x) and math.isfinite(y)]
     if not points:
         return f"{title}: nothing to draw yet" if title else "nothing to draw yet"
     if color is None:
         color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    plotext.clear_figure()
-    plotext.theme("clear" if not color else "pro")
-    plotext.plotsize(width, height)
-    plotext.plot([x for x, _ in points], [y for _, y in points], marker="braille")
+    drawn = {name: level for name, level in (levels or {}).items() if math.isfinite(level)}
     left, right = min(x for x, _ in points), max(x for x, _ in points)
-    for name, level in (levels or {}).items():
-        if math.isfinite(level):
-            plotext.plot([left, right], [level, level], label=name, marker="hd")
-    plotext.title(title)
-    plotext.xlabel(xlabel)
-    text: str = plotext.build()
-    plotext.clear_figure()
-    return text if color else plotext.uncolorize(text)
+    figure.clear()
+    figure.theme("simple" if color else "colorless")
+    figure.plot_size(width, height)
+    for (_, level), marker in zip(drawn.items(), _LEVEL_MARKERS * len(drawn), strict=False):
+        figure.draw(figure.signal([left, right], [level, level], marker=marker).lines())
+    figure.draw(figure.signal([x for x, _ in points], [y for _, y in points], marker="braille").lines())
+    figure.title(title)
+    # Not plotext's legend: it is drawn over the curve.
+    names = [f"{m} {name} {_fmt(drawn[name])}" for name, m in zip(drawn, _LEVEL_MARKERS * len(drawn), strict=False)]
+    figure.label("   ".join([xlabel, *names]))
+    built = figure.build()
+    figure.clear()
+    text = str(built) if color else uncolorize(built)
+    return "\n".join(line.rstrip() for line in text.rstrip().split("\n"))
 
 
 # What is drawn
@@ -268,7 +273,8 @@ def _charts(run: Run, optimised: Collection[str]) -> dict[str, list[_Chart]]:
 
     def chart(key: str, title: str, *names: str, level: float | None = None) -> list[_Chart]:
         lines = tuple((_line_label(name), series[name]) for name in names if _finite(series.get(name)))
-        return [_Chart(key, title, lines, level=level)] if lines else []
+        # A metric may have any name; its file and its ids may not.
+        return [_Chart(re.sub(r"[^\w.-]", "_", key), title, lines, level=level)] if lines else []
 
     parts = sorted(name for name in series if name.startswith("train/reward/"))
     seen = [n for n in _held_out(run) if n == "reward" or n in optimised]
@@ -324,7 +330,7 @@ def _figure(chart: _Chart, folder: Path) -> str:
 
     # Wide enough for the curve, small enough that its text is still readable on a phone.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.key, "font.size": 9}):
-        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        figure = Figure(figsize=(4.0, 2.3), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for side in ("top", "right", "left"):
@@ -350,7 +356,7 @@ def _figure(chart: _Chart, folder: Path) -> str:
         axes.set_title(chart.title, color=_INK, fontsize=10, loc="left", fontweight="bold")
         if len(chart.lines) > 1 or chart.level is not None:
             axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
-        figure.savefig(folder / f"{chart.key}.png", dpi=130, facecolor="white")
+        figure.savefig(folder / f"{chart.key}.png", dpi=150, facecolor="white")
     legend = "".join(
         f'<span><i style="background:var(--c{i})"></i>{_esc(label)}</span>'
         for i, (label, _) in enumerate(chart.lines)
@@ -388,14 +394,18 @@ def _thinned(series: Series, most: int = 400) -> Series:
 
 
 def _smooth(ys: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the curve, unbiased at its start; NaN is passed over."""
-    keep = 1 - 1 / max(2.0, len(ys) / 20)
-    total = weight = 0.0
-    smooth = []
+    """Mean over a centred window, a twentieth of the curve wide, so that it does not lag; NaN is passed over."""
+    reach = max(1, len(ys) // 40)
+    sums, counts = [0.0], [0]
     for y in ys:
-        if math.isfinite(y):
-            total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
-        smooth.append(total / weight if weight else math.nan)
+        known = math.isfinite(y)
+        sums.append(sums[-1] + (y if known else 0.0))
+        counts.append(counts[-1] + known)
+    smooth = []
+    for i in range(len(ys)):
+        low, high = max(0, i - reach), min(len(ys), i + reach + 1)
+        count = counts[high] - counts[low]
+        smooth.append((sums[high] - sums[low]) / count if count else math.nan)
     return smooth
 
 
@@ -505,8 +515,8 @@ def _tiles(run: Run) -> Iterable[str]:
         moved = after - before
         good = (moved < 0) == (short in _LOWER_IS_BETTER) or moved == 0
         trend = f'<span class="{"good" if good else "bad"}">{_signed(moved)}</span> from {_fmt(before)}'
-        where = "held-out " if name.startswith("eval/") else ""
-        yield f'<div class="tile"><p>{where}{_esc(_label(short))}</p><strong>{_fmt(after)}</strong><p>{trend}</p></div>'
+        where = ", held out" if name.startswith("eval/") else ""
+        yield f'<div class="tile"><p>{_esc(_label(short))}{where}</p><strong>{_fmt(after)}</strong><p>{trend}</p></div>'
 
 
 def _comparison(run: Run) -> str:
@@ -630,8 +640,9 @@ def _missing(run: Run) -> str:
         values = [(s, v) for s, v in run.series[name] if math.isfinite(v) and v > 0]
         if values:
             rows += (
-                f"<tr><th>{_esc(name.removeprefix('train/missing/'))}</th><td class=num>{sum(v for _, v in values):,.0f}"
-                f"</td><td class=num>{len(values):,}</td><td class=num>{values[-1][0]:,}</td></tr>"
+                f"<tr><th>{_esc(name.removeprefix('train/missing/'))}</th>"
+                f"<td class=num>{sum(v for _, v in values):,.0f}</td>"
+                f"<td class=num>{len(values):,}</td><td class=num>{values[-1][0]:,}</td></tr>"
             )
     if not rows:
         return ""
@@ -645,7 +656,8 @@ def _trouble(run: Run) -> str:
     for name, values in sorted(run.series.items()):
         bad = [s for s, v in values if not math.isfinite(v)]
         if bad:
-            items += f'<li class="watch"><b>{_esc(name)}</b><span>not finite at {len(bad):,} steps, last {bad[-1]:,}</span></li>'
+            told = f"not finite at {len(bad):,} steps, last {bad[-1]:,}"
+            items += f'<li class="watch"><b>{_esc(name)}</b><span>{told}</span></li>'
     skipped = sum(v for _, v in run.series.get("train/skipped", []) if math.isfinite(v))
     if skipped:
         items += f'<li class="watch"><b>Skipped steps</b><span>{skipped:,.0f}</span></li>'
@@ -658,7 +670,8 @@ def _configuration(run: Run) -> str:
         parts.append(f"<details><summary>Configuration</summary><pre>{_esc(run.config_text)}</pre></details>")
     if run.series:
         rows = "".join(
-            f"<tr><th>{_esc(name)}</th><td class=num>{_fmt(values[0][1])}</td><td class=num>{_fmt(values[-1][1])}</td></tr>"
+            f"<tr><th>{_esc(name)}</th><td class=num>{_fmt(values[0][1])}</td>"
+            f"<td class=num>{_fmt(values[-1][1])}</td></tr>"
             for name, values in sorted(run.series.items())
         )
         table = _table("<tr><th>Metric</th><th>First</th><th>Last</th></tr>", rows)
@@ -731,7 +744,9 @@ def _fmt(value: float | None) -> str:
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
-    if size and size < 1e-3:
+    if value == 0:
+        return "0"
+    if size < 1e-3:
         return f"{value:.1e}"
     if size >= 10_000:
         return f"{value:,.0f}"
@@ -740,6 +755,10 @@ def _fmt(value: float | None) -> str:
 
 def _signed(value: float) -> str:
     return ("+" if value > 0 else "−" if value < 0 else "±") + _fmt(abs(value))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:+.0f} %".replace("-", "−")
 
 
 def _duration(seconds: float) -> str:

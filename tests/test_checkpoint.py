@@ -294,7 +294,7 @@ def test_a_full_disk_at_any_sync_is_one_line_and_leaves_the_previous(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OperantError, match="disk is full while saving step 2 .*--resume") as caught:
+        with pytest.raises(OperantError, match=r"disk is full while saving step 2 .*--resume") as caught:
             checkpoint.save(tmp_path, 2, write_text("y"))
     assert "\n" not in str(caught.value)
     assert not [name for name in names(tmp_path) if name.startswith(".")]
@@ -364,7 +364,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", forbidden)
-    with pytest.raises(OperantError, match="no permission to write .*choose another --out"):
+    with pytest.raises(OperantError, match=r"no permission to write .*choose another --out"):
         checkpoint.save(tmp_path / "absent", 1, write_text("x"))
 
 

@@ -20,9 +20,7 @@ CONFIG = "reward: bleu\nlr: 0.001\nsteps: 100\nsampling: {temperature: 1.0, top_
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and not p.name == ".lock"
-    }
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 def fails(match: str, *args: object, **options: object) -> str:
@@ -255,7 +253,7 @@ def test_a_full_disk_while_logging_is_one_line(tmp_path: Path, caplog: pytest.Lo
     log = RunLog(tmp_path, tensorboard=False)
     log._metrics.close()
     log._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115
-    with pytest.raises(OperantError, match="No space left on device.*--resume"):
+    with pytest.raises(OperantError, match=r"No space left on device.*--resume"):
         log.log(1, {"a": 1.0})
     log.close()
     assert "/dev/full" in caplog.text
@@ -305,12 +303,12 @@ def test_wandb_gets_configuration_and_numbers(tmp_path: Path, monkeypatch: pytes
 
 def test_plain_progress_lines(tmp_path: Path) -> None:
     stream = io.StringIO()
-    with RunLog(tmp_path, tensorboard=False) as log:
-        with log.progress(4, "train", start=1, stream=stream, every=0.0) as bar:
-            bar.advance(tokens=500, shown={"reward": 0.31234, "phase": "warm-up"})
-            bar.advance(shown={"reward": 0.5}, missing={"timeout": 2, "raised": 1, "nan": 0})
-            bar.note("saved step 3")
-            bar.advance()
+    log = RunLog(tmp_path, tensorboard=False)
+    with log, log.progress(4, "train", start=1, stream=stream, every=0.0) as bar:
+        bar.advance(tokens=500, shown={"reward": 0.31234, "phase": "warm-up"})
+        bar.advance(shown={"reward": 0.5}, missing={"timeout": 2, "raised": 1, "nan": 0})
+        bar.note("saved step 3")
+        bar.advance()
     lines = stream.getvalue().splitlines()
     assert len(lines) == 4
     assert lines[0].startswith("train 2/4 (50%) · ETA 0:0")
@@ -322,11 +320,15 @@ def test_plain_progress_lines(tmp_path: Path) -> None:
 
 def test_a_broken_off_run_prints_where_it_was_once(tmp_path: Path) -> None:
     stream = io.StringIO()
-    log = RunLog(tmp_path, tensorboard=False)
-    with pytest.raises(KeyboardInterrupt), log.progress(None, "pretrain", stream=stream, every=1e9) as bar:
-        bar.advance(3)
-        raise KeyboardInterrupt
-    log.close()
+
+    def broken_off() -> None:
+        log = RunLog(tmp_path, tensorboard=False)
+        with log, log.progress(None, "pretrain", stream=stream, every=1e9) as bar:
+            bar.advance(3)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
     (line,) = stream.getvalue().splitlines()
     assert line.startswith("pretrain 3 · elapsed")
 
