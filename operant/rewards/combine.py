@@ -1,0 +1,242 @@
+"""Combinations of rewards. Each named part is logged on its own (`Trajectory.parts`, raw, before weights).
+
+A combination is computed in the training process from its parts' token rewards, so its state lives in one place whatever
+ran the parts. When a part is missing, so is the combination: the unknown summand of a sum is not zero.
+
+Sums keep token rewards. The others act on the completion's total R; over a dense part the tokens keep what they were paid
+and the last sampled token pays the difference to the new total. Multiplying every token instead would let early rewards
+depend on what was written later, and a return-to-go that drops them would be biased.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from operant.rewards.seam import as_reward, last_sampled, missing_trajectory, reward_trajectory
+from operant.types import Completion, Doubles, OperantError, Prompt, Trajectory
+
+
+class Combination:
+    """Base of all combinations: `children` are rewards, `combine` joins their trajectories of one batch."""
+
+    batched = False
+    streaming = False
+    in_process = True
+    kind = "combination"
+
+    def __init__(self, children: Sequence[Any]) -> None:
+        self.children = [as_reward(child) for child in children]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}({', '.join(child.name for child in self.children)})"
+
+    @property
+    def dense(self) -> bool:
+        return any(child.dense for child in self.children)
+
+    @property
+    def cost(self) -> str:
+        costs = {child.cost for child in self.children}
+        order = ("unknown", "quadratic", "linear*reference", "linear")
+        return next((cost for cost in order if cost in costs), "unknown")
+
+    @property
+    def needs_references(self) -> bool:
+        return any(child.needs_references for child in self.children)
+
+    def __call__(self, prompt: Prompt, completion: Completion) -> Doubles | None:
+        """Token rewards of one completion, or None when a part is missing. Running statistics are not updated."""
+        rows = []
+        for child in self.children:
+            if child.batched:
+                value = child([prompt], [completion])[0]
+            else:
+                value = child(prompt, completion)
+            rows.append([reward_trajectory(prompt, completion, child.name, value)])
+        (trajectory,) = self.combine(rows, update=False)
+        return None if trajectory.missing else trajectory.rewards
+
+    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool) -> list[Trajectory]:
+        """rows[k][i]: completion i under child k. `update`: let running statistics learn from this batch."""
+        return [self._join(parts) for parts in zip(*rows, strict=True)]
+
+    def _join(self, parts: Sequence[Trajectory]) -> Trajectory:
+        merged = _merge_parts(parts)
+        missing = next((part.missing for part in parts if part.missing), None)
+        first = parts[0]
+        if missing is None and not all(part.observed.any() for part in parts):
+            missing = "none: a part observed no token"
+        if missing is not None:
+            gone = missing_trajectory(first.prompt, first.completion, self.name, missing)
+            gone.parts = merged
+            return gone
+        observed = np.logical_and.reduce([part.observed for part in parts])
+        rewards = np.where(observed, self._rewards(parts), np.nan)
+        return Trajectory(first.prompt, first.completion, rewards, observed, merged, None)
+
+    def _rewards(self, parts: Sequence[Trajectory]) -> Doubles:
+        raise TypeError(f"{type(self).__name__} does not say how its parts join")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running statistics of this combination and those inside it, for exact resume."""
+        return {"children": [child.state_dict() if isinstance(child, Combination) else None for child in self.children]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict()`. Raises OperantError when it belongs to another combination."""
+        if len(state["children"]) != len(self.children):
+            raise OperantError(f"the saved reward has {len(state['children'])} parts and this one {len(self.children)}; use the same reward")
+        for child, saved in zip(self.children, state["children"], strict=True):
+            if isinstance(child, Combination):
+                if saved is None:
+                    raise OperantError(f"the saved state has nothing for '{child.name}'; resume with the same reward")
+                child.load_state_dict(saved)
+
+
+class Sum(Combination):
+    """Σ_k w_k · r_k, token by token."""
+
+    kind = "sum"
+
+    def __init__(self, children: Sequence[Any], weights: Sequence[float] | None = None) -> None:
+        super().__init__(children)
+        self.weights = [1.0] * len(self.children) if weights is None else [float(weight) for weight in weights]
+        if not self.children or len(self.weights) != len(self.children):
+            raise OperantError(f"a sum of {len(self.children)} rewards got {len(self.weights)} weights; give one to each")
+
+    def _rewards(self, parts: Sequence[Trajectory]) -> Doubles:
+        total = np.zeros_like(parts[0].rewards)
+        for weight, part in zip(self.weights, parts, strict=True):
+            total += weight * part.rewards
+        return total
+
+
+class Product(Combination):
+    """Π_k R_k of the completions' totals, paid at the last sampled token. Refuses dense parts, which it would sum away."""
+
+    kind = "product"
+
+    def __init__(self, children: Sequence[Any]) -> None:
+        super().__init__(children)
+        dense = [child.name for child in self.children if child.dense]
+        if dense:
+            raise OperantError(f"a product of rewards would sum the dense '{dense[0]}' away; use it without dense, or a gate")
+
+    def _rewards(self, parts: Sequence[Trajectory]) -> Doubles:
+        rewards = np.zeros_like(parts[0].rewards)
+        rewards[_end(parts[0].completion)] = math.prod(_total(part) for part in parts)
+        return rewards
+
+
+class Gate(Combination):
+    """R of `reward` where `condition`'s total is at least `threshold`, else `closed`."""
+
+    kind = "gate"
+
+    def __init__(self, condition: Any, reward: Any, threshold: float = 0.5, closed: float = 0.0) -> None:
+        super().__init__([condition, reward])
+        self.threshold, self.closed = float(threshold), float(closed)
+
+    @property
+    def dense(self) -> bool:
+        return bool(self.children[1].dense)
+
+    def _rewards(self, parts: Sequence[Trajectory]) -> Doubles:
+        condition, reward = parts
+        total = _total(reward) if _total(condition) >= self.threshold else self.closed
+        return _with_total(reward, total)
+
+
+class Clip(Combination):
+    """min(max(R, low), high)."""
+
+    kind = "clip"
+
+    def __init__(self, reward: Any, low: float = 0.0, high: float = 1.0) -> None:
+        super().__init__([reward])
+        self.low, self.high = float(low), float(high)
+        if self.low > self.high:
+            raise OperantError(f"clip's low {self.low} is above its high {self.high}; exchange them")
+
+    def _rewards(self, parts: Sequence[Trajectory]) -> Doubles:
+        return _with_total(parts[0], min(max(_total(parts[0]), self.low), self.high))
+
+
+class RunningNorm(Combination):
+    """(R − mean) / (std + ε) with mean and standard deviation over every completion seen so far (Welford 1962).
+
+    A batch is added to the statistics before it is normalised; evaluation leaves them alone. Token rewards are divided by
+    the deviation and the last sampled token pays the mean's share.
+    """
+
+    kind = "norm"
+
+    def __init__(self, reward: Any, epsilon: float = 1e-8) -> None:
+        super().__init__([reward])
+        self.epsilon = float(epsilon)
+        self.count, self.mean, self.squares = 0, 0.0, 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the totals seen; 1 until two different ones have been."""
+        deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
+        return deviation if deviation > 1e-12 else 1.0
+
+    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool) -> list[Trajectory]:
+        if update:
+            for part in rows[0]:
+                if part.missing is None:
+                    self._add(_total(part))
+        return super().combine(rows, update=update)
+
+    def _add(self, total: float) -> None:
+        self.count += 1
+        delta = total - self.mean
+        self.mean += delta / self.count
+        self.squares += delta * (total - self.mean)
+
+    def _rewards(self, parts: Sequence[Trajectory]) -> Doubles:
+        scale = self.std + self.epsilon
+        rewards = parts[0].rewards / scale
+        rewards[_end(parts[0].completion)] -= self.mean / scale
+        return rewards
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "count" not in state:
+            raise OperantError("the saved reward state is no running normalisation's; resume with the same reward")
+        self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])
+
+
+def _total(part: Trajectory) -> float:
+    return float(part.rewards[part.observed].sum())
+
+
+def _end(completion: Completion) -> int:
+    end = last_sampled(completion)
+    assert end is not None  # a completion without a sampled token has a missing reward and never comes here
+    return end
+
+
+def _with_total(part: Trajectory, total: float) -> Doubles:
+    rewards = part.rewards.copy()
+    rewards[_end(part.completion)] += total - _total(part)
+    return rewards
+
+
+def _merge_parts(parts: Sequence[Trajectory]) -> dict[str, float | None]:
+    merged: dict[str, float | None] = {}
+    for part in parts:
+        for name, value in part.parts.items():
+            unique, k = name, 2
+            while unique in merged:
+                unique, k = f"{name}_{k}", k + 1
+            merged[unique] = value
+    return merged

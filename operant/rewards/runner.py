@@ -1,0 +1,366 @@
+"""Rewards in parallel, each call under a time limit that holds.
+
+Rewards that pickle run in worker processes, started once; one that hangs is killed, with whatever it started, and
+replaced. Rewards that do not pickle (closures over live objects) run in daemon threads: one that hangs is abandoned, since a
+thread cannot be killed. The built-in linear metrics run in place: sending them away would cost more than computing them.
+Only the leaves of a combination are sent; the combination itself is computed here, so its state is in one place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any
+
+from operant.rewards.combine import Combination
+from operant.rewards.seam import as_reward, missing_trajectory
+from operant.rewards.worker import call
+from operant.types import Completion, OperantError, Prompt, Trajectory
+
+logger = logging.getLogger(__name__)
+
+# Longer texts leave the fast path: there even a linear metric deserves a process that can be killed.
+IN_PLACE_CHARACTERS = 5_000
+# A reward that carries more than this (a model in a closure) is not copied into every worker.
+LARGEST_PICKLE = 32 * 2**20
+START_LIMIT = 300.0
+
+Pair = tuple[Prompt, Completion]
+Outcome = tuple[Any, str | None]
+
+
+class RewardRunner:
+    """Runs a reward over batches of completions.
+
+    reward: anything that `as_reward` takes. workers: processes (and threads) at work at once; None uses every core but
+    one, 0 keeps everything in threads of this process. time_limit: seconds for one call; a batched reward's one call
+    judges the whole batch.
+
+    counts: how often a reward was missing, by reason ("raised", "timeout", "nan", "infinite", "none", "wrong_length",
+    "wrong_type", "bad_span", "no_tokens", "crashed", "stuck"). details: the first message of each reason.
+    Close it, or use it as a context manager, to end its processes.
+    """
+
+    def __init__(self, reward: Any, *, workers: int | None = None, time_limit: float = 10.0) -> None:
+        if time_limit <= 0:
+            raise OperantError(f"a reward's time limit must be above 0 seconds, not {time_limit}")
+        if workers is not None and workers < 0:
+            raise OperantError(f"the number of reward workers must be 0 or more, not {workers}")
+        self.reward = as_reward(reward)
+        self.time_limit = float(time_limit)
+        self.workers = max(1, (os.cpu_count() or 2) - 1) if workers is None else workers
+        self.counts: Counter[str] = Counter()
+        self.details: dict[str, str] = {}
+        self.rewarded = 0
+        self._leaves = list(_leaves(self.reward))
+        self._pickles: dict[int, bytes | None] = {}
+        self._processes: list[_Process] = []
+        self._abandoned = 0
+        # No sockets to pass to a child elsewhere.
+        self._processes_work = os.name == "posix" and self.workers > 0
+
+    def __enter__(self) -> RewardRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes. The runner starts new ones when it is used again."""
+        for process in self._processes:
+            process.kill()
+        self._processes.clear()
+
+    def run(self, pairs: Sequence[Pair], *, update: bool = True) -> list[Trajectory]:
+        """Trajectories in the order of `pairs`; one whose reward is missing has nothing observed and says why.
+
+        update: whether running normalisations learn from this batch (False in evaluation). Never raises for what a reward
+        function does; raises OperantError when worker processes cannot be started.
+        """
+        pairs = list(pairs)
+        if not pairs:
+            return []
+        rows = [self._run_leaf(index, pairs) for index in range(len(self._leaves))]
+        trajectories = _combine(self.reward, iter(rows), update=update)
+        for trajectory in trajectories:
+            if trajectory.missing is None:
+                self.rewarded += 1
+            else:
+                reason = trajectory.missing.split(":", 1)[0]
+                self.counts[reason] += 1
+                self.details.setdefault(reason, trajectory.missing)
+        return trajectories
+
+    def explain(self) -> str:
+        """One line on the missing rewards: how many, why, and the first message of the most frequent reason."""
+        if not self.counts:
+            return "no reward is missing"
+        reason, _ = self.counts.most_common(1)[0]
+        each = ", ".join(f"{count} {name}" for name, count in self.counts.most_common())
+        total = sum(self.counts.values())
+        return f"{total} of {total + self.rewarded} rewards are missing ({each}); first: {self.details[reason]}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and running statistics, for exact resume."""
+        state = self.reward.state_dict() if isinstance(self.reward, Combination) else None
+        return {"reward": state, "counts": dict(self.counts), "details": dict(self.details), "rewarded": self.rewarded}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict()`. Raises OperantError when it belongs to another reward."""
+        if isinstance(self.reward, Combination):
+            if state["reward"] is None:
+                raise OperantError(f"the saved state has nothing for '{self.reward.name}'; resume with the same reward")
+            self.reward.load_state_dict(state["reward"])
+        self.counts, self.details = Counter(state["counts"]), dict(state["details"])
+        self.rewarded = int(state["rewarded"])
+
+    def _run_leaf(self, index: int, pairs: list[Pair]) -> list[Trajectory]:
+        leaf = self._leaves[index]
+        if leaf.batched:
+            jobs: list[tuple[Any, Any]] = [([prompt for prompt, _ in pairs], [completion for _, completion in pairs])]
+        else:
+            jobs = list(pairs)
+        outcomes: list[Outcome | None] = [None] * len(jobs)
+        remote = []
+        for i, (prompt, completion) in enumerate(jobs):
+            if leaf.in_process and not leaf.batched and len(completion.text) <= IN_PLACE_CHARACTERS:
+                outcomes[i] = call(leaf, prompt, completion)
+            else:
+                remote.append(i)
+        if remote:
+            run = self._run_processes if self._pickle(index) is not None else self._run_threads
+            run(index, jobs, remote, outcomes)
+        if leaf.batched:
+            (outcome,) = outcomes
+            assert outcome is not None
+            values, reason = outcome
+            outcomes = [(value, None) for value in values] if reason is None else [(None, reason)] * len(pairs)
+        return [_trajectory(leaf.name, *pair, outcome) for pair, outcome in zip(pairs, outcomes, strict=True)]
+
+    def _pickle(self, index: int) -> bytes | None:
+        if index not in self._pickles:
+            self._pickles[index] = _pickle_for_worker(self._leaves[index]) if self._processes_work else None
+        return self._pickles[index]
+
+    def _run_processes(
+        self, index: int, jobs: list[tuple[Any, Any]], remote: list[int], outcomes: list[Outcome | None]
+    ) -> None:
+        data = self._pickle(index)
+        payloads: dict[int, bytes] = {}
+        for i in remote:
+            try:
+                payloads[i] = pickle.dumps(jobs[i])
+            except Exception:
+                # The prompt's inputs hold something alive, so this one is judged here.
+                continue
+        if len(payloads) < len(remote):
+            self._run_threads(index, jobs, [i for i in remote if i not in payloads], outcomes)
+        waiting = list(reversed(payloads))
+        busy: dict[Connection, tuple[_Process, int]] = {}
+        # Workers that died before taking a job: something is wrong with the machine, not with a completion.
+        failures = 0
+        for process in [process for process in self._processes if process.popen.poll() is not None]:
+            self._replace(process, 0)
+        while len(self._processes) < min(self.workers, len(payloads)):
+            self._processes.append(_Process())
+        idle = list(self._processes)
+        try:
+            while waiting or busy:
+                while idle and waiting:
+                    process = idle.pop()
+                    process.job = (index, data, payloads[waiting[-1]])
+                    busy[process.connection] = (process, waiting.pop())
+                    process.dispatch(self.time_limit)
+                now = time.monotonic()
+                pause = max(0.0, min(process.deadline for process, _ in busy.values()) - now)
+                for connection in wait(list(busy), timeout=pause):
+                    assert isinstance(connection, Connection)
+                    process, i = busy[connection]
+                    outcome = process.receive(self.time_limit)
+                    if outcome is None:
+                        continue
+                    del busy[connection]
+                    outcomes[i] = outcome
+                    if process.alive:
+                        idle.append(process)
+                        continue
+                    failures += not process.ready
+                    idle.append(self._replace(process, failures))
+                now = time.monotonic()
+                for connection, (process, i) in list(busy.items()):
+                    if now >= process.deadline:
+                        del busy[connection]
+                        failures += not process.ready
+                        outcomes[i] = (None, f"timeout: over {self.time_limit:g} s")
+                        idle.append(self._replace(process, failures))
+        except BaseException:
+            # An interrupted batch leaves answers under way that the next batch must not read.
+            self.close()
+            raise
+
+    def _replace(self, process: _Process, failures: int) -> _Process:
+        process.kill()
+        self._processes.remove(process)
+        if failures >= 3:
+            raise OperantError("reward workers die while starting; run the rewards in this process with 0 reward workers")
+        replacement = _Process()
+        self._processes.append(replacement)
+        return replacement
+
+    def _run_threads(
+        self, index: int, jobs: list[tuple[Any, Any]], remote: list[int], outcomes: list[Outcome | None]
+    ) -> None:
+        leaf = self._leaves[index]
+        results: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
+        waiting = list(reversed(remote))
+        deadlines: dict[int, float] = {}
+
+        def work(i: int) -> None:
+            results.put((i, call(leaf, *jobs[i])))
+
+        while waiting or deadlines:
+            while waiting and len(deadlines) < max(1, self.workers):
+                i = waiting.pop()
+                if self._abandoned >= 16:
+                    outcomes[i] = (None, f"stuck: {self._abandoned} calls never returned; make the reward importable")
+                    continue
+                deadlines[i] = time.monotonic() + self.time_limit
+                threading.Thread(target=work, args=(i,), daemon=True, name=f"reward-{leaf.name}").start()
+            if not deadlines:
+                break
+            try:
+                i, outcome = results.get(timeout=max(0.0, min(deadlines.values()) - time.monotonic()))
+                # An answer that comes after its limit finds its place taken.
+                if deadlines.pop(i, None) is not None:
+                    outcomes[i] = outcome
+                else:
+                    self._abandoned -= 1
+            except queue.Empty:
+                now = time.monotonic()
+                for i in [i for i, deadline in deadlines.items() if now >= deadline]:
+                    del deadlines[i]
+                    self._abandoned += 1
+                    outcomes[i] = (None, f"timeout: over {self.time_limit:g} s")
+
+
+class _Process:
+    """One worker process and the job it has."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        paths = [os.path.abspath(path or os.getcwd()) for path in sys.path]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "operant.rewards.worker", str(theirs.fileno())]
+        try:
+            # Its own session, so that killing it reaches what the reward has started.
+            self.popen = subprocess.Popen(
+                command,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise OperantError(f"cannot start a reward worker: {error}; use fewer reward workers") from None
+        finally:
+            theirs.close()
+        self.connection: Connection = Connection(ours.detach())
+        self.ready = False
+        self.alive = True
+        self.job: tuple[Any, ...] | None = None
+        self.known: set[int] = set()
+        self.deadline = time.monotonic() + START_LIMIT
+
+    def dispatch(self, limit: float) -> None:
+        """Send the job, once the process is up; the clock of the limit starts when the reward does."""
+        if not self.ready or self.job is None:
+            return
+        index, data, payload = self.job
+        try:
+            new = index not in self.known
+            self.connection.send((index, data if new else None, payload))
+            # Loading a reward may import half the world, which is not the call's fault.
+            self.deadline = time.monotonic() + (START_LIMIT if new else limit)
+        except OSError:
+            # The worker died between jobs; receive() finds the closed socket.
+            self.deadline = time.monotonic() + limit
+
+    def receive(self, limit: float) -> Outcome | None:
+        """The outcome, or None while there is none yet."""
+        assert self.job is not None
+        try:
+            message = self.connection.recv()
+        except (EOFError, OSError):
+            self.alive = False
+            return None, f"crashed: the worker process ended with {self.popen.wait()}"
+        if message == "ready":
+            self.ready = True
+            self.dispatch(limit)
+            return None
+        if message[0] == "loaded":
+            self.known.add(self.job[0])
+            self.deadline = time.monotonic() + limit
+            return None
+        if message[0] == "unloadable":
+            return None, f"{message[1]} (while loading the reward in a worker; use 0 reward workers)"
+        return message[0], message[1]
+
+    def kill(self) -> None:
+        try:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self.popen.wait()
+        self.connection.close()
+
+
+def _leaves(reward: Any) -> Iterator[Any]:
+    if isinstance(reward, Combination):
+        for child in reward.children:
+            yield from _leaves(child)
+    else:
+        yield reward
+
+
+def _combine(reward: Any, rows: Iterator[list[Trajectory]], *, update: bool) -> list[Trajectory]:
+    if not isinstance(reward, Combination):
+        return next(rows)
+    return reward.combine([_combine(child, rows, update=update) for child in reward.children], update=update)
+
+
+def _trajectory(name: str, prompt: Prompt, completion: Completion, outcome: Outcome | None) -> Trajectory:
+    assert outcome is not None
+    placed, reason = outcome
+    if reason is None:
+        rewards, observed, reason = placed
+        if reason is None:
+            return Trajectory(prompt, completion, rewards, observed, {name: float(rewards[observed].sum())}, None)
+    return missing_trajectory(prompt, completion, name, reason)
+
+
+def _pickle_for_worker(reward: Any) -> bytes | None:
+    """The reward in a form that another interpreter can load, or None: it must run in a thread."""
+    try:
+        data = pickle.dumps(reward)
+        if b"__main__" in data:
+            # The worker's __main__ is another one: send functions of scripts and notebooks by value.
+            import cloudpickle
+
+            data = cloudpickle.dumps(reward)
+    except Exception:
+        return None
+    return data if len(data) <= LARGEST_PICKLE else None

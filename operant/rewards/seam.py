@@ -1,0 +1,236 @@
+"""The Reward seam: what a reward may be, and how what it returns becomes one reward per token.
+
+A reward is any callable `reward(prompt, completion) -> float | sequence[float] | list[Span] | None`. These optional
+attributes say more about it:
+
+name: how it is logged (default: the function's name).
+dense: True when it pays per token, so that estimators which would sum it away can be refused.
+batched: True when it is called once as `reward(prompts, completions) -> list` with a value for each.
+cost: how its time grows with the completion ("linear", "quadratic", "linear*reference", "unknown").
+in_process: True when it is so cheap and so well behaved that sending it to a worker process would cost more.
+needs_references: True when it compares with `prompt.references`.
+
+A streaming reward has `start(prompt)` instead, see `StreamingReward`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from operant.text import chars_to_tokens
+from operant.types import Bools, Completion, Doubles, OperantError, Prompt, Span, Trajectory
+
+RewardValue = float | Sequence[float] | Sequence[Span] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A streaming reward's wish to end the completion here: a terminal, paid with `reward`."""
+
+    reward: float = 0.0
+
+
+class StreamingSession(Protocol):
+    """One completion being judged while it is written."""
+
+    def step(self, token: int, text: str) -> float | Stop:
+        """The reward of `token`, which newly committed the characters `text` (empty inside a multi-token character)."""
+        ...
+
+
+@runtime_checkable
+class StreamingReward(Protocol):
+    """A reward that is paid while the text is being written. Each row has a session of its own."""
+
+    def start(self, prompt: Prompt) -> StreamingSession: ...
+
+
+class Reward:
+    """A plain function with a name and what the runner needs to know about it (see the module's docstring).
+
+    Raises OperantError when `function` cannot be called.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str | None = None,
+        *,
+        dense: bool | None = None,
+        batched: bool | None = None,
+        cost: str | None = None,
+        in_process: bool | None = None,
+        needs_references: bool | None = None,
+    ) -> None:
+        if not callable(function):
+            raise OperantError(f"a reward must be a function of (prompt, completion), not {type(function).__name__}")
+
+        def attribute(key: str, given: Any, default: Any) -> Any:
+            return getattr(function, key, default) if given is None else given
+
+        self.function = function
+        self.name: str = name or getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
+        self.dense: bool = attribute("dense", dense, False)
+        self.batched: bool = attribute("batched", batched, False)
+        self.cost: str = attribute("cost", cost, "unknown")
+        self.in_process: bool = attribute("in_process", in_process, False)
+        self.needs_references: bool = attribute("needs_references", needs_references, False)
+        self.streaming = False
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __repr__(self) -> str:
+        return f"Reward({self.name})"
+
+
+class Streaming:
+    """A streaming reward as a reward on finished completions.
+
+    What was paid while sampling (`completion.stream_rewards`) is used as it is; without it the completion is replayed.
+    """
+
+    dense = True
+    batched = False
+    streaming = True
+    in_process = False
+    needs_references = False
+    cost = "linear"
+
+    def __init__(self, reward: StreamingReward, name: str | None = None) -> None:
+        self.reward = reward
+        self.name: str = name or getattr(reward, "name", None) or type(reward).__name__
+
+    def start(self, prompt: Prompt) -> StreamingSession:
+        return self.reward.start(prompt)
+
+    def __call__(self, prompt: Prompt, completion: Completion) -> Sequence[float]:
+        if completion.stream_rewards is not None:
+            return [float(value) for value in completion.stream_rewards]
+        rewards, _ = replay(self.reward, prompt, completion)
+        return [float(value) for value in rewards]
+
+
+def replay(reward: StreamingReward, prompt: Prompt, completion: Completion) -> tuple[Doubles, int | None]:
+    """Run a streaming reward over a finished completion.
+
+    Returns the rewards float64[T] and the position at which it asked to stop, or None; tokens after it pay nothing.
+    """
+    rewards = np.zeros(len(completion.tokens), dtype=np.float64)
+    session = reward.start(prompt)
+    begin = 0
+    for t, (token, end) in enumerate(zip(completion.tokens, completion.text_ends, strict=True)):
+        value = session.step(int(token), completion.text[begin : int(end)])
+        begin = max(begin, int(end))
+        if isinstance(value, Stop):
+            rewards[t] = value.reward
+            return rewards, t
+        rewards[t] = value
+    return rewards, None
+
+
+def as_reward(reward: Any) -> Any:
+    """Give a plain function or a streaming reward the attributes above; a reward that has them is returned as it is."""
+    if all(hasattr(reward, key) for key in ("name", "dense", "batched", "streaming", "in_process")):
+        return reward
+    if isinstance(reward, StreamingReward):
+        return Streaming(reward)
+    return Reward(reward)
+
+
+def last_sampled(completion: Completion) -> int | None:
+    """Position of the last token that the policy drew, or None when it drew none."""
+    if completion.sampled is None:
+        return len(completion.tokens) - 1 if len(completion.tokens) else None
+    drawn = np.flatnonzero(completion.sampled)
+    return int(drawn[-1]) if len(drawn) else None
+
+
+def missing_trajectory(prompt: Prompt, completion: Completion, name: str, reason: str) -> Trajectory:
+    """A trajectory without a reward: nothing observed, NaN in `rewards` so that reading it cannot pass for zero."""
+    size = len(completion.tokens)
+    unobserved = np.zeros(size, dtype=np.bool_)
+    return Trajectory(prompt, completion, np.full(size, np.nan), unobserved, {name: None}, reason)
+
+
+def reward_trajectory(prompt: Prompt, completion: Completion, name: str, value: Any) -> Trajectory:
+    """Turn what a reward returned into token rewards.
+
+    A number stands on the last sampled token (every other token pays 0); a sequence of length T is taken as it is, None
+    in it marking single unobserved tokens; a list of `Span` is spread equally over the sampled tokens of each span, an
+    empty list being no span at all. Anything else is missing, with the reason as "slug: detail".
+    """
+    rewards, observed, reason = place(value, completion)
+    if reason is not None:
+        return missing_trajectory(prompt, completion, name, reason)
+    return Trajectory(prompt, completion, rewards, observed, {name: float(rewards[observed].sum())}, None)
+
+
+def place(value: Any, completion: Completion) -> tuple[Doubles, Bools, str | None]:
+    """The placement behind `reward_trajectory`: (rewards float64[T], observed bool[T], reason or None)."""
+    size = len(completion.tokens)
+    rewards, observed = np.zeros(size, dtype=np.float64), np.ones(size, dtype=np.bool_)
+    end = last_sampled(completion)
+    if value is None:
+        return rewards, observed, "none: the reward returned None"
+    if end is None:
+        return rewards, observed, "no_tokens: the completion has no sampled token to carry a reward"
+    if isinstance(value, (str, bytes, dict)):
+        return rewards, observed, f"wrong_type: the reward returned {type(value).__name__}; return a number"
+    if not isinstance(value, (list, tuple)) and getattr(value, "ndim", 0) == 0 and not isinstance(value, Iterable):
+        try:
+            rewards[end] = float(value)
+        except (TypeError, ValueError):
+            return rewards, observed, f"wrong_type: the reward returned {type(value).__name__}; return a number"
+        return rewards, observed, _not_finite(rewards)
+    if getattr(value, "ndim", None) == 0:
+        rewards[end] = float(value)
+        return rewards, observed, _not_finite(rewards)
+    values = list(value)
+    if all(isinstance(item, Span) for item in values):
+        return _place_spans(values, completion)
+    if len(values) != size:
+        return rewards, observed, f"wrong_length: {len(values)} rewards for {size} tokens; return one number or {size}"
+    try:
+        for t, item in enumerate(values):
+            if item is None:
+                observed[t] = False
+            else:
+                rewards[t] = float(item)
+    except (TypeError, ValueError):
+        return rewards, observed, f"wrong_type: a reward in the sequence is {type(item).__name__}; return numbers"
+    if not observed.any():
+        return rewards, observed, "none: every token's reward is None"
+    reason = _not_finite(rewards)
+    rewards[~observed] = np.nan
+    return rewards, observed, reason
+
+
+def _place_spans(spans: list[Span], completion: Completion) -> tuple[Doubles, Bools, str | None]:
+    size = len(completion.tokens)
+    rewards, observed = np.zeros(size, dtype=np.float64), np.ones(size, dtype=np.bool_)
+    for span in spans:
+        if not 0 <= span.start < span.end <= len(completion.text):
+            bounds = f"[{span.start}, {span.end}) in a text of {len(completion.text)} characters"
+            return rewards, observed, f"bad_span: {bounds}; spans are half-open and count characters"
+        first, stop = chars_to_tokens(completion.text_ends, span.start, span.end)
+        covered = np.arange(first, stop)
+        if completion.sampled is not None:
+            covered = covered[completion.sampled[covered]]
+        if not len(covered):
+            return rewards, observed, f"bad_span: no sampled token covers characters [{span.start}, {span.end})"
+        rewards[covered] += span.value / len(covered)
+    return rewards, observed, _not_finite(rewards)
+
+
+def _not_finite(rewards: Doubles) -> str | None:
+    if np.isfinite(rewards).all():
+        return None
+    if np.isnan(rewards).any():
+        return "nan: the reward is NaN"
+    return f"infinite: the reward is {'+' if math.inf in rewards else '-'}infinity"

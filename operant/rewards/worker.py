@@ -1,0 +1,83 @@
+"""A worker process that runs rewards: `python -m operant.rewards.worker FD`, started by the runner.
+
+It is a fresh interpreter, not a fork, so it inherits no locks, threads or GPU context, and it needs no
+`if __name__ == "__main__"` in the user's script. Messages on the socket: (index, pickled reward or None, pickled
+(prompt, completion)) → (value, reason). The runner kills the process when a reward overstays its time.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from operant.rewards.seam import place
+
+
+def call(reward: Any, prompt: Any, completion: Any) -> tuple[Any, str | None]:
+    """(value, reason): the value in a form that travels between processes, or why there is none.
+
+    `prompt` and `completion` are lists for a batched reward, whose value is a list with one such pair for each.
+    """
+    try:
+        value = reward(prompt, completion)
+        if not isinstance(completion, list):
+            return _portable(value, completion), None
+        values = list(value)
+        if len(values) != len(completion):
+            return None, f"wrong_length: {len(values)} rewards for {len(completion)} completions; return one for each"
+        return [_portable(item, row) for item, row in zip(values, completion, strict=True)], None
+    except Exception as error:
+        return None, raised(error)
+
+
+def raised(error: BaseException) -> str:
+    """The reason of a missing reward whose function raised."""
+    message = " ".join(str(error).split())[:300]
+    return f"raised: {type(error).__name__}{': ' + message if message else ''}"
+
+
+def _portable(value: Any, completion: Any) -> tuple[Any, Any, str | None]:
+    return place(value, completion)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    connection = Connection(int(sys.argv[1]))
+    rewards: dict[int, Any] = {}
+    connection.send("ready")
+    while True:
+        try:
+            index, data, payload = connection.recv()
+        except (EOFError, OSError):
+            return
+        if data is not None:
+            try:
+                rewards[index] = pickle.loads(data)
+            except Exception as error:
+                connection.send(("unloadable", raised(error)))
+                continue
+            connection.send(("loaded", None))
+        try:
+            prompt, completion = pickle.loads(payload)
+        except Exception as error:
+            connection.send((None, raised(error)))
+            continue
+        connection.send(call(rewards[index], prompt, completion))
+
+
+if __name__ == "__main__":
+    main()
