@@ -5,20 +5,22 @@ import random
 import numpy as np
 import pytest
 import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+
 from operant.rewards import (
     Bleu,
     Chrf,
     Edit,
-    Rouge,
+    Exact,
     RewardRunner,
+    Rouge,
     potential_diagnostics,
     potential_rewards,
     potentials_before,
 )
 from operant.rewards.metrics import rouge_words
-from operant.rewards.potentials import potential_values
+from operant.rewards.potentials import NgramCounts, potential_values
 from operant.types import Completion, OperantError, Prompt, Trajectory
-from rouge_score.rouge_scorer import RougeScorer
 
 TEXTS = [
     "",
@@ -101,19 +103,49 @@ def test_bleu_prefix_is_sacrebleu_on_every_closed_prefix(options, caplog):
 @pytest.mark.parametrize("tokenize", ["13a", "zh", "intl", "none", "char"])
 def test_bleu_prefix_on_random_awkward_lines(tokenize):
     rng = random.Random(7)
-    pieces = ["a", "B", "5", ".", ",", "-", "\n", " ", "\t", "'", "&amp;", "<skipped>", "我", "。", "é", "👍", "\u3000", "Σ", "’", "%"]
+    pieces = [
+        "a",
+        "B",
+        "5",
+        ".",
+        ",",
+        "-",
+        "\n",
+        " ",
+        "\t",
+        "'",
+        "&amp;",
+        "<skipped>",
+        "我",
+        "。",
+        "é",
+        "👍",
+        "\u3000",
+        "Σ",
+        "’",
+        "%",
+    ]
     metric = Bleu(potential="prefix", tokenize=tokenize, smooth_method="floor")
     scorer = sacrebleu.BLEU(tokenize=tokenize, effective_order=True, smooth_method="floor")
     for _ in range(400):
         text = "".join(rng.choices(pieces, k=rng.randint(1, 14)))
         references = tuple("".join(rng.choices(pieces, k=12)) for _ in range(rng.randint(1, 2)))
         for closed, value in prefixes(metric, references, text + " a"):
-            assert value == pytest.approx(scorer.sentence_score(closed, references).score / 100, abs=1e-12), (closed, text)
+            assert value == pytest.approx(scorer.sentence_score(closed, references).score / 100, abs=1e-12), (
+                closed,
+                text,
+            )
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"word_order": 2}, {"lowercase": True}, {"whitespace": True}, {"eps_smoothing": True, "char_order": 3, "beta": 1}],
+    [
+        {},
+        {"word_order": 2},
+        {"lowercase": True},
+        {"whitespace": True},
+        {"eps_smoothing": True, "char_order": 3, "beta": 1},
+    ],
     ids=str,
 )
 def test_chrf_prefix_is_sacrebleu_on_every_closed_prefix(options):
@@ -255,11 +287,11 @@ def test_a_cut_off_last_character_is_not_valued_before_the_end():
     assert rewards.sum() == pytest.approx(Chrf().measure(row.text, ("ab👍",)), abs=1e-9)
 
 
-@pytest.mark.parametrize("metric", [Bleu(potential="prefix"), Bleu(potential="matched", tokenize="zh"), Chrf(dense=True)])
+@pytest.mark.parametrize(
+    "metric", [Bleu(potential="prefix"), Bleu(potential="matched", tokenize="zh"), Chrf(dense=True)]
+)
 def test_the_work_is_linear_in_the_length(metric, monkeypatch):
     """Counts n-gram updates, not seconds: ten times the text is ten times the updates."""
-    from operant.rewards.potentials import NgramCounts
-
     calls = {"n": 0}
     for name in ("push", "pop"):
         original = getattr(NgramCounts, name)
@@ -283,8 +315,6 @@ def test_the_work_is_linear_in_the_length(metric, monkeypatch):
 
 def test_metrics_without_a_potential_and_unknown_potentials_are_refused():
     with pytest.raises(OperantError, match="no dense form"):
-        from operant.rewards import Exact
-
         Exact(dense=True)
     with pytest.raises(OperantError, match="no potential 'matchd'; use matched or prefix"):
         Bleu(potential="matchd")

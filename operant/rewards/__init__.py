@@ -1,4 +1,4 @@
-"""Instant rewards: the seam, built-in metrics, dense rewards through potentials, combinations and the parallel runner."""
+"""Instant rewards: the seam, built-in metrics, dense rewards through potentials, combinations, the parallel runner."""
 
 from __future__ import annotations
 

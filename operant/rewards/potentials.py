@@ -1,11 +1,11 @@
 """Dense rewards from a metric of whole texts: potentials (Ng, Harada & Russell 1999, at γ = 1).
 
-A potential Φ_t values the committed text after token t; `r_t = Φ_t − Φ_{t−1}` with `Φ_{−1} = M('')`, and the last sampled
-token also pays `M(y) − Φ_last`, so that Σ r_t = M(y) − M('') exactly. Two kinds of Φ:
+A potential Φ_t values the committed text after token t; `r_t = Φ_t − Φ_{t−1}` with `Φ_{−1} = M('')`, and the last
+sampled token also pays `M(y) − Φ_last`, so that Σ r_t = M(y) − M('') exactly. Two kinds of Φ:
 
 prefix: the metric itself on the committed text.
-matched: clipped n-gram matches over the larger of the two n-gram counts, without a brevity penalty, so that it grows as the
-    reference is matched instead of jumping near the end.
+matched: clipped n-gram matches over the larger of the two n-gram counts, without a brevity penalty, so that it grows as
+    the reference is matched instead of jumping near the end.
 
 Committed text consists of closed units of the metric: what later tokens can still change (an open word, a cut-off
 character) is not valued yet and Φ holds. A word closes at white space; in scripts written without spaces each character
@@ -88,8 +88,8 @@ class WordTracker:
     exchanged for its mid-line form when the next word closes.
 
     tokenize: (chunk, first, last) -> words of one white-space-free chunk in that place of the line.
-    closes: (pending characters, character) -> "space" when the character ends the pending chunk and is no part of any, "unit" when
-        it ends the pending chunk and is a chunk of its own, "" when it belongs to the pending chunk.
+    closes: (pending characters, character) -> "space" when the character ends the pending chunk and is no part of any,
+        "unit" when it ends the pending chunk and is a chunk of its own, "" when it belongs to the pending chunk.
     """
 
     def __init__(
@@ -198,9 +198,7 @@ class RunTracker:
     push: takes each closed word. score: () -> value.
     """
 
-    def __init__(
-        self, classify: Callable[[str], str], push: Callable[[str], None], score: Callable[[], float]
-    ) -> None:
+    def __init__(self, classify: Callable[[str], str], push: Callable[[str], None], score: Callable[[], float]) -> None:
         self.classify, self.push, self.score = classify, push, score
         self.closed = 0
         self._seen = 0

@@ -1,14 +1,14 @@
 """Rewards in parallel, each call under a time limit that holds.
 
 Rewards that pickle run in worker processes, started once; one that hangs is killed, with whatever it started, and
-replaced. Rewards that do not pickle (closures over live objects) run in daemon threads: one that hangs is abandoned, since a
-thread cannot be killed. The built-in linear metrics run in place: sending them away would cost more than computing them.
-Only the leaves of a combination are sent; the combination itself is computed here, so its state is in one place.
+replaced. Rewards that do not pickle (closures over live objects) run in daemon threads: one that hangs is abandoned, since
+a thread cannot be killed. The built-in linear metrics run in place: sending them away would cost more than computing
+them. Only the leaves of a combination are sent; the combination itself is computed here, so its state is in one place.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import os
 import pickle
 import queue
@@ -28,8 +28,6 @@ from operant.rewards.combine import Combination
 from operant.rewards.seam import as_reward, missing_trajectory
 from operant.rewards.worker import call
 from operant.types import Completion, OperantError, Prompt, Trajectory
-
-logger = logging.getLogger(__name__)
 
 # Longer texts leave the fast path: there even a linear metric deserves a process that can be killed.
 IN_PLACE_CHARACTERS = 5_000
@@ -88,8 +86,8 @@ class RewardRunner:
     def run(self, pairs: Sequence[Pair], *, update: bool = True) -> list[Trajectory]:
         """Trajectories in the order of `pairs`; one whose reward is missing has nothing observed and says why.
 
-        update: whether running normalisations learn from this batch (False in evaluation). Never raises for what a reward
-        function does; raises OperantError when worker processes cannot be started.
+        update: whether running normalisations learn from this batch (False in evaluation). Never raises for what a
+        reward function does; raises OperantError when worker processes cannot be started.
         """
         pairs = list(pairs)
         if not pairs:
@@ -216,7 +214,9 @@ class RewardRunner:
         process.kill()
         self._processes.remove(process)
         if failures >= 3:
-            raise OperantError("reward workers die while starting; run the rewards in this process with 0 reward workers")
+            raise OperantError(
+                "reward workers die while starting; run the rewards in this process with 0 reward workers"
+            )
         replacement = _Process()
         self._processes.append(replacement)
         return replacement
@@ -264,7 +264,7 @@ class _Process:
         ours, theirs = socket.socketpair()
         paths = [os.path.abspath(path or os.getcwd()) for path in sys.path]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "operant.rewards.worker", str(theirs.fileno())]
+        command = [sys.executable, "-c", "from operant.rewards.worker import main; main()", str(theirs.fileno())]
         try:
             # Its own session, so that killing it reaches what the reward has started.
             self.popen = subprocess.Popen(
@@ -320,10 +320,8 @@ class _Process:
         return message[0], message[1]
 
     def kill(self) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         self.popen.wait()
         self.connection.close()
 

@@ -74,7 +74,7 @@ class Reward:
             return getattr(function, key, default) if given is None else given
 
         self.function = function
-        self.name: str = name or getattr(function, "name", None) or getattr(function, "__name__", type(function).__name__)
+        self.name: str = name or str(attribute("name", None, getattr(function, "__name__", type(function).__name__)))
         self.dense: bool = attribute("dense", dense, False)
         self.batched: bool = attribute("batched", batched, False)
         self.cost: str = attribute("cost", cost, "unknown")

@@ -1,4 +1,4 @@
-"""A worker process that runs rewards: `python -m operant.rewards.worker FD`, started by the runner.
+"""A worker process that runs rewards, started by the runner with the number of a socket.
 
 It is a fresh interpreter, not a fork, so it inherits no locks, threads or GPU context, and it needs no
 `if __name__ == "__main__"` in the user's script. Messages on the socket: (index, pickled reward or None, pickled
@@ -77,7 +77,3 @@ def main() -> None:
             connection.send((None, raised(error)))
             continue
         connection.send(call(rewards[index], prompt, completion))
-
-
-if __name__ == "__main__":
-    main()
