@@ -1,8 +1,8 @@
 """The report of a run: one self-contained page, curves as PNG, and a curve for the terminal.
 
 Everything is read from the run folder (`runlog`), so a report can be made again at any time, also of a run that was
-killed. Metrics are slash-named: `train/…` once a step, `eval/…` held out. `train/missing/<reason>` counts the rewards
-missing at that step.
+killed. Metrics are slash-named: `train/…` once a step, `eval/…` held out. `train/missing/<reason>` and `train/skipped`
+are running totals: rewards missing and steps skipped so far.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ LABELS = {
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
+    "reward_missing": "Rewards missing",
     "ter": "TER",
     "tokens_per_second": "Tokens/s",
     "variance_ratio": "Variance with β / without",
 }
 _LOWER_IS_BETTER = {"loss", "perplexity", "ter"}
-_BEHAVIOUR = ("length", "distinct1", "distinct2", "distinct3", "repetition")
+_BEHAVIOUR = ("length", "distinct1", "distinct2", "distinct3", "kl_ref", "repetition", "reward_missing", "truncated")
 
 _LEVEL_MARKERS = ("┈", "═", "~", "+")
 
@@ -212,7 +213,7 @@ def hacking_checks(run: Run, optimised: Collection[str]) -> list[Check]:
             Check(_label(name), "watch" if odd else "ok", f"{_fmt(before)} → {_fmt(after)} ({_percent(moved)})")
         )
     for name in ("kl_ref", "approx_kl"):
-        change = _change(run.series.get(f"train/{name}"))
+        change = _change(run.series.get(f"eval/{name}") or run.series.get(f"train/{name}"))
         if change is not None:
             checks.append(Check(_label(name), "info", f"{_fmt(change[0])} → {_fmt(change[1])}"))
     return checks
@@ -268,8 +269,7 @@ def terminal_curve(
 def _charts(run: Run, optimised: Collection[str]) -> dict[str, list[_Chart]]:
     """The charts of each section, those without data left out."""
     series = run.series
-    target = _number(run.config.get("target"))
-    metric = str(run.config.get("target_metric") or "")
+    target = re.match(r"\s*(\w+)\s*[<>]=?\s*(-?[\d.]+)", str(run.config.get("target") or ""))
 
     def chart(key: str, title: str, *names: str, level: float | None = None) -> list[_Chart]:
         lines = tuple((_line_label(name), series[name]) for name in names if _finite(series.get(name)))
@@ -282,7 +282,7 @@ def _charts(run: Run, optimised: Collection[str]) -> dict[str, list[_Chart]]:
     held_out = []
     for name in (*seen, *unseen):
         mark = " (optimised)" if name in optimised else ""
-        level = target if name == metric or (not metric and name == (seen or [""])[0]) else None
+        level = float(target[2]) if target and target[1] == name else None
         held_out += chart(f"eval_{name}", _label(name) + mark, f"eval/{name}", level=level)
     corr = [(d, series[f"train/phi_corr/{d}"]) for d in range(10) if _finite(series.get(f"train/phi_corr/{d}"))]
     foretell: Series = [(10 * (d + 1), _tail_mean(values)) for d, values in corr]
@@ -302,7 +302,8 @@ def _charts(run: Run, optimised: Collection[str]) -> dict[str, list[_Chart]]:
         "behaviour": [
             *chart("length", "Length (tokens)", "train/length", "eval/length"),
             *chart("distinct2", "Distinct-2", "train/distinct2", "eval/distinct2"),
-            *chart("kl", "KL divergence", "train/kl_ref", "train/approx_kl"),
+            *chart("kl", "KL divergence", "train/kl_ref", "eval/kl_ref", "train/approx_kl"),
+            *chart("truncated", "Cut off at the length limit (share)", "train/truncated"),
             *chart("entropy", "Entropy", "train/entropy"),
         ],
         "potential": [
@@ -637,12 +638,13 @@ def _potential(run: Run, figures: Sequence[str]) -> str:
 def _missing(run: Run) -> str:
     rows = ""
     for name in sorted(n for n in run.series if n.startswith("train/missing/")):
-        values = [(s, v) for s, v in run.series[name] if math.isfinite(v) and v > 0]
-        if values:
+        values = [(s, v) for s, v in run.series[name] if math.isfinite(v)]
+        grown = [s for (s, v), (_, before) in zip(values, [(0, 0.0), *values], strict=False) if v > before]
+        if grown:
             rows += (
                 f"<tr><th>{_esc(name.removeprefix('train/missing/'))}</th>"
-                f"<td class=num>{sum(v for _, v in values):,.0f}</td>"
-                f"<td class=num>{len(values):,}</td><td class=num>{values[-1][0]:,}</td></tr>"
+                f"<td class=num>{values[-1][1]:,.0f}</td>"
+                f"<td class=num>{len(grown):,}</td><td class=num>{grown[-1]:,}</td></tr>"
             )
     if not rows:
         return ""
@@ -658,7 +660,7 @@ def _trouble(run: Run) -> str:
         if bad:
             told = f"not finite at {len(bad):,} steps, last {bad[-1]:,}"
             items += f'<li class="watch"><b>{_esc(name)}</b><span>{told}</span></li>'
-    skipped = sum(v for _, v in run.series.get("train/skipped", []) if math.isfinite(v))
+    skipped = _last(run.series.get("train/skipped", []))
     if skipped:
         items += f'<li class="watch"><b>Skipped steps</b><span>{skipped:,.0f}</span></li>'
     return _section("Trouble", "", f'<ul class="checks">{items}</ul>') if items else ""

@@ -7,6 +7,7 @@ runs/name/
   metrics.jsonl    one JSON object a line: step, time, slash-named metrics
   samples.jsonl    completions kept for reading: step, prompt, text, reward …
   checkpoints/     see `checkpoint`
+  model/           the best weights, as a folder that Transformers loads
   tensorboard/     the same metrics as event files
   curves/, report.html   see `report`
 ```
@@ -41,16 +42,22 @@ log = logging.getLogger(__name__)
 FREE_KEYS = frozenset(
     {
         "config",
+        "device",
+        "keep",
         "log_every",
+        "log_samples",
         "max_minutes",
         "max_steps",
         "out",
         "overwrite",
         "resume",
+        "reward_seconds",
+        "reward_workers",
         "save_every",
         "steps",
         "target",
         "tensorboard",
+        "threads",
         "wandb",
         "workers",
     }
@@ -58,7 +65,7 @@ FREE_KEYS = frozenset(
 
 _LOCK = ".lock"
 _RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html")
-_RUN_FOLDERS = ("checkpoints", "curves", "tensorboard")
+_RUN_FOLDERS = ("checkpoints", "curves", "model", "tensorboard")
 
 
 class RunFolder:
@@ -148,6 +155,14 @@ class RunFolder:
         known = _read_json(self.path / "run.json")
         known.update(facts, finished=time.time(), stop_reason=stop_reason)
         _write_atomically(self.path / "run.json", json.dumps(known, indent=1, ensure_ascii=False))
+
+    def discard(self) -> None:
+        """Take back a run that never began: remove what operant put here, the folder too if nothing else is in it."""
+        _wipe(self.path)
+        self.close()
+        with contextlib.suppress(OSError):
+            (self.path / _LOCK).unlink(missing_ok=True)
+            self.path.rmdir()  # refuses a folder that holds anything of the user's
 
     def close(self) -> None:
         """Give the lock back. Safe to call twice."""

@@ -47,7 +47,7 @@ def write(path):
 for step in range(first, first + (2 if fatal else 10**6)):
     checkpoint.save(folder, step, write)
     print(step, flush=True)
-    checkpoint.prune(folder, keep=2)
+    checkpoint.prune(folder, keep=1)
 """
 
 
@@ -193,6 +193,7 @@ def test_sick_ones_are_never_gone_on_from_and_never_push_out_healthy_ones(tmp_pa
         checkpoint.save(tmp_path, step, write_text("nan"), healthy=False)
         checkpoint.prune(tmp_path, keep=2)
     assert names(tmp_path) == {"latest", "step-00000001", "step-00000002", "step-00000005"}
+    assert (tmp_path / "latest").read_text() == "step-00000002\n"
     assert checkpoint.latest(tmp_path) == tmp_path / "step-00000002"
 
 
@@ -210,6 +211,14 @@ def test_prune_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     assert checkpoint.prune(tmp_path, keep=1, protect=["step-00000002"]) == [tmp_path / "step-00000005"]
     with pytest.raises(ValueError, match="keep must be at least 1"):
         checkpoint.prune(tmp_path, keep=0)
+
+
+def test_prune_keeps_what_the_pointer_names(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, write_text(str(step)))
+    (tmp_path / "latest").write_text("step-00000001\n")
+    checkpoint.prune(tmp_path, keep=1)
+    assert names(tmp_path) == {"latest", "step-00000001", "step-00000003"}
 
 
 def test_prune_does_not_count_damaged_ones(tmp_path: Path) -> None:
@@ -384,6 +393,8 @@ def test_killed_at_every_point_of_a_save(tmp_path: Path) -> None:
         assert survived or child.returncode == -signal.SIGKILL
         acknowledged = [int(line) for line in out.split()]
         step = assert_whole(folder, max(acknowledged, default=0))
+        for visible in folder.glob("step-*"):
+            assert checkpoint.verify(visible) is None
         after = checkpoint.save(folder, step + 1, write_text("after"))
         assert checkpoint.latest(folder) == after
         assert not [name for name in names(folder) if name.startswith(".")]

@@ -13,7 +13,7 @@ from operant.report import hacking_checks, load_run, terminal_curve, write_repor
 from operant.runlog import RunFolder, RunLog
 from operant.types import OperantError
 
-CONFIG = "reward: chrf\nseed: 3\ntarget: 0.9\ntarget_metric: chrf\n"
+CONFIG = "reward: chrf\nseed: 3\ntarget: chrf>=61.5\n"
 
 
 def make_run(folder: Path, steps: int = 50, bleu_end: float = 30.0, **ends: float) -> Path:
@@ -125,7 +125,7 @@ def test_curves_are_png(tmp_path: Path) -> None:
 def test_the_page_says_what_happened(tmp_path: Path) -> None:
     write_report(make_run(tmp_path / "run"), title="My <run>")
     text, page = read_page(tmp_path / "run")
-    for words in ("My <run>", "stopped: target reached", "50 steps", "seed", "chrF (optimised)", "target 0.900"):
+    for words in ("My <run>", "stopped: target reached", "50 steps", "seed", "chrF (optimised)", "target 61.50"):
         assert words in page.text
     assert "Samples before and after" in page.text
     assert "before & <b>" in page.text
@@ -193,8 +193,9 @@ def test_what_the_reward_names_is_optimised(tmp_path: Path) -> None:
 def test_missing_rewards_by_reason_and_steps_that_were_not_finite(tmp_path: Path) -> None:
     with RunLog(tmp_path, tensorboard=False) as log:
         for step in range(1, 6):
-            log.log(step, {"train/reward_mean": 0.1 * step, "train/missing/timeout": 2.0 * (step % 2)})
+            log.log(step, {"train/reward_mean": 0.1 * step, "train/missing/timeout": (0, 2, 2, 4, 4, 6)[step]})
         log.log(6, {"train/loss": math.nan, "train/skipped": 1.0, "train/reward_mean": 0.5})
+        log.log(7, {"train/loss": 1.0, "train/skipped": 1.0, "train/missing/timeout": 6})
     write_report(tmp_path)
     _, page = read_page(tmp_path)
     assert re.search(r"timeout\s+6\s+3\s+5", page.text)

@@ -58,11 +58,13 @@ def test_overwrite_throws_the_run_away_and_nothing_else(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, CONFIG) as folder, RunLog(folder, tensorboard=False) as log:
         log.log(1, {"train/loss": 1.0})
         (folder.checkpoints / "step-00000001").mkdir()
+        (folder.path / "model").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     with RunFolder.open(tmp_path, "reward: chrf\n", overwrite=True) as folder:
         assert not folder.resumed
         assert list(folder.checkpoints.iterdir()) == []
     assert not (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "model").exists()
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert (tmp_path / "config.yaml").read_text() == "reward: chrf\n"
 
@@ -106,6 +108,22 @@ def test_resume_allows_free_keys_and_keeps_the_new_values(tmp_path: Path) -> Non
     RunFolder.open(
         tmp_path, longer.replace("top_p: 1.0", "top_p: 0.9"), resume=True, free_keys={"sampling.top_p"}
     ).close()
+
+
+def test_a_free_key_is_free_in_any_section(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, "stage: {steps: 1}\n").close()
+    RunFolder.open(tmp_path, "stage: {steps: 2}\n", resume=True).close()
+
+
+def test_discard_takes_back_what_open_made_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder.open(tmp_path / "new", CONFIG)
+    folder.discard()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    RunFolder.open(tmp_path / "mine", CONFIG).discard()
+    assert tree(tmp_path) == {"mine/notes.txt": "mine"}
+    RunFolder.open(tmp_path / "mine", CONFIG).close()
 
 
 def test_a_value_that_becomes_a_section_differs(tmp_path: Path) -> None:
