@@ -100,6 +100,16 @@ def test_bleu_prefix_is_sacrebleu_on_every_closed_prefix(options, caplog):
     assert checked > 400
 
 
+def test_the_lower_case_of_a_sigma_waits_for_the_letters_after_it():
+    metric = Bleu(potential="prefix", tokenize="zh", lowercase=True)
+    scorer = sacrebleu.BLEU(tokenize="zh", lowercase=True, effective_order=True)
+    references = ("ασ ’ α b",)
+    seen = list(prefixes(metric, references, "ΑΣ’Α b "))
+    assert seen[-1][1] == pytest.approx(1.0)
+    for closed, value in seen:
+        assert value == pytest.approx(scorer.sentence_score(closed, references).score / 100, abs=1e-12)
+
+
 @pytest.mark.parametrize("tokenize", ["13a", "zh", "intl", "none", "char"])
 def test_bleu_prefix_on_random_awkward_lines(tokenize):
     rng = random.Random(7)

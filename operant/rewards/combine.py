@@ -4,8 +4,8 @@ A combination is computed in the training process from its parts' token rewards,
 whatever ran the parts. When a part is missing, so is the combination: the unknown summand of a sum is not zero.
 
 Sums keep token rewards. The others act on the completion's total R; over a dense part the tokens keep what they were
-paid and the last sampled token pays the difference to the new total. Multiplying every token instead would let early rewards
-depend on what was written later, and a return-to-go that drops them would be biased.
+paid and the last sampled token pays the difference to the new total. Multiplying every token instead would let early
+rewards depend on what was written later, and a return-to-go that drops them would be biased.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Combination:
         """Restore `state_dict()`. Raises OperantError when it belongs to another combination."""
         if len(state["children"]) != len(self.children):
             raise OperantError(
-                f"the saved reward has {len(state['children'])} parts, not {len(self.children)}; resume with the same reward"
+                f"the saved reward has {len(state['children'])} parts, not {len(self.children)}; use the same reward"
             )
         for child, saved in zip(self.children, state["children"], strict=True):
             if isinstance(child, Combination):
@@ -120,7 +120,7 @@ class Sum(Combination):
 
 
 class Product(Combination):
-    """Π_k R_k of the completions' totals, paid at the last sampled token. Refuses dense parts: it would sum them away."""
+    """Π_k R_k of the totals, paid at the last sampled token. Refuses dense parts: it would sum them away."""
 
     kind = "product"
 

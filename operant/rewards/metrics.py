@@ -113,6 +113,7 @@ class Bleu(Metric):
     effective_order: bool = True
 
     name: ClassVar[str] = "bleu"
+    # The first is the default: the one that left less variance within a group.
     potentials: ClassVar[tuple[str, ...]] = ("matched", "prefix")
 
     def __post_init__(self) -> None:
@@ -191,7 +192,7 @@ class Bleu(Metric):
 
 @dataclass(frozen=True)
 class Chrf(Metric):
-    """chrF (Popović 2015) as sacrebleu computes it, over 100; `word_order=2` is chrF++. Several references: the best."""
+    """chrF (Popović 2015) as sacrebleu computes it, over 100; `word_order=2` is chrF++. The best reference counts."""
 
     char_order: int = 6
     word_order: int = 0
@@ -200,7 +201,7 @@ class Chrf(Metric):
     whitespace: bool = False
     eps_smoothing: bool = False
 
-    potentials: ClassVar[tuple[str, ...]] = ("matched", "prefix")
+    potentials: ClassVar[tuple[str, ...]] = ("prefix", "matched")
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -290,14 +291,14 @@ class Rouge(Metric):
     """ROUGE F1 (Lin 2004) as rouge-score computes it, the best of several references.
 
     variant: "1", "2" … "9" or "L". The words are rouge-score's on plain English; unlike its default tokenizer, which
-    drops every letter outside a-z, other alphabets keep their words, and scripts written without spaces (Chinese, Japanese,
-    Thai …) and emoji count each character. use_stemmer: Porter's stemmer on words longer than three letters.
+    drops every letter outside a-z, other alphabets keep their words, and scripts written without spaces (Chinese,
+    Japanese, Thai …) and emoji count each character. use_stemmer: Porter's stemmer on words longer than three letters.
     """
 
     variant: str = "L"
     use_stemmer: bool = False
 
-    potentials: ClassVar[tuple[str, ...]] = ("matched", "prefix")
+    potentials: ClassVar[tuple[str, ...]] = ("prefix", "matched")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -471,8 +472,8 @@ def corpus_metrics(
 
     bleu, chrf, chrf++ and ter are sacrebleu's corpus values from 0 to 100; exact, rouge1, rouge2, rougeL and edit are
     means in [0, 1]. `distinct1`, `distinct2` (distinct n-grams over all, Li et al. 2016) and `length` (mean words)
-    always come along. Rows may have different numbers of references. Raises OperantError for an unknown name, no rows, or a row
-    without references.
+    always come along. Rows may have different numbers of references.
+    Raises OperantError for an unknown name, no rows, or a row without references.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF

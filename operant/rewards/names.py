@@ -72,7 +72,8 @@ def reward_by_name(spec: Any, **options: Any) -> Any:
 
     spec: a text, a callable (returned as a reward), or a list of texts, callables and mappings such as
         `{"name": "bleu", "weight": 0.5, "dense": True}`, which are summed.
-    options: given to every built-in part that knows them: `dense=True`, `potential="prefix"`, `tokenize="zh"`. Options written in the text win. None means not given.
+    options: given to every built-in part that knows them: `dense=True`, `potential="prefix"`, `tokenize="zh"`. Options
+        written in the text win. None means not given.
     Raises OperantError for an unknown name or option (with the nearest one), a module or function that cannot be
     imported, and an option that no part can honour.
     """

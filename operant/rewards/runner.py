@@ -1,9 +1,10 @@
 """Rewards in parallel, each call under a time limit that holds.
 
 Rewards that pickle run in worker processes, started once; one that hangs is killed, with whatever it started, and
-replaced. Rewards that do not pickle (closures over live objects) run in daemon threads: one that hangs is abandoned, since
-a thread cannot be killed. The built-in linear metrics run in place: sending them away would cost more than computing
-them. Only the leaves of a combination are sent; the combination itself is computed here, so its state is in one place.
+replaced. Rewards that do not pickle (closures over live objects) run in daemon threads: one that hangs is abandoned,
+since a thread cannot be killed. The built-in linear metrics run in place: sending them away would cost more than
+computing them. Only the leaves of a combination are sent; the combination itself is computed here, so its state is in
+one place.
 """
 
 from __future__ import annotations
