@@ -1,0 +1,88 @@
+"""Speed and memory of this machine: sampling, the reward, the update. Prints one JSON object a line.
+
+python benchmarks/throughput.py --arch t5 --size tiny --prompts 32 --group_size 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from operant import objectives
+from operant.batch import from_trajectories
+from operant.data import load_prompts
+from operant.learner import Learner
+from operant.policy import Policy
+from operant.quickstart_task import make_task
+from operant.rewards import RewardRunner, reward_by_name
+from operant.sampler import Sampler
+from operant.text import Codec
+from operant.types import Batch, Sampling
+
+
+def timed(repeat: int, call: Callable[[], Any]) -> tuple[float, Any]:
+    """Median seconds over `repeat` calls after one that warms up, and what the last call returned."""
+    result, seconds = call(), []
+    for _ in range(repeat):
+        begun = time.perf_counter()
+        result = call()
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds), result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default="t5")
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--group_size", type=int, default=8)
+    parser.add_argument("--max_tokens", type=int, default=32)
+    parser.add_argument("--reward", default="chrf")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args()
+
+    task = make_task(0, labelled=0, prompts=given.prompts, dev=0, test=0, raw=2000)
+    codec = Codec.train_bpe(task.raw, vocab_size=800, sentinels=32)
+    policy = Policy.new(given.arch, given.size, codec, max_length=256, device=given.device)
+    policy.model.eval()
+    encoder = policy.family == "encoder-decoder"
+    prompts = load_prompts(task.prompts, codec, encoder=encoder)
+    sampler = Sampler(policy, max_rows=given.prompts * given.group_size)
+    runner = RewardRunner(reward_by_name(given.reward))
+    learner = Learner(policy, lr=0.0)
+
+    def loss_of(policy: Policy, batch: Batch) -> Any:
+        logprobs = policy.logprobs(batch).logprobs
+        return objectives.reinforce(logprobs, logprobs.detach().new_ones(logprobs.shape)), {}
+
+    def sample() -> Any:
+        return sampler.sample(prompts, Sampling(max_tokens=given.max_tokens), given.group_size)
+
+    seconds, groups = timed(given.repeat, sample)
+    pairs = [(prompt, completion) for prompt, group in zip(prompts, groups) for completion in group]
+    tokens = sum(len(completion.tokens) for _, completion in pairs)
+    print(json.dumps({"part": "sample", "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}))
+
+    seconds, trajectories = timed(given.repeat, lambda: runner.run(pairs))
+    runner.close()
+    rate = len(pairs) / seconds
+    print(json.dumps({"part": "reward", "name": given.reward, "seconds": seconds, "completions_per_second": rate}))
+
+    batch = from_trajectories(trajectories, encoder=encoder, pad_id=codec.pad_id)
+    seconds, _ = timed(given.repeat, lambda: learner.step([batch], loss_of))
+    print(json.dumps({"part": "update", "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}))
+
+    # Linux counts in KiB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10))
+    print(json.dumps({"part": "memory", "peak_mib": peak}))
+
+
+if __name__ == "__main__":
+    main()
