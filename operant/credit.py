@@ -12,7 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Baseline = Literal["none", "running", "batch", "leave_one_out", "position_leave_one_out", "control_variate"]
+Baseline = Literal[
+    "none", "running", "batch", "leave_one_out", "position_leave_one_out", "control_variate", "group_scaled"
+]
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
@@ -115,13 +117,14 @@ def fit_beta(returns: Tensor, potential: Tensor, mask: Tensor, groups: Tensor, v
 def control_variate(
     rewards: Tensor, mask: Tensor, groups: Tensor, valid: Tensor, beta: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Terminal reward with the potential as a control variate, for potential rewards at γ = 1.
+    """Sequence return with the rewards already paid as a control variate, at γ = 1.
 
         A_{i,t} = (M_i − mean_{j≠i} M_j) − β (Φ_{i,t−1} − mean_{j≠i} Φ_{j,t−1})
 
-    β = 0 is the terminal reward with leave-one-out, β = 1 the plain difference with position-wise leave-one-out; any
-    β that does not depend on row i's own tokens from t on has the same expected gradient, so what it changes is
-    variance. beta: a number, or float[N] such as `fit_beta` gives.
+    For potential rewards Φ_{t−1} is the potential up to M(''); for others it is the sum of the rewards before t. β = 0 is
+    the sequence return with leave-one-out, β = 1 the return-to-go with position-wise leave-one-out. What was paid
+    before token t does not depend on it, so every β that does not either has the same expected gradient and only the
+    variance changes. beta: a number, or float[N] such as `fit_beta` gives.
     Returns (advantages float[N, T], usable bool[N]).
     """
     total, usable = leave_one_out((rewards * mask).sum(1), groups, valid)
@@ -140,7 +143,6 @@ def advantages(
     gamma: float = 1.0,
     running: float = 0.0,
     beta: float | Tensor = 1.0,
-    scale_by_group: bool = False,
     discount_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages of every token under one of the baselines. rewards float[N, T] → (advantages, returns, usable bool[N]).
@@ -148,9 +150,9 @@ def advantages(
     none: A = G_t. running: A = G_t − b with b from earlier steps only (unbiased). batch: the mean over the other
     prompts' completions in the batch (unbiased: a row's own group is left out, unless it is the only group).
     leave_one_out: the group's fellows' sequence returns. position_leave_one_out: their returns-to-go at the same
-    position. control_variate: see `control_variate` (γ = 1). `scale_by_group` with leave_one_out is GRPO's estimator:
-    the mean includes the row itself and the deviation of sequence returns divides. `discount_state` weighs token t
-    with γ^t, the exact gradient; without it the usual, biased one (Thomas 2014).
+    position. control_variate: see `control_variate` (γ = 1). group_scaled: see `group_centred`, one number for all
+    tokens of a row. `discount_state` weighs token t with γ^t, the exact gradient; without it the usual, biased one
+    (Thomas 2014).
     """
     inside = mask & valid[:, None]
     returns = returns_to_go(torch.where(inside, rewards, torch.zeros_like(rewards)), mask, gamma)
@@ -170,11 +172,8 @@ def advantages(
         else:
             centred, usable = leave_one_out(totals, torch.zeros_like(groups), valid)
             out = returns - (totals - centred)[:, None]
-    elif baseline == "leave_one_out" and scale_by_group:
-        # GRPO subtracts the group's mean of sequence returns and divides by their deviation
-        centred = group_centred(totals, groups, valid)
-        spread = group_deviation(totals, groups, valid) + 1e-4
-        out = (returns - totals[:, None]) / spread[:, None] + centred[:, None]
+    elif baseline == "group_scaled":
+        out = group_centred(totals, groups, valid)[:, None].expand_as(returns)
         usable = valid & (group_sums(valid.to(returns.dtype), groups)[0] >= 2)
     elif baseline == "leave_one_out":
         centred, usable = leave_one_out(totals, groups, valid)

@@ -220,6 +220,18 @@ class Policy:
             self.model.save_pretrained(str(folder))
         self.codec.save(folder)
 
+    def restore(self, path: str | Path) -> None:
+        """Put the weights that `save` wrote at `path` into this policy, in place: optimizers keep their tensors."""
+        folder = Path(path)
+        if self.is_lora:
+            from peft import set_peft_model_state_dict
+            from safetensors.torch import load_file
+
+            set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
+        else:
+            saved = type(self.model).from_pretrained(str(folder), dtype=torch.float32)
+            self.model.load_state_dict(saved.state_dict())
+
     # --- what it is ----------------------------------------------------------------------------------------------
 
     @property

@@ -1,0 +1,383 @@
+"""One typed configuration per stage. Every field is a flag and a YAML key; nothing here imports torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+__all__ = [
+    "EvalConfig",
+    "PretrainConfig",
+    "SampleConfig",
+    "ScoreConfig",
+    "SftConfig",
+    "TrainConfig",
+    "to_yaml",
+]
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as it is shown and kept in the run folder."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """What every stage that trains has.
+
+    Args:
+        out: the run folder; it must be new, or be resumed.
+        seed: of everything random: weights, data order, sampling.
+        resume: go on with the run in `out` from its last checkpoint, bit for bit on the same machine.
+        overwrite: throw the run in `out` away first.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        dtype: float32, or bf16 for autocast where the processor or GPU has it.
+        threads: CPU threads for the matrix work; 0 leaves torch's default.
+        max_minutes: stop after this many minutes of wall time; 0 for no limit.
+        save_every: optimizer steps between checkpoints.
+        keep: checkpoints kept beside the best one.
+        tensorboard: also write TensorBoard event files.
+        wandb: Weights & Biases project to log to as well (needs the extra operant[wandb]).
+        max_grad_norm: gradients are scaled down to this norm.
+        weight_decay: AdamW's, on matrices only.
+        tokens_per_microbatch: padded tokens that go through the model at once; more needs more memory.
+        max_sick_steps: steps in a row with a non-finite loss or gradient before rolling back and stopping.
+    """
+
+    out: str = "runs/run"
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    threads: int = 0
+    max_minutes: float = 0.0
+    save_every: int = 200
+    keep: int = 2
+    tensorboard: bool = True
+    wandb: str | None = None
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.01
+    tokens_per_microbatch: int = 16384
+    max_sick_steps: int = 3
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model a stage starts from.
+
+    Args:
+        model: a folder or hub id to start from; empty makes a new one from `arch` and `size`.
+        arch: gpt2 or llama (decoder-only), t5 (encoder-decoder).
+        size: tiny, small or base.
+        tokenizer: a folder or hub id with a tokenizer for a new model; empty trains a byte-level BPE on the data.
+        vocab_size: of a newly trained tokenizer.
+        max_length: tokens that a new model can hold.
+        dropout: of a new model, while fine-tuning and pretraining.
+        lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
+    """
+
+    model: str | None = None
+    arch: Literal["gpt2", "llama", "t5"] = "gpt2"
+    size: Literal["tiny", "small", "base"] = "tiny"
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    max_length: int = 512
+    dropout: float = 0.0
+    lora_rank: int = 0
+
+
+@dataclass(kw_only=True)
+class PairFields:
+    """Where prompts and answers are in the data.
+
+    Args:
+        prompt_field: column of the prompt; guessed from the usual names when empty.
+        reference_field: column of the answer, one string or a list of several.
+        prefix: text put before every prompt.
+        separator: text between prompt and completion for decoder-only models.
+        max_prompt_tokens: longest prompt; 0 is what the model can hold.
+        too_long: what to do with longer ones.
+    """
+
+    prompt_field: str | None = None
+    reference_field: str | None = None
+    prefix: str = ""
+    separator: str = "\n"
+    max_prompt_tokens: int = 0
+    too_long: Literal["error", "skip", "truncate"] = "error"
+
+
+@dataclass(kw_only=True)
+class PretrainConfig(RunConfig, ModelConfig):
+    """Train on raw text: causal language modelling, or span corruption for encoder-decoders.
+
+    Args:
+        data: JSON Lines (also .gz), CSV, Parquet, a folder with train/dev files, or a hub data set.
+        dev_data: held-out text; empty takes the dev split of `data`, or the last twentieth of it.
+        text_field: column of the text; guessed when empty.
+        limit: use only the first rows.
+        steps: optimizer steps.
+        batch_tokens: tokens per optimizer step and accumulation round.
+        accumulate: rounds of gradient accumulation per optimizer step.
+        lr: peak learning rate.
+        warmup_steps: steps of linear warm-up.
+        schedule: what follows the warm-up.
+        eval_every: steps between measurements of the dev loss.
+        block: packed row length; 0 takes the model's.
+        noise_density: share of tokens that span corruption hides (Raffel et al. 2020).
+        mean_span: mean length of a hidden span.
+    """
+
+    data: str = ""
+    dev_data: str | None = None
+    text_field: str | None = None
+    limit: int | None = None
+    out: str = "runs/pretrain"
+    steps: int = 1000
+    batch_tokens: int = 8192
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    eval_every: int = 100
+    block: int = 0
+    noise_density: float = 0.15
+    mean_span: float = 3.0
+
+
+@dataclass(kw_only=True)
+class SftConfig(RunConfig, ModelConfig, PairFields):
+    """Fine-tune on labelled pairs; the loss is on the answer's tokens only.
+
+    Args:
+        data: pairs, in any of the forms that `operant pretrain --data` takes.
+        dev_data: held-out pairs; empty takes the dev split of `data`, or the last tenth of it.
+        limit: use only the first rows.
+        steps: at most so many optimizer steps.
+        batch_size: pairs per optimizer step.
+        lr: peak learning rate.
+        warmup_steps: steps of linear warm-up.
+        schedule: what follows the warm-up.
+        label_smoothing: ε of Szegedy et al. 2016.
+        eval_every: steps between measurements of the dev loss.
+        patience: stop when the dev loss has not improved for so many measurements; 0 never stops early.
+        max_tokens: longest answer when sampling dev answers at the end.
+    """
+
+    data: str = ""
+    dev_data: str | None = None
+    limit: int | None = None
+    out: str = "runs/sft"
+    steps: int = 2000
+    batch_size: int = 64
+    lr: float = 5e-4
+    warmup_steps: int = 20
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    label_smoothing: float = 0.0
+    eval_every: int = 50
+    patience: int = 4
+    max_tokens: int = 64
+
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig, PairFields):
+    """Learn from rewards: sample, reward, credit, policy-gradient step, again.
+
+    Args:
+        model: the policy to start from, a folder or hub id.
+        lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
+        data: prompts, with references if the reward needs them; only the reward sees these.
+        dev_data: held-out prompts; empty takes the dev split of `data`, or its last twentieth (at most 200).
+        limit: use only the first rows.
+        out: the run folder.
+        reward: names with weights, such as "chrf" or "chrf + 0.1*length", or module:function.
+        dense: pay metric rewards token by token through a potential instead of at the end.
+        potential: how prefixes are scored when dense: `prefix` or `matched`.
+        reward_workers: processes that compute rewards; 0 chooses.
+        reward_seconds: time limit for one reward; a slower one is a missing reward.
+        algorithm: reinforce, rloo, grpo or ppo.
+        baseline: auto takes the algorithm's own; else none, running, batch, leave_one_out, position_leave_one_out,
+            control_variate or group_scaled.
+        beta: coefficient of the potential as a control variate, or `auto` to fit it on the other prompts.
+        gamma: discount per token.
+        discount_state: weigh token t's term by γ^t, the exact gradient of the discounted objective.
+        normalisation: auto takes the algorithm's own; else per_completion, per_token, per_sequence_mean or constant.
+        group_size: completions per prompt.
+        prompts_per_step: prompts per step.
+        epochs: passes over each batch of completions (PPO and GRPO).
+        minibatches: optimizer steps per pass.
+        clip_low: the ratio's lower clip range.
+        clip_high: the ratio's upper clip range.
+        kl_coef: weight of the KL to the policy as this stage found it.
+        kl_in: put it in the reward (k1) or in the loss.
+        kl_estimator: of the KL in the loss: k2, k3 (another divergence) or full (whole vocabulary).
+        entropy_coef: weight of the entropy bonus.
+        sft_coef: weight of the supervised loss on `sft_data` in every step.
+        sft_data: labelled pairs for `sft_coef`.
+        sft_batch_size: pairs per step.
+        correction_cap: cap of the truncated correction from sampler to trainer; 0 for none. Used in bf16.
+        temperature: of sampling and, like for like, of the ratio.
+        max_tokens: longest completion.
+        stop: strings that end a completion.
+        audit_fraction: share of completions that a streaming reward would end but that run on, to see what ends cost.
+        max_rows: completions decoded together.
+        steps: at most so many steps.
+        lr: learning rate.
+        warmup_steps: steps of linear warm-up.
+        schedule: what follows the warm-up.
+        target: stop once a held-out metric reaches this, such as "bleu>=30" or "reward>=0.8".
+        best_metric: the held-out metric by which the best checkpoint is kept.
+        eval_every: steps between held-out evaluations.
+        eval_prompts: how many held-out prompts.
+        log_samples: completions kept for reading at every evaluation.
+    """
+
+    model: str = ""
+    lora_rank: int = 0
+    data: str = ""
+    dev_data: str | None = None
+    limit: int | None = None
+    out: str = "runs/train"
+    reward: str = "chrf"
+    dense: bool = False
+    potential: Literal["prefix", "matched"] = "prefix"
+    reward_workers: int = 0
+    reward_seconds: float = 10.0
+    algorithm: str = "rloo"
+    baseline: str = "auto"
+    beta: float | Literal["auto"] = "auto"
+    gamma: float = 1.0
+    discount_state: bool = False
+    normalisation: str = "auto"
+    group_size: int = 4
+    prompts_per_step: int = 32
+    epochs: int = 1
+    minibatches: int = 1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    kl_in: Literal["reward", "loss"] = "loss"
+    kl_estimator: Literal["k2", "k3", "full"] = "k2"
+    entropy_coef: float = 0.0
+    sft_coef: float = 0.0
+    sft_data: str | None = None
+    sft_batch_size: int = 16
+    correction_cap: float = 2.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 64
+    stop: list[str] = dataclasses.field(default_factory=list)
+    audit_fraction: float = 0.0
+    max_rows: int = 256
+    steps: int = 500
+    lr: float = 1e-4
+    warmup_steps: int = 5
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    weight_decay: float = 0.0
+    save_every: int = 50
+    target: str | None = None
+    best_metric: str = "reward"
+    eval_every: int = 20
+    eval_prompts: int = 200
+    log_samples: int = 8
+
+
+@dataclass(kw_only=True)
+class EvalConfig(PairFields):
+    """Measure a model on a data set.
+
+    Args:
+        model: a folder or hub id.
+        data: prompts with references.
+        metrics: which corpus metrics to print.
+        limit: use only the first rows.
+        max_tokens: longest completion.
+        temperature: 0 is greedy.
+        max_rows: completions decoded together.
+        samples: write the completions to this JSON Lines file.
+        json: print one JSON object.
+    """
+
+    model: str = ""
+    data: str = ""
+    metrics: list[str] = dataclasses.field(default_factory=lambda: ["bleu", "chrf", "rougeL", "exact"])
+    limit: int | None = None
+    max_tokens: int = 64
+    temperature: float = 0.0
+    max_rows: int = 256
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    samples: str | None = None
+    json: bool = False
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """Rewards of completions that are already in a file.
+
+    Args:
+        reward: as in `operant train`.
+        data: rows with prompt, completion and, if the reward needs them, references.
+        dense: also print the reward of every token.
+        potential: how prefixes are scored when dense.
+        tokenizer: a model folder or hub id whose tokens are rewarded; empty takes words (characters in Chinese and
+            Japanese). Rows with a field `tokens` (token texts) keep their own.
+        prompt_field: column of the prompt.
+        completion_field: column of the completion.
+        reference_field: column of the references.
+        reward_seconds: time limit for one reward.
+        limit: use only the first rows.
+        json: print one JSON object a row instead of a table.
+    """
+
+    reward: str = "chrf"
+    data: str = ""
+    dense: bool = False
+    potential: Literal["prefix", "matched"] = "prefix"
+    tokenizer: str | None = None
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    reference_field: str | None = None
+    reward_seconds: float = 10.0
+    limit: int | None = None
+    json: bool = False
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """Write completions.
+
+    Args:
+        model: a folder or hub id.
+        prompt: what to answer; without it, lines are read from standard input.
+        n: completions per prompt.
+        temperature: 0 is greedy.
+        top_p: nucleus sampling.
+        top_k: draw only from the k likeliest tokens; 0 is off.
+        max_tokens: longest completion.
+        prefix: text put before every prompt.
+        separator: text between prompt and completion for decoder-only models.
+        stop: strings that end a completion.
+        json: print one JSON object a completion, with its log-probabilities.
+    """
+
+    model: str = ""
+    prompt: str | None = None
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 64
+    prefix: str = ""
+    separator: str = "\n"
+    stop: list[str] = dataclasses.field(default_factory=list)
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    json: bool = False

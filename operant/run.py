@@ -1,0 +1,302 @@
+"""What every stage that trains shares: run folder, checkpoints, exact resume, Ctrl-C, time limit, sick steps, report."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from operant import checkpoint
+from operant.config import RunConfig, to_yaml
+from operant.learner import Learner
+from operant.policy import Policy
+from operant.report import write_report
+from operant.runlog import Progress, RunFolder, RunLog
+from operant.types import OperantError, StepStats
+
+
+def mixed_seed(*parts: object) -> int:
+    """One 63-bit seed from several parts, so that every step has its own and none depends on the steps before."""
+    digest = hashlib.blake2b("\x00".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class DataOrder:
+    """Which rows a step takes: epoch after epoch in an order keyed by (seed, epoch). A pure function of the step."""
+
+    def __init__(self, size: int, per_step: int, seed: int, name: str = "data") -> None:
+        self.size, self.per_step, self.seed, self.name = size, per_step, seed, name
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def _at(self, index: int) -> int:
+        epoch, within = divmod(index, self.size)
+        if epoch != self._epoch:
+            self._order = np.random.default_rng(mixed_seed(self.seed, self.name, epoch)).permutation(self.size)
+            self._epoch = epoch
+        return int(self._order[within])
+
+    def take(self, step: int) -> list[int]:
+        """Row numbers of step `step` (from 0)."""
+        return [self._at(step * self.per_step + i) for i in range(self.per_step)]
+
+
+class Run:
+    """One training run. Use as a context manager:
+
+        with Run(config, "train") as run:
+            policy = …; learner = Learner(policy, …)
+            run.attach(policy, learner, state)      # state: a dict that checkpoints keep and resume fills in again
+            for step in run.steps(config.steps):    # ends on Ctrl-C, at the time limit, or after run.stop(reason)
+                stats = learner.step(…)
+                run.record(stats, {"train/…": …})
+
+    On leaving, the newest weights are saved, the best become `out/model`, and the report is written.
+    """
+
+    def __init__(self, config: RunConfig, stage: str, *, quiet: bool = False) -> None:
+        self.config, self.stage, self.quiet = config, stage, quiet
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.folder = RunFolder.open(config.out, to_yaml(config), resume=config.resume, overwrite=config.overwrite)
+        self.step = 0
+        self.stop_reason = ""
+        self.failed: str | None = None
+        self.best_value = -math.inf
+        self.best_step = -1
+        self.best_checkpoint: str | None = None
+        self.spent_seconds = 0.0
+        self.state: dict[str, Any] = {}
+        self.log: RunLog
+        self._begun = time.perf_counter()
+        self._attached = False
+        self._saved_step = -1
+        self._interrupts = 0
+        self._progress: Progress | None = None
+        self._handler: Any = None
+
+    # --- life ----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Run:
+        with contextlib.suppress(ValueError):  # only the main thread may take the signal
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        if not self.quiet:
+            print(f"{self.stage} in {self.folder.path} with:\n{_indented(to_yaml(self.config))}", file=sys.stderr)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if self._attached:
+                if error is None or isinstance(error, KeyboardInterrupt):
+                    self._finish()
+                self.log.close()
+            elif not self.folder.resumed and not any(self.folder.checkpoints.iterdir()):
+                # nothing was learned: leave no half-made run in the way of the next try
+                shutil.rmtree(self.folder.path, ignore_errors=True)
+        finally:
+            if self._handler is not None:
+                signal.signal(signal.SIGINT, self._handler)
+            self.folder.close()
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += 1
+        if self._interrupts > 1 or not self._attached:
+            raise KeyboardInterrupt
+        self.stop("interrupted; go on with --resume")
+        if self._progress is not None:
+            self._progress.note("Ctrl-C: finishing this step and saving (again to leave at once)")
+
+    def stop(self, reason: str, *, failed: bool = False) -> None:
+        """End after the current step, with the reason in the report; `failed` makes the program's exit status 1."""
+        if not self.stop_reason:
+            self.stop_reason = reason
+            self.failed = reason if failed else None
+
+    # --- attaching and resuming ----------------------------------------------------------------------------------
+
+    def attach(self, policy: Policy, learner: Learner, state: dict[str, Any]) -> None:
+        """Name what checkpoints hold; on resume, fill it in from the last one."""
+        self.policy, self.learner, self.state = policy, learner, state
+        resume_step: int | None = None
+        if self.folder.resumed:
+            found = checkpoint.latest(self.folder.checkpoints)
+            resume_step = 0
+            if found is not None:
+                self._load(found)
+                resume_step = self.step
+        self.log = RunLog(
+            self.folder, tensorboard=self.config.tensorboard, wandb=self.config.wandb, resume_step=resume_step
+        )
+        self._attached = True
+        if not self.folder.resumed or resume_step == 0:
+            self.save()
+        self._begun = time.perf_counter()
+
+    def _load(self, path: Path) -> None:
+        self.policy.restore(path / "model")
+        saved = torch.load(path / "learner.pt", map_location=self.policy.device, weights_only=True)
+        self.learner.load_state_dict(saved["learner"])
+        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        self.step = self._saved_step = int(facts["step"])
+        self.best_value, self.best_step = facts["best_value"], facts["best_step"]
+        if self.best_value is None:
+            self.best_value = -math.inf
+        self.best_checkpoint = facts["best_checkpoint"]
+        self.spent_seconds = facts["spent_seconds"]
+        self.state.clear()
+        self.state.update(facts["state"])
+
+    def save(self) -> Path:
+        """A checkpoint of this instant: weights, optimizer, counters, `state`. Older ones are pruned, never the best."""
+
+        def write(folder: Path) -> None:
+            self.policy.save(folder / "model")
+            torch.save({"learner": self.learner.state_dict()}, folder / "learner.pt")
+            facts = {
+                "step": self.step,
+                "best_value": self.best_value if math.isfinite(self.best_value) else None,
+                "best_step": self.best_step,
+                "best_checkpoint": self.best_checkpoint,
+                "spent_seconds": self.seconds,
+                "state": self.state,
+            }
+            (folder / "state.json").write_text(json.dumps(facts), encoding="utf-8")
+
+        healthy = self.learner.skipped_in_row == 0
+        path = checkpoint.save(self.folder.checkpoints, self.step, write, healthy=healthy, meta={"stage": self.stage})
+        self._saved_step = self.step
+        protect = [self.best_checkpoint] if self.best_checkpoint else []
+        checkpoint.prune(self.folder.checkpoints, self.config.keep, protect)
+        return path
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of this run, earlier parts of a resumed one included."""
+        return self.spent_seconds + time.perf_counter() - self._begun
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def steps(self, total: int) -> Iterator[int]:
+        """Step numbers from where the run stands to `total`. Seeds torch for each, so that a resumed one is the same."""
+        if self.step >= total:
+            self.stop(f"all {total} steps were already done")
+        with self.log.progress(total, self.stage, start=self.step) as progress:
+            self._progress = progress
+            while self.step < total and not self.stop_reason:
+                torch.manual_seed(mixed_seed(self.config.seed, self.stage, self.step))
+                yield self.step
+                if self.config.max_minutes and self.seconds > 60 * self.config.max_minutes:
+                    self.stop(f"the time limit of {self.config.max_minutes:g} minutes")
+                if self.step % self.config.save_every == 0 and self.step != self._saved_step and not self.failed:
+                    self.save()
+            self._progress = None
+        if not self.stop_reason:
+            self.stop(f"all {total} steps done")
+
+    def record(
+        self,
+        stats: StepStats,
+        metrics: dict[str, float],
+        *,
+        shown: dict[str, float | str] | None = None,
+        missing: dict[str, int] | None = None,
+    ) -> None:
+        """Count a step, log it, and roll back when too many in a row were sick."""
+        self.step += 1
+        values = {"train/loss": stats.loss, "train/grad_norm": stats.grad_norm, "train/seconds": stats.seconds}
+        values.update({f"train/{name}": value for name, value in stats.coefficients.items()})
+        if stats.skipped:
+            values["train/skipped"] = float(self.learner.skipped)
+        self.log.log(self.step, values | metrics)
+        if self._progress is not None:
+            self._progress.advance(tokens=stats.tokens, shown=shown, missing=missing)
+            if stats.skipped:
+                self._progress.note(f"step {self.step} skipped: {stats.reason} ({self.learner.skipped_in_row} in a row)")
+        if self.learner.skipped_in_row >= self.config.max_sick_steps:
+            good = checkpoint.latest(self.folder.checkpoints)
+            if good is not None:
+                self._load(good)
+            self.stop(
+                f"{self.config.max_sick_steps} steps in a row were sick ({stats.reason}); rolled back to step {self.step}. "
+                "Try a lower --lr",
+                failed=True,
+            )
+
+    def measured(self, value: float) -> bool:
+        """Note a held-out measurement (higher is better); True when it is the best so far, which is then kept."""
+        if not value > self.best_value:
+            return False
+        self.best_value, self.best_step = value, self.step
+        self.best_checkpoint = self.save().name
+        return True
+
+    def note(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.note(text)
+        elif not self.quiet:
+            print(text, file=sys.stderr)
+
+    def _finish(self) -> None:
+        if not self.failed and self.step != self._saved_step:
+            self.save()
+        best = self.folder.checkpoints / self.best_checkpoint if self.best_checkpoint else None
+        source = best if best is not None and checkpoint.verify(best) is None else checkpoint.latest(self.folder.checkpoints)
+        if source is not None:
+            _replace(source / "model", self.folder.path / "model")
+        self.folder.finish(
+            self.stop_reason or "left",
+            steps=self.step,
+            best_step=self.best_step if self.best_step >= 0 else self.step,
+            best_value=self.best_value if math.isfinite(self.best_value) else None,
+            seconds=round(self.seconds, 2),
+            skipped_steps=self.learner.skipped,
+        )
+        with contextlib.suppress(Exception):  # a report that fails must not cost the run
+            write_report(self.folder.path)
+        if not self.quiet:
+            print(
+                f"{self.stage}: {self.stop_reason or 'left'}. Model in {self.folder.path}/model, "
+                f"report in {self.folder.path}/report.html",
+                file=sys.stderr,
+            )
+
+    def restore_best(self) -> None:
+        """Put the best checkpoint's weights into the policy."""
+        if self.best_checkpoint:
+            self.policy.restore(self.folder.checkpoints / self.best_checkpoint / "model")
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Copy a folder so that the target is never half-written: a copy beside it, then two renames."""
+    staging, old = target.with_name(f".{target.name}-new-{os.getpid()}"), target.with_name(f".{target.name}-old")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        shutil.copytree(source, staging)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(staging, target)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise OperantError(
+            f"cannot write {target} ({error.strerror}); the checkpoints are intact: free some space and use --resume"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _indented(text: str) -> str:
+    return "".join(f"  {line}\n" for line in text.splitlines())
+

@@ -1,0 +1,159 @@
+"""Pretraining on raw text: causal language modelling, or span corruption for encoder-decoders."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from operant.batch import from_sequences, pack
+from operant.config import PretrainConfig
+from operant.data import Fields, load_texts
+from operant.policy import Policy
+from operant.run import DataOrder, Run, mixed_seed
+from operant.stages.sft import load_split_rows
+from operant.stages.supervised import StageResult, fit, starting_policy
+from operant.types import Batch, Ints, OperantError
+
+SENTINELS = 100  # as T5 has
+
+
+def span_corruption(
+    tokens: Ints, sentinels: Sequence[int], rng: np.random.Generator, density: float = 0.15, mean_span: float = 3.0
+) -> tuple[Ints, Ints]:
+    """T5's denoising objective (Raffel et al. 2020, §3.1.4): hide random spans, ask for them back.
+
+    tokens: int64[L], L ≥ 2. Returns (input, target), both int64 without EOS: the input has each hidden span replaced by
+    one sentinel, the target has each sentinel followed by its span, and a last sentinel.
+    """
+    length = len(tokens)
+    hidden = min(max(1, round(length * density)), length - 1)
+    spans = min(max(1, round(hidden / mean_span)), hidden, length - hidden, len(sentinels) - 1)
+
+    def composition(total: int, parts: int) -> np.ndarray:
+        cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+        return np.diff(np.concatenate([[0], cuts, [total]]))
+
+    noise, kept = composition(hidden, spans), composition(length - hidden, spans)
+    source: list[np.ndarray] = []
+    target: list[np.ndarray] = []
+    at = 0
+    for i in range(spans):
+        mark = np.array([sentinels[i]], np.int64)
+        source += [tokens[at : at + kept[i]], mark]
+        at += int(kept[i])
+        target += [mark, tokens[at : at + noise[i]]]
+        at += int(noise[i])
+    return np.concatenate(source), np.concatenate([*target, [sentinels[spans]]]).astype(np.int64)
+
+
+def pretrain(
+    config: PretrainConfig,
+    *,
+    policy: Policy | None = None,
+    texts: Sequence[str] | None = None,
+    dev_texts: Sequence[str] = (),
+    quiet: bool = False,
+) -> StageResult:
+    """Train on raw text. What is not given is loaded as `config` says.
+
+    Raises OperantError for missing or empty data, or a tokenizer without sentinels for an encoder-decoder.
+    """
+    with Run(config, "pretrain", quiet=quiet) as run:
+        if texts is None:
+            rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, 500)
+            fields = Fields(text=config.text_field)
+            texts = load_texts(rows, fields)
+            dev_texts = load_texts(dev_rows, fields) if dev_rows else []
+        if not texts:
+            raise OperantError("there is no text to learn from; check --data and --limit")
+        known = list(texts)
+        sentinels = SENTINELS if config.arch == "t5" else 0
+        policy = policy or starting_policy(config, config, lambda: known, sentinels)
+        documents = policy.codec.encode_batch(known, eos=True)
+        held_out = policy.codec.encode_batch(list(dev_texts), eos=True) if dev_texts else []
+        block = min(config.block or policy.max_length, policy.max_length)
+        if policy.family == "encoder-decoder":
+            make, dev = _denoising(policy, documents, held_out, block, config)
+        else:
+            make, dev = _causal(policy, documents, held_out, block, config)
+        accumulate = config.accumulate
+
+        def batches(step: int) -> list[Batch]:
+            rounds = [make(step * accumulate + i) for i in range(accumulate)]
+            total = sum(b.denominator for b in rounds)
+            return [dataclasses.replace(b, denominator=total) for b in rounds]
+
+        return fit(
+            run, policy, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
+            schedule=config.schedule, batches=batches, dev=dev, eval_every=config.eval_every,
+        )  # fmt: skip
+
+
+def _causal(policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig):  # type: ignore[no-untyped-def]
+    """(round → batch, dev batches) of packed rows."""
+    per_step = max(1, config.batch_tokens // block)
+    packed = pack(_shuffled(documents, config.seed), block, policy.codec.pad_id)
+    order = DataOrder(packed.tokens.shape[0], min(per_step, packed.tokens.shape[0]), config.seed, "blocks")
+    dev = pack(held_out, block, policy.codec.pad_id) if held_out else None
+
+    def rows_of(batch: Batch, rows: list[int]) -> Batch:
+        index = torch.tensor(rows)
+        columns = {
+            name: getattr(batch, name)[index] for name in ("tokens", "position_ids", "segment_ids", "action_mask", "weights")
+        }
+        return dataclasses.replace(batch, **columns, denominator=max(float(columns["weights"].sum()), 1.0))
+
+    count = dev.tokens.shape[0] if dev is not None else 0
+    dev_batches = [rows_of(dev, list(range(i, min(i + per_step, count)))) for i in range(0, count, per_step)] if dev else []
+    return (lambda number: rows_of(packed, order.take(number))), dev_batches
+
+
+def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig):  # type: ignore[no-untyped-def]
+    """(round → batch, dev batches) of span corruption, corrupted anew in every epoch."""
+    sentinels = policy.codec.sentinel_ids
+    if len(sentinels) < 2:
+        raise OperantError(
+            "span corruption needs a tokenizer with sentinels <extra_id_0> …; leave --tokenizer out to train one that has them"
+        )
+    pieces = _pieces(documents, block)
+    mean = max(1, int(np.mean([len(p) for p in pieces])))
+    per_step = max(1, min(config.batch_tokens // mean, len(pieces)))
+    order = DataOrder(len(pieces), per_step, config.seed, "pieces")
+    eos = np.array([policy.codec.eos_id], np.int64)
+
+    def corrupted(chosen: list[Ints], seed: int) -> Batch:
+        rng = np.random.default_rng(seed)
+        both = [span_corruption(p, sentinels, rng, config.noise_density, config.mean_span) for p in chosen]
+        return from_sequences(
+            [np.concatenate([source, eos]) for source, _ in both], [np.concatenate([target, eos]) for _, target in both],
+            encoder=True, pad_id=policy.codec.pad_id,
+        )  # fmt: skip
+
+    dev_pieces = _pieces(held_out, block)[:512]
+    dev = [corrupted(dev_pieces[i : i + 64], mixed_seed(config.seed, "dev", i)) for i in range(0, len(dev_pieces), 64)]
+
+    def make(number: int) -> Batch:
+        return corrupted([pieces[i] for i in order.take(number)], mixed_seed(config.seed, "noise", number))
+
+    return make, dev
+
+
+def _pieces(documents: list[Ints], block: int) -> list[Ints]:
+    """Documents without their EOS, cut to `block − 1` tokens; what is too short to hide a span in is left out."""
+    size = block - 1
+    cut = [doc[:-1][i : i + size] for doc in documents for i in range(0, len(doc) - 1, size)]
+    pieces = [p for p in cut if len(p) >= 2]
+    if not pieces and documents:
+        raise OperantError("every text is shorter than two tokens; give longer texts")
+    return pieces
+
+
+def _shuffled(documents: list[Ints], seed: int) -> list[Ints]:
+    order = np.random.default_rng(mixed_seed(seed, "documents")).permutation(len(documents))
+    return [documents[i] for i in order]
+
+
+__all__ = ["pretrain", "span_corruption"]

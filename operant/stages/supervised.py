@@ -1,0 +1,139 @@
+"""What pretraining and fine-tuning share: batches in, likelihood up, the best dev loss kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from operant.batch import to_device
+from operant.config import ModelConfig, RunConfig
+from operant.learner import Learner, TokenLoss
+from operant.objectives import negative_log_likelihood
+from operant.policy import Policy
+from operant.run import Run
+from operant.text import Codec
+from operant.types import Batch, OperantError
+
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class StageResult:
+    """The policy with its best weights, and what the stage reached. dev_loss is in nats per token."""
+
+    policy: Policy
+    out: Path
+    steps: int
+    seconds: float
+    stop_reason: str
+    dev_loss: float
+
+
+def likelihood_loss(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """−log π(y_t) for every action token."""
+    return negative_log_likelihood(policy.logprobs(batch).logprobs), {}
+
+
+@torch.no_grad()
+def mean_loss(policy: Policy, batches: Sequence[Batch]) -> float:
+    """Nats per action token over all batches, dropout off."""
+    training = policy.model.training
+    policy.model.eval()
+    total, tokens = 0.0, 0
+    for batch in batches:
+        moved = to_device(batch, policy.device)
+        total -= float(policy.logprobs(moved).logprobs.sum())
+        tokens += int(moved.action_mask.sum())
+    policy.model.train(training)
+    return total / max(1, tokens)
+
+
+def fit(
+    run: Run,
+    policy: Policy,
+    config: RunConfig,
+    *,
+    steps: int,
+    lr: float,
+    warmup_steps: int,
+    schedule: str,
+    batches: Callable[[int], list[Batch]],
+    dev: Sequence[Batch],
+    eval_every: int,
+    patience: int = 0,
+    loss_of: TokenLoss = likelihood_loss,
+) -> StageResult:
+    """Minimise the loss of `batches(step)`; measure `dev` every `eval_every` steps, keep the best, stop after
+    `patience` measurements without improvement (0: never)."""
+    learner = Learner(
+        policy, lr=lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        warmup_steps=warmup_steps, total_steps=steps, schedule=schedule,  # type: ignore[arg-type]
+    )  # fmt: skip
+    state: dict[str, float] = {"stale": 0, "dev_loss": math.inf}
+    run.attach(policy, learner, state)
+    if not math.isfinite(state["dev_loss"] or math.inf):
+        state["dev_loss"] = math.inf
+
+    def measure() -> None:
+        if not dev:
+            return
+        loss = mean_loss(policy, dev)
+        run.log.log(run.step, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))})
+        improved = -loss > run.best_value
+        state["stale"] = 0 if improved else state["stale"] + 1
+        state["dev_loss"] = min(loss, state["dev_loss"])
+        if improved:
+            run.measured(-loss)
+        run.note(f"step {run.step}: dev loss {loss:.4f} nats/token{' (best)' if improved else ''}")
+        if patience and state["stale"] >= patience:
+            run.stop(f"the dev loss has not improved for {patience} measurements")
+
+    if run.step == 0:
+        measure()
+    for step in run.steps(steps):
+        policy.model.train()
+        stats = learner.step(batches(step), loss_of)
+        run.record(
+            stats,
+            {"train/tokens_per_second": stats.tokens / max(stats.seconds, 1e-9)},
+            shown={"loss": stats.loss, "lr": stats.coefficients["lr"]},
+        )
+        if run.step % eval_every == 0 or run.step == steps:
+            measure()
+    run.restore_best()
+    policy.model.eval()
+    if run.failed:
+        raise OperantError(run.failed)
+    return StageResult(policy, run.folder.path, run.step, run.seconds, run.stop_reason, -run.best_value)
+
+
+def starting_policy(config: RunConfig, model: ModelConfig, texts: Callable[[], list[str]], sentinels: int = 0) -> Policy:
+    """Load `model.model`, or make a new one whose tokenizer is loaded or trained on `texts()`."""
+    if model.model:
+        policy = Policy.load(model.model, device=config.device, dtype=config.dtype)
+    else:
+        codec = (
+            Codec.load(model.tokenizer)
+            if model.tokenizer
+            else Codec.train_bpe(texts(), vocab_size=model.vocab_size, sentinels=sentinels)
+        )
+        policy = Policy.new(
+            model.arch, model.size, codec, max_length=model.max_length, seed=config.seed, dropout=model.dropout,
+            device=config.device, dtype=config.dtype,
+        )  # fmt: skip
+    if model.lora_rank:
+        policy.add_lora(model.lora_rank, seed=config.seed)
+    return policy
+
+
+def split_rows(rows: Sequence[T], share: float, most: int) -> tuple[list[T], list[T]]:
+    """(training rows, held-out rows): the last `share` of them, at most `most`, for data without a dev split."""
+    count = min(most, max(1, int(len(rows) * share))) if len(rows) > 1 else 0
+    return list(rows[: len(rows) - count]), list(rows[len(rows) - count :])
