@@ -11,6 +11,7 @@ import yaml
 __all__ = [
     "EvalConfig",
     "PretrainConfig",
+    "QuickstartConfig",
     "SampleConfig",
     "ScoreConfig",
     "SftConfig",
@@ -197,7 +198,7 @@ class TrainConfig(RunConfig, PairFields):
         reward: names with weights, such as "chrf" or "chrf + 0.1*length", or module:function.
         dense: pay metric rewards token by token through a potential instead of at the end.
         potential: how prefixes are scored when dense: `prefix` or `matched`.
-        reward_workers: processes that compute rewards; 0 chooses.
+        reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
         reward_seconds: time limit for one reward; a slower one is a missing reward.
         algorithm: reinforce, rloo, grpo or ppo.
         baseline: auto takes the algorithm's own; else none, running, batch, leave_one_out, position_leave_one_out,
@@ -245,7 +246,7 @@ class TrainConfig(RunConfig, PairFields):
     reward: str = "chrf"
     dense: bool = False
     potential: Literal["prefix", "matched"] = "prefix"
-    reward_workers: int = 0
+    reward_workers: int = -1
     reward_seconds: float = 10.0
     algorithm: str = "rloo"
     baseline: str = "auto"
@@ -381,3 +382,28 @@ class SampleConfig:
     device: str = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
     json: bool = False
+
+
+@dataclass(kw_only=True)
+class QuickstartConfig:
+    """Pretrain, fine-tune and learn from instant reward on a built-in task: written-out English to Chinese.
+
+    Args:
+        out: the run folder.
+        seed: of the task's rows, the weights, the data order and sampling.
+        overwrite: throw the run in `out` away first.
+        threads: CPU threads for the matrix work; 0 takes all cores.
+        labelled: labelled pairs to fine-tune on.
+        prompts: prompts whose references only the reward sees.
+        minutes: wall time of the reward stage, and of fine-tuning further on the same pairs.
+        device: auto, cpu, cuda or mps.
+    """
+
+    out: str = "runs/quickstart"
+    seed: int = 0
+    overwrite: bool = False
+    threads: int = 0
+    labelled: int = 400
+    prompts: int = 8000
+    minutes: float = 1.0
+    device: str = "auto"

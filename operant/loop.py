@@ -70,7 +70,7 @@ def train(
     several steps in a row was missing.
     """
     config = dataclasses.replace(config or TrainConfig(), **options)
-    runner = RewardRunner(reward, workers=config.reward_workers or None, time_limit=config.reward_seconds)
+    runner = RewardRunner(reward, workers=None if config.reward_workers < 0 else config.reward_workers, time_limit=config.reward_seconds)
     try:
         recipe = resolve(config, dense=runner.reward.dense)
         check_references(runner.reward, prompts)

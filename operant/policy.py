@@ -14,12 +14,15 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from operant.cache import DecodeState
 from operant.text import Codec
 from operant.types import Batch, Ints, OperantError
+
+transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint would bury our own
 
 Family = Literal["decoder", "encoder-decoder"]
 

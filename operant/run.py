@@ -105,7 +105,7 @@ class Run:
                 self.log.close()
             elif not self.folder.resumed and not any(self.folder.checkpoints.iterdir()):
                 # nothing was learned: leave no half-made run in the way of the next try
-                shutil.rmtree(self.folder.path, ignore_errors=True)
+                self.folder.discard()
         finally:
             if self._handler is not None:
                 signal.signal(signal.SIGINT, self._handler)
@@ -264,8 +264,10 @@ class Run:
             seconds=round(self.seconds, 2),
             skipped_steps=self.learner.skipped,
         )
-        with contextlib.suppress(Exception):  # a report that fails must not cost the run
+        try:
             write_report(self.folder.path)
+        except Exception as error:  # a report that fails must not cost the run
+            self.note(f"the report could not be written: {error}")
         if not self.quiet:
             print(
                 f"{self.stage}: {self.stop_reason or 'left'}. Model in {self.folder.path}/model, "

@@ -363,11 +363,12 @@ class Sampler:
             self._state = self._state.select(torch.tensor(index, device=self._state.mask.device))
 
     def _finish(self, row: _Row, reason: StopReason) -> Completion:
-        row.text.finish()
-        text, ends = row.text.text, np.array(row.ends, np.int64)
+        text, ends, reach = row.text.text, np.array(row.ends, np.int64), np.array(row.text.reach, np.int64)
         if reason == "stop":
             cut = min(i for i in (text.find(s) for s in row.sampling.stop) if i >= 0)
-            text, ends = text[:cut], np.minimum(ends, cut)
+            text, ends, reach = text[:cut], np.minimum(ends, cut), np.minimum(reach, cut)
+        else:
+            text += row.text.finish()
         greedy = row.sampling.temperature == 0
         return Completion(
             id=row.id,
@@ -375,6 +376,7 @@ class Sampler:
             text=text,
             tokens=np.array(row.tokens, np.int64),
             text_ends=ends,
+            text_reach=reach,
             behavior_logprobs=np.array(row.behavior, np.float32) * (0.0 if greedy else 1.0),
             model_logprobs=np.array(row.model, np.float32),
             sampled=np.ones(len(row.tokens), np.bool_),

@@ -67,6 +67,8 @@ class Completion:
     model_logprobs: float32[T], the same weights at temperature 1 with nothing cut off.
     text_ends: int64[T], how many characters of `text` are committed (decodable as whole characters) once token t is
         there. Non-decreasing; the last entry may be less than len(text) if the bytes of the last character are cut off.
+    text_reach: int64[T], how many characters token t has begun, at least `text_ends`: a token may end one character and
+        hold the first bytes of the next. None means that no token does.
     sampled: bool[T], False for tokens that the policy did not draw (forced or observed tokens).
     policy_version: int64[T], the version whose weights drew token t.
     stop_reason: "eos", "stop" (a stop string), "length", "reward" (a streaming reward ended it) or "cancelled".
@@ -79,6 +81,7 @@ class Completion:
     text: str
     tokens: Ints
     text_ends: Ints
+    text_reach: Ints | None = None
     behavior_logprobs: Floats | None = None
     model_logprobs: Floats | None = None
     sampled: Bools | None = None

@@ -218,7 +218,7 @@ def _place_spans(spans: list[Span], completion: Completion) -> tuple[Doubles, Bo
         if not 0 <= span.start < span.end <= len(completion.text):
             bounds = f"[{span.start}, {span.end}) in a text of {len(completion.text)} characters"
             return rewards, observed, f"bad_span: {bounds}; spans are half-open and count characters"
-        first, stop = chars_to_tokens(completion.text_ends, span.start, span.end)
+        first, stop = chars_to_tokens(completion.text_ends, span.start, span.end, completion.text_reach)
         covered = np.arange(first, stop)
         if completion.sampled is not None:
             covered = covered[completion.sampled[covered]]

@@ -1,0 +1,343 @@
+"""The program: parse, call, print."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from operant import config as configs
+from operant.types import OperantError
+
+EXAMPLES = {
+    "pretrain": (
+        configs.PretrainConfig,
+        "train a language model on raw text",
+        "operant pretrain --data texts.jsonl --arch t5 --size tiny --steps 2000 --out runs/pretrain",
+    ),
+    "sft": (
+        configs.SftConfig,
+        "fine-tune on labelled pairs",
+        "operant sft --model runs/pretrain/model --data pairs/ --prompt_field en --reference_field de --out runs/sft",
+    ),
+    "train": (
+        configs.TrainConfig,
+        "learn from rewards",
+        'operant train --model runs/sft/model --data pairs/ --prompt_field en --reference_field de --reward chrf --dense true --target "bleu>=30"',
+    ),
+    "eval": (
+        configs.EvalConfig,
+        "measure a model on a data set",
+        "operant eval --model runs/train/model --data pairs/dev.jsonl --prompt_field en --reference_field de --json true",
+    ),
+    "score": (
+        configs.ScoreConfig,
+        "rewards of completions in a file",
+        "operant score --reward bleu --dense true --data answers.jsonl --json true",
+    ),
+    "sample": (
+        configs.SampleConfig,
+        "write completions",
+        'operant sample --model runs/train/model --prompt "How are you?" --n 3',
+    ),
+    "quickstart": (
+        configs.QuickstartConfig,
+        "the whole circle on a built-in task, offline, in minutes",
+        "operant quickstart --seed 1 --out runs/quickstart-1",
+    ),
+}  # fmt: skip
+
+
+def build_parser() -> Any:
+    """The argument parser of all commands; importing no torch, so that --help is quick."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(parse_optionals_as_positionals=False)
+    from operant import __version__
+
+    parser = jsonargparse.ArgumentParser(
+        prog="operant",
+        description="Teach a language model from rewards at the moment they arrive.",
+        epilog="Examples:\n" + "\n".join(f"  {example}" for _, _, example in EXAMPLES.values()),
+        formatter_class=_formatter(),
+        version=__version__,
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(dest="command")
+    for name, (cls, summary, example) in EXAMPLES.items():
+        sub = jsonargparse.ArgumentParser(
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"Example:\n  {example}",
+            formatter_class=_formatter(),
+            exit_on_error=False,
+        )
+        sub.add_argument("--config", action="config", help="read settings from this YAML file; flags after it win")
+        sub.add_class_arguments(cls, as_group=False)
+        commands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+def _formatter() -> Any:
+    import argparse
+
+    import jsonargparse
+
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):  # type: ignore[misc]
+        pass
+
+    return Formatter
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program. Exit status: 0, 1 for a fault that the user can mend (one line on stderr), 130 for Ctrl-C."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        command, config = _parse(given)
+        COMMANDS[command](config)
+    except OperantError as error:
+        print(f"operant: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("operant: interrupted; go on with --resume true if a run was under way", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _parse(given: list[str]) -> tuple[str, Any]:
+    """(command, its configuration). A bare flag of a boolean means true, and dashes in flags mean underscores."""
+    import jsonargparse
+
+    parser = build_parser()
+    if not given:
+        parser.print_help()
+        raise SystemExit(0)
+    try:
+        parsed = parser.parse_args(_normalised(given))
+    except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError) as error:
+        raise OperantError(_parse_fault(str(error), given)) from None
+    values = parsed[parsed.command].as_dict()
+    values.pop("config", None)
+    cls = EXAMPLES[parsed.command][0]
+    return parsed.command, cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+
+def _normalised(given: list[str]) -> list[str]:
+    booleans = {
+        f.name for cls, _, _ in EXAMPLES.values() for f in dataclasses.fields(cls) if f.type in (bool, "bool")
+    }
+    out: list[str] = []
+    for i, word in enumerate(given):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            word = f"--{name}{equals}{value}"
+            following = given[i + 1] if i + 1 < len(given) else "--"
+            if name in booleans and not equals and following.lower() not in ("true", "false", "yes", "no"):
+                word = f"--{name}=true"
+        out.append(word)
+    return out
+
+
+def _parse_fault(text: str, given: list[str]) -> str:
+    """One line for what the parser found, with the nearest name for an unknown command or flag."""
+    import difflib
+    import re
+
+    line = " ".join(text.split())
+    commands = list(EXAMPLES)
+    if given and not given[0].startswith("-") and given[0] not in commands:
+        close = difflib.get_close_matches(given[0], commands, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(commands)}"
+        return f"unknown command {given[0]!r}; {hint}"
+    unknown = re.search(r"[Uu]nrecognized arguments: (--[\w-]+)", line) or re.search(r"[Kk]ey '?([\w.]+)'? is not expected", line)
+    if unknown and given and given[0] in EXAMPLES:
+        name = unknown[1].lstrip("-").split(".")[-1]
+        fields = [f.name for f in dataclasses.fields(EXAMPLES[given[0]][0])]
+        close = difflib.get_close_matches(name, fields, n=1)
+        hint = f"did you mean --{close[0]}?" if close else f"see operant {given[0]} --help"
+        return f"operant {given[0]} has no setting --{name}; {hint}"
+    command = f" {given[0]}" if given and given[0] in EXAMPLES else ""
+    return f"{line[:400]} (see operant{command} --help)"
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+
+def run_pretrain(config: configs.PretrainConfig) -> None:
+    from operant.stages import pretrain
+
+    pretrain(config)
+
+
+def run_sft(config: configs.SftConfig) -> None:
+    from operant.stages import sft
+
+    result = sft(config)
+    print(f"dev loss {result.dev_loss:.4f} nats/token after {result.steps} steps; model in {result.out}/model")
+
+
+def run_train(config: configs.TrainConfig) -> None:
+    from operant.data import Fields, load_pairs, load_prompts
+    from operant.loop import train
+    from operant.policy import Policy
+    from operant.report import terminal_curve
+    from operant.rewards import reward_by_name
+    from operant.runlog import read_jsonl
+    from operant.stages.sft import load_split_rows
+
+    _need(config.model, "--model", "a model folder or hub id to start from")
+    reward = reward_by_name(config.reward, dense=config.dense or None, potential=config.potential if config.dense else None)
+    rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, config.eval_prompts)
+    policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
+    if config.lora_rank:
+        policy.add_lora(config.lora_rank, seed=config.seed)
+    fields = Fields(prompt=config.prompt_field, references=config.reference_field)
+    prompts, dev_prompts = (
+        load_prompts(part, policy.codec, fields, **prompt_options(config, policy, config.max_tokens)) if part else []
+        for part in (rows, dev_rows)
+    )
+    pairs = []
+    if config.sft_data:
+        from operant.data import load_rows
+
+        pair_fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
+        pairs = load_pairs(load_rows(config.sft_data), policy.codec, pair_fields, **prompt_options(config, policy, 1))
+    result = train(policy, prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs)
+    curve = [(r["step"], r["eval/reward"]) for r in read_jsonl(result.out / "metrics.jsonl") if isinstance(r.get("eval/reward"), float)]
+    if len(curve) > 1:
+        print(terminal_curve([x for x, _ in curve], [y for _, y in curve], title=f"held-out reward ({config.reward})"))
+    for name in sorted(result.best):
+        print(f"{name:16} {result.first.get(name, float('nan')):10.4f} -> {result.best[name]:10.4f}")
+
+
+def run_eval(config: configs.EvalConfig) -> None:
+    from operant.data import Fields, load_prompts, load_rows
+    from operant.evaluate import evaluate
+    from operant.policy import Policy
+    from operant.types import Sampling
+
+    _need(config.model, "--model", "a model folder or hub id")
+    _need(config.data, "--data", "prompts with references")
+    rows = load_rows(config.data, split="dev", limit=config.limit)
+    policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
+    policy.model.eval()
+    fields = Fields(prompt=config.prompt_field, references=config.reference_field)
+    prompts = load_prompts(rows, policy.codec, fields, **prompt_options(config, policy, config.max_tokens))
+    with _progress(len(prompts), "eval") as advance:
+        values, completions = evaluate(
+            policy, prompts, metrics=config.metrics, max_rows=config.max_rows, progress=advance,
+            sampling=Sampling(temperature=config.temperature, max_tokens=config.max_tokens, seed=config.seed),
+        )  # fmt: skip
+    if config.samples:
+        try:
+            with open(config.samples, "w", encoding="utf-8") as file:
+                for prompt, completion in zip(prompts, completions, strict=True):
+                    row = {"prompt": prompt.text, "completion": completion.text, "references": list(prompt.references)}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise OperantError(f"cannot write {config.samples} ({error.strerror}); choose another --samples") from error
+    if config.json:
+        print(json.dumps(values))
+    else:
+        for name, value in values.items():
+            print(f"{name:12} {value:10.4f}")
+
+
+def run_score(config: configs.ScoreConfig) -> None:
+    from operant.rewards.score import score
+
+    for row in score(config):
+        if config.json:
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            value = "missing" if row["reward"] is None else f"{row['reward']:.4f}"
+            text = str(row["completion"]).replace("\n", "\\n")
+            print(f"{value:>9}  {text[:100]}{'  (' + row['missing'] + ')' if row.get('missing') else ''}")
+
+
+def run_sample(config: configs.SampleConfig) -> None:
+    from operant.policy import Policy
+    from operant.sampler import Sampler
+    from operant.types import Prompt, Sampling
+
+    _need(config.model, "--model", "a model folder or hub id")
+    policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
+    policy.model.eval()
+    encoder = policy.family == "encoder-decoder"
+    if config.prompt is None and sys.stdin.isatty():
+        print("a prompt a line, Ctrl-D ends:", file=sys.stderr)
+    texts = [config.prompt] if config.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
+    sampling = Sampling(
+        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
+        stop=tuple(config.stop), seed=config.seed,
+    )  # fmt: skip
+    for number, text in enumerate(texts):
+        tokens = policy.codec.encode_prompt(f"{config.prefix}{text}{'' if encoder else config.separator}", encoder=encoder)
+        for completion in Sampler(policy).sample([Prompt(id=str(number), text=text, tokens=tokens)], sampling, config.n)[0]:
+            if config.json:
+                assert completion.behavior_logprobs is not None
+                row = {
+                    "prompt": text, "completion": completion.text, "stop_reason": completion.stop_reason,
+                    "tokens": completion.tokens.tolist(), "logprob": float(completion.model_logprobs.sum()),  # type: ignore[union-attr]
+                    "behavior_logprobs": [round(x, 6) for x in completion.behavior_logprobs.tolist()],
+                }  # fmt: skip
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+            else:
+                print(completion.text, flush=True)
+
+
+def run_quickstart(config: configs.QuickstartConfig) -> None:
+    from operant.quickstart import quickstart
+
+    quickstart(config)
+
+
+COMMANDS: dict[str, Callable[[Any], None]] = {
+    "pretrain": run_pretrain,
+    "sft": run_sft,
+    "train": run_train,
+    "eval": run_eval,
+    "score": run_score,
+    "sample": run_sample,
+    "quickstart": run_quickstart,
+}
+
+
+def prompt_options(config: configs.PairFields, policy: Any, room: int) -> dict[str, Any]:
+    """What `load_prompts` needs to know of the configuration and the policy; `room` tokens are left for the completion."""
+    encoder = policy.family == "encoder-decoder"
+    longest = policy.max_length if encoder else max(1, policy.max_length - room)
+    return {
+        "prefix": config.prefix,
+        "separator": config.separator,
+        "encoder": encoder,
+        "max_prompt_tokens": config.max_prompt_tokens or longest,
+        "too_long": config.too_long,
+    }
+
+
+def _need(value: str, flag: str, what: str) -> None:
+    if not value:
+        raise OperantError(f"{flag} is missing; give {what}")
+
+
+@contextlib.contextmanager
+def _progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
+    from operant.runlog import Progress
+
+    bar = Progress(total, description)
+    try:
+        yield lambda done: bar.advance(done)
+    finally:
+        bar.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Rewards of completions that are already in a file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from operant.config import ScoreConfig
+from operant.data import load_rows
+from operant.rewards.names import check_references, reward_by_name
+from operant.rewards.runner import RewardRunner
+from operant.text import Codec
+from operant.types import Completion, Ints, OperantError, Prompt
+
+# without a tokenizer a token is a word with the space before it; scripts without spaces go by character
+WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+)|\s+$")
+PIECE = 256  # rows rewarded together
+
+
+def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
+    """One dict a row of `config.data`: id, completion, reward (None when missing, with `missing` saying why), parts of a
+    combined reward, and with `dense` the tokens' texts and their `rewards`, which sum to reward − reward of ''.
+
+    Raises OperantError for missing data or fields, an unknown reward, and references that the reward needs.
+    """
+    if not config.data:
+        raise OperantError("--data is missing; give rows with prompt, completion and references")
+    reward = reward_by_name(
+        config.reward, dense=config.dense or None, potential=config.potential if config.dense else None
+    )
+    rows = load_rows(config.data, limit=config.limit)
+    codec = Codec.load(config.tokenizer) if config.tokenizer else None
+    pairs = [_pair(number, row, config, codec) for number, row in enumerate(rows)]
+    check_references(reward, [prompt for prompt, _, _ in pairs])
+    with RewardRunner(reward, time_limit=config.reward_seconds) as runner:
+        for start in range(0, len(pairs), PIECE):
+            piece = pairs[start : start + PIECE]
+            trajectories = runner.run([(prompt, completion) for prompt, completion, _ in piece], update=False)
+            for (prompt, completion, texts), trajectory in zip(piece, trajectories, strict=True):
+                seen = bool(trajectory.observed.all()) and trajectory.missing is None
+                total = float(trajectory.rewards.sum()) if seen else None
+                out: dict[str, Any] = {"id": prompt.id, "completion": completion.text, "reward": total}
+                if len(trajectory.parts) > 1:
+                    out["parts"] = trajectory.parts
+                if config.dense:
+                    out["tokens"] = texts
+                    out["rewards"] = [float(r) if o else None for r, o in zip(trajectory.rewards, trajectory.observed, strict=True)]
+                    if seen and hasattr(reward, "measure"):
+                        out["reward"] = float(reward.measure(completion.text, prompt.references))
+                if trajectory.missing:
+                    out["missing"] = trajectory.missing
+                yield out
+
+
+def _pair(number: int, row: dict[str, Any], config: ScoreConfig, codec: Codec | None) -> tuple[Prompt, Completion, list[str]]:
+    text = _column(row, config.completion_field, ("completion", "hypothesis", "output", "response"), "completion_field", number)
+    if not isinstance(text, str):
+        raise OperantError(f"row {number + 1}: the completion is {type(text).__name__}, not text; choose --completion_field")
+    asked = row.get(config.prompt_field or "prompt", "")
+    given = row.get(config.reference_field) if config.reference_field else row.get("references", row.get("reference"))
+    if config.reference_field and config.reference_field not in row:
+        _column(row, config.reference_field, (), "reference_field", number)
+    references = (given,) if isinstance(given, str) else tuple(given or ())
+    name = str(row.get("id", row.get("idx", number)))
+    if isinstance(row.get("tokens"), list) and all(isinstance(t, str) for t in row["tokens"]):
+        pieces = list(row["tokens"])
+        if "".join(pieces) != text:
+            raise OperantError(f"row {number + 1}: its tokens do not spell its completion; leave `tokens` out")
+        tokens, ends = np.arange(len(pieces), dtype=np.int64), _ends(pieces)
+    elif codec is not None:
+        tokens = codec.encode(text)
+        text, ends = codec.text_and_ends(tokens)
+        pieces = [text[a:b] for a, b in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)]
+    else:
+        pieces = WORD.findall(text)
+        tokens, ends = np.arange(len(pieces), dtype=np.int64), _ends(pieces)
+    if not len(tokens):  # an empty answer has a reward too; it stands on the end-of-text token
+        tokens, ends, pieces = np.zeros(1, np.int64), np.zeros(1, np.int64), [""]
+    prompt = Prompt(id=name, text=str(asked), tokens=np.zeros(0, np.int64), references=references, meta=row)
+    return prompt, Completion(id=name, prompt_id=name, text=text, tokens=tokens, text_ends=ends), pieces
+
+
+def _ends(pieces: list[str]) -> Ints:
+    return np.cumsum([len(p) for p in pieces], dtype=np.int64)
+
+
+def _column(row: dict[str, Any], given: str | None, usual: tuple[str, ...], flag: str, number: int) -> Any:
+    import difflib
+
+    names = (given,) if given else usual
+    for name in names:
+        if name in row:
+            return row[name]
+    close = difflib.get_close_matches(str(names[0]), list(row), n=1)
+    hint = f"; did you mean --{flag} {close[0]}?" if close else f"; choose with --{flag}"
+    raise OperantError(f"row {number + 1} has no field {names[0]!r} (its fields: {', '.join(row)}){hint}")
