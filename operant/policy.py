@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,8 @@ class Policy:
                 base = str(adapter.base_model_name_or_path)
                 inner = path / "base" if (path / "base").is_dir() else Path(base)
                 plain = cls.load(inner if inner.exists() else base, device="cpu")
-                model: Any = PeftModel.from_pretrained(plain.model, str(path), is_trainable=True)
+                with _quiet_peft():
+                    model: Any = PeftModel.from_pretrained(plain.model, str(path), is_trainable=True)
                 codec = Codec.load(path) if (path / "tokenizer_config.json").exists() else plain.codec
             else:
                 config = AutoConfig.from_pretrained(source)
@@ -199,7 +201,8 @@ class Policy:
                 r=rank, lora_alpha=int(alpha or 2 * rank), lora_dropout=dropout, target_modules="all-linear", task_type=task,
                 fan_in_fan_out=self.config.model_type == "gpt2",
             )  # fmt: skip
-            self.model = get_peft_model(self.model, config)
+            with _quiet_peft():
+                self.model = get_peft_model(self.model, config)
 
     def save(self, path: str | Path) -> None:
         """Write a folder that plain Transformers loads; with LoRA an adapter that PEFT loads, and its base beside it."""
@@ -466,6 +469,14 @@ class Policy:
             if isinstance(value, int) and (self.family == "encoder-decoder" or name in ("num_hidden_layers", "n_layer")):
                 return value
         raise OperantError(f"the config of {config.model_type!r} does not say how many decoder layers there are")
+
+
+@contextlib.contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT asks Transformers for an attribute that the latter has renamed; nothing the user could mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
 
 
 def _upcast(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ it shares a batch with nor on when it joined (up to the rounding of the logits),
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -157,9 +157,11 @@ class Sampler:
     ) -> list[str]:
         """Ask for n completions; their ids. Sample i is keyed `first_sample + i`.
 
-        Raises OperantError when the prompt leaves no room for a token.
+        Raises OperantError when the prompt is empty or leaves no room for a token.
         """
-        if self._room(prompt, sampling) < 1:
+        if len(prompt.tokens) == 0:
+            raise OperantError(f"prompt {prompt.id!r} is empty, so nothing predicts its first token; give text or a separator")
+        if self._room(prompt, sampling) < 1 or len(prompt.tokens) > self.policy.max_length:
             raise OperantError(
                 f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and the model's context {self.policy.max_length}; "
                 "shorten it, or load it with --too_long truncate"
@@ -203,10 +205,15 @@ class Sampler:
         stream: StreamingReward | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """All completions of all prompts, in order; nothing else may be under way."""
+        """All completions of all prompts, in order; nothing else may be under way. A prompt that comes again gets the
+        next samples: copies of the first ones would pass for independent fellows in a group's baseline."""
         if self.pending:
             raise RuntimeError("sample() needs an idle sampler; use submit() and step() for overlapping requests")
-        ids = [self.submit(prompt, sampling, n, stream=stream) for prompt in prompts]
+        asked: Counter[str] = Counter()
+        ids = []
+        for prompt in prompts:
+            ids.append(self.submit(prompt, sampling, n, stream=stream, first_sample=n * asked[prompt.id]))
+            asked[prompt.id] += 1
         done: dict[str, Completion] = {}
         while self.pending:
             finished = self.step()
