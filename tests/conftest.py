@@ -1,0 +1,78 @@
+"""Settings for every test, and the tiny models that several test files share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from operant.policy import Policy
+from operant.text import Codec
+
+torch.set_num_threads(1)
+
+TEXTS = ["the cat sat on the mat", "a dog ran to the red house", "你好,世界", "one two three four five", "😀 naïve"]
+FAMILIES = ("gpt2", "llama", "t5", "bart", "marian")
+
+
+@pytest.fixture(scope="session")
+def codec() -> Codec:
+    return Codec.train_bpe(TEXTS * 3, vocab_size=288, sentinels=4)
+
+
+def tiny_model(family: str, codec: Codec, context: int = 48, dropout: float = 0.0) -> Any:
+    """A two-layer model with random weights whose distributions are far from flat."""
+    import transformers as hf
+
+    ids = {"pad_token_id": codec.pad_id, "eos_token_id": codec.eos_id, "bos_token_id": codec.bos_id}
+    vocab = codec.vocab_size
+    torch.manual_seed(3)
+    model: Any
+    if family == "gpt2":
+        model = hf.GPT2LMHeadModel(
+            hf.GPT2Config(
+                vocab_size=vocab, n_positions=context, n_embd=16, n_layer=2, n_head=2, initializer_range=0.4,
+                resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout, **ids,
+            )
+        )  # fmt: skip
+    elif family == "llama":
+        model = hf.LlamaForCausalLM(
+            hf.LlamaConfig(
+                vocab_size=vocab, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.4, **ids,
+            )
+        )  # fmt: skip
+    elif family == "t5":
+        model = hf.T5ForConditionalGeneration(
+            hf.T5Config(
+                vocab_size=vocab, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_decoder_layers=2, num_heads=2,
+                dropout_rate=dropout, initializer_factor=2.0, n_positions=context,
+                decoder_start_token_id=codec.pad_id, **ids,
+            )
+        )  # fmt: skip
+    else:
+        kind = {"bart": hf.BartConfig, "marian": hf.MarianConfig}[family]
+        config = kind(
+            vocab_size=vocab, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=context,
+            dropout=dropout, init_std=0.4, decoder_start_token_id=codec.eos_id, forced_eos_token_id=None, **ids,
+        )  # fmt: skip
+        model = (hf.BartForConditionalGeneration if family == "bart" else hf.MarianMTModel)(config)
+        with torch.no_grad():  # tied embeddings of width 16 would make every distribution nearly one-hot
+            model.model.shared.weight.mul_(0.7)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def make_policy(codec: Codec) -> Callable[..., Policy]:
+    def make(family: str, *, dtype: str = "float32", **options: Any) -> Policy:
+        return Policy(tiny_model(family, codec, **options), codec, device="cpu", dtype=dtype)
+
+    return make

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from operant import credit
+
+ALL: list[credit.Baseline] = [
+    "none", "running", "batch", "leave_one_out", "position_leave_one_out", "control_variate", "group_scaled",
+]  # fmt: skip
+
+
+def rows(*values: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, values))
+    rewards = torch.tensor([v + [0.0] * (width - len(v)) for v in values], dtype=torch.float64)
+    return rewards, torch.tensor([[True] * len(v) + [False] * (width - len(v)) for v in values])
+
+
+def test_returns_by_hand() -> None:
+    rewards, mask = rows([1.0, 2.0, 4.0], [8.0])
+    assert credit.returns_to_go(rewards, mask).tolist() == [[7, 6, 4], [8, 0, 0]]
+    assert credit.returns_to_go(rewards, mask, 0.5).tolist() == [[3, 4, 4], [8, 0, 0]]
+    assert credit.returns_to_go(rewards, mask, 0.0).tolist() == [[1, 2, 4], [8, 0, 0]]
+
+
+def test_what_stands_outside_the_mask_is_never_read() -> None:
+    rewards, mask = rows([1.0, 2.0, 4.0], [8.0])
+    junk = torch.where(mask, rewards, 99.0)
+    for gamma in (1.0, 0.5):
+        assert torch.equal(credit.returns_to_go(junk, mask, gamma), credit.returns_to_go(rewards, mask, gamma))
+
+
+def test_discount_weights_by_hand() -> None:
+    _, mask = rows([0.0] * 3, [0.0])
+    assert credit.discount_weights(mask, 0.5).tolist() == [[1, 0.5, 0.25], [1, 0, 0]]
+
+
+def test_leave_one_out_by_hand() -> None:
+    groups = torch.tensor([7, 7, 7, 2, 2])
+    values = torch.tensor([1.0, 2.0, 6.0, 10.0, 20.0], dtype=torch.float64)
+    out, usable = credit.leave_one_out(values, groups, torch.ones(5, dtype=torch.bool))
+    assert out.tolist() == [1 - 4, 2 - 3.5, 6 - 1.5, -10, 10]
+    assert usable.all()
+
+
+def test_the_position_mean_counts_finished_rows_as_zero() -> None:
+    rewards, mask = rows([1.0, 2.0, 4.0], [8.0], [3.0, 3.0])
+    groups, valid = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool)
+    out, _, _ = credit.advantages(rewards, mask, groups, valid, baseline="position_leave_one_out")
+    # returns: [7 6 4], [8 0 0], [6 3 0]
+    assert out.tolist() == [[7 - 7, 6 - 1.5, 4 - 0], [8 - 6.5, 0, 0], [6 - 7.5, 3 - 3, 0]]
+
+
+def test_the_control_variate_by_hand_and_its_two_ends() -> None:
+    rewards, mask = rows([1.0, 2.0, 4.0], [8.0], [3.0, 3.0])
+    groups, valid = torch.zeros(3, dtype=torch.long), torch.ones(3, dtype=torch.bool)
+    # totals 7, 8, 6; paid before t: [0 1 3], [0 8 8], [0 3 6], the finished ones holding their total
+    out, _ = credit.control_variate(rewards, mask, groups, valid, 0.5)
+    assert out.tolist() == [
+        [0, 0 - 0.5 * (1 - 5.5), 0 - 0.5 * (3 - 7)],
+        [1.5, 0, 0],
+        [-1.5, -1.5 - 0.5 * (3 - 4.5), 0],
+    ]
+    whole, _ = credit.control_variate(rewards, mask, groups, valid, 1.0)
+    position, _, _ = credit.advantages(rewards, mask, groups, valid, baseline="position_leave_one_out")
+    assert torch.allclose(whole, position, atol=1e-12)
+    none, _ = credit.control_variate(rewards, mask, groups, valid, 0.0)
+    assert torch.allclose(none, torch.tensor([0.0, 1.5, -1.5], dtype=torch.float64)[:, None] * mask, atol=1e-12)
+
+
+def test_group_scaled_by_hand() -> None:
+    values = torch.tensor([1.0, 3.0, 5.0, 5.0], dtype=torch.float64)
+    groups, valid = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
+    out = credit.group_centred(values, groups, valid)
+    deviation = math.sqrt(2.0)  # n − 1
+    assert out.tolist() == pytest.approx([-1 / (deviation + 1e-4), 1 / (deviation + 1e-4), 0, 0])
+    assert credit.group_centred(values, groups, valid, scale=False).tolist() == [-1, 1, 0, 0]
+
+
+def test_the_batch_baseline_leaves_the_own_prompt_out() -> None:
+    rewards, mask = rows([1.0], [2.0], [5.0], [9.0])
+    valid = torch.ones(4, dtype=torch.bool)
+    out, _, _ = credit.advantages(rewards, mask, torch.tensor([0, 0, 1, 1]), valid, baseline="batch")
+    assert out[:, 0].tolist() == [1 - 7, 2 - 7, 5 - 1.5, 9 - 1.5]
+    out, _, _ = credit.advantages(rewards, mask, torch.zeros(4, dtype=torch.long), valid, baseline="batch")
+    assert out[:, 0].tolist() == pytest.approx([1 - 16 / 3, 2 - 5, 5 - 4, 9 - 8 / 3])
+
+
+def test_beta_is_fitted_on_the_other_groups_and_is_one_where_the_potential_foretells_all() -> None:
+    # the return is what the first token paid: the potential after it foretells everything
+    rewards, mask = rows([1.0, 0.0, 0.0], [5.0, 0.0, 0.0], [2.0, 0.0, 0.0], [9.0, 0.0, 0.0])
+    groups, valid = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
+    beta = credit.fit_beta(rewards.sum(1), credit.held_potential(rewards, mask), mask, groups, valid)
+    assert beta.tolist() == pytest.approx([1.0] * 4)
+    # group 1's potential is worthless, group 0's perfect: each is told by the other
+    rewards[2:] = torch.tensor([[4.0, 0.0, -4.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    beta = credit.fit_beta(rewards.sum(1), credit.held_potential(rewards, mask), mask, groups, valid)
+    assert beta.tolist() == pytest.approx([0.0, 0.0, 1.0, 1.0])
+    one = torch.zeros(4, dtype=torch.long)
+    alone = credit.fit_beta(rewards.sum(1), credit.held_potential(rewards, mask), mask, one, valid)
+    assert alone.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("baseline", ALL)
+def test_a_missing_reward_teaches_nothing_and_reaches_no_other_row(baseline: credit.Baseline) -> None:
+    rewards, mask = rows([1.0, 2.0], [4.0], [0.5, 0.25], [3.0, 1.0], [7.0])
+    groups = torch.tensor([0, 0, 0, 1, 1])
+    valid = torch.tensor([True, False, True, True, True])
+    broken = rewards.clone()
+    broken[1] = math.nan
+    out, returns, usable = credit.advantages(broken, mask, groups, valid, baseline=baseline, running=0.3, beta=0.7)
+    assert torch.isfinite(out).all() and torch.isfinite(returns[valid]).all()
+    assert out[1].tolist() == [0, 0] and usable.tolist() == valid.tolist()
+    keep = valid.nonzero()[:, 0]
+    without, _, _ = credit.advantages(
+        rewards[keep], mask[keep], groups[keep], valid[keep], baseline=baseline, running=0.3, beta=0.7
+    )
+    assert torch.allclose(out[keep], without, atol=1e-12)
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "position_leave_one_out", "control_variate", "group_scaled"])
+def test_a_row_whose_fellows_are_all_missing_is_not_usable(baseline: credit.Baseline) -> None:
+    rewards, mask = rows([1.0, 2.0], [4.0], [3.0], [5.0])
+    valid = torch.tensor([True, False, True, True])
+    out, _, usable = credit.advantages(rewards, mask, torch.tensor([0, 0, 1, 1]), valid, baseline=baseline)
+    assert usable.tolist() == [False, False, True, True]
+    assert not out[:2].any() and out[2:, 0].all()
+
+
+@pytest.mark.parametrize("baseline", ALL)
+def test_padding_changes_nothing(baseline: credit.Baseline) -> None:
+    rewards, mask = rows([1.0, 2.0], [4.0], [0.5, 0.25], [3.0])
+    groups, valid = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
+    narrow, _, _ = credit.advantages(rewards, mask, groups, valid, baseline=baseline, beta=0.6)
+    pad = torch.nn.functional.pad
+    wide, _, _ = credit.advantages(pad(rewards, (0, 3)), pad(mask, (0, 3)), groups, valid, baseline=baseline, beta=0.6)
+    assert torch.equal(wide[:, :2], narrow) and not wide[:, 2:].any()
