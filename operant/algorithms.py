@@ -84,7 +84,9 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
     if config.baseline not in ("auto", *baselines):
         raise OperantError(f"unknown baseline {config.baseline!r}{nearest(config.baseline, baselines)}")
     if config.normalisation not in ("auto", *normalisations):
-        raise OperantError(f"unknown normalisation {config.normalisation!r}{nearest(config.normalisation, normalisations)}")
+        raise OperantError(
+            f"unknown normalisation {config.normalisation!r}{nearest(config.normalisation, normalisations)}"
+        )
     baseline: Baseline = algorithm.dense_baseline if dense else algorithm.baseline
     if baseline == "control_variate" and config.gamma != 1.0:
         baseline = "position_leave_one_out"  # past rewards are a control variate for undiscounted returns only
@@ -136,6 +138,12 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
         )
     if config.temperature <= 0:
         raise OperantError("greedy completions have no propensity to learn from; train with --temperature 1")
+    if config.beta != "auto" and baseline != "control_variate":
+        raise OperantError(f"baseline {baseline} has no coefficient, and beta is {config.beta}; use --beta auto, or --dense")
+    if config.kl_in == "reward" and config.kl_coef > 0 and config.kl_estimator != "k2":
+        raise OperantError(
+            f"the KL in the reward is always k1, and kl_estimator is {config.kl_estimator}; leave it out, or use --kl_in loss"
+        )
     if config.kl_in == "reward" and baseline == "group_scaled" and config.kl_coef > 0:
         raise OperantError(f"{config.algorithm} would sum the per-token KL reward into one number; use --kl_in loss")
     return recipe

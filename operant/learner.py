@@ -23,9 +23,12 @@ TokenLoss = Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(slots=True)
 class ClosureResult:
+    """loss: of the whole step. sums: what is logged, over `counted` action tokens. tokens: all action tokens."""
+
     loss: float
     sums: dict[str, float]
     tokens: int
+    counted: int
 
 
 class UpdateRule(Protocol):
@@ -135,17 +138,19 @@ class Learner:
             self.rule.set_lr(lr)
 
         def closure() -> ClosureResult:
-            total, tokens, sums = 0.0, 0, {}
+            total, tokens, counted, sums = 0.0, 0, 0, {}
             for batch in batches:
                 micro = to_device(batch, self.policy.device)
                 token_loss, stats = loss_of(self.policy, micro)
                 loss = (token_loss * micro.weights).sum() / micro.denominator
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
-                tokens += int(micro.action_mask.sum())
+                acted = int(micro.action_mask.sum())
+                tokens += acted
+                counted += acted if stats else 0  # supervised pairs beside the completions report nothing
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + float(value.detach())
-            return ClosureResult(total, sums, tokens)
+            return ClosureResult(total, sums, tokens, counted)
 
         result, norm, reason = self.rule.step(closure)
         self.steps += 1
@@ -154,7 +159,7 @@ class Learner:
             self.skipped_in_row += 1
         else:
             self.skipped_in_row = 0
-        means = {name: value / max(1, result.tokens) for name, value in result.sums.items()}
+        means = {name: value / max(1, result.counted) for name, value in result.sums.items()}
         return StepStats(
             step=self.steps,
             loss=result.loss,

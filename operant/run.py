@@ -97,10 +97,12 @@ class Run:
             print(f"{self.stage} in {self.folder.path} with:\n{_indented(to_yaml(self.config))}", file=sys.stderr)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if self._attached:
-                if error is None or isinstance(error, KeyboardInterrupt):
+                if error is None or isinstance(error, KeyboardInterrupt) or self.failed:  # a failed run has a report too
                     self._finish()
                 self.log.close()
             elif not self.folder.resumed and not any(self.folder.checkpoints.iterdir()):
@@ -224,7 +226,9 @@ class Run:
         if self._progress is not None:
             self._progress.advance(tokens=stats.tokens, shown=shown, missing=missing)
             if stats.skipped:
-                self._progress.note(f"step {self.step} skipped: {stats.reason} ({self.learner.skipped_in_row} in a row)")
+                self._progress.note(
+                    f"step {self.step} skipped: {stats.reason} ({self.learner.skipped_in_row} in a row)"
+                )
         if self.learner.skipped_in_row >= self.config.max_sick_steps:
             good = checkpoint.latest(self.folder.checkpoints)
             if good is not None:
@@ -253,7 +257,9 @@ class Run:
         if not self.failed and self.step != self._saved_step:
             self.save()
         best = self.folder.checkpoints / self.best_checkpoint if self.best_checkpoint else None
-        source = best if best is not None and checkpoint.verify(best) is None else checkpoint.latest(self.folder.checkpoints)
+        source = (
+            best if best is not None and checkpoint.verify(best) is None else checkpoint.latest(self.folder.checkpoints)
+        )
         if source is not None:
             _replace(source / "model", self.folder.path / "model")
         self.folder.finish(
@@ -301,4 +307,3 @@ def _replace(source: Path, target: Path) -> None:
 
 def _indented(text: str) -> str:
     return "".join(f"  {line}\n" for line in text.splitlines())
-
