@@ -12,7 +12,7 @@ from pathlib import Path
 import operant
 
 HERE = Path(__file__).parent
-PROGRAM = [str(Path(sys.executable).with_name("operant"))]
+PROGRAM = [sys.executable, "-m", "operant.cli"]
 
 
 def help_of(*command: str) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -66,3 +67,10 @@ def test_the_architecture_tree_names_every_module() -> None:
             continue
         name = f"{path.name}/" if path.is_dir() else path.name
         assert all(name in text for text in tree), f"{name} is missing from the tree in README.md or README.zh-CN.md"
+
+
+def test_the_reference_is_what_the_program_says_today() -> None:
+    spec = importlib.util.spec_from_file_location("reference_page", ROOT / "docs" / "reference.py")
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert (ROOT / "docs" / "reference.md").read_text("utf-8") == page.reference(), "run `make docs`"
