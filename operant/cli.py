@@ -129,9 +129,7 @@ def _parse(given: list[str]) -> tuple[str, Any]:
 
 
 def _normalised(given: list[str]) -> list[str]:
-    booleans = {
-        f.name for cls, _, _ in EXAMPLES.values() for f in dataclasses.fields(cls) if f.type in (bool, "bool")
-    }
+    booleans = {f.name for cls, _, _ in EXAMPLES.values() for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
     out: list[str] = []
     for i, word in enumerate(given):
         if word.startswith("--"):
@@ -156,7 +154,9 @@ def _parse_fault(text: str, given: list[str]) -> str:
         close = difflib.get_close_matches(given[0], commands, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(commands)}"
         return f"unknown command {given[0]!r}; {hint}"
-    unknown = re.search(r"[Uu]nrecognized arguments: (--[\w-]+)", line) or re.search(r"[Kk]ey '?([\w.]+)'? is not expected", line)
+    unknown = re.search(r"[Uu]nrecognized arguments: (--[\w-]+)", line) or re.search(
+        r"[Kk]ey '?([\w.]+)'? is not expected", line
+    )
     if unknown and given and given[0] in EXAMPLES:
         name = unknown[1].lstrip("-").split(".")[-1]
         fields = [f.name for f in dataclasses.fields(EXAMPLES[given[0]][0])]
@@ -193,7 +193,9 @@ def run_train(config: configs.TrainConfig) -> None:
     from operant.stages.sft import load_split_rows
 
     _need(config.model, "--model", "a model folder or hub id to start from")
-    reward = reward_by_name(config.reward, dense=config.dense or None, potential=config.potential if config.dense else None)
+    reward = reward_by_name(
+        config.reward, dense=config.dense or None, potential=config.potential if config.dense else None
+    )
     rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, config.eval_prompts)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     if config.lora_rank:
@@ -210,7 +212,11 @@ def run_train(config: configs.TrainConfig) -> None:
         pair_fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
         pairs = load_pairs(load_rows(config.sft_data), policy.codec, pair_fields, **prompt_options(config, policy, 1))
     result = train(policy, prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs)
-    curve = [(r["step"], r["eval/reward"]) for r in read_jsonl(result.out / "metrics.jsonl") if isinstance(r.get("eval/reward"), float)]
+    curve = [
+        (r["step"], r["eval/reward"])
+        for r in read_jsonl(result.out / "metrics.jsonl")
+        if isinstance(r.get("eval/reward"), float)
+    ]
     if len(curve) > 1:
         print(terminal_curve([x for x, _ in curve], [y for _, y in curve], title=f"held-out reward ({config.reward})"))
     for name in sorted(result.best):
@@ -279,8 +285,12 @@ def run_sample(config: configs.SampleConfig) -> None:
         stop=tuple(config.stop), seed=config.seed,
     )  # fmt: skip
     for number, text in enumerate(texts):
-        tokens = policy.codec.encode_prompt(f"{config.prefix}{text}{'' if encoder else config.separator}", encoder=encoder)
-        for completion in Sampler(policy).sample([Prompt(id=str(number), text=text, tokens=tokens)], sampling, config.n)[0]:
+        tokens = policy.codec.encode_prompt(
+            f"{config.prefix}{text}{'' if encoder else config.separator}", encoder=encoder
+        )
+        for completion in Sampler(policy).sample(
+            [Prompt(id=str(number), text=text, tokens=tokens)], sampling, config.n
+        )[0]:
             if config.json:
                 assert completion.behavior_logprobs is not None
                 row = {

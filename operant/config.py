@@ -403,7 +403,7 @@ class QuickstartConfig:
     seed: int = 0
     overwrite: bool = False
     threads: int = 0
-    labelled: int = 400
-    prompts: int = 8000
+    labelled: int = 600
+    prompts: int = 6000
     minutes: float = 1.0
     device: str = "auto"

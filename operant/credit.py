@@ -181,7 +181,9 @@ def advantages(
     elif baseline == "position_leave_one_out":
         out, usable = leave_one_out(returns, groups, valid)
     else:
-        out, usable = control_variate(torch.where(inside, rewards, torch.zeros_like(rewards)), mask, groups, valid, beta)
+        out, usable = control_variate(
+            torch.where(inside, rewards, torch.zeros_like(rewards)), mask, groups, valid, beta
+        )
     if discount_state:
         out = out * discount_weights(mask, gamma, out.dtype)
     keep = mask & usable[:, None]

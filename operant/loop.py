@@ -18,7 +18,15 @@ from torch import Tensor
 
 from operant import credit, objectives
 from operant.algorithms import Recipe, resolve
-from operant.batch import completion_axes, from_sequences, from_trajectories, microbatches, place, select_rows, to_device
+from operant.batch import (
+    completion_axes,
+    from_sequences,
+    from_trajectories,
+    microbatches,
+    place,
+    select_rows,
+    to_device,
+)
 from operant.config import TrainConfig
 from operant.data import Pair
 from operant.evaluate import distinct, evaluate
@@ -70,7 +78,9 @@ def train(
     several steps in a row was missing.
     """
     config = dataclasses.replace(config or TrainConfig(), **options)
-    runner = RewardRunner(reward, workers=None if config.reward_workers < 0 else config.reward_workers, time_limit=config.reward_seconds)
+    runner = RewardRunner(
+        reward, workers=None if config.reward_workers < 0 else config.reward_workers, time_limit=config.reward_seconds
+    )
     try:
         recipe = resolve(config, dense=runner.reward.dense)
         check_references(runner.reward, prompts)
@@ -82,7 +92,9 @@ def train(
         if config.target and not dev_prompts:
             raise OperantError("a target needs held-out prompts; give --dev_data, or leave --target out")
         with Run(config, "train", quiet=quiet) as run:
-            return _Loop(run, config, recipe, policy, list(prompts), runner, list(dev_prompts), list(pairs)).go(reached, callbacks)
+            return _Loop(run, config, recipe, policy, list(prompts), runner, list(dev_prompts), list(pairs)).go(
+                reached, callbacks
+            )
     finally:
         runner.close()
 
@@ -213,7 +225,9 @@ class _Loop:
         metrics["train/advantage_std"] = float(advantages[mask].std()) if int(mask.sum()) > 1 else 0.0
         return batch, metrics
 
-    def coefficient(self, rewards: Tensor, mask: Tensor, groups: Tensor, valid: Tensor, metrics: dict[str, float]) -> float | Tensor:
+    def coefficient(
+        self, rewards: Tensor, mask: Tensor, groups: Tensor, valid: Tensor, metrics: dict[str, float]
+    ) -> float | Tensor:
         """β, given or fitted on the other prompts, and what it saves."""
         beta: float | Tensor = (
             credit.fit_beta((rewards * mask).sum(1), credit.held_potential(rewards, mask), mask, groups, valid)
@@ -238,7 +252,9 @@ class _Loop:
             batch.old_logprobs = self.logprobs(batch)
         stats: StepStats | None = None
         for epoch in range(config.epochs):
-            order = torch.from_numpy(np.random.default_rng(mixed_seed(config.seed, "rows", step, epoch)).permutation(rows))
+            order = torch.from_numpy(
+                np.random.default_rng(mixed_seed(config.seed, "rows", step, epoch)).permutation(rows)
+            )
             for part in order.chunk(config.minibatches) if config.minibatches > 1 else [torch.arange(rows)]:
                 piece = batch if len(part) == rows else select_rows(batch, part)
                 if piece is not batch:
@@ -248,7 +264,11 @@ class _Loop:
                     micro.append(self.supervised(step))
                 stats = self.learner.step(micro, self.token_loss)
         assert stats is not None
-        stats.coefficients |= {"kl_coef": config.kl_coef, "entropy_coef": config.entropy_coef, "sft_coef": config.sft_coef}
+        stats.coefficients |= {
+            "kl_coef": config.kl_coef,
+            "entropy_coef": config.entropy_coef,
+            "sft_coef": config.sft_coef,
+        }
         return stats
 
     def token_loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -372,7 +392,9 @@ class _Loop:
             self.state["first"] = values
         metric = self.config.best_metric
         if metric not in values:
-            raise OperantError(f"there is no held-out metric {metric!r}; --best_metric takes one of: {', '.join(values)}")
+            raise OperantError(
+                f"there is no held-out metric {metric!r}; --best_metric takes one of: {', '.join(values)}"
+            )
         if math.isfinite(values[metric]) and values[metric] > self.run.best_value:
             self.state["best"] = values
             self.run.measured(values[metric])
@@ -407,7 +429,12 @@ class _Loop:
         )  # fmt: skip
 
 
-_COMPARISONS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 
 
 def _target(text: str | None) -> Callable[[dict[str, float]], bool]:

@@ -42,7 +42,9 @@ class LanguagePolicy(Protocol):
     family: Family
     max_length: int
 
-    def prefill(self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None) -> tuple[DecodeState, Tensor]: ...
+    def prefill(
+        self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None
+    ) -> tuple[DecodeState, Tensor]: ...
 
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor: ...
 
@@ -67,7 +69,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OperantError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device auto") from error
+        raise OperantError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device auto"
+        ) from error
     return device
 
 
@@ -111,7 +115,9 @@ class Policy:
         if path.exists() and not path.is_dir():
             raise OperantError(f"{source} is a file; give the model's folder")
         if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise OperantError(f"{source} holds no model (no config.json); give a folder that a stage or Transformers saved")
+            raise OperantError(
+                f"{source} holds no model (no config.json); give a folder that a stage or Transformers saved"
+            )
         try:
             if (path / "adapter_config.json").exists():
                 from peft import PeftConfig, PeftModel
@@ -233,7 +239,9 @@ class Policy:
             from peft import set_peft_model_state_dict
             from safetensors.torch import load_file
 
-            set_peft_model_state_dict(self.model, load_file(folder / "adapter_model.safetensors"), adapter_name="default")
+            set_peft_model_state_dict(
+                self.model, load_file(folder / "adapter_model.safetensors"), adapter_name="default"
+            )
         else:
             saved = type(self.model).from_pretrained(str(folder), dtype=torch.float32)
             self.model.load_state_dict(saved.state_dict())
@@ -466,7 +474,9 @@ class Policy:
         config = self.config
         for name in ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer"):
             value = getattr(config, name, None)
-            if isinstance(value, int) and (self.family == "encoder-decoder" or name in ("num_hidden_layers", "n_layer")):
+            if isinstance(value, int) and (
+                self.family == "encoder-decoder" or name in ("num_hidden_layers", "n_layer")
+            ):
                 return value
         raise OperantError(f"the config of {config.model_type!r} does not say how many decoder layers there are")
 

@@ -160,7 +160,9 @@ class Sampler:
         Raises OperantError when the prompt is empty or leaves no room for a token.
         """
         if len(prompt.tokens) == 0:
-            raise OperantError(f"prompt {prompt.id!r} is empty, so nothing predicts its first token; give text or a separator")
+            raise OperantError(
+                f"prompt {prompt.id!r} is empty, so nothing predicts its first token; give text or a separator"
+            )
         if self._room(prompt, sampling) < 1 or len(prompt.tokens) > self.policy.max_length:
             raise OperantError(
                 f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and the model's context {self.policy.max_length}; "

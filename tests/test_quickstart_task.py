@@ -19,7 +19,7 @@ from operant.quickstart_task import (
     number,
     ordinal,
     percent,
-    sentences,
+    phrases,
     temperature,
     time_of_day,
     year,
@@ -130,7 +130,7 @@ def test_raw_text_is_half_of_each_language_and_never_mixed() -> None:
 
 def test_the_chinese_is_a_function_of_the_english() -> None:
     meaning: dict[str, str] = {}
-    for english, chinese in islice(sentences(random.Random(5)), 20_000):
+    for english, chinese in islice(phrases(random.Random(5)), 20_000):
         assert meaning.setdefault(english, chinese) == chinese
         assert "{" not in english + chinese
         assert english[0].isupper()

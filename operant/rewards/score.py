@@ -16,7 +16,9 @@ from operant.text import Codec
 from operant.types import Completion, Ints, OperantError, Prompt
 
 # without a tokenizer a token is a word with the space before it; scripts without spaces go by character
-WORD = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+)|\s+$")
+WORD = re.compile(
+    r"\s*(?:[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+)|\s+$"
+)
 PIECE = 256  # rows rewarded together
 
 
@@ -47,7 +49,9 @@ def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
                     out["parts"] = trajectory.parts
                 if config.dense:
                     out["tokens"] = texts
-                    out["rewards"] = [float(r) if o else None for r, o in zip(trajectory.rewards, trajectory.observed, strict=True)]
+                    out["rewards"] = [
+                        float(r) if o else None for r, o in zip(trajectory.rewards, trajectory.observed, strict=True)
+                    ]
                     if seen and hasattr(reward, "measure"):
                         out["reward"] = float(reward.measure(completion.text, prompt.references))
                 if trajectory.missing:
@@ -55,10 +59,16 @@ def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
                 yield out
 
 
-def _pair(number: int, row: dict[str, Any], config: ScoreConfig, codec: Codec | None) -> tuple[Prompt, Completion, list[str]]:
-    text = _column(row, config.completion_field, ("completion", "hypothesis", "output", "response"), "completion_field", number)
+def _pair(
+    number: int, row: dict[str, Any], config: ScoreConfig, codec: Codec | None
+) -> tuple[Prompt, Completion, list[str]]:
+    text = _column(
+        row, config.completion_field, ("completion", "hypothesis", "output", "response"), "completion_field", number
+    )
     if not isinstance(text, str):
-        raise OperantError(f"row {number + 1}: the completion is {type(text).__name__}, not text; choose --completion_field")
+        raise OperantError(
+            f"row {number + 1}: the completion is {type(text).__name__}, not text; choose --completion_field"
+        )
     asked = row.get(config.prompt_field or "prompt", "")
     given = row.get(config.reference_field) if config.reference_field else row.get("references", row.get("reference"))
     if config.reference_field and config.reference_field not in row:

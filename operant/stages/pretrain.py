@@ -102,12 +102,15 @@ def _causal(policy: Policy, documents: list[Ints], held_out: list[Ints], block: 
     def rows_of(batch: Batch, rows: list[int]) -> Batch:
         index = torch.tensor(rows)
         columns = {
-            name: getattr(batch, name)[index] for name in ("tokens", "position_ids", "segment_ids", "action_mask", "weights")
+            name: getattr(batch, name)[index]
+            for name in ("tokens", "position_ids", "segment_ids", "action_mask", "weights")
         }
         return dataclasses.replace(batch, **columns, denominator=max(float(columns["weights"].sum()), 1.0))
 
     count = dev.tokens.shape[0] if dev is not None else 0
-    dev_batches = [rows_of(dev, list(range(i, min(i + per_step, count)))) for i in range(0, count, per_step)] if dev else []
+    dev_batches = (
+        [rows_of(dev, list(range(i, min(i + per_step, count)))) for i in range(0, count, per_step)] if dev else []
+    )
     return (lambda number: rows_of(packed, order.take(number))), dev_batches
 
 

@@ -20,7 +20,6 @@ from operant.run import Run
 from operant.text import Codec
 from operant.types import Batch, OperantError
 
-
 T = TypeVar("T")
 
 
@@ -114,7 +113,9 @@ def fit(
     return StageResult(policy, run.folder.path, run.step, run.seconds, run.stop_reason, -run.best_value)
 
 
-def starting_policy(config: RunConfig, model: ModelConfig, texts: Callable[[], list[str]], sentinels: int = 0) -> Policy:
+def starting_policy(
+    config: RunConfig, model: ModelConfig, texts: Callable[[], list[str]], sentinels: int = 0
+) -> Policy:
     """Load `model.model`, or make a new one whose tokenizer is loaded or trained on `texts()`."""
     if model.model:
         policy = Policy.load(model.model, device=config.device, dtype=config.dtype)
