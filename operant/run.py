@@ -207,6 +207,9 @@ class Run:
             self._progress = None
         if not self.stop_reason:
             self.stop(f"all {total} steps done")
+        # now, while the policy still has this step's weights: what follows may put the best ones back
+        if self.step != self._saved_step and not self.failed:
+            self.save()
 
     def record(
         self,
