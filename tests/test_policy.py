@@ -231,7 +231,7 @@ def test_gradients_do_not_reach_into_padding_or_other_rows(make_policy: Callable
 def test_faults_are_one_line_with_the_fix(codec: Codec, tmp_path: Path) -> None:
     with pytest.raises(OperantError, match="choose --arch"):
         Policy.new("gpt3", "tiny", codec)
-    with pytest.raises(OperantError, match="no config.json"):
+    with pytest.raises(OperantError, match=r"no config\.json"):
         Policy.load(tmp_path)
     file = tmp_path / "weights.bin"
     file.write_bytes(b"")
@@ -245,7 +245,7 @@ def test_faults_are_one_line_with_the_fix(codec: Codec, tmp_path: Path) -> None:
     large = Codec.train_bpe(["some other words " * 3, "a b c d e f g"], vocab_size=400)
     model = tiny_model("gpt2", codec)
     model.resize_token_embeddings(100)
-    with pytest.raises(OperantError, match="the tokenizer has .* tokens but the model only 100"):
+    with pytest.raises(OperantError, match=r"the tokenizer has .* tokens but the model only 100"):
         Policy(model, large, device="cpu")
     with pytest.raises(OperantError, match="--device auto"):
         resolve_device("cuda:77")

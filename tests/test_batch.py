@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from operant.batch import (
+    completion_axes,
+    encoder_context,
+    from_sequences,
+    from_trajectories,
+    microbatches,
+    pack,
+    place,
+    select_rows,
+    token_weights,
+)
+from operant.policy import Policy
+from operant.sampler import Sampler
+from operant.types import Batch, Completion, Prompt, Sampling, Trajectory
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def test_weights_and_denominators_by_hand() -> None:
+    mask = torch.tensor([[False, True, True, True], [False, True, False, False], [False] * 4])
+    ones = mask.float()
+    for name, weights, denominator in (
+        ("per_completion", ones, 2.0),  # the empty row is no completion
+        ("per_token", ones, 4.0),
+        ("per_sequence_mean", torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3], [0, 1, 0, 0], [0, 0, 0, 0]]), 2.0),
+        ("constant", ones, 20.0),
+    ):
+        got, below = token_weights(mask, name, 10.0)  # type: ignore[arg-type]
+        assert torch.allclose(got, weights) and below == denominator
+
+
+def test_a_decoders_row_is_prompt_and_completion_and_acts_on_the_completion_alone() -> None:
+    batch = from_sequences([ints(5, 6), ints(7)], [ints(8, 9, 1), ints(2)], encoder=False, pad_id=0)
+    assert batch.tokens.tolist() == [[5, 6, 8, 9, 1], [7, 2, 0, 0, 0]]
+    assert batch.action_mask.tolist() == [[False, False, True, True, True], [False, True, False, False, False]]
+    assert batch.segment_ids.tolist() == [[0] * 5, [1, 1, -1, -1, -1]]
+    assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 4]
+    assert batch.context is None and batch.denominator == 4
+
+
+def test_an_encoder_decoders_row_is_the_completion_and_each_prompt_stands_once() -> None:
+    batch = from_sequences([ints(5, 6), ints(7), ints(5, 6)], [ints(8, 1), ints(2), ints(3)], encoder=True, pad_id=0)
+    assert batch.tokens.tolist() == [[8, 1], [2, 0], [3, 0]]
+    assert batch.action_mask.tolist() == [[True, True], [True, False], [True, False]]
+    assert batch.context is not None
+    assert batch.context.tokens.tolist() == [[5, 6], [7, 0]] and batch.context.row.tolist() == [0, 1, 0]
+    assert batch.context.mask.tolist() == [[True, True], [True, False]]
+
+
+def test_tokens_that_were_not_sampled_are_not_acted_on() -> None:
+    flags = [np.array([True, False, True])]
+    for encoder in (False, True):
+        batch = from_sequences([ints(5, 6)], [ints(8, 9, 1)], encoder=encoder, pad_id=0, sampled=flags)
+        assert batch.action_mask[0].tolist()[-3:] == [True, False, True]
+        assert batch.denominator == 2
+
+
+def trajectory(prompt: str, tokens: list[int], rewards: list[float], **options: object) -> Trajectory:
+    n = len(tokens)
+    completion = Completion(
+        f"{prompt}-{tokens}", prompt, "", ints(*tokens), np.zeros(n, np.int64),
+        behavior_logprobs=-np.arange(1, n + 1, dtype=np.float32), sampled=np.ones(n, np.bool_),
+        policy_version=np.full(n, 3), sampling=Sampling(temperature=0.5), **options,
+    )  # fmt: skip
+    observed = np.isfinite(rewards)
+    return Trajectory(Prompt(prompt, ints(*range(10, 11 + len(prompt)))), completion, np.array(rewards), observed)
+
+
+ROWS = [
+    trajectory("a", [4, 5, 1], [0.5, -1.0, 2.0]),
+    trajectory("bbb", [6, 1], [0.25, 8.0]),
+    trajectory("a", [7], [np.nan], truncated=True),
+]
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_rewards_and_logprobs_stand_on_the_token_they_belong_to(encoder: bool) -> None:
+    batch = from_trajectories(ROWS, encoder=encoder, pad_id=0)
+    assert batch.rewards is not None and batch.observed is not None and batch.behavior_logprobs is not None
+    assert batch.policy_versions is not None and batch.temperature is not None and batch.truncated is not None
+    assert batch.group_ids is not None and batch.group_ids.tolist() == [0, 1, 0]
+    for i, t in enumerate(ROWS):
+        acted = batch.action_mask[i]
+        assert batch.tokens[i, acted].tolist() == t.completion.tokens.tolist()
+        assert np.array_equal(batch.rewards[i, acted].numpy(), t.rewards, equal_nan=True)
+        assert batch.observed[i, acted].tolist() == t.observed.tolist()
+        assert batch.behavior_logprobs[i, acted].tolist() == t.completion.behavior_logprobs.tolist()  # type: ignore[union-attr]
+        assert batch.policy_versions[i, acted].tolist() == [3] * len(t.completion.tokens)
+        assert not batch.rewards[i, ~acted].any() and not batch.behavior_logprobs[i, ~acted].any()
+    assert batch.temperature.tolist() == [0.5] * 3 and batch.truncated.tolist() == [False, False, True]
+    assert batch.denominator == 3
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_credit_goes_to_the_completions_axis_and_back(encoder: bool) -> None:
+    rewards, mask, valid = completion_axes(ROWS)
+    assert rewards.tolist() == [[0.5, -1.0, 2.0], [0.25, 8.0, 0.0], [0.0, 0.0, 0.0]]  # unobserved is masked, not NaN
+    assert mask.tolist() == [[True] * 3, [True, True, False], [True, False, False]]
+    assert valid.tolist() == [True, True, False]
+    batch = from_trajectories(ROWS, encoder=encoder, pad_id=0)
+    values = torch.arange(9.0).reshape(3, 3) + 1
+    placed = place(batch, values, ROWS)
+    assert [placed[i, batch.action_mask[i]].tolist() for i in range(3)] == [[1, 2, 3], [4, 5], [7]]
+    assert not placed[~batch.action_mask].any()
+
+
+def test_a_completion_without_logprobs_is_not_taught() -> None:
+    unknown = trajectory("a", [4], [1.0])
+    unknown.completion.behavior_logprobs = None
+    _, _, valid = completion_axes([ROWS[0], unknown])
+    assert valid.tolist() == [True, False]
+    assert from_trajectories([ROWS[0], unknown], encoder=False, pad_id=0).behavior_logprobs is None
+
+
+documents = st.lists(
+    st.lists(st.integers(1, 50), min_size=1, max_size=20).map(lambda x: ints(*x)), min_size=1, max_size=30
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(documents, st.integers(2, 12))
+def test_packing_loses_and_invents_no_token(texts: list[np.ndarray], length: int) -> None:
+    batch = pack(texts, length, 0)
+    assert batch.tokens.shape[1] == length
+    pieces = [p[i : i + length].tolist() for p in texts for i in range(0, len(p), length)]
+    got = []
+    for number in range(int(batch.segment_ids.max()) + 1):
+        row, column = (batch.segment_ids == number).nonzero(as_tuple=True)
+        assert len(set(row.tolist())) == 1
+        assert column.tolist() == list(range(int(column[0]), int(column[0]) + len(column)))
+        assert batch.position_ids[row, column].tolist() == list(range(len(column)))
+        assert batch.action_mask[row, column].tolist() == [False] + [True] * (len(column) - 1)
+        got.append(batch.tokens[row, column].tolist())
+    assert sorted(got) == sorted(pieces)
+    padding = batch.segment_ids < 0
+    assert not batch.action_mask[padding].any() and not batch.tokens[padding].any()
+    assert torch.equal(batch.weights, batch.action_mask.float())
+    assert batch.denominator == max(1.0, float(batch.action_mask.sum()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(documents, st.integers(1, 200), st.booleans())
+def test_micro_batches_hold_every_row_once(texts: list[np.ndarray], most: int, encoder: bool) -> None:
+    prompts = [ints(*range(1, 2 + i % 4)) for i in range(len(texts))]
+    batch = from_sequences(prompts, texts, encoder=encoder, pad_id=0, normalisation="per_sequence_mean")
+    batch.route = torch.arange(len(texts))
+    seen: list[int] = []
+    for micro in microbatches(batch, most):
+        assert micro.route is not None and micro.denominator == batch.denominator
+        widest = int((micro.segment_ids >= 0).sum(1).max())
+        assert micro.tokens.shape[1] in (widest, batch.tokens.shape[1])
+        for k, i in enumerate(micro.route.tolist()):
+            acted = micro.action_mask[k]
+            assert micro.tokens[k, acted].tolist() == batch.tokens[i, batch.action_mask[i]].tolist()
+            assert torch.equal(micro.weights[k, acted], batch.weights[i, batch.action_mask[i]])
+            if encoder:
+                context = micro.context
+                assert context is not None
+                prompt = context.tokens[context.row[k], context.mask[context.row[k]]]
+                assert prompt.tolist() == prompts[i].tolist()
+        seen += micro.route.tolist()
+    assert sorted(seen) == list(range(len(texts)))
+
+
+def test_equal_prompts_share_one_context_row() -> None:
+    context = encoder_context([ints(1, 2), ints(1), ints(1, 2)], 0)
+    assert context.tokens.shape == (2, 2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+def test_cutting_a_batch_changes_no_gradient(family: str, make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy(family)
+    prompts = [Prompt(str(i), ints(*range(40, 42 + i))) for i in range(4)]
+    groups = Sampler(policy).sample(prompts, Sampling(max_tokens=9, temperature=0.8), 3)
+    rows = [
+        Trajectory(p, c, np.arange(len(c.tokens), dtype=float), np.ones(len(c.tokens), np.bool_))
+        for p, group in zip(prompts, groups, strict=True)
+        for c in group
+    ]
+
+    def gradient(batches: list[Batch]) -> torch.Tensor:
+        policy.model.zero_grad()
+        for b in batches:
+            assert b.rewards is not None
+            loss = -(policy.logprobs(b).logprobs * b.rewards.float() * b.weights).sum() / b.denominator
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]).double()
+
+    for normalisation in ("per_completion", "per_token", "per_sequence_mean"):
+        batch = from_trajectories(
+            rows, encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id, normalisation=normalisation
+        )
+        whole = gradient([copy.copy(batch)])
+        pieces = list(microbatches(batch, 40))
+        assert len(pieces) > 2
+        cut = gradient(pieces)
+        assert float((cut - whole).norm() / whole.norm()) < 1e-5
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        shuffled = gradient([select_rows(batch, part) for part in order.chunk(5)])
+        assert float((shuffled - whole).norm() / whole.norm()) < 1e-5

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from operant.batch import from_sequences
+from operant.learner import Learner, learning_rate
+from operant.policy import Policy
+from operant.types import Batch, OperantError
+
+
+def test_the_schedules_by_hand() -> None:
+    warm = [learning_rate(s, 1.0, 4, 100, "constant") for s in range(6)]
+    assert warm == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert learning_rate(0, 1.0, 0, 0, "cosine") == 1.0
+    assert learning_rate(54, 2.0, 4, 104, "cosine") == pytest.approx(2 * (0.1 + 0.9 * 0.5))
+    assert learning_rate(29, 2.0, 4, 104, "linear") == pytest.approx(2 * (0.1 + 0.9 * 0.75))
+    for schedule in ("cosine", "linear"):
+        values = [learning_rate(s, 1.0, 4, 104, schedule) for s in range(4, 200)]  # type: ignore[arg-type]
+        assert values[0] == 1.0 and values == sorted(values, reverse=True)
+        assert values[100] == pytest.approx(0.1) and values[-1] == pytest.approx(0.1)
+
+
+def batch_of(policy: Policy, rows: int = 3) -> Batch:
+    prompts = [np.arange(40, 43 + i) for i in range(rows)]
+    completions = [np.arange(60, 62 + i) for i in range(rows)]
+    return from_sequences(prompts, completions, encoder=False, pad_id=policy.codec.pad_id)
+
+
+def likelihood(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    out = policy.logprobs(batch)
+    return -out.logprobs, {"approx_kl": batch.action_mask.sum() * 2.0, "kept": batch.action_mask.sum() * 3.0}
+
+
+def weights(policy: Policy) -> list[Tensor]:
+    return [p.detach().clone() for p in policy.model.parameters()]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_a_step_is_adamw_on_the_clipped_gradient_of_the_summed_loss(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy("gpt2")
+    policy.model.double()  # in float32 Adam makes steps of the rounding where the true gradient is zero
+    mirror = copy.deepcopy(policy)
+    learner = Learner(policy, lr=0.01, weight_decay=0.1, max_grad_norm=0.5)
+    batch = batch_of(policy)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in mirror.model.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in mirror.model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=0.01, betas=(0.9, 0.95),
+    )  # fmt: skip
+    for _ in range(3):
+        stats = learner.step([batch], likelihood)
+        loss = -mirror.logprobs(batch).logprobs.sum() / batch.action_mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(mirror.model.parameters(), 0.5)
+        optimizer.step()
+        assert stats.loss == pytest.approx(float(loss.detach()), rel=1e-5)
+        assert stats.grad_norm == pytest.approx(float(norm), rel=1e-4) and stats.grad_norm > 0.5
+    for left, right in zip(policy.model.parameters(), mirror.model.parameters(), strict=True):
+        assert torch.allclose(left, right, atol=1e-6)
+    assert stats.tokens == int(batch.action_mask.sum())
+    assert stats.approx_kl == 2.0 and stats.extra == {"kept": 3.0}
+    assert stats.coefficients == {"lr": 0.01} and stats.step == learner.steps == 3
+
+
+def test_what_is_logged_is_averaged_over_the_tokens_that_report_it(make_policy: Callable[..., Policy]) -> None:
+    """Supervised pairs mixed into a reward step must not dilute its KL and entropy."""
+    policy = make_policy("gpt2")
+    batch = batch_of(policy)
+    silent = copy.copy(batch_of(policy))
+    silent.truncated = torch.zeros(3, dtype=torch.bool)
+
+    def loss(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        token_loss, stats = likelihood(policy, batch)
+        return token_loss, {} if batch.truncated is not None else stats
+
+    stats = Learner(policy, lr=0.01).step([batch, silent], loss)
+    assert stats.approx_kl == 2.0 and stats.tokens == 2 * int(batch.action_mask.sum())
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_sick_step_leaves_weights_and_optimizer_as_they_were(bad: str, make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy("gpt2")
+    learner = Learner(policy, lr=0.01)
+    batch = batch_of(policy)
+
+    def sick(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        token_loss = -policy.logprobs(batch).logprobs
+        if bad == "loss":
+            return token_loss * math.nan, {}
+        return token_loss * 0 + (token_loss * 0).abs().sqrt(), {}  # the slope of √ at 0 is infinite, the value is not
+
+    learner.step([batch], likelihood)
+    before, optimizer = weights(policy), copy.deepcopy(learner.rule.state_dict())
+    for count in (1, 2):
+        stats = learner.step([batch], sick)
+        assert stats.skipped and ("loss" if bad == "loss" else "gradient") in stats.reason
+        assert learner.skipped == learner.skipped_in_row == count
+    assert same(before, weights(policy))
+    after = learner.rule.state_dict()
+    for key, values in optimizer["state"].items():
+        assert all(torch.equal(v, after["state"][key][name]) for name, v in values.items())
+    assert all(p.grad is None for p in policy.model.parameters())
+    stats = learner.step([batch], likelihood)
+    assert not stats.skipped and learner.skipped_in_row == 0 and learner.skipped == 2
+    assert not same(before, weights(policy))
+
+
+def test_one_sick_micro_batch_spoils_the_whole_step(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy("gpt2")
+    batch = batch_of(policy)
+    before = weights(policy)
+    calls: Iterator[float] = iter((1.0, math.inf, 1.0))
+    stats = Learner(policy, lr=0.01).step([batch] * 3, lambda p, b: (-p.logprobs(b).logprobs * next(calls), {}))
+    assert stats.skipped and same(before, weights(policy))
+
+
+def test_its_state_goes_on_bit_for_bit(make_policy: Callable[..., Policy]) -> None:
+    def fresh() -> tuple[Policy, Learner]:
+        policy = make_policy("llama")
+        return policy, Learner(policy, lr=0.01, warmup_steps=3, total_steps=9, schedule="cosine", weight_decay=0.1)
+
+    policy, learner = fresh()
+    batch = batch_of(policy)
+    for _ in range(5):
+        learner.step([batch], likelihood)
+    second, resumed = fresh()
+    for _ in range(2):
+        resumed.step([batch], likelihood)
+    third, again = fresh()
+    third.model.load_state_dict(second.model.state_dict())
+    again.load_state_dict(copy.deepcopy(resumed.state_dict()))
+    for _ in range(3):
+        again.step([batch], likelihood)
+    assert same(weights(policy), weights(third))
+
+
+def test_nothing_to_train_is_refused(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy("gpt2")
+    policy.model.requires_grad_(False)
+    with pytest.raises(OperantError, match="lora_rank"):
+        Learner(policy, lr=0.1)

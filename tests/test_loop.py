@@ -1,0 +1,456 @@
+"""The reward loop and the supervised stages: invariants of the first step, exact resume, and how runs end."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS
+
+from operant.config import PretrainConfig, SftConfig, TrainConfig
+from operant.data import Pair
+from operant.loop import train
+from operant.policy import Policy
+from operant.rewards import Reward, RunningNorm
+from operant.stages import pretrain, sft
+from operant.types import Completion, OperantError, Prompt
+
+PROMPTS = [Prompt(f"p{i}", np.arange(40, 43 + i % 3), references=("x",)) for i in range(6)]
+DEV = [Prompt(f"d{i}", np.arange(50, 52 + i), references=("x",)) for i in range(3)]
+WANTED = 70
+
+
+def share_of_wanted(prompt: Prompt, completion: Completion) -> float:
+    return float(np.mean(completion.tokens == WANTED))
+
+
+def share_of_even(prompt: Prompt, completion: Completion) -> float:
+    """Varies from the first step on, whatever a model says."""
+    return float(np.mean(completion.tokens % 2 == 0))
+
+
+def dense_even(prompt: Prompt, completion: Completion) -> list[float]:
+    return [float(token % 2 == 0) for token in completion.tokens]
+
+
+def dense_wanted(prompt: Prompt, completion: Completion) -> list[float]:
+    return [float(token == WANTED) for token in completion.tokens]
+
+
+def quick(function: Callable[..., Any], **options: Any) -> Reward:
+    """In this process: a test's reward needs no worker processes."""
+    return Reward(function, in_process=True, **options)
+
+
+def settings(out: Path, **options: Any) -> TrainConfig:
+    return TrainConfig(
+        **{
+            "out": str(out), "steps": 6, "prompts_per_step": 4, "group_size": 3, "max_tokens": 6, "lr": 3e-3, "seed": 5,
+            "device": "cpu", "tensorboard": False, "eval_every": 100, "save_every": 100, "log_samples": 0,
+            **options,
+        }
+    )  # fmt: skip
+
+
+def logged(out: Path, key: str) -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def everything(out: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(weights, optimizer and counters, state) of the newest checkpoint."""
+    from safetensors.torch import load_file
+
+    newest = sorted((out / "checkpoints").glob("step-*"))[-1]
+    facts = json.loads((newest / "state.json").read_text())
+    for clock in ("spent_seconds",):
+        facts.pop(clock)
+    learner = torch.load(newest / "learner.pt", weights_only=True)
+    return load_file(newest / "model" / "model.safetensors"), learner, facts
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right) or (left != left and right != right)
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    names = ("weights", "optimizer", "state")
+    for name, a, b in zip(names, everything(left), everything(right), strict=True):
+        assert same(a, b), name
+
+
+# --- the first step --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("family", "algorithm"), [("gpt2", "ppo"), ("t5", "rloo"), ("llama", "grpo"), ("bart", "reinforce")]
+)
+def test_on_the_first_step_the_ratio_is_one_and_the_kl_zero(
+    family: str, algorithm: str, temperature: float, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    train(
+        make_policy(family), PROMPTS, quick(share_of_even), quiet=True,
+        config=settings(tmp_path / "run", algorithm=algorithm, temperature=temperature, kl_coef=0.1, steps=3),
+    )  # fmt: skip
+    gap, kl, moved = (logged(tmp_path / "run", f"train/{k}") for k in ("sampler_gap", "kl_ref", "approx_kl"))
+    assert gap[0] < 1e-5 and abs(kl[0]) < 1e-6 and abs(moved[0]) < 1e-9
+    assert max(gap) < 1e-5  # the sampler has the new weights in every later step too
+    assert any(abs(x) > 1e-6 for x in kl[1:])
+
+
+def test_several_passes_start_at_ratio_one_and_then_move(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", algorithm="ppo", epochs=3, minibatches=2, steps=2, lr=1e-2)
+    result = train(make_policy("gpt2"), PROMPTS, quick(share_of_even), config, quiet=True)
+    assert result.steps == 2
+    assert min(logged(tmp_path / "run", "train/approx_kl")) > 1e-6  # of the last pass
+    assert max(logged(tmp_path / "run", "train/sampler_gap")) < 1e-5  # of the old weights
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("rloo", {}),
+        ("rloo", {"dense": True}),
+        ("grpo", {"epochs": 2}),
+        ("ppo", {"dense": True, "gamma": 0.9, "discount_state": True}),
+        ("reinforce", {"kl_coef": 0.01, "kl_estimator": "full", "entropy_coef": 0.001}),
+        ("rloo", {"kl_coef": 0.01, "kl_in": "reward", "dense": True}),
+    ],
+)
+def test_a_reward_is_learned(
+    algorithm: str, options: dict[str, Any], make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    options = dict(options)
+    dense = options.pop("dense", False)
+    reward = quick(dense_wanted, dense=True) if dense else quick(share_of_wanted)
+    policy = make_policy("gpt2")
+    with torch.no_grad():  # flat enough to explore
+        policy.model.transformer.wte.weight.mul_(0.2)
+    config = settings(
+        tmp_path / "run",
+        algorithm=algorithm,
+        steps=25,
+        group_size=8,
+        prompts_per_step=6,
+        lr=2e-2,
+        max_tokens=4,
+        **options,
+    )
+    train(policy, PROMPTS, reward, config, quiet=True)
+    rewards = logged(tmp_path / "run", "train/reward_mean")
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
+
+
+# --- exact resume ----------------------------------------------------------------------------------------------------
+
+
+def interrupted(step: int) -> Callable[[int, dict[str, float]], bool]:
+    return lambda now, metrics: now == step
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "reward", "options"),
+    [
+        ("gpt2", lambda: quick(share_of_even), {"algorithm": "reinforce", "kl_coef": 0.05}),
+        ("t5", lambda: RunningNorm(quick(share_of_even)), {"algorithm": "ppo", "epochs": 2, "minibatches": 2}),
+        ("llama", lambda: quick(dense_even, dense=True), {"schedule": "cosine", "eval_every": 2}),
+    ],
+    ids=["running baseline", "running normalisation", "control variate"],
+)
+def test_the_loop_resumes_bit_for_bit(
+    family: str, reward: Callable[[], Any], options: dict[str, Any], stop_at: int,
+    make_policy: Callable[..., Policy], tmp_path: Path,
+) -> None:  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(make_policy(family), PROMPTS, reward(), settings(whole, **options), dev_prompts=DEV, quiet=True)
+    first = train(
+        make_policy(family), PROMPTS, reward(), settings(parts, **options), dev_prompts=DEV, quiet=True,
+        callbacks=[interrupted(stop_at)],
+    )  # fmt: skip
+    assert first.steps == stop_at and first.stop_reason == "a callback asked to stop"
+    second = train(
+        make_policy(family), PROMPTS, reward(), settings(parts, resume=True, **options), dev_prompts=DEV, quiet=True
+    )
+    assert second.steps == 6
+    assert_same_run(whole, parts)
+    for key in ("train/reward_mean", "train/loss", "train/kl_ref", "eval/reward"):
+        assert same(logged(whole, key), logged(parts, key))
+    assert len(set(logged(whole, "train/reward_mean"))) > 1 and logged(whole, "train/grad_norm")[0] > 0
+    state = everything(whole)[2]["state"]
+    assert state["running_weight"] > 0
+    if isinstance(reward(), RunningNorm):
+        assert state["rewards"]["reward"]["count"] == 6 * 12
+
+
+def pairs(policy: Policy) -> list[Pair]:
+    eos = np.array([policy.codec.eos_id])
+    return [
+        Pair(Prompt(f"s{i}", np.arange(40, 43 + i % 3)), np.concatenate([np.arange(60, 62 + i % 4), eos]), "")
+        for i in range(10)
+    ]
+
+
+@pytest.mark.parametrize("stage", ["sft", "pretrain", "denoising"])
+def test_the_supervised_stages_resume_bit_for_bit_with_dropout(
+    stage: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    family = "t5" if stage == "denoising" else "gpt2"
+    common = {"steps": 6, "eval_every": 2, "lr": 3e-3, "device": "cpu", "tensorboard": False, "seed": 2}
+
+    def run(out: Path, limit: int | None = None, resume: bool = False) -> Policy:
+        policy = make_policy(family, dropout=0.2)
+        # stopping early by the number of steps would change the schedule; a callback on the learner does not
+        with pytest.MonkeyPatch.context() as patch:
+            if limit is not None:
+                from operant.run import Run
+
+                record = Run.record
+
+                def stopping(self: Run, *args: Any, **kwargs: Any) -> None:
+                    record(self, *args, **kwargs)
+                    if self.step == limit:
+                        self.stop("enough")
+
+                patch.setattr(Run, "record", stopping)
+            if stage == "sft":
+                config = SftConfig(out=str(out), batch_size=4, resume=resume, schedule="cosine", **common)
+                sft(config, policy=policy, pairs=pairs(policy)[:8], dev_pairs=pairs(policy)[8:], quiet=True)
+            else:
+                config = PretrainConfig(out=str(out), batch_tokens=64, accumulate=2, resume=resume, block=24, **common)
+                pretrain(config, policy=policy, texts=TEXTS * 3, dev_texts=TEXTS[:2], quiet=True)
+        return policy
+
+    run(tmp_path / "whole")
+    run(tmp_path / "parts", limit=3)
+    run(tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    losses = logged(tmp_path / "whole", "train/loss")
+    assert len(losses) == 6 and losses == logged(tmp_path / "parts", "train/loss")
+    assert logged(tmp_path / "whole", "eval/loss") == logged(tmp_path / "parts", "eval/loss")
+
+
+def test_fine_tuning_fits_its_pairs(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy = make_policy("bart")
+    config = SftConfig(
+        out=str(tmp_path / "run"), steps=30, batch_size=8, lr=1e-2, device="cpu", tensorboard=False, eval_every=10,
+        label_smoothing=0.05,
+    )  # fmt: skip
+    result = sft(config, policy=policy, pairs=pairs(policy), dev_pairs=pairs(policy), quiet=True)
+    losses = logged(tmp_path / "run", "eval/loss")
+    assert result.dev_loss == min(losses) < losses[0] / 2
+
+
+# --- how runs end ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_rewards_are_all_missing_stops_and_says_why(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    def broken(prompt: Prompt, completion: Completion) -> float:
+        raise KeyError("no such column")
+
+    policy = make_policy("gpt2")
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    with pytest.raises(OperantError, match="every reward was missing.*no such column"):
+        train(policy, PROMPTS, quick(broken), settings(tmp_path / "run", weight_decay=0.0), quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+    assert "every reward was missing" in json.loads((tmp_path / "run" / "run.json").read_text())["stop_reason"]
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_some_missing_rewards_cost_only_their_rows(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    calls = iter(range(1000))
+
+    def often(prompt: Prompt, completion: Completion) -> float | None:
+        return None if next(calls) % 3 == 0 else share_of_even(prompt, completion)
+
+    result = train(make_policy("gpt2"), PROMPTS, quick(often), settings(tmp_path / "run", steps=3), quiet=True)
+    assert result.steps == 3
+    assert logged(tmp_path / "run", "train/missing/none") == [4, 8, 12]
+    assert logged(tmp_path / "run", "train/usable") == pytest.approx([2 / 3] * 3)
+    assert all(math.isfinite(x) for x in logged(tmp_path / "run", "train/loss"))
+
+
+def test_sick_steps_are_skipped_counted_and_rolled_back(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy = make_policy("gpt2")
+    before: list[torch.Tensor] = []
+
+    def poison(step: int, metrics: dict[str, float]) -> bool:
+        if step == 2 and not before:
+            before.extend(p.detach().clone() for p in policy.model.parameters())
+            # a hook, not a weight: what is rolled back must be told from what was poisoned
+            policy.model.lm_head.register_forward_hook(
+                lambda m, a, out: out * math.nan if torch.is_grad_enabled() else out
+            )
+        return False
+
+    config = settings(tmp_path / "run", steps=20, save_every=2, max_sick_steps=3)
+    with pytest.raises(OperantError, match="3 steps in a row were sick.*rolled back to step 2"):
+        train(policy, PROMPTS, quick(share_of_even), config, callbacks=[poison], quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+    assert logged(tmp_path / "run", "train/skipped") == [1, 2, 3]
+
+
+def test_the_target_and_callbacks_end_a_run_and_the_best_is_kept(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    def judged(prompt: Prompt, completion: Completion) -> float:
+        """Held-out prompts are liked less and less after the second measurement."""
+        if prompt.id.startswith("d"):
+            return [0.1, 0.6, 0.2, 0.9][min(3, seen.count(1))]
+        return share_of_even(prompt, completion)
+
+    def count(step: int, metrics: dict[str, float]) -> None:
+        seen.append(1)
+
+    policy = make_policy("gpt2")
+    config = settings(tmp_path / "run", steps=20, eval_every=1, target="reward>=0.9", eval_prompts=2)
+    result = train(policy, PROMPTS, quick(judged), config, dev_prompts=DEV, callbacks=[count], quiet=True)
+    # measured before a step's callback: after 0, 1, 2, 3, 4 steps the reward is 0.1, 0.1, 0.6, 0.2, 0.9
+    assert logged(tmp_path / "run", "eval/reward") == pytest.approx([0.1, 0.1, 0.6, 0.2, 0.9])
+    assert result.steps == 4 and result.stop_reason == "the target reward>=0.9 is reached"
+    assert result.best_step == 4 and result.best["reward"] == pytest.approx(0.9)
+    assert result.first["reward"] == pytest.approx(0.1)
+
+    seen.clear()
+    policy = make_policy("gpt2")
+    config = settings(tmp_path / "best", steps=3, eval_every=1, weight_decay=0.0)
+    result = train(policy, PROMPTS, quick(judged), config, dev_prompts=DEV, callbacks=[count], quiet=True)
+    assert result.best_step == 2 and result.best["reward"] == pytest.approx(0.6)
+    served = Policy.load(tmp_path / "best" / "model", device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(served.model.parameters(), policy.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"target": "bleu=30"}, "write it like bleu>=30"),
+        ({"target": "reward>=1"}, "--dev_data"),
+        ({"sft_coef": 0.1}, "--sft_data"),
+        ({"algorithm": "grpo", "group_size": 1}, "--group_size 2"),
+    ],
+)
+def test_faults_are_found_before_anything_is_written(
+    options: dict[str, Any], told: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    with pytest.raises(OperantError, match=told):
+        train(make_policy("gpt2"), PROMPTS, quick(share_of_even), settings(tmp_path / "run", **options), quiet=True)
+    with pytest.raises(OperantError, match="no prompts"):
+        train(make_policy("gpt2"), [], quick(share_of_even), settings(tmp_path / "run"), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_grouped_estimator_that_would_sum_a_dense_answer_refuses_it(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    with pytest.raises(OperantError, match="would sum the dense reward"):
+        train(
+            make_policy("gpt2"), PROMPTS, quick(lambda p, c: [1.0] * len(c.tokens)), quiet=True,
+            config=settings(tmp_path / "run", algorithm="grpo"),
+        )  # fmt: skip
+
+
+def test_supervised_pairs_join_the_reward_step(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy = make_policy("gpt2")
+    labelled = pairs(policy)
+    config = settings(tmp_path / "run", sft_coef=1.0, steps=15, lr=1e-2, sft_batch_size=10)
+
+    def likelihood() -> float:
+        from operant.stages.sft import pairs_batch
+        from operant.stages.supervised import mean_loss
+
+        return mean_loss(policy, [pairs_batch(labelled, policy)])
+
+    before = likelihood()
+    train(policy, PROMPTS, quick(lambda p, c: 0.0), config, pairs=labelled, quiet=True)
+    assert likelihood() < before / 2
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys, time
+sys.path[:0] = {paths!r}
+import numpy as np, torch
+torch.set_num_threads(1)
+from conftest import TEXTS, tiny_model
+from test_loop import PROMPTS, quick, settings, share_of_even
+from operant.loop import train
+from operant.policy import Policy
+from operant.text import Codec
+from pathlib import Path
+
+def slow(step, metrics):
+    print(step, flush=True)
+    time.sleep({pause})
+
+codec = Codec.train_bpe(TEXTS * 3, vocab_size=288, sentinels=4)
+result = train(
+    Policy(tiny_model("gpt2", codec), codec, device="cpu"), PROMPTS, quick(share_of_even), quiet=True, callbacks=[slow],
+    config=settings(Path({out!r}), steps={steps}, resume={resume}, save_every=2),
+)
+print(result.stop_reason, flush=True)
+"""
+
+
+def start(out: Path, *, steps: int, resume: bool = False, pause: float = 0.0) -> subprocess.Popen[str]:
+    here = Path(__file__).parent
+    code = PROGRAM.format(paths=[str(here), str(here.parent)], out=str(out), steps=steps, resume=resume, pause=pause)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == str(step):
+            return
+    raise AssertionError(process.stderr.read() if process.stderr else "")
+
+
+def test_ctrl_c_saves_and_kill_loses_no_checkpoint_and_both_resume_exactly(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    straight = start(whole, steps=8)
+    broken = start(parts, steps=8, pause=0.5)
+    wait_for_step(broken, 1)
+    broken.send_signal(signal.SIGINT)
+    out, err = broken.communicate(timeout=60)
+    assert broken.returncode == 0, err
+    assert "interrupted" in out
+    saved = json.loads((parts / "run.json").read_text())
+    assert "interrupted" in saved["stop_reason"] and (parts / "model" / "model.safetensors").exists()
+    _, err = straight.communicate(timeout=60)
+    assert straight.returncode == 0, err
+
+    killed = start(parts, steps=8, resume=True, pause=0.5)
+    wait_for_step(killed, 5)
+    killed.kill()
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    last = start(parts, steps=8, resume=True)
+    _, err = last.communicate(timeout=60)
+    assert last.returncode == 0, err
+    assert_same_run(whole, parts)
+    assert same(logged(whole, "train/loss"), logged(parts, "train/loss"))
