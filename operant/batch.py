@@ -42,8 +42,8 @@ def _right_pad(rows: Sequence[Ints], value: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def encoder_context(prompts: Sequence[Ints], pad_id: int) -> EncoderContext:
-    """Each distinct prompt once; rows point at theirs, so that a group's prompt is encoded once in the update too."""
+def distinct_prompts(prompts: Sequence[Ints]) -> tuple[list[int], list[Ints]]:
+    """(which distinct prompt each row has, the distinct prompts in order of appearance)."""
     seen: dict[bytes, int] = {}
     distinct: list[Ints] = []
     row = []
@@ -53,6 +53,12 @@ def encoder_context(prompts: Sequence[Ints], pad_id: int) -> EncoderContext:
             seen[key] = len(distinct)
             distinct.append(prompt)
         row.append(seen[key])
+    return row, distinct
+
+
+def encoder_context(prompts: Sequence[Ints], pad_id: int) -> EncoderContext:
+    """Each distinct prompt once; rows point at theirs, so that a group's prompt is encoded once in the update too."""
+    row, distinct = distinct_prompts(prompts)
     tokens = _right_pad(distinct, pad_id)
     lengths = torch.tensor([len(p) for p in distinct])
     return EncoderContext(tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None], torch.tensor(row))
@@ -92,6 +98,8 @@ def from_sequences(
         weights=weights,
         denominator=denominator,
         context=encoder_context(prompts, pad_id) if encoder else None,
+        prompt_ids=torch.tensor(distinct_prompts(prompts)[0]),
+        prompt_lengths=torch.tensor(offsets),
     )
 
 
@@ -158,7 +166,6 @@ def from_trajectories(
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(t.prompt.id, len(numbers)) for t in trajectories]
     batch.group_ids = torch.tensor(groups)
-    batch.prompt_ids = batch.group_ids.clone()
     batch.truncated = torch.tensor([c.truncated for c in completions])
     temperatures = [c.sampling.temperature if c.sampling else 1.0 for c in completions]
     batch.temperature = torch.tensor([x if x > 0 else 1.0 for x in temperatures])
@@ -234,12 +241,15 @@ def microbatches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
     if int(lengths.max()) * len(lengths) <= max_tokens:
         yield batch
         return
-    # groups stay together: rows of like length, then prompt, so that shared encoder work is shared here too
-    order = lengths.argsort(stable=True).tolist()
+    # completions of one prompt stay together, so that what they share is computed once here too
+    groups = batch.prompt_ids if batch.prompt_ids is not None else torch.arange(len(lengths), device=lengths.device)
+    longest = torch.zeros(int(groups.max()) + 1, dtype=lengths.dtype, device=lengths.device)
+    longest = longest.scatter_reduce(0, groups, lengths, "amax")
+    order = sorted(range(len(lengths)), key=lambda i: (int(longest[groups[i]]), int(groups[i])))
     start = 0
     while start < len(order):
         stop = start + 1
-        while stop < len(order) and int(lengths[order[stop]]) * (stop + 1 - start) <= max_tokens:
+        while stop < len(order) and int(longest[groups[order[stop]]]) * (stop + 1 - start) <= max_tokens:
             stop += 1
         yield select_rows(batch, torch.tensor(order[start:stop], device=batch.tokens.device))
         start = stop

@@ -364,23 +364,44 @@ class Policy:
 
         Returns float32[B, S], zero outside `action_mask`; the entropy of the same distributions if asked.
         """
-        used = batch.action_mask.any(0).nonzero()
-        first = int(used[0]) if len(used) else 0
-        logits = self.logits(batch, keep_from=first)
+        rows, columns = batch.action_mask.nonzero(as_tuple=True)
+        chosen = self._shared_logits(batch, rows, columns) if len(rows) else None
+        if chosen is None:
+            first = int(columns.min()) if len(columns) else 0
+            chosen = self.logits(batch, keep_from=first)[rows, columns - first]
+        # only the tokens that act: the rest of a padded batch costs nothing from here on
         if batch.temperature is not None and bool((batch.temperature != 1.0).any()):
-            per_token = batch.temperature[batch.segment_ids[:, first:].clamp(min=0)]
-            logits = logits / per_token.clamp(min=1e-6)[..., None]
-        mask = batch.action_mask[:, first:]
-        # only the columns that act: the rest of a padded batch costs nothing here
-        chosen = logits[mask]
+            chosen = chosen / batch.temperature[batch.segment_ids[rows, columns]].clamp(min=1e-6)[:, None]
         normalised = torch.log_softmax(chosen, -1)
-        picked = normalised.gather(-1, batch.tokens[:, first:][mask][:, None])[:, 0]
+        picked = normalised.gather(-1, batch.tokens[rows, columns][:, None])[:, 0]
         out = torch.zeros(batch.tokens.shape, dtype=picked.dtype, device=picked.device)
-        logprobs = out.masked_scatter(batch.action_mask, picked)
+        logprobs = out.index_put((rows, columns), picked)
         if not entropy:
             return TokenLogprobs(logprobs)
         per_token_entropy = -(normalised.exp() * normalised).sum(-1)
-        return TokenLogprobs(logprobs, out.masked_scatter(batch.action_mask, per_token_entropy))
+        return TokenLogprobs(logprobs, out.index_put((rows, columns), per_token_entropy))
+
+    def _shared_logits(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor | None:
+        """Logits float32[K, V] that predict tokens (rows, columns), each distinct prompt of a decoder computed once.
+
+        The completions of one prompt are laid out behind it in one row, each attending to the prompt and itself.
+        None where nothing would be saved: no shared prompts, packed rows, or an encoder, which is shared anyway.
+        """
+        ids, starts = batch.prompt_ids, batch.prompt_lengths
+        if batch.context is not None or ids is None or starts is None or not self._takes_positions:
+            return None
+        layout = _group_layout(batch, ids.cpu().numpy(), starts.cpu().numpy())
+        if layout is None:
+            return None
+        source_row, source_column, segment, position, predictor = (torch.from_numpy(x).to(rows.device) for x in layout)
+        tokens = batch.tokens[source_row, source_column]
+        causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
+        same = segment[:, :, None] == segment[:, None, :]
+        mask = self._as_mask(((same | (segment == 0)[:, None, :]) & causal)[:, None])
+        with self.autocast():
+            output = self.model(input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False)
+        flat = predictor[rows, columns]
+        return _upcast(output.logits.reshape(-1, output.logits.shape[-1])[flat])
 
     def _attention(self, batch: Batch) -> Tensor:
         """bool[B, S] for one segment a row; bool[B, 1, S, S], causal inside each segment, for packed rows."""
@@ -390,10 +411,14 @@ class Policy:
             return real.long()
         same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
         causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
-        mask = (same & causal)[:, None]
+        return self._as_mask((same & causal)[:, None])
+
+    def _as_mask(self, allowed: Tensor) -> Tensor:
+        """bool[B, 1, S, S] in the form that the model's attention takes."""
         if self._base().config._attn_implementation == "eager":
-            return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-        return mask
+            low = torch.finfo(torch.float32).min
+            return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, low)
+        return allowed
 
     def _encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         encoder = self._base().get_encoder()
@@ -487,6 +512,47 @@ def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
+
+
+def _group_layout(batch: Batch, ids: Ints, starts: Ints) -> tuple[np.ndarray, ...] | None:
+    """Where the tokens of a batch go when each distinct prompt stands once, its completions behind it.
+
+    Returns int64 arrays over the laid-out [U, W]: source row, source column, segment (0 the prompt, 1 … the
+    completions, −1 padding), position; and over the batch's [B, S] the flat index of the column that predicts each token.
+    None where the layout would not be smaller than the batch.
+    """
+    lengths = (batch.segment_ids >= 0).sum(1).cpu().numpy()
+    rows, width = batch.tokens.shape
+    groups: dict[int, list[int]] = {}
+    for row, prompt in enumerate(ids.tolist()):
+        groups.setdefault(prompt, []).append(row)
+    if len(groups) == rows or int(starts.min()) < 1:
+        return None
+    laid = [int(starts[g[0]] + (lengths[g] - starts[g]).sum()) for g in groups.values()]
+    total = max(laid)
+    if len(groups) * total >= rows * width:
+        return None
+    shape = (len(groups), total)
+    source_row, source_column = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    segment, position = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+    predictor = np.zeros((rows, width), np.int64)
+    for u, members in enumerate(groups.values()):
+        start = int(starts[members[0]])
+        source_row[u, :start] = members[0]
+        source_column[u, :start] = position[u, :start] = np.arange(start)
+        segment[u, :start] = 0
+        at = start
+        for number, row in enumerate(members, 1):
+            count = int(lengths[row]) - start
+            span, own = slice(at, at + count), np.arange(start, start + count)
+            source_row[u, span], source_column[u, span], position[u, span] = row, own, own
+            segment[u, span] = number
+            if count:
+                # the prompt's last token predicts the first of each completion
+                predictor[row, start] = u * total + start - 1
+                predictor[row, start + 1 : start + count] = u * total + at + np.arange(count - 1)
+            at += count
+    return source_row, source_column, segment, position, predictor
 
 
 def _upcast(logits: Tensor) -> Tensor:

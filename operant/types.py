@@ -155,7 +155,8 @@ class Batch:
     """Token columns (B, S), segment columns (N,), and one denominator fixed over the whole optimizer step.
 
     Column t describes token t; the one-place shift between logits and tokens lives in `Policy.logprobs` alone.
-    `segment_ids` (B, S) int64 index the segment columns; -1 marks padding. Unused columns are None.
+    `segment_ids` (B, S) int64 index the segment columns; -1 marks padding. Unused columns are None. Segments with equal
+    `prompt_ids` begin with the same `prompt_lengths` tokens, which the policy then computes once for all of them.
     The loss of a batch is Σ weights · token_loss / denominator, so cutting it into micro-batches changes nothing.
     """
 
@@ -178,6 +179,7 @@ class Batch:
     policy_versions: Tensor | None = None
     group_ids: Tensor | None = None
     prompt_ids: Tensor | None = None
+    prompt_lengths: Tensor | None = None
     pair_ids: Tensor | None = None
     is_chosen: Tensor | None = None
     temperature: Tensor | None = None
