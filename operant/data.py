@@ -618,7 +618,7 @@ def load_pairs(
 
 
 def load_texts(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
-    """Raw texts to pretrain on. Rows whose text is empty or absent are left out.
+    """Raw texts to pretrain on; a list of texts is several. Empty or absent ones are left out.
 
     Raises:
         OperantError: there is no text column, a value is no text, or all texts are empty.
@@ -628,8 +628,11 @@ def load_texts(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
     column = _find(rows, "text", (fields or Fields()).text)
     if column is None:
         raise OperantError(_no_column(rows, "text", "text"))
-    values = ((number, _get(row, column)) for number, row in enumerate(rows, start=1))
-    texts = [_text_of(value, column, number) for number, value in values if value is not None and value is not _ABSENT]
+    texts: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        value = _get(row, column)
+        if value is not None and value is not _ABSENT:
+            texts.extend(_texts_of(value, column, number) if isinstance(value, list) else [_text_of(value, column, number)])
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise OperantError(f"every text in the column {column!r} is empty: choose another with --text-field")

@@ -14,7 +14,7 @@ from operant.data import Fields, load_texts
 from operant.policy import Policy
 from operant.run import DataOrder, Run, mixed_seed
 from operant.stages.sft import load_split_rows
-from operant.stages.supervised import StageResult, fit, starting_policy
+from operant.stages.supervised import StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, Ints, OperantError
 
 SENTINELS = 100  # as T5 has
@@ -62,16 +62,17 @@ def pretrain(
     Raises OperantError for missing or empty data, or a tokenizer without sentinels for an encoder-decoder.
     """
     with Run(config, "pretrain", quiet=quiet) as run:
+        words: list[str] = []
         if texts is None:
             rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, 500)
             fields = Fields(text=config.text_field)
-            texts = load_texts(rows, fields)
+            texts, words = load_texts(rows, fields), all_texts(rows)
             dev_texts = load_texts(dev_rows, fields) if dev_rows else []
         if not texts:
             raise OperantError("there is no text to learn from; check --data and --limit")
         known = list(texts)
         sentinels = SENTINELS if config.arch == "t5" else 0
-        policy = policy or starting_policy(config, config, lambda: known, sentinels)
+        policy = policy or starting_policy(config, config, lambda: words or known, sentinels)
         documents = policy.codec.encode_batch(known, eos=True)
         held_out = policy.codec.encode_batch(list(dev_texts), eos=True) if dev_texts else []
         block = min(config.block or policy.max_length, policy.max_length)

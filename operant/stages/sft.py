@@ -13,7 +13,7 @@ from operant.data import Fields, Pair, load_pairs, load_rows, splits
 from operant.objectives import label_smoothed
 from operant.policy import Policy
 from operant.run import DataOrder, Run
-from operant.stages.supervised import StageResult, fit, split_rows, starting_policy
+from operant.stages.supervised import StageResult, all_texts, fit, split_rows, starting_policy
 from operant.types import Batch, OperantError
 
 
@@ -41,7 +41,7 @@ def sft(
         if policy is None or pairs is None:
             rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
             fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
-            policy = policy or starting_policy(config, config, lambda: _texts(rows, fields))
+            policy = policy or starting_policy(config, config, lambda: all_texts(rows))
             pairs, dev_pairs = (_pairs(part, policy, config, fields) if part else [] for part in (rows, dev_rows))
         if not pairs:
             raise OperantError("there are no pairs to learn from; check --data and --limit")
@@ -105,15 +105,3 @@ def _pairs(rows: Sequence[dict[str, object]], policy: Policy, config: SftConfig,
         elif config.too_long == "truncate" and room > 0:
             fitting.append(dataclasses.replace(pair, completion_tokens=pair.completion_tokens[:room]))
     return fitting
-
-
-def _texts(rows: Sequence[dict[str, object]], fields: Fields) -> list[str]:
-    """All text of the rows' strings, to train a tokenizer on."""
-    out: list[str] = []
-    for row in rows:
-        for value in row.values():
-            if isinstance(value, str):
-                out.append(value)
-            elif isinstance(value, list):
-                out.extend(v for v in value if isinstance(v, str))
-    return out

@@ -134,6 +134,18 @@ def starting_policy(
     return policy
 
 
+def all_texts(rows: Sequence[dict[str, object]]) -> list[str]:
+    """Every string in the rows, to train a tokenizer on: it must know the prompts as well as the answers."""
+    out: list[str] = []
+    for row in rows:
+        for value in row.values():
+            if isinstance(value, str):
+                out.append(value)
+            elif isinstance(value, list):
+                out.extend(v for v in value if isinstance(v, str))
+    return out
+
+
 def split_rows(rows: Sequence[T], share: float, most: int) -> tuple[list[T], list[T]]:
     """(training rows, held-out rows): the last `share` of them, at most `most`, for data without a dev split."""
     count = min(most, max(1, int(len(rows) * share))) if len(rows) > 1 else 0
