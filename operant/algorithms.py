@@ -40,7 +40,8 @@ ALGORITHMS = {
             "reinforce", "Williams 1992", "reinforce", "running", "running", "per_completion",
         ),
         Algorithm(
-            "rloo", "Kool et al. 2019; Ahmadian et al. 2024", "reinforce", "leave_one_out", "control_variate", "per_completion",
+            "rloo", "Kool et al. 2019; Ahmadian et al. 2024", "reinforce", "leave_one_out", "control_variate",
+            "per_completion",
         ),
         Algorithm(
             "grpo", "Shao et al. 2024", "ppo_clip", "group_scaled", "group_scaled", "per_sequence_mean",
@@ -97,9 +98,9 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
         normalisation = config.normalisation  # type: ignore[assignment]
     recipe = Recipe(algorithm, baseline, normalisation)
 
-    for name, low in (("group_size", 1), ("prompts_per_step", 1), ("epochs", 1), ("minibatches", 1), ("steps", 1), ("max_tokens", 1)):  # fmt: skip
-        if getattr(config, name) < low:
-            raise OperantError(f"{name} is {getattr(config, name)}; it must be at least {low}")
+    for name in ("group_size", "prompts_per_step", "epochs", "minibatches", "steps", "max_tokens"):
+        if getattr(config, name) < 1:
+            raise OperantError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if not 0.0 <= config.gamma <= 1.0:
         raise OperantError(f"gamma is {config.gamma}; a discount lies between 0 and 1")
     if baseline in GROUP_BASELINES and config.group_size < 2:
@@ -115,7 +116,8 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
         )
     if config.gamma != 1.0 and (baseline == "group_scaled" or not algorithm.honours_gamma):
         raise OperantError(
-            f"{config.algorithm} ignores the discount, and gamma is {config.gamma}; use --algorithm rloo or ppo, or --gamma 1"
+            f"{config.algorithm} ignores the discount, and gamma is {config.gamma}; "
+            "use --algorithm rloo or ppo, or --gamma 1"
         )
     if baseline == "control_variate" and not dense:
         raise OperantError(
@@ -124,7 +126,8 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
         )
     if baseline == "control_variate" and config.gamma != 1.0:
         raise OperantError(
-            f"the control variate holds at gamma 1 only, and gamma is {config.gamma}; use --baseline position_leave_one_out"
+            f"the control variate holds at gamma 1 only, and gamma is {config.gamma}; "
+            "use --baseline position_leave_one_out"
         )
     if (config.epochs > 1 or config.minibatches > 1) and not algorithm.ratio:
         raise OperantError(
@@ -139,10 +142,13 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
     if config.temperature <= 0:
         raise OperantError("greedy completions have no propensity to learn from; train with --temperature 1")
     if config.beta != "auto" and baseline != "control_variate":
-        raise OperantError(f"baseline {baseline} has no coefficient, and beta is {config.beta}; use --beta auto, or --dense")
+        raise OperantError(
+            f"baseline {baseline} has no coefficient, and beta is {config.beta}; use --beta auto, or --dense"
+        )
     if config.kl_in == "reward" and config.kl_coef > 0 and config.kl_estimator != "k2":
         raise OperantError(
-            f"the KL in the reward is always k1, and kl_estimator is {config.kl_estimator}; leave it out, or use --kl_in loss"
+            f"the KL in the reward is always k1, and kl_estimator is {config.kl_estimator}; "
+            "leave it out, or use --kl_in loss"
         )
     if config.kl_in == "reward" and baseline == "group_scaled" and config.kl_coef > 0:
         raise OperantError(f"{config.algorithm} would sum the per-token KL reward into one number; use --kl_in loss")

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 GROWTH = 64  # columns added when a cache is full: appending in place beats concatenating at every token
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
+class GrowingLayer(DynamicLayer):
     """One layer's keys and values (B, H, L, D), appended in place in a buffer that grows by blocks."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ def _growing_cache(layers: list[GrowingLayer] | None = None, count: int = 0) -> 
 
 
 def _layers(cache: Any) -> list[GrowingLayer]:
-    return cache.layers  # type: ignore[no-any-return]
+    return cache.layers
 
 
 def _pad(tensor: Tensor, dim: int, left: int = 0, right: int = 0) -> Tensor:

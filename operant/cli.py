@@ -27,12 +27,14 @@ EXAMPLES = {
     "train": (
         configs.TrainConfig,
         "learn from rewards",
-        'operant train --model runs/sft/model --data pairs/ --prompt_field en --reference_field de --reward chrf --dense true --target "bleu>=30"',
+        "operant train --model runs/sft/model --data pairs/ --prompt_field en --reference_field de "
+        '--reward chrf --dense true --target "bleu>=30"',
     ),
     "eval": (
         configs.EvalConfig,
         "measure a model on a data set",
-        "operant eval --model runs/train/model --data pairs/dev.jsonl --prompt_field en --reference_field de --json true",
+        "operant eval --model runs/train/model --data pairs/dev.jsonl --prompt_field en --reference_field de "
+        "--json true",
     ),
     "score": (
         configs.ScoreConfig,
@@ -86,7 +88,7 @@ def _formatter() -> Any:
 
     import jsonargparse
 
-    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):  # type: ignore[misc]
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
     return Formatter
@@ -321,7 +323,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
 
 
 def prompt_options(config: configs.PairFields, policy: Any, room: int) -> dict[str, Any]:
-    """What `load_prompts` needs to know of the configuration and the policy; `room` tokens are left for the completion."""
+    """What `load_prompts` needs of the configuration and the policy; `room` tokens are left for the completion."""
     encoder = policy.family == "encoder-decoder"
     longest = policy.max_length if encoder else max(1, policy.max_length - room)
     return {

@@ -121,7 +121,7 @@ def control_variate(
 
         A_{i,t} = (M_i − mean_{j≠i} M_j) − β (Φ_{i,t−1} − mean_{j≠i} Φ_{j,t−1})
 
-    For potential rewards Φ_{t−1} is the potential up to M(''); for others it is the sum of the rewards before t. β = 0 is
+    For potential rewards Φ_{t−1} is the potential up to M(''); for others the sum of the rewards before t. β = 0 is
     the sequence return with leave-one-out, β = 1 the return-to-go with position-wise leave-one-out. What was paid
     before token t does not depend on it, so every β that does not either has the same expected gradient and only the
     variance changes. beta: a number, or float[N] such as `fit_beta` gives.
@@ -145,7 +145,7 @@ def advantages(
     beta: float | Tensor = 1.0,
     discount_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages of every token under one of the baselines. rewards float[N, T] → (advantages, returns, usable bool[N]).
+    """Advantages of every token under a baseline. rewards float[N, T] → (advantages, returns, usable bool[N]).
 
     none: A = G_t. running: A = G_t − b with b from earlier steps only (unbiased). batch: the mean over the other
     prompts' completions in the batch (unbiased: a row's own group is left out, unless it is the only group).

@@ -632,7 +632,9 @@ def load_texts(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
     for number, row in enumerate(rows, start=1):
         value = _get(row, column)
         if value is not None and value is not _ABSENT:
-            texts.extend(_texts_of(value, column, number) if isinstance(value, list) else [_text_of(value, column, number)])
+            texts.extend(
+                _texts_of(value, column, number) if isinstance(value, list) else [_text_of(value, column, number)]
+            )
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise OperantError(f"every text in the column {column!r} is empty: choose another with --text-field")

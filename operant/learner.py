@@ -138,12 +138,13 @@ class Learner:
             self.rule.set_lr(lr)
 
         def closure() -> ClosureResult:
-            total, tokens, counted, sums = 0.0, 0, 0, {}
+            total, tokens, counted = 0.0, 0, 0
+            sums: dict[str, float] = {}
             for batch in batches:
                 micro = to_device(batch, self.policy.device)
                 token_loss, stats = loss_of(self.policy, micro)
                 loss = (token_loss * micro.weights).sum() / micro.denominator
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += float(loss.detach())
                 acted = int(micro.action_mask.sum())
                 tokens += acted

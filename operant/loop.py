@@ -145,13 +145,16 @@ class _Loop:
             metrics |= self.describe(trajectories, stats)
             metrics["train/sample_seconds"] = sampled_seconds
             metrics["train/tokens_per_second"] = stats.tokens / (time.perf_counter() - begun)
-            self.run.record(
-                stats, metrics, missing=dict(self.runner.counts),
-                shown={"reward": metrics["train/reward_mean"], "entropy": stats.entropy, "length": metrics["train/length"]},
-            )  # fmt: skip
+            shown: dict[str, float | str] = {
+                "reward": metrics["train/reward_mean"],
+                "entropy": stats.entropy,
+                "length": metrics["train/length"],
+            }
+            self.run.record(stats, metrics, missing=dict(self.runner.counts), shown=shown)
             if self.run.step % self.config.eval_every == 0 or self.run.step == self.config.steps:
                 self.measure(reached)
-            if any([callback(self.run.step, metrics) for callback in callbacks]):
+            answers = [callback(self.run.step, metrics) for callback in callbacks]  # every one is called
+            if any(answers):
                 self.run.stop("a callback asked to stop")
         self.run.restore_best()
         if self.run.failed:
@@ -167,7 +170,8 @@ class _Loop:
     def sampling(self, step: int) -> Sampling:
         return Sampling(
             temperature=self.config.temperature, top_p=self.config.top_p, top_k=self.config.top_k,
-            max_tokens=self.config.max_tokens, stop=tuple(self.config.stop), seed=mixed_seed(self.config.seed, "sample", step),
+            max_tokens=self.config.max_tokens, stop=tuple(self.config.stop),
+            seed=mixed_seed(self.config.seed, "sample", step),
         )  # fmt: skip
 
     def roll_out(self, step: int) -> list[Trajectory]:
@@ -198,12 +202,17 @@ class _Loop:
             batch.ref_logprobs = self.reference_logprobs(batch)
         if recipe.baseline == "group_scaled" and bool((rewards * mask)[:, :-1].logical_and(mask[:, 1:]).any()):
             raise OperantError(
-                f"{recipe.algorithm.name} would sum the dense reward that the function returned; use --algorithm rloo or ppo"
+                f"{recipe.algorithm.name} would sum the dense reward that the function returned; "
+                "use --algorithm rloo or ppo"
             )
         beta: float | Tensor = 1.0
         if recipe.baseline == "control_variate":
             beta = self.coefficient(rewards, mask, batch.group_ids, valid, metrics)
-        estimate = {"baseline": recipe.baseline, "gamma": config.gamma, "discount_state": config.discount_state}
+        estimate: dict[str, Any] = {
+            "baseline": recipe.baseline,
+            "gamma": config.gamma,
+            "discount_state": config.discount_state,
+        }
         advantages, returns, usable = credit.advantages(
             rewards, mask, batch.group_ids, valid, running=self.state["running"], beta=beta, **estimate
         )

@@ -36,7 +36,7 @@ def ppo_clip(
 def behavior_correction(old_logprobs: Tensor, behavior_logprobs: Tensor, cap: float = 2.0) -> Tensor:
     """Truncated importance weight min(π_old / μ, cap) from the distribution that was really sampled (Ionides 2008).
 
-    1 where sampler and trainer agree. Truncation trades a bias for bounded variance; the loop reports how often it bites.
+    1 where sampler and trainer agree. Truncation trades a bias for bounded variance; the loop reports its mean.
     """
     return (old_logprobs - behavior_logprobs).detach().exp().clamp(max=cap)
 

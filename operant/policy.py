@@ -38,9 +38,14 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
 class LanguagePolicy(Protocol):
     """What the loop needs of a policy; ten lines make a fake one for a test."""
 
-    codec: Codec
-    family: Family
-    max_length: int
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def max_length(self) -> int: ...
 
     def prefill(
         self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None
@@ -155,7 +160,8 @@ class Policy:
         """A model with random weights: arch `gpt2`, `llama` or `t5`, size `tiny`, `small` or `base` (see SIZES)."""
         if arch not in SIZES or size not in SIZES[arch]:
             raise OperantError(
-                f"no model {arch!r} of size {size!r}; choose --arch {'|'.join(SIZES)} and --size {'|'.join(SIZES['gpt2'])}"
+                f"no model {arch!r} of size {size!r}; choose --arch {'|'.join(SIZES)} "
+                f"and --size {'|'.join(SIZES['gpt2'])}"
             )
         layers, heads, width, inner = SIZES[arch][size]
         ids: dict[str, Any] = {"pad_token_id": codec.pad_id, "eos_token_id": codec.eos_id, "bos_token_id": codec.bos_id}
@@ -189,7 +195,8 @@ class Policy:
                     T5Config(
                         vocab_size=vocab, d_model=width, d_kv=width // heads, d_ff=inner, num_layers=layers,
                         num_decoder_layers=layers, num_heads=heads, dropout_rate=dropout, tie_word_embeddings=True,
-                        feed_forward_proj="gated-gelu", decoder_start_token_id=codec.pad_id, n_positions=max_length, **ids,
+                        feed_forward_proj="gated-gelu", decoder_start_token_id=codec.pad_id,
+                        n_positions=max_length, **ids,
                     )
                 )  # fmt: skip
         return cls(model, codec, device=device, dtype=dtype)
@@ -204,14 +211,15 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             config = LoraConfig(
-                r=rank, lora_alpha=int(alpha or 2 * rank), lora_dropout=dropout, target_modules="all-linear", task_type=task,
+                r=rank, lora_alpha=int(alpha or 2 * rank), lora_dropout=dropout, target_modules="all-linear",
+                task_type=task,
                 fan_in_fan_out=self.config.model_type == "gpt2",
             )  # fmt: skip
             with _quiet_peft():
                 self.model = get_peft_model(self.model, config)
 
     def save(self, path: str | Path) -> None:
-        """Write a folder that plain Transformers loads; with LoRA an adapter that PEFT loads, and its base beside it."""
+        """Write a folder that plain Transformers loads; with LoRA an adapter that PEFT loads, its base beside it."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         if self.is_lora:
@@ -422,7 +430,7 @@ class Policy:
 
     def _encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
         encoder = self._base().get_encoder()
-        return encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state  # type: ignore[no-any-return]
+        return encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
 
     def _decoder_start(self) -> int:
         start = self.config.decoder_start_token_id
@@ -518,8 +526,8 @@ def _group_layout(batch: Batch, ids: Ints, starts: Ints) -> tuple[np.ndarray, ..
     """Where the tokens of a batch go when each distinct prompt stands once, its completions behind it.
 
     Returns int64 arrays over the laid-out [U, W]: source row, source column, segment (0 the prompt, 1 … the
-    completions, −1 padding), position; and over the batch's [B, S] the flat index of the column that predicts each token.
-    None where the layout would not be smaller than the batch.
+    completions, −1 padding), position; and over the batch's [B, S] the flat index of the column that predicts each
+    token. None where the layout would not be smaller than the batch.
     """
     lengths = (batch.segment_ids >= 0).sum(1).cpu().numpy()
     rows, width = batch.tokens.shape
@@ -569,7 +577,7 @@ def _decoder_positions(model: Any, positions: Tensor) -> Iterator[None]:
         return
 
     def replace(module: Any, args: Any, output: Tensor) -> Tensor:
-        return module.weight[positions + getattr(module, "offset", 0)]  # type: ignore[no-any-return]
+        return module.weight[positions + getattr(module, "offset", 0)]
 
     hook = embedding.register_forward_hook(replace)
     try:

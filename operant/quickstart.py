@@ -77,7 +77,8 @@ class _Quickstart:
         _say("1/4 pretrain: a causal language model from nothing on raw text")
         pretrain(
             PretrainConfig(
-                **self.options("pretrain"), steps=100, batch_tokens=4096, block=128, lr=2e-3, warmup_steps=20, eval_every=50
+                **self.options("pretrain"), steps=100, batch_tokens=4096, block=128, lr=2e-3, warmup_steps=20,
+                eval_every=50,
             ),
             policy=self.policy, texts=self.raw, dev_texts=[row["prompt"] for row in self.task.dev], quiet=True,
         )  # fmt: skip
@@ -140,7 +141,7 @@ class _Quickstart:
 def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     """Run the circle, print and keep what came of it; the table as a dict, BLEU, chrF and exact match from 0 to 100.
 
-    Writes results.json, report.html, curves/ and a folder per stage into `config.out`; `config.out/model` is the result.
+    Writes results.json, report.html, curves/ and a folder per stage into `config.out`; the result is in its `model`.
     """
     begun = time.perf_counter()
     threads = torch.get_num_threads()
@@ -171,8 +172,8 @@ def _show(circle: _Quickstart, config: QuickstartConfig, out: Path, report: Path
     print()
     print(
         terminal_curve(
-            [row["step"] for row in rows], [row["eval/bleu"] for row in rows], title="BLEU on held-out prompts while learning "
-            "from reward", levels=levels,
+            [row["step"] for row in rows], [row["eval/bleu"] for row in rows],
+            title="BLEU on held-out prompts while learning from reward", levels=levels,
         )
     )  # fmt: skip
     print("\nAnswers to held-out prompts:")
@@ -194,8 +195,8 @@ def _show(circle: _Quickstart, config: QuickstartConfig, out: Path, report: Path
         told = GIVEN[name].format(labelled=config.labelled, prompts=config.prompts, minutes=config.minutes)
         print(f"{TITLES[name]:26}" + "".join(f"{values[metric]:13.1f}" for metric in METRICS) + f"  {told}")
     print(
-        "\nThe prompts' references were seen by the reward only: what the policy learned, it learned from scores of its own"
-        f" answers.\n{seconds:.0f} seconds in all. Report: {report}\n\nTry next:\n"
+        "\nThe prompts' references were seen by the reward only: what the policy learned, it learned from scores of "
+        f"its own answers.\n{seconds:.0f} seconds in all. Report: {report}\n\nTry next:\n"
         f'  operant sample --model {out}/model --prompt "Half past seven in the evening on the third of May"\n'
         f"  operant eval --model {out}/model --data {out}/data/test.jsonl\n"
         f"  operant train --model {out}/finetune/model --data {out}/data/prompts.jsonl --dev_data {out}/data/dev.jsonl "

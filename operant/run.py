@@ -1,4 +1,4 @@
-"""What every stage that trains shares: run folder, checkpoints, exact resume, Ctrl-C, time limit, sick steps, report."""
+"""What every stage that trains shares: run folder, checkpoints, exact resume, Ctrl-C, limits, sick steps, report."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ class Run:
     ) -> None:
         try:
             if self._attached:
-                if error is None or isinstance(error, KeyboardInterrupt) or self.failed:  # a failed run has a report too
+                # a failed run has a report too
+                if error is None or isinstance(error, KeyboardInterrupt) or self.failed:
                     self._finish()
                 self.log.close()
             elif not self.folder.resumed and not any(self.folder.checkpoints.iterdir()):
@@ -162,7 +163,7 @@ class Run:
         self.state.update(facts["state"])
 
     def save(self) -> Path:
-        """A checkpoint of this instant: weights, optimizer, counters, `state`. Older ones are pruned, never the best."""
+        """A checkpoint of this instant: weights, optimizer, counters, `state`. Older ones go, never the best."""
 
         def write(folder: Path) -> None:
             self.policy.save(folder / "model")
@@ -192,7 +193,7 @@ class Run:
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def steps(self, total: int) -> Iterator[int]:
-        """Step numbers from where the run stands to `total`. Seeds torch for each, so that a resumed one is the same."""
+        """Step numbers from where the run stands to `total`. Seeds torch for each, so a resumed one is the same."""
         if self.step >= total:
             self.stop(f"all {total} steps were already done")
         with self.log.progress(total, self.stage, start=self.step) as progress:
@@ -237,8 +238,8 @@ class Run:
             if good is not None:
                 self._load(good)
             self.stop(
-                f"{self.config.max_sick_steps} steps in a row were sick ({stats.reason}); rolled back to step {self.step}. "
-                "Try a lower --lr",
+                f"{self.config.max_sick_steps} steps in a row were sick ({stats.reason}); "
+                f"rolled back to step {self.step}. Try a lower --lr",
                 failed=True,
             )
 

@@ -55,9 +55,9 @@ def behavior_logprobs(
 ) -> Tensor:
     """The log-probabilities that tokens are really drawn from: bans, then temperature, top-k, top-p, renormalised.
 
-    logits: float32[B, V]. temperature: float32[B], > 0. top_k: int64[B], 0 for off. top_p: float32[B], 1 for off (Holtzman
-    et al. 2020: the smallest set whose probability reaches top_p). banned: bool[B, V] or None. Returns float32[B, V],
-    −inf where a token cannot be drawn.
+    logits: float32[B, V]. temperature: float32[B], > 0. top_k: int64[B], 0 for off. top_p: float32[B], 1 for off
+    (Holtzman et al. 2020: the smallest set whose probability reaches top_p). banned: bool[B, V] or None.
+    Returns float32[B, V], −inf where a token cannot be drawn.
     """
     if banned is not None:
         logits = logits.masked_fill(banned, -torch.inf)
@@ -165,7 +165,8 @@ class Sampler:
             )
         if self._room(prompt, sampling) < 1 or len(prompt.tokens) > self.policy.max_length:
             raise OperantError(
-                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and the model's context {self.policy.max_length}; "
+                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and the model's context "
+                f"{self.policy.max_length}; "
                 "shorten it, or load it with --too_long truncate"
             )
         if ids is None:

@@ -189,7 +189,7 @@ class Batch:
 
 @dataclass(slots=True)
 class StepStats:
-    """What one optimizer step did. `coefficients` are those that the loss really used; `extra` is anything else logged."""
+    """What one optimizer step did. `coefficients` are those that the loss really used; `extra` is also logged."""
 
     step: int
     loss: float

@@ -23,8 +23,8 @@ PIECE = 256  # rows rewarded together
 
 
 def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
-    """One dict a row of `config.data`: id, completion, reward (None when missing, with `missing` saying why), parts of a
-    combined reward, and with `dense` the tokens' texts and their `rewards`, which sum to reward − reward of ''.
+    """One dict a row of `config.data`: id, completion, reward (None when missing, with `missing` saying why), parts of
+    a combined reward, and with `dense` the tokens' texts and their `rewards`, which sum to reward − reward of ''.
 
     Raises OperantError for missing data or fields, an unknown reward, and references that the reward needs.
     """

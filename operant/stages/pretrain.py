@@ -120,7 +120,8 @@ def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], bloc
     sentinels = policy.codec.sentinel_ids
     if len(sentinels) < 2:
         raise OperantError(
-            "span corruption needs a tokenizer with sentinels <extra_id_0> …; leave --tokenizer out to train one that has them"
+            "span corruption needs a tokenizer with sentinels <extra_id_0> …; "
+            "leave --tokenizer out to train one that has them"
         )
     pieces = _pieces(documents, block)
     mean = max(1, int(np.mean([len(p) for p in pieces])))
@@ -132,7 +133,8 @@ def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], bloc
         rng = np.random.default_rng(seed)
         both = [span_corruption(p, sentinels, rng, config.noise_density, config.mean_span) for p in chosen]
         return from_sequences(
-            [np.concatenate([source, eos]) for source, _ in both], [np.concatenate([target, eos]) for _, target in both],
+            [np.concatenate([source, eos]) for source, _ in both],
+            [np.concatenate([target, eos]) for _, target in both],
             encoder=True, pad_id=policy.codec.pad_id,
         )  # fmt: skip
 

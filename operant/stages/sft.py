@@ -99,8 +99,8 @@ def _pairs(rows: Sequence[dict[str, object]], policy: Policy, config: SftConfig,
             fitting.append(pair)
         elif config.too_long == "error":
             raise OperantError(
-                f"pair {pair.prompt.id} has {len(pair.prompt.tokens) + len(pair.completion_tokens)} tokens and the model "
-                f"holds {policy.max_length}; use --too_long skip or truncate, or a longer --max_length"
+                f"pair {pair.prompt.id} has {len(pair.prompt.tokens) + len(pair.completion_tokens)} tokens and the "
+                f"model holds {policy.max_length}; use --too_long skip or truncate, or a longer --max_length"
             )
         elif config.too_long == "truncate" and room > 0:
             fitting.append(dataclasses.replace(pair, completion_tokens=pair.completion_tokens[:room]))
