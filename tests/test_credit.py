@@ -137,3 +137,10 @@ def test_padding_changes_nothing(baseline: credit.Baseline) -> None:
     pad = torch.nn.functional.pad
     wide, _, _ = credit.advantages(pad(rewards, (0, 3)), pad(mask, (0, 3)), groups, valid, baseline=baseline, beta=0.6)
     assert torch.equal(wide[:, :2], narrow) and not wide[:, 2:].any()
+
+
+def test_the_running_baseline_is_taken_off_every_return() -> None:
+    rewards, mask = rows([1.0, 2.0], [4.0])
+    groups, valid = torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool)
+    out, returns, _ = credit.advantages(rewards, mask, groups, valid, baseline="running", running=0.5)
+    assert out.tolist() == [[2.5, 1.5], [3.5, 0]] and returns.tolist() == [[3, 2], [4, 0]]

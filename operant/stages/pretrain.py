@@ -30,13 +30,16 @@ def span_corruption(
     """
     length = len(tokens)
     hidden = min(max(1, round(length * density)), length - 1)
-    spans = min(max(1, round(hidden / mean_span)), hidden, length - hidden, len(sentinels) - 1)
+    spans = min(max(1, round(hidden / mean_span)), hidden, length - hidden + 1, len(sentinels) - 1)
 
     def composition(total: int, parts: int) -> np.ndarray:
         cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
         return np.diff(np.concatenate([[0], cuts, [total]]))
 
-    noise, kept = composition(hidden, spans), composition(length - hidden, spans)
+    # spans are apart by at least one token; before the first and after the last there may be none, so that a text too
+    # short for more than one span is not always asked for its end
+    noise, kept = composition(hidden, spans), composition(length - hidden + 2, spans + 1)
+    kept[[0, -1]] -= 1
     source: list[np.ndarray] = []
     target: list[np.ndarray] = []
     at = 0
@@ -46,6 +49,7 @@ def span_corruption(
         at += int(kept[i])
         target += [mark, tokens[at : at + noise[i]]]
         at += int(noise[i])
+    source.append(tokens[at:])
     return np.concatenate(source), np.concatenate([*target, [sentinels[spans]]]).astype(np.int64)
 
 
