@@ -37,7 +37,7 @@ GIVEN = {
     "pretrained": "raw text of both languages",
     "finetuned": "{labelled} labelled pairs, to the plateau of the dev loss",
     "continued": "the same pairs for {minutes:g} min more; its best by dev chrF",
-    "rewarded": "{prompts} prompts and their chrF reward for {minutes:g} min",
+    "rewarded": "{prompts} prompts and their chrF reward, and the pairs, for {minutes:g} min",
 }
 TITLES = {
     "pretrained": "pretrained",
@@ -94,15 +94,18 @@ class _Quickstart:
         self.keep_better(start)
         self.measure("continued")
 
-        _say(f"4/4 instant reward: {REWARD} of the answers to {self.config.prompts} prompts for {minutes:g} minutes")
+        _say(
+            f"4/4 instant reward: {REWARD} of its answers to {self.config.prompts} prompts, and the pairs, for {minutes:g} minutes"
+        )
         self.policy.restore(start)
         train(
             self.policy, self.prompts(self.task.prompts), reward_by_name(REWARD, dense=True),
             TrainConfig(
                 **self.options("reward"), model=str(start), reward=REWARD, dense=True, steps=10**6, max_minutes=minutes,
-                group_size=4, prompts_per_step=32, lr=2e-4, max_tokens=MAX_TOKENS, eval_every=20, log_samples=8,
+                group_size=4, prompts_per_step=32, sft_coef=0.3, sft_batch_size=32, lr=2e-4, max_tokens=MAX_TOKENS, eval_every=20, log_samples=8,
             ),
-            dev_prompts=self.dev, quiet=True,
+            dev_prompts=self.dev,
+            pairs=self.pairs, quiet=True,
         )  # fmt: skip
         self.measure("rewarded")
 
