@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -77,7 +78,7 @@ def load_rows(source: str | Path, split: str = "train", limit: int | None = None
     """The rows of a data set, in order.
 
     Args:
-        source: a file (.jsonl, .json, .csv, .tsv, .txt, each also with .gz; .parquet), a folder that holds one or more
+        source: where the data is, here or in the folder that the environment variable OPERANT_DATA names: a file (.jsonl, .json, .csv, .tsv, .txt, each also with .gz; .parquet), a folder that holds one or more
             of them for each split (`train.jsonl.gz`, `dev.jsonl`, `test-00000.parquet`, …) or is `save_to_disk`'s,
             or a hub id (`owner/name`, or `owner/name:config`). A .txt file is one row with one `text`.
         split: which split of a folder or hub data set; "dev" and "validation" are the same. A file has no splits and is
@@ -89,7 +90,7 @@ def load_rows(source: str | Path, split: str = "train", limit: int | None = None
     """
     if limit is not None and limit < 1:
         raise OperantError(f"limit {limit} leaves no rows: give at least 1, or leave it out")
-    path = Path(source).expanduser()
+    path = _place(source)
     if path.is_file():
         rows = _read_files([path], limit)
     elif path.is_dir():
@@ -105,12 +106,21 @@ def load_rows(source: str | Path, split: str = "train", limit: int | None = None
 
 def splits(source: str | Path) -> list[str]:
     """The splits that a folder holds, of "train", "dev" and "test". A file has none; a hub data set is not asked."""
-    path = Path(source).expanduser()
+    path = _place(source)
     if not path.is_dir():
         return []
     saved = _saved_splits(path)
     names = saved if saved is not None else [_stem(file) for file in _data_files(path)]
     return [split for split in SPLIT_NAMES if any(_is_split(name, split) for name in names)]
+
+
+def _place(source: str | Path) -> Path:
+    """The path itself, or the one of that name under OPERANT_DATA if only that is there."""
+    path = Path(source).expanduser()
+    root = os.environ.get("OPERANT_DATA")
+    if root and not path.is_absolute() and not path.exists() and (there := Path(root).expanduser() / path).exists():
+        return there
+    return path
 
 
 def _stem(file: Path) -> str:

@@ -95,17 +95,18 @@ class _Quickstart:
         self.measure("continued")
 
         _say(
-            f"4/4 instant reward: {REWARD} of its answers to {self.config.prompts} prompts, and the pairs, for {minutes:g} minutes"
+            f"4/4 instant reward: {REWARD} of its answers to {self.config.prompts} prompts, and the pairs, "
+            f"for {minutes:g} minutes"
         )
         self.policy.restore(start)
         train(
             self.policy, self.prompts(self.task.prompts), reward_by_name(REWARD, dense=True),
             TrainConfig(
                 **self.options("reward"), model=str(start), reward=REWARD, dense=True, steps=10**6, max_minutes=minutes,
-                group_size=4, prompts_per_step=32, sft_coef=0.3, sft_batch_size=32, lr=2e-4, max_tokens=MAX_TOKENS, eval_every=20, log_samples=8,
+                group_size=4, prompts_per_step=32, sft_coef=0.3, sft_batch_size=32, lr=2e-4,
+                max_tokens=MAX_TOKENS, eval_every=20,
             ),
-            dev_prompts=self.dev,
-            pairs=self.pairs, quiet=True,
+            dev_prompts=self.dev, pairs=self.pairs, quiet=True,
         )  # fmt: skip
         self.measure("rewarded")
 

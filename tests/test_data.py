@@ -327,3 +327,16 @@ def test_texts() -> None:
         load_texts([{"text": " "}])
     with pytest.raises(OperantError, match="row 1 has a list"):
         load_texts([{"text": ["a"]}])
+
+
+def test_data_is_found_under_the_environments_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store" / "tiny").mkdir(parents=True)
+    (tmp_path / "store" / "tiny" / "train.jsonl").write_text('{"text": "there"}\n')
+    (tmp_path / "store" / "tiny" / "dev.jsonl").write_text('{"text": "held out"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPERANT_DATA", str(tmp_path / "store"))
+    assert load_rows("tiny") == [{"text": "there"}]
+    assert splits("tiny") == ["train", "dev"]
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "train.jsonl").write_text('{"text": "here"}\n')
+    assert load_rows("tiny") == [{"text": "here"}]  # what is at hand comes first
