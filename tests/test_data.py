@@ -325,8 +325,9 @@ def test_texts() -> None:
         load_texts(ROWS)
     with pytest.raises(OperantError, match="every text in the column 'text' is empty"):
         load_texts([{"text": " "}])
-    with pytest.raises(OperantError, match="row 1 has a list"):
-        load_texts([{"text": ["a"]}])
+    assert load_texts([{"text": ["a", " ", "b"]}, {"text": "c"}]) == ["a", "b", "c"]
+    with pytest.raises(OperantError, match="row 1 has"):
+        load_texts([{"text": {"a": 1}}])
 
 
 def test_data_is_found_under_the_environments_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
