@@ -78,8 +78,9 @@ def load_rows(source: str | Path, split: str = "train", limit: int | None = None
     """The rows of a data set, in order.
 
     Args:
-        source: where it is, here or under the folder that the environment variable OPERANT_DATA names. A file (.jsonl, .json, .csv, .tsv, .txt, each also with .gz; .parquet), a folder that holds one or more
-            of them for each split (`train.jsonl.gz`, `dev.jsonl`, `test-00000.parquet`, …) or is `save_to_disk`'s,
+        source: where it is, here or under the folder that the environment variable OPERANT_DATA names. A file
+            (.jsonl, .json, .csv, .tsv, .txt, each also with .gz; .parquet), a folder that holds one or more of them
+            for each split (`train.jsonl.gz`, `dev.jsonl`, `test-00000.parquet`, …) or is `save_to_disk`'s,
             or a hub id (`owner/name`, or `owner/name:config`). A .txt file is one row with one `text`.
         split: which split of a folder or hub data set; "dev" and "validation" are the same. A file has no splits and is
             given whole.
