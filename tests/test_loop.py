@@ -7,7 +7,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,7 +271,7 @@ def test_a_run_whose_rewards_are_all_missing_stops_and_says_why(
 
     policy = make_policy("gpt2")
     before = [p.detach().clone() for p in policy.model.parameters()]
-    with pytest.raises(OperantError, match="every reward was missing.*no such column"):
+    with pytest.raises(OperantError, match=r"every reward was missing.*no such column"):
         train(policy, PROMPTS, quick(broken), settings(tmp_path / "run", weight_decay=0.0), quiet=True)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
     assert "every reward was missing" in json.loads((tmp_path / "run" / "run.json").read_text())["stop_reason"]
@@ -292,6 +291,40 @@ def test_some_missing_rewards_cost_only_their_rows(make_policy: Callable[..., Po
     assert all(math.isfinite(x) for x in logged(tmp_path / "run", "train/loss"))
 
 
+def test_rows_without_a_usable_reward_are_taught_nothing_at_all(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """One reward in a group has no fellow to be compared with; entropy and KL leave such rows alone too."""
+    calls = iter(range(1000))
+    policy = make_policy("gpt2")
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    config = settings(
+        tmp_path / "run",
+        steps=2,
+        prompts_per_step=1,
+        entropy_coef=1.0,
+        kl_coef=1.0,
+        kl_estimator="full",
+        weight_decay=0.0,
+    )
+    reward = quick(lambda p, c: 1.0 if next(calls) % 3 == 0 else None)
+    assert train(policy, PROMPTS, reward, config, quiet=True).steps == 2
+    assert logged(tmp_path / "run", "train/usable") == [0, 0]
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def test_every_token_carries_the_version_that_drew_it(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    versions: list[set[int]] = []
+
+    def noting(prompt: Prompt, completion: Completion) -> float:
+        assert completion.policy_version is not None
+        versions.append(set(completion.policy_version.tolist()))
+        return share_of_even(prompt, completion)
+
+    train(make_policy("gpt2"), PROMPTS, quick(noting), settings(tmp_path / "run", steps=3), quiet=True)
+    assert versions == [{step} for step in range(3) for _ in range(12)]
+
+
 def test_sick_steps_are_skipped_counted_and_rolled_back(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     policy = make_policy("gpt2")
     before: list[torch.Tensor] = []
@@ -306,7 +339,7 @@ def test_sick_steps_are_skipped_counted_and_rolled_back(make_policy: Callable[..
         return False
 
     config = settings(tmp_path / "run", steps=20, save_every=2, max_sick_steps=3)
-    with pytest.raises(OperantError, match="3 steps in a row were sick.*rolled back to step 2"):
+    with pytest.raises(OperantError, match=r"3 steps in a row were sick.*rolled back to step 2"):
         train(policy, PROMPTS, quick(share_of_even), config, callbacks=[poison], quiet=True)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
     assert logged(tmp_path / "run", "train/skipped") == [1, 2, 3]

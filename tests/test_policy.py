@@ -72,6 +72,47 @@ def test_logprobs_are_at_the_segments_temperature(family: str, make_policy: Call
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_sharing_a_groups_prompt_changes_neither_logprob_nor_gradient(
+    family: str, attention: str, make_policy: Callable[..., Policy]
+) -> None:
+    policy = make_policy(family)
+    policy.model.set_attn_implementation(attention)
+    which = [0, 2, 0, 0, 1, 2]
+    answers = [COMPLETIONS[i % 3] + i for i in range(6)]
+    batch = from_sequences([PROMPTS[i] for i in which], answers, encoder=False, pad_id=policy.codec.pad_id)
+    batch.temperature = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.7, 1.0])
+    calls = []
+    handle = policy.model.register_forward_hook(
+        lambda m, a, k, o: calls.append(k["input_ids"].shape[0]), with_kwargs=True
+    )
+    out = policy.logprobs(batch, entropy=True)
+    handle.remove()
+    assert calls == [3]  # three prompts, each computed once
+    model = double(policy)
+    for i, answer in enumerate(answers):
+        prompt = PROMPTS[which[i]]
+        table = torch.log_softmax(recomputed(model, policy, prompt, answer) / batch.temperature[i], -1)
+        columns = slice(len(prompt), len(prompt) + len(answer))
+        expected = table[torch.arange(len(answer)), torch.from_numpy(answer)]
+        assert torch.allclose(out.logprobs[i, columns].double(), expected, atol=1e-4)
+        assert out.entropy is not None
+        assert torch.allclose(out.entropy[i, columns].double(), -(table.exp() * table).sum(-1), atol=1e-4)
+    assert not out.logprobs[~batch.action_mask].any()
+
+    def gradient(shared: bool) -> Tensor:
+        policy.model.zero_grad()
+        plain = copy.copy(batch)
+        if not shared:
+            plain.prompt_ids = None
+        (policy.logprobs(plain).logprobs.sum() / 10).backward()
+        return torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None])
+
+    whole, parts = gradient(False), gradient(True)
+    assert float((whole - parts).norm() / whole.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_packing_changes_no_logprob(family: str, attention: str, make_policy: Callable[..., Policy]) -> None:
     policy = make_policy(family)
     policy.model.set_attn_implementation(attention)
