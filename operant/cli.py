@@ -100,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command, config = _parse(given)
+        configs.check_numbers(config)
         COMMANDS[command](config)
     except OperantError as error:
         print(f"operant: {error}", file=sys.stderr)
@@ -150,14 +151,16 @@ def _parse_fault(text: str, given: list[str]) -> str:
     import difflib
     import re
 
-    line = " ".join(text.split())
+    line = " ".join(text.split()).replace("Expected a <class 'list'>", "Expected a list such as [a, b]")
+    line = re.sub(r"typing\.Literal\[([^]]*)\]", lambda m: m[1].replace("'", "").replace(", ", " | "), line)
+    line = re.sub(r"<class '(\w+)'>", r"\1", line).replace('Parser key "', '"--')
     commands = list(EXAMPLES)
     if given and not given[0].startswith("-") and given[0] not in commands:
         close = difflib.get_close_matches(given[0], commands, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(commands)}"
         return f"unknown command {given[0]!r}; {hint}"
     unknown = re.search(r"[Uu]nrecognized arguments: (--[\w-]+)", line) or re.search(
-        r"[Kk]ey '?([\w.]+)'? is not expected", line
+        r"(?:[Kk]ey|option) '?([\w.]+)'?(?: is not expected|$)", line
     )
     if unknown and given and given[0] in EXAMPLES:
         name = unknown[1].lstrip("-").split(".")[-1]
@@ -238,6 +241,11 @@ def run_eval(config: configs.EvalConfig) -> None:
     policy.model.eval()
     fields = Fields(prompt=config.prompt_field, references=config.reference_field)
     prompts = load_prompts(rows, policy.codec, fields, **prompt_options(config, policy, config.max_tokens))
+    if config.metrics and not any(prompt.references for prompt in prompts):
+        raise OperantError(
+            f"no row of {config.data} has references to measure {', '.join(config.metrics)} by; "
+            "choose with --reference_field, or give --metrics []"
+        )
     with _progress(len(prompts), "eval") as advance:
         values, completions = evaluate(
             policy, prompts, metrics=config.metrics, max_rows=config.max_rows, progress=advance,

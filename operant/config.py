@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
+
+from operant.types import OperantError
 
 __all__ = [
     "EvalConfig",
@@ -16,6 +20,7 @@ __all__ = [
     "ScoreConfig",
     "SftConfig",
     "TrainConfig",
+    "check_numbers",
     "to_yaml",
 ]
 
@@ -23,6 +28,46 @@ __all__ = [
 def to_yaml(config: Any) -> str:
     """The resolved configuration as it is shown and kept in the run folder."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+_COUNTS = (
+    "accumulate batch_size batch_tokens epochs eval_every group_size keep labelled limit max_rows max_sick_steps "
+    "max_tokens minibatches n prompts prompts_per_step save_every sft_batch_size steps tokens_per_microbatch vocab_size"
+).split()
+_AMOUNTS = (
+    "clip_high clip_low correction_cap entropy_coef eval_prompts kl_coef log_samples lora_rank lr max_minutes "
+    "max_prompt_tokens patience sft_coef temperature threads top_k warmup_steps weight_decay"
+).split()
+_SHARES = ("audit_fraction", "gamma", "top_p")
+# what a setting must be, in words, and the test of it
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **{name: ("at least 1", lambda x: x >= 1) for name in _COUNTS},
+    **{name: ("0 or more", lambda x: 0 <= x < math.inf) for name in _AMOUNTS},
+    **{name: ("between 0 and 1", lambda x: 0 <= x <= 1) for name in _SHARES},
+    **{name: ("0 or more and below 1", lambda x: 0 <= x < 1) for name in ("dropout", "label_smoothing")},
+    **{name: ("more than 0", lambda x: 0 < x < math.inf) for name in ("max_grad_norm", "minutes", "reward_seconds")},
+    "block": ("0, or at least 2", lambda x: x == 0 or x >= 2),
+    "max_length": ("at least 2", lambda x: x >= 2),
+    "mean_span": ("at least 1", lambda x: 1 <= x < math.inf),
+    "noise_density": ("between 0 and 1", lambda x: 0 < x < 1),
+    "reward_workers": ("-1 or more", lambda x: x >= -1),
+    "seed": ("between 0 and 2^63 - 1", lambda x: 0 <= x < 2**63),
+    "top_p": ("more than 0 and at most 1", lambda x: 0 < x <= 1),
+}
+
+
+def check_numbers(config: Any) -> None:
+    """Refuse numbers that no run can use, before anything is loaded or written.
+
+    Raises OperantError for the first setting out of its range, NaN included.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _NUMBERS or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        words, holds = _NUMBERS[field.name]
+        if not holds(value):
+            raise OperantError(f"{field.name} is {value}; it must be {words}: correct --{field.name}")
 
 
 @dataclass(kw_only=True)

@@ -361,7 +361,7 @@ def _no_column(rows: Sequence[Row], role: str, wanted: str) -> str:
         wanted.lower(), [column for column in columns if column == column.lower()], n=1
     )
     hint = f"did you mean {near[0]!r}? " if near else ""
-    flag = "reference" if role == "references" else role
+    flag = "reference" if role in ("references", "completion") else role
     return f"there is no column {wanted!r}: {hint}the columns are {', '.join(columns[:20])}; choose with --{flag}-field"
 
 
@@ -548,13 +548,15 @@ def _check_lengths(what: str, lengths: Sequence[int], limit: int, too_long: TooL
     if limit < 1:
         raise OperantError(f"max_{what}_tokens {limit} leaves no room: give at least 1")
     long = sum(length > limit for length in lengths)
+    flag = f"--max_prompt_tokens {max(lengths, default=0)} if the model takes it"
+    longer = f"give {flag}" if what == "prompt" else "give a model with a longer context"
     if long and too_long == "error":
         raise OperantError(
             f"{long} of {len(lengths)} {what}s are longer than {limit} tokens (the longest has {max(lengths)}):"
-            f" give --max_{what}_tokens {max(lengths)} if the model takes it, or --too_long skip or truncate"
+            f" {longer}, or --too_long skip or truncate"
         )
     if long == len(lengths) and too_long == "skip":
-        raise OperantError(f"every {what} is longer than {limit} tokens: give --max_{what}_tokens {max(lengths)}")
+        raise OperantError(f"every {what} is longer than {limit} tokens: {longer}, or --too_long truncate")
 
 
 def _truncated(prompt: Prompt, limit: int, codec: Codec, encoder: bool) -> Prompt:
@@ -610,7 +612,7 @@ def load_pairs(
         if not answers:
             columns = ", ".join(_columns(rows)[:20])
             raise OperantError(
-                f"row {prompt.id} has no completion: the columns are {columns}; choose with --completion-field"
+                f"row {prompt.id} has no completion: the columns are {columns}; choose with --reference-field"
             )
         owners.extend([prompt] * len(answers))
         texts.extend(answers)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from operant import credit, objectives
-from operant.algorithms import Recipe, resolve
+from operant.algorithms import Recipe, nearest, resolve
 from operant.batch import (
     completion_axes,
     from_sequences,
@@ -91,6 +91,10 @@ def train(
             raise OperantError("sft_coef is set but there are no labelled pairs; give --sft_data, or --sft_coef 0")
         if config.target and not dev_prompts:
             raise OperantError("a target needs held-out prompts; give --dev_data, or leave --target out")
+        if dev_prompts:
+            _check_metric("--best_metric", config.best_metric, dev_prompts)
+            if config.target:
+                _check_metric("--target", re.split(r"[<>]", config.target)[0].strip(), dev_prompts)
         with Run(config, "train", quiet=quiet) as run:
             return _Loop(run, config, recipe, policy, list(prompts), runner, list(dev_prompts), list(pairs)).go(
                 reached, callbacks
@@ -316,9 +320,11 @@ class _Loop:
             return objectives.kl_k2(logprobs, batch.ref_logprobs)
         if self.config.kl_estimator == "k3":
             return objectives.kl_k3(logprobs, batch.ref_logprobs)
+        assert batch.temperature is not None
+        temperature = batch.temperature[batch.segment_ids.clamp(min=0)][..., None]
         with policy.as_reference():
-            reference = policy.logits(batch)
-        return objectives.full_kl(policy.logits(batch), reference) * batch.action_mask
+            reference = policy.logits(batch) / temperature
+        return objectives.full_kl(policy.logits(batch) / temperature, reference) * batch.action_mask
 
     def supervised(self, step: int) -> Batch:
         chosen = [self.pairs[i] for i in self.pair_order.take(step)]
@@ -446,11 +452,20 @@ _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
+def _check_metric(flag: str, name: str, dev_prompts: Sequence[Prompt]) -> None:
+    """Refuse the name of a held-out metric that will not be measured."""
+    names = ["reward", "reward_missing", "length", "truncated", "distinct2", "kl_ref"]
+    if any(p.references for p in dev_prompts):
+        names = ["bleu", "chrf", "rougeL", "exact", "distinct1", *names]
+    if name not in names:
+        raise OperantError(f"{flag} {name!r} is not measured{nearest(name, names)} (there are: {', '.join(names)})")
+
+
 def _target(text: str | None) -> Callable[[dict[str, float]], bool]:
     """Read a target such as "bleu>=30". Raises OperantError when it is none."""
     if not text:
         return lambda values: False
-    match = re.fullmatch(r"\s*([A-Za-z0-9_+]+)\s*(>=|<=|>|<)\s*(-?[0-9.]+)\s*", text)
+    match = re.fullmatch(r"\s*([A-Za-z0-9_+]+)\s*(>=|<=|>|<)\s*(-?(?:\d+\.?\d*|\.\d+))\s*", text)
     if match is None:
         raise OperantError(f"target {text!r} cannot be read; write it like bleu>=30")
     name, sign, bound = match[1], _COMPARISONS[match[2]], float(match[3])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from operant.cache import DecodeState
-from operant.text import Codec
+from operant.text import Codec, looks_like_path
 from operant.types import Batch, Ints, OperantError
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint would bury our own
@@ -105,6 +105,9 @@ class Policy:
         forward = inspect.signature(self._base().forward).parameters
         self._keeps_logits = "logits_to_keep" in forward
         self._takes_positions = "position_ids" in forward
+        kinds = getattr(self.config, "layer_types", None)
+        sliding = kinds is None or "sliding_attention" in kinds
+        self._window: int | None = getattr(self.config, "sliding_window", None) if sliding else None
 
     # --- making, loading, saving ---------------------------------------------------------------------------------
 
@@ -119,6 +122,8 @@ class Policy:
         path = Path(source)
         if path.exists() and not path.is_dir():
             raise OperantError(f"{source} is a file; give the model's folder")
+        if not path.exists() and looks_like_path(str(source)):
+            raise OperantError(f"there is no model at {source}; give a folder that a stage or Transformers saved")
         if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
             raise OperantError(
                 f"{source} holds no model (no config.json); give a folder that a stage or Transformers saved"
@@ -139,9 +144,13 @@ class Policy:
                 auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
                 model = auto.from_pretrained(source, dtype=torch.float32)
                 codec = Codec.load(source)
-        except (OSError, ValueError) as error:
+        except OperantError:
+            raise
+        except Exception as error:  # of many types: Transformers', safetensors', PEFT's, the hub client's
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OperantError(f"cannot load a model from {source}: {first}") from error
+            raise OperantError(
+                f"cannot load a model from {source} ({first}); give a folder that a stage or Transformers saved"
+            ) from error
         return cls(model, codec, device=device, dtype=dtype)
 
     @classmethod
@@ -233,9 +242,7 @@ class Policy:
             }
             base.save_pretrained(str(folder / "base"), state_dict=weights)
             self.codec.save(folder / "base")
-            settings = json.loads((folder / "adapter_config.json").read_text())
-            settings["base_model_name_or_path"] = str((folder / "base").resolve())
-            (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2))
+            settle_adapter(folder, folder)
         else:
             self.model.save_pretrained(str(folder))
         self.codec.save(folder)
@@ -401,6 +408,8 @@ class Policy:
         layout = _group_layout(batch, ids.cpu().numpy(), starts.cpu().numpy())
         if layout is None:
             return None
+        if self._window and layout[0].shape[1] > self._window:
+            return None  # an explicit mask would let distant tokens see each other
         source_row, source_column, segment, position, predictor = (torch.from_numpy(x).to(rows.device) for x in layout)
         tokens = batch.tokens[source_row, source_column]
         causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
@@ -419,6 +428,11 @@ class Policy:
             return real.long()
         same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
         causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
+        if self._window and same.shape[1] > self._window:
+            raise OperantError(
+                f"rows of {same.shape[1]} packed tokens are wider than this model's attention window of {self._window}; "
+                f"use --block {self._window}"
+            )
         return self._as_mask((same & causal)[:, None])
 
     def _as_mask(self, allowed: Tensor) -> Tensor:
@@ -520,6 +534,15 @@ def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         yield
+
+
+def settle_adapter(folder: Path, final: Path) -> None:
+    """Make an adapter saved in `folder`, which will stand at `final`, name the base model that lies within it."""
+    settings_file = folder / "adapter_config.json"
+    if settings_file.exists() and (folder / "base").is_dir():
+        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = str((final / "base").resolve())
+        settings_file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def _group_layout(batch: Batch, ids: Ints, starts: Ints) -> tuple[np.ndarray, ...] | None:

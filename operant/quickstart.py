@@ -152,7 +152,11 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     try:
         with RunFolder.open(config.out, to_yaml(config), overwrite=config.overwrite) as folder:
-            circle = _Quickstart(config, folder.path)
+            try:
+                circle = _Quickstart(config, folder.path)
+            except BaseException:
+                folder.discard()  # nothing was learned: leave no half-made run in the way of the next try
+                raise
             circle.run()
             (folder.path / "results.json").write_text(json.dumps(circle.results, indent=1), encoding="utf-8")
             shutil.copytree(folder.path / "reward" / "model", folder.path / "model", dirs_exist_ok=True)

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from operant import checkpoint
-from operant.config import RunConfig, to_yaml
+from operant.config import RunConfig, check_numbers, to_yaml
 from operant.learner import Learner
-from operant.policy import Policy
+from operant.policy import Policy, settle_adapter
 from operant.report import write_report
 from operant.runlog import Progress, RunFolder, RunLog
 from operant.types import OperantError, StepStats
@@ -68,6 +68,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, stage: str, *, quiet: bool = False) -> None:
+        check_numbers(config)
         self.config, self.stage, self.quiet = config, stage, quiet
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -82,7 +83,7 @@ class Run:
         self.state: dict[str, Any] = {}
         self.log: RunLog
         self._begun = time.perf_counter()
-        self._attached = False
+        self._attached = self._logs = False
         self._saved_step = -1
         self._interrupts = 0
         self._progress: Progress | None = None
@@ -93,20 +94,21 @@ class Run:
     def __enter__(self) -> Run:
         with contextlib.suppress(ValueError):  # only the main thread may take the signal
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
-        if not self.quiet:
-            print(f"{self.stage} in {self.folder.path} with:\n{_indented(to_yaml(self.config))}", file=sys.stderr)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._attached:
+            try:
                 # a failed run has a report too
-                if error is None or isinstance(error, KeyboardInterrupt) or self.failed:
+                if self._attached and (error is None or isinstance(error, KeyboardInterrupt) or self.failed):
                     self._finish()
-                self.log.close()
-            elif not self.folder.resumed and not any(self.folder.checkpoints.iterdir()):
+            finally:
+                if self._logs:
+                    self.log.close()
+            left = self._attached and isinstance(error, KeyboardInterrupt)
+            if error is not None and not left and not self.failed and self.step == 0 and not self.folder.resumed:
                 # nothing was learned: leave no half-made run in the way of the next try
                 self.folder.discard()
         finally:
@@ -133,6 +135,8 @@ class Run:
     def attach(self, policy: Policy, learner: Learner, state: dict[str, Any]) -> None:
         """Name what checkpoints hold; on resume, fill it in from the last one."""
         self.policy, self.learner, self.state = policy, learner, state
+        if not self.quiet:  # only now, so that a fault in the data or the model is the one line that is seen
+            print(f"{self.stage} in {self.folder.path} with:\n{_indented(to_yaml(self.config))}", file=sys.stderr)
         resume_step: int | None = None
         if self.folder.resumed:
             found = checkpoint.latest(self.folder.checkpoints)
@@ -143,9 +147,10 @@ class Run:
         self.log = RunLog(
             self.folder, tensorboard=self.config.tensorboard, wandb=self.config.wandb, resume_step=resume_step
         )
-        self._attached = True
+        self._logs = True
         if not self.folder.resumed or resume_step == 0:
             self.save()
+        self._attached = True
         self._begun = time.perf_counter()
 
     def _load(self, path: Path) -> None:
@@ -298,6 +303,7 @@ def _replace(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     try:
         shutil.copytree(source, staging)
+        settle_adapter(staging, target)
         if target.exists():
             os.rename(target, old)
         os.rename(staging, target)

@@ -112,6 +112,8 @@ class RunFolder:
             OperantError: another process uses the folder; it holds a run and neither `resume` nor `overwrite` is set;
                 `resume` with no run in it or with another configuration; the place is a file or not writable.
         """
+        if not str(out).strip():
+            raise OperantError("--out is empty: give a folder for the run")
         path = Path(out)
         if path.exists() and not path.is_dir():
             raise OperantError(f"{path} is a file, not a folder: choose another --out")

@@ -300,7 +300,9 @@ def test_pairs_end_with_eos(codec: Codec) -> None:
 
 def test_too_long_completions(codec: Codec) -> None:
     rows = [{"prompt": "a", "completion": "y" * n} for n in (2, 8)]
-    with pytest.raises(OperantError, match=r"1 of 2 completions are longer than 4 tokens .* --max_completion_tokens 9"):
+    with pytest.raises(
+        OperantError, match=r"1 of 2 completions are longer than 4 tokens .*the longest has 9.* --too_long"
+    ):
         load_pairs(rows, codec, max_completion_tokens=4)
     assert len(load_pairs(rows, codec, max_completion_tokens=4, too_long="skip")) == 1
     cut = load_pairs(rows, codec, max_completion_tokens=4, too_long="truncate")[1]
@@ -309,9 +311,7 @@ def test_too_long_completions(codec: Codec) -> None:
 
 
 def test_pairs_need_completions(codec: Codec) -> None:
-    with pytest.raises(
-        OperantError, match=r"row 5 has no completion: the columns are prompt, id; .*--completion-field"
-    ):
+    with pytest.raises(OperantError, match=r"row 5 has no completion: the columns are prompt, id; .*--reference-field"):
         load_pairs([{"prompt": "a", "id": 5}], codec)
 
 

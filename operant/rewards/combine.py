@@ -107,6 +107,8 @@ class Sum(Combination):
     def __init__(self, children: Sequence[Any], weights: Sequence[float] | None = None) -> None:
         super().__init__(children)
         self.weights = [1.0] * len(self.children) if weights is None else [float(weight) for weight in weights]
+        if not all(map(math.isfinite, self.weights)):
+            raise OperantError(f"the weights of a sum are {self.weights}; give finite numbers")
         if not self.children or len(self.weights) != len(self.children):
             raise OperantError(
                 f"a sum of {len(self.children)} rewards got {len(self.weights)} weights; give one to each"

@@ -69,7 +69,9 @@ def _pair(
         raise OperantError(
             f"row {number + 1}: the completion is {type(text).__name__}, not text; choose --completion_field"
         )
-    asked = row.get(config.prompt_field or "prompt", "")
+    asked = (
+        _column(row, config.prompt_field, (), "prompt_field", number) if config.prompt_field else row.get("prompt", "")
+    )
     given = row.get(config.reference_field) if config.reference_field else row.get("references", row.get("reference"))
     if config.reference_field and config.reference_field not in row:
         _column(row, config.reference_field, (), "reference_field", number)

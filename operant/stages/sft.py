@@ -13,7 +13,7 @@ from operant.data import Fields, Pair, load_pairs, load_rows, splits
 from operant.objectives import label_smoothed
 from operant.policy import Policy
 from operant.run import DataOrder, Run
-from operant.stages.supervised import StageResult, all_texts, fit, split_rows, starting_policy
+from operant.stages.supervised import StageResult, all_texts, fit, likelihood_loss, split_rows, starting_policy
 from operant.types import Batch, OperantError
 
 
@@ -55,11 +55,11 @@ def sft(
         dev = [pairs_batch(held_out[i : i + 64], policy) for i in range(0, len(held_out), 64)]
 
         def smoothed(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            logprobs = policy.logprobs(batch).logprobs
             if not config.label_smoothing:
-                return -logprobs, {}
-            uniform = policy.logits(batch).log_softmax(-1).mean(-1) * batch.action_mask
-            return label_smoothed(logprobs, uniform, config.label_smoothing), {}
+                return likelihood_loss(policy, batch)
+            every = policy.logits(batch).log_softmax(-1)
+            picked = every.gather(-1, batch.tokens[..., None])[..., 0] * batch.action_mask
+            return label_smoothed(picked, every.mean(-1) * batch.action_mask, config.label_smoothing), {}
 
         return fit(
             run, policy, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
