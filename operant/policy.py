@@ -430,7 +430,7 @@ class Policy:
         causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
         if self._window and same.shape[1] > self._window:
             raise OperantError(
-                f"rows of {same.shape[1]} packed tokens are wider than this model's attention window of {self._window}; "
+                f"rows of {same.shape[1]} packed tokens are wider than the attention window of {self._window}; "
                 f"use --block {self._window}"
             )
         return self._as_mask((same & causal)[:, None])

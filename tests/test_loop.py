@@ -487,3 +487,39 @@ def test_ctrl_c_saves_and_kill_loses_no_checkpoint_and_both_resume_exactly(tmp_p
     assert last.returncode == 0, err
     assert_same_run(whole, parts)
     assert same(logged(whole, "train/loss"), logged(parts, "train/loss"))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own loading uses what Transformers deprecates
+def test_an_adapter_learns_resumes_and_loads_in_plain_peft(tmp_path: Path, make_policy: Callable[..., Policy]) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    def adapted() -> Policy:
+        policy = make_policy("llama")
+        policy.add_lora(rank=2, seed=1)
+        return policy
+
+    whole = settings(tmp_path / "whole", kl_coef=0.1, kl_estimator="full", temperature=0.8)
+    policy = train(adapted(), PROMPTS, quick(share_of_even), whole, quiet=True).policy
+    halves = settings(tmp_path / "halves", kl_coef=0.1, kl_estimator="full", temperature=0.8)
+    train(adapted(), PROMPTS, quick(share_of_even), halves, steps=3, quiet=True)
+    train(adapted(), PROMPTS, quick(share_of_even), halves, resume=True, quiet=True)
+    adapters = [sorted((tmp_path / n / "checkpoints").glob("step-*"))[-1] / "model" for n in ("whole", "halves")]
+    left, right = ((a / "adapter_model.safetensors").read_bytes() for a in adapters)
+    assert left == right
+
+    loaded = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "whole" / "model"))
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    policy.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(tokens).logits, policy.model(tokens).logits)
+        with policy.model.disable_adapter():
+            assert not torch.allclose(loaded(tokens).logits, policy.model(tokens).logits)
+
+
+@pytest.mark.parametrize("options", [{"best_metric": "blue"}, {"target": "blue>=3"}])
+def test_a_metric_that_is_not_measured_is_refused_before_the_run(
+    tmp_path: Path, make_policy: Callable[..., Policy], options: dict[str, str]
+) -> None:
+    with pytest.raises(OperantError, match="'blue' is not measured; did you mean 'bleu'"):
+        train(make_policy("gpt2"), PROMPTS, quick(share_of_even), settings(tmp_path / "r", **options), dev_prompts=DEV)
+    assert not (tmp_path / "r").exists()
