@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from operant import config as configs
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         configs.check_numbers(config)
         COMMANDS[command](config)
     except OperantError as error:
-        print(f"operant: {error}", file=sys.stderr)
+        print("operant:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("operant: interrupted; go on with --resume true if a run was under way", file=sys.stderr)
@@ -236,6 +237,8 @@ def run_eval(config: configs.EvalConfig) -> None:
 
     _need(config.model, "--model", "a model folder or hub id")
     _need(config.data, "--data", "prompts with references")
+    if config.samples and not Path(config.samples).absolute().parent.is_dir():
+        raise OperantError(f"{Path(config.samples).parent} is no folder to write to; choose another --samples")
     rows = load_rows(config.data, split="dev", limit=config.limit)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()

@@ -302,10 +302,11 @@ def _read_hub(source: str, split: str, limit: int | None) -> list[Row]:
 @contextlib.contextmanager
 def _quiet(fault: str) -> Iterator[None]:
     """No progress bars of `datasets`; its faults, which are of many types, become one line."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 
-    silent = are_progress_bars_disabled()
+    silent, loudness = are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)  # it logs faults that it raises as well
     try:
         yield
     except OperantError:
@@ -314,6 +315,7 @@ def _quiet(fault: str) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OperantError(f"{fault} ({reason})") from error
     finally:
+        logging.set_verbosity(loudness)
         if not silent:
             enable_progress_bars()
 

@@ -80,6 +80,7 @@ class RunFolder:
         self.config = config
         self.resumed = resumed
         self._lock = lock
+        self._new_parents: list[Path] = []  # folders above that were made for this run, the nearest first
 
     @property
     def checkpoints(self) -> Path:
@@ -119,6 +120,7 @@ class RunFolder:
             raise OperantError(f"{path} is a file, not a folder: choose another --out")
         if resume and overwrite:
             raise OperantError("--resume and --overwrite exclude each other: give one of them")
+        new_parents = [parent for parent in path.parents if not parent.exists()]
         if resume and not _started(path):
             raise OperantError(
                 f"there is no run to resume in {path}: leave --resume out to start one, or correct --out"
@@ -150,7 +152,9 @@ class RunFolder:
         except BaseException:
             lock.release()
             raise
-        return cls(path, config_yaml, resumed=resumed, lock=lock)
+        folder = cls(path, config_yaml, resumed=resumed, lock=lock)
+        folder._new_parents = new_parents
+        return folder
 
     def finish(self, stop_reason: str, **facts: Any) -> None:
         """Record in run.json why the run stopped, and any other JSON-able fact worth keeping (best step, totals …)."""
@@ -164,7 +168,8 @@ class RunFolder:
         self.close()
         with contextlib.suppress(OSError):
             (self.path / _LOCK).unlink(missing_ok=True)
-            self.path.rmdir()  # refuses a folder that holds anything of the user's
+            for folder in (self.path, *self._new_parents):
+                folder.rmdir()  # refuses a folder that holds anything of the user's
 
     def close(self) -> None:
         """Give the lock back. Safe to call twice."""

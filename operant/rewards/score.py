@@ -85,7 +85,7 @@ def _pair(
     elif codec is not None:
         tokens = codec.encode(text)
         text, ends = codec.text_and_ends(tokens)
-        pieces = [text[a:b] for a, b in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)]
+        pieces = [text[a:b] for a, b in zip([0, *ends.tolist()], ends.tolist(), strict=False)]
     else:
         pieces = WORD.findall(text)
         tokens, ends = np.arange(len(pieces), dtype=np.int64), _ends(pieces)

@@ -1,0 +1,246 @@
+"""The stages through the program: the whole circle on three kinds of model, run folders, resume, and killed saves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from program import ON_CPU, QUIET_RUN, Outcome, Program, pairs, read_rows, write_rows
+
+from operant import checkpoint
+from operant.policy import Policy
+
+TRAIN = (
+    "--reward", "chrf", "--steps", 2, "--prompts_per_step", 3, "--group_size", 2, "--max_tokens", 6,
+    "--eval_prompts", 3, "--eval_every", 1, "--log_samples", 2, *QUIET_RUN,
+)  # fmt: skip
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str]) -> Program:
+    return Program(capsys)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "texts.jsonl", [{"text": f"{row['prompt']} {row['completion']}"} for row in pairs()])
+    return write_rows(tmp_path / "pairs.jsonl", pairs())
+
+
+@pytest.fixture
+def model(make_policy: Any, tmp_path: Path) -> Path:
+    make_policy("gpt2").save(tmp_path / "start")
+    return tmp_path / "start"
+
+
+def whole(run: Path) -> None:
+    """A finished run folder has all that it should."""
+    assert isinstance(yaml.safe_load((run / "config.yaml").read_text()), dict)
+    assert read_rows(run / "metrics.jsonl")
+    assert (run / "model" / "config.json").exists() and (run / "model" / "tokenizer.json").exists()
+    assert "</html>" in (run / "report.html").read_text()
+    assert any(file.read_bytes().startswith(b"\x89PNG") for file in (run / "curves").glob("*.png"))
+    latest = checkpoint.latest(run / "checkpoints")
+    assert latest is not None and checkpoint.verify(latest) is None
+    assert json.loads((run / "run.json").read_text())["stop_reason"]
+    assert not [file for file in run.rglob(".*") if file.name != ".lock"]
+
+
+@pytest.mark.parametrize(("arch", "vocabulary"), [("llama", 288), ("gpt2", 288), ("t5", 376)])
+def test_the_whole_circle(arch: str, vocabulary: int, program: Program, data: Path, tmp_path: Path) -> None:
+    def ran(*arguments: object) -> Outcome:
+        outcome = program(*arguments)
+        assert outcome.status == 0, outcome
+        return outcome
+
+    pre, sft, run = tmp_path / "pretrain", tmp_path / "sft", tmp_path / "train"
+    ran(
+        "pretrain", "--data", tmp_path / "texts.jsonl", "--arch", arch, "--vocab_size", vocabulary, "--max_length", 48,
+        "--steps", 2, "--batch_tokens", 128, "--accumulate", 2, "--eval_every", 1, "--out", pre, *QUIET_RUN,
+    )  # fmt: skip
+    told = ran(
+        "sft", "--model", pre / "model", "--data", data, "--steps", 3, "--batch_size", 4, "--eval_every", 1,
+        "--label_smoothing", 0.1, "--out", sft, *QUIET_RUN,
+    )  # fmt: skip
+    assert "dev loss" in told.out and str(sft / "model") in told.out
+    told = ran("train", "--model", sft / "model", "--data", data, "--dense", "--out", run, *TRAIN)
+    assert any(line.startswith("train in ") for line in told.err)  # the resolved configuration is shown
+    assert "  reward: chrf" in told.err and "chrf" in told.out
+    for folder in (pre, sft, run):
+        whole(folder)
+    assert len(read_rows(run / "samples.jsonl")) == 3 * 2
+    losses = [row["train/loss"] for row in read_rows(sft / "metrics.jsonl") if "train/loss" in row]
+    assert len(losses) == 3
+
+    told = ran("eval", "--model", run / "model", "--data", data, "--limit", 4, "--max_tokens", 6, "--json", *ON_CPU)
+    values = json.loads(told.out)
+    assert {"bleu", "chrf", "rougeL", "exact", "length"} <= values.keys()
+    told = ran(
+        "sample", "--model", run / "model", "--prompt", "red cat", "--n", 2, "--max_tokens", 5, "--json", *ON_CPU
+    )
+    samples = [json.loads(line) for line in told.out.splitlines()]
+    assert len(samples) == 2
+    for row in samples:
+        assert len(row["tokens"]) == len(row["behavior_logprobs"]) <= 5
+        assert row["logprob"] == pytest.approx(sum(row["behavior_logprobs"]), abs=1e-3)  # at temperature 1
+
+
+def test_a_lora_run_gives_a_folder_that_loads(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert program("train", "--model", model, "--data", data, "--lora_rank", 2, "--out", run, *TRAIN).status == 0
+    assert Policy.load(run / "model", device="cpu").is_lora
+    assert (
+        program("eval", "--model", run / "model", "--data", data, "--limit", 2, "--max_tokens", 3, *ON_CPU).status == 0
+    )
+
+
+def test_sample_reads_lines_and_eval_writes_them(
+    program: Program, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("red cat\nblue dog\n"))
+    told = program("sample", "--model", model, "--max_tokens", 3, "--temperature", 0, "--json", *ON_CPU)
+    assert [json.loads(line)["prompt"] for line in told.out.splitlines()] == ["red cat", "blue dog"]
+    kept = tmp_path / "answers.jsonl"
+    told = program(
+        "eval", "--model", model, "--data", data, "--limit", 3, "--max_tokens", 3, "--samples", kept, *ON_CPU
+    )
+    assert told.status == 0 and "bleu" in told.out
+    rows = read_rows(kept)
+    assert [row["references"] for row in rows] == [[row["completion"]] for row in pairs()[:3]]
+    again = program("score", "--reward", "chrf", "--data", kept, "--json")  # what eval wrote, score reads
+    assert len(again.out.splitlines()) == 3
+
+
+def test_best_weights_are_the_result(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
+    """A rate that ruins the model: the first measurement stays the best, and its weights are the result."""
+    out = tmp_path / "run"
+    program("sft", "--model", model, "--data", data, "--steps", 3, "--lr", 5, "--warmup_steps", 0, "--batch_size", 4,
+            "--eval_every", 1, "--out", out, *QUIET_RUN)  # fmt: skip
+    start, result = (Policy.load(p, device="cpu").model.state_dict() for p in (model, out / "model"))
+    assert all(torch.equal(start[name], result[name]) for name in start)
+
+
+def test_the_target_ends_a_run(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    program("train", "--model", model, "--data", data, "--target", "length>=0", "--out", out, *TRAIN)
+    facts = json.loads((out / "run.json").read_text())
+    assert "target" in facts["stop_reason"] and facts["steps"] == 0
+
+
+# --- run folders -----------------------------------------------------------------------------------------------------
+
+
+def test_a_used_folder_is_refused_and_unchanged(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ("train", "--model", model, "--data", data, "--out", out, *TRAIN)
+    assert program(*command).status == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert "--resume" in program.fault(*command)
+    assert "lr" in program.fault(*command, "--resume", "--lr", 0.5)
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    assert program(*command, "--resume", "--steps", 3).status == 0
+    assert json.loads((out / "run.json").read_text())["steps"] == 3
+    assert program(*command, "--overwrite").status == 0
+    assert json.loads((out / "run.json").read_text())["steps"] == 2
+
+
+def test_a_folder_in_use_is_refused(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code = (
+        "import sys, time\nfrom operant.runlog import RunFolder\n"
+        f"folder = RunFolder.open({str(out)!r}, 'a: 1')\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        line = program.fault("train", "--model", model, "--data", data, "--out", out, "--overwrite", *TRAIN)
+        holder.kill()
+    assert "in use" in line
+
+
+def test_resume_without_a_run(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "nowhere"
+    line = program.fault("train", "--model", model, "--data", data, "--resume", "--out", out, *TRAIN)
+    assert "no run to resume" in line and not out.exists()
+
+
+# --- saves that fail -------------------------------------------------------------------------------------------------
+
+
+def full_disk_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
+    """Every save of a checkpoint after the first `saves` meets a full disk, in the middle of writing."""
+    real, done = Policy.save, [0]
+
+    def save(self: Policy, path: str | Path) -> None:
+        done[0] += 1
+        real(self, path)
+        if done[0] > saves:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Policy, "save", save)
+
+
+def test_a_disk_that_is_full_at_once(
+    program: Program, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    full_disk_after(monkeypatch, 0)
+    outcome = program("train", "--model", model, "--data", data, "--out", out, *TRAIN)
+    faults = [line for line in outcome.err if line.startswith("operant: ")]
+    assert outcome.status == 1 and len(faults) == 1 and "full" in faults[0] and not out.exists()
+    assert not any("Traceback" in line for line in outcome.err)
+
+
+def test_a_disk_that_fills_up(
+    program: Program, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    command = ("sft", "--model", model, "--data", data, "--steps", 4, "--batch_size", 4, "--save_every", 1,
+               "--eval_every", 100, "--out", out, *QUIET_RUN)  # fmt: skip
+    with monkeypatch.context() as patched:
+        full_disk_after(patched, 3)
+        outcome = program(*command)
+    faults = [line for line in outcome.err if line.startswith("operant: ")]
+    assert outcome.status == 1 and len(faults) == 1 and "full" in faults[0]
+    assert not [p for p in (out / "checkpoints").iterdir() if p.name.startswith(".")]  # nothing half-written
+    last = checkpoint.latest(out / "checkpoints")
+    assert last is not None and checkpoint.verify(last) is None
+    assert program(*command, "--resume").status == 0
+    assert json.loads((out / "run.json").read_text())["steps"] == 4
+
+
+def test_killed_in_the_middle_of_a_save(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["sft", "--model", model, "--data", data, "--steps", 4, "--batch_size", 4, "--save_every", 1,
+               "--eval_every", 100, "--out", out, *QUIET_RUN]  # fmt: skip
+    code = (
+        "import os, signal\nfrom operant.policy import Policy\nfrom operant.cli import main\n"
+        "real, done = Policy.save, []\n"
+        "def save(self, path):\n"
+        "    real(self, path)\n"
+        "    done.append(path)\n"
+        "    if len(done) == 4:\n"
+        "        (path / 'model.safetensors').write_bytes(b'half')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"Policy.save = save\nmain({[str(part) for part in command]!r})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    last = checkpoint.latest(out / "checkpoints")
+    assert last is not None and checkpoint.verify(last) is None
+    assert json.loads((last / "state.json").read_text())["step"] == 1  # the save of step 2 was cut off
+    assert program(*command, "--resume").status == 0
+    whole(out)
+    steps = [row["step"] for row in read_rows(out / "metrics.jsonl") if "train/loss" in row]
+    assert steps == [1, 2, 3, 4]  # no step twice
