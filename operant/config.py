@@ -31,8 +31,8 @@ def to_yaml(config: Any) -> str:
 
 
 _COUNTS = (
-    "accumulate batch_size batch_tokens epochs eval_every group_size keep labelled limit max_rows max_sick_steps "
-    "max_tokens minibatches n prompts prompts_per_step save_every sft_batch_size steps tokens_per_microbatch vocab_size"
+    "accumulate batch_size batch_tokens epochs eval_every group_size keep limit max_rows max_sick_steps "
+    "max_tokens minibatches n prompts_per_step save_every sft_batch_size steps tokens_per_microbatch vocab_size"
 ).split()
 _AMOUNTS = (
     "clip_high clip_low correction_cap entropy_coef eval_prompts kl_coef log_samples lora_rank lr max_minutes "
@@ -47,6 +47,8 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("0 or more and below 1", lambda x: 0 <= x < 1) for name in ("dropout", "label_smoothing")},
     **{name: ("more than 0", lambda x: 0 < x < math.inf) for name in ("max_grad_norm", "minutes", "reward_seconds")},
     "block": ("0, or at least 2", lambda x: x == 0 or x >= 2),
+    # different phrases of the built-in task grow rare beyond
+    **{name: ("between 1 and 100000", lambda x: 1 <= x <= 100_000) for name in ("labelled", "prompts")},
     "max_length": ("at least 2", lambda x: x >= 2),
     "mean_span": ("at least 1", lambda x: 1 <= x < math.inf),
     "noise_density": ("between 0 and 1", lambda x: 0 < x < 1),
@@ -211,7 +213,6 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
         label_smoothing: ε of Szegedy et al. 2016.
         eval_every: steps between measurements of the dev loss.
         patience: stop when the dev loss has not improved for so many measurements; 0 never stops early.
-        max_tokens: longest answer when sampling dev answers at the end.
     """
 
     data: str = ""
@@ -226,7 +227,6 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
     label_smoothing: float = 0.0
     eval_every: int = 50
     patience: int = 4
-    max_tokens: int = 64
 
 
 @dataclass(kw_only=True)
@@ -242,7 +242,7 @@ class TrainConfig(RunConfig, PairFields):
         out: the run folder.
         reward: names with weights, such as "chrf" or "chrf + 0.1*length", or module:function.
         dense: pay metric rewards token by token through a potential instead of at the end.
-        potential: how prefixes are scored when dense: `prefix` or `matched`.
+        potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
         reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
         reward_seconds: time limit for one reward; a slower one is a missing reward.
         algorithm: reinforce, rloo, grpo or ppo.
@@ -290,7 +290,7 @@ class TrainConfig(RunConfig, PairFields):
     out: str = "runs/train"
     reward: str = "chrf"
     dense: bool = False
-    potential: Literal["prefix", "matched"] = "prefix"
+    potential: Literal["auto", "prefix", "matched"] = "auto"
     reward_workers: int = -1
     reward_seconds: float = 10.0
     algorithm: str = "rloo"
@@ -344,6 +344,7 @@ class EvalConfig(PairFields):
         limit: use only the first rows.
         max_tokens: longest completion.
         temperature: 0 is greedy.
+        stop: strings that end a completion.
         max_rows: completions decoded together.
         samples: write the completions to this JSON Lines file.
         json: print one JSON object.
@@ -355,6 +356,7 @@ class EvalConfig(PairFields):
     limit: int | None = None
     max_tokens: int = 64
     temperature: float = 0.0
+    stop: list[str] = dataclasses.field(default_factory=list)
     max_rows: int = 256
     seed: int = 0
     device: str = "auto"
@@ -371,7 +373,7 @@ class ScoreConfig:
         reward: as in `operant train`.
         data: rows with prompt, completion and, if the reward needs them, references.
         dense: also print the reward of every token.
-        potential: how prefixes are scored when dense.
+        potential: how prefixes are scored when dense; auto takes the metric's default.
         tokenizer: a model folder or hub id whose tokens are rewarded; empty takes words (characters in Chinese and
             Japanese). Rows with a field `tokens` (token texts) keep their own.
         prompt_field: column of the prompt.
@@ -385,7 +387,7 @@ class ScoreConfig:
     reward: str = "chrf"
     data: str = ""
     dense: bool = False
-    potential: Literal["prefix", "matched"] = "prefix"
+    potential: Literal["auto", "prefix", "matched"] = "auto"
     tokenizer: str | None = None
     prompt_field: str | None = None
     completion_field: str | None = None
@@ -402,6 +404,7 @@ class SampleConfig:
     Args:
         model: a folder or hub id.
         prompt: what to answer; without it, lines are read from standard input.
+        chat: a prompt is a user's message, put into the model's chat template.
         n: completions per prompt.
         temperature: 0 is greedy.
         top_p: nucleus sampling.
@@ -415,6 +418,7 @@ class SampleConfig:
 
     model: str = ""
     prompt: str | None = None
+    chat: bool = False
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
