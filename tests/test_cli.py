@@ -95,7 +95,7 @@ def test_flags_win_over_yaml_and_both_over_defaults(tmp_path: Path, monkeypatch:
     seen: list[Any] = []
     monkeypatch.setitem(sys.modules["operant.cli"].COMMANDS, "train", seen.append)
     file = tmp_path / "my.yaml"
-    file.write_text("steps: 7\nlr: 0.25\ndense: true\nstop: [\"\\n\", END]\nbeta: 0.5\n")
+    file.write_text('steps: 7\nlr: 0.25\ndense: true\nstop: ["\\n", END]\nbeta: 0.5\n')
     main(["train", "--config", str(file), "--steps", "9", "--prompt-field", "en", "--resume"])
     (config,) = seen
     assert (config.steps, config.lr, config.dense, config.stop, config.beta) == (9, 0.25, True, ["\n", "END"], 0.5)
