@@ -233,8 +233,15 @@ def select_rows(batch: Batch, rows: Tensor) -> Batch:
 
 
 def microbatches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
-    """Cut a batch with one segment a row into pieces of at most `max_tokens` padded tokens, rows of like length
+    """Cut a batch into pieces of at most `max_tokens` padded tokens; with one segment a row, rows of like length
     together. The pieces keep the batch's denominator, so their gradients sum to the batch's."""
+    if int((batch.segment_ids.max(1).values != batch.segment_ids[:, 0]).sum()):
+        size = max(1, max_tokens // batch.tokens.shape[1])  # packed rows are full: any of them will do
+        columns = ("tokens", "position_ids", "segment_ids", "action_mask", "weights")
+        for start in range(0, batch.tokens.shape[0], size):
+            piece = {name: getattr(batch, name)[start : start + size] for name in columns}
+            yield dataclasses.replace(batch, **piece)
+        return
     lengths = (batch.segment_ids >= 0).sum(1)
     if batch.context is not None:
         lengths = lengths + batch.context.mask.sum(1)[batch.context.row]

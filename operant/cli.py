@@ -190,18 +190,14 @@ def run_sft(config: configs.SftConfig) -> None:
 
 
 def run_train(config: configs.TrainConfig) -> None:
-    from operant.data import Fields, load_pairs, load_prompts
+    from operant.data import Fields, load_prompts, load_rows
     from operant.loop import train
     from operant.policy import Policy
     from operant.report import terminal_curve
-    from operant.rewards import reward_by_name
     from operant.runlog import read_jsonl
-    from operant.stages.sft import load_split_rows
+    from operant.stages.sft import load_fitting_pairs, load_split_rows
 
     _need(config.model, "--model", "a model folder or hub id to start from")
-    reward = reward_by_name(
-        config.reward, dense=config.dense or None, potential=config.potential if config.dense else None
-    )
     rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, config.eval_prompts)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     if config.lora_rank:
@@ -213,11 +209,9 @@ def run_train(config: configs.TrainConfig) -> None:
     )
     pairs = []
     if config.sft_data:
-        from operant.data import load_rows
-
         pair_fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
-        pairs = load_pairs(load_rows(config.sft_data), policy.codec, pair_fields, **prompt_options(config, policy, 1))
-    result = train(policy, prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs)
+        pairs = load_fitting_pairs(load_rows(config.sft_data), policy, config, pair_fields)
+    result = train(policy, prompts, config.reward, config, dev_prompts=dev_prompts, pairs=pairs)
     curve = [
         (r["step"], r["eval/reward"])
         for r in read_jsonl(result.out / "metrics.jsonl")
@@ -252,7 +246,9 @@ def run_eval(config: configs.EvalConfig) -> None:
     with _progress(len(prompts), "eval") as advance:
         values, completions = evaluate(
             policy, prompts, metrics=config.metrics, max_rows=config.max_rows, progress=advance,
-            sampling=Sampling(temperature=config.temperature, max_tokens=config.max_tokens, seed=config.seed),
+            sampling=Sampling(
+                temperature=config.temperature, max_tokens=config.max_tokens, seed=config.seed, stop=tuple(config.stop)
+            ),
         )  # fmt: skip
     if config.samples:
         try:
@@ -298,9 +294,11 @@ def run_sample(config: configs.SampleConfig) -> None:
         stop=tuple(config.stop), seed=config.seed,
     )  # fmt: skip
     for number, text in enumerate(texts):
-        tokens = policy.codec.encode_prompt(
-            f"{config.prefix}{text}{'' if encoder else config.separator}", encoder=encoder
-        )
+        if config.chat:
+            tokens = policy.codec.encode_prompt(messages=[{"role": "user", "content": text}], encoder=encoder)
+        else:
+            ending = "" if encoder else config.separator
+            tokens = policy.codec.encode_prompt(f"{config.prefix}{text}{ending}", encoder=encoder)
         for completion in Sampler(policy).sample(
             [Prompt(id=str(number), text=text, tokens=tokens)], sampling, config.n
         )[0]:

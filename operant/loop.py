@@ -32,7 +32,7 @@ from operant.data import Pair
 from operant.evaluate import distinct, evaluate
 from operant.learner import Learner
 from operant.policy import Policy
-from operant.rewards import RewardRunner, check_references, potential_diagnostics
+from operant.rewards import RewardRunner, as_reward, check_references, potential_diagnostics, reward_by_name
 from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
 from operant.types import Batch, Completion, OperantError, Prompt, Sampling, StepStats, Trajectory
@@ -70,7 +70,8 @@ def train(
     """Improve a policy by policy gradient on a reward.
 
     policy: changed in place; afterwards it has the best weights by `config.best_metric` on `dev_prompts`.
-    reward: any `reward(prompt, completion) -> float | one per token | spans | None`, or what `rewards` makes by name.
+    reward: any `reward(prompt, completion) -> float | one per token | spans | None`, or a name such as "chrf", which
+        `config.dense` and `config.potential` complete.
     config: a TrainConfig; `options` replace single fields of it, such as `steps=200, out="runs/mine"`.
     pairs: labelled pairs for `sft_coef`. callbacks: called as (step, metrics) after each step, True stops.
 
@@ -78,6 +79,12 @@ def train(
     several steps in a row was missing.
     """
     config = dataclasses.replace(config or TrainConfig(), **options)
+    if isinstance(reward, str):
+        potential = None if config.potential == "auto" or not config.dense else config.potential
+        config = dataclasses.replace(config, reward=reward)
+        reward = reward_by_name(reward, dense=config.dense or None, potential=potential)
+    else:
+        config = dataclasses.replace(config, reward=as_reward(reward).name)  # what the run folder and report tell
     runner = RewardRunner(
         reward, workers=None if config.reward_workers < 0 else config.reward_workers, time_limit=config.reward_seconds
     )
@@ -121,9 +128,10 @@ class _Loop:
         self.prompts, self.dev_prompts, self.pairs = prompts, dev_prompts[: config.eval_prompts], pairs
         policy.model.eval()  # dropout off: the sampler and the learner must be the same policy
         policy.freeze_reference()
+        passes = config.epochs * config.minibatches
         self.learner = Learner(
             policy, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-            warmup_steps=config.warmup_steps, total_steps=config.steps, schedule=config.schedule,
+            warmup_steps=config.warmup_steps * passes, total_steps=config.steps * passes, schedule=config.schedule,
         )  # fmt: skip
         self.state: dict[str, Any] = {
             "running": 0.0, "running_weight": 0.0, "all_missing": 0, "rewards": {}, "first": {}, "best": {},
@@ -135,6 +143,8 @@ class _Loop:
         self.order = DataOrder(len(prompts), config.prompts_per_step, config.seed, "prompts")
         self.pair_order = DataOrder(max(1, len(pairs)), config.sft_batch_size, config.seed, "pairs")
         self.stream = runner.reward if getattr(runner.reward, "streaming", False) else None
+        self.measured_step = -1
+        self.best: dict[str, float] = self.state["best"]
 
     def go(self, reached: Callable[[dict[str, float]], bool], callbacks: Sequence[Callback]) -> TrainResult:
         if self.run.step == 0:
@@ -160,13 +170,15 @@ class _Loop:
             answers = [callback(self.run.step, metrics) for callback in callbacks]  # every one is called
             if any(answers):
                 self.run.stop("a callback asked to stop")
+        if not self.run.failed and not self.run.interrupted and self.measured_step != self.run.step:
+            self.last_look()
         self.run.restore_best()
         if self.run.failed:
             raise OperantError(self.run.failed)
         return TrainResult(
             policy=self.policy, out=self.run.folder.path, steps=self.run.step, seconds=self.run.seconds,
             stop_reason=self.run.stop_reason, best_step=self.run.best_step,
-            first=self.state["first"], best=self.state["best"],
+            first=self.state["first"], best=self.best,
         )  # fmt: skip
 
     # --- one step ------------------------------------------------------------------------------------------------
@@ -263,7 +275,10 @@ class _Loop:
         passes = config.epochs * config.minibatches
         if passes > 1:
             batch.old_logprobs = self.logprobs(batch)
-        stats: StepStats | None = None
+        if not config.sft_coef and not bool(batch.weights.any()):
+            # no usable reward: Adam's momentum and weight decay must not move the weights either
+            return StepStats(step=self.learner.steps, loss=0.0, grad_norm=0.0)
+        taken: list[StepStats] = []
         for epoch in range(config.epochs):
             order = torch.from_numpy(
                 np.random.default_rng(mixed_seed(config.seed, "rows", step, epoch)).permutation(rows)
@@ -274,9 +289,9 @@ class _Loop:
                     piece.denominator = batch.denominator * len(part) / rows
                 micro = list(microbatches(piece, config.tokens_per_microbatch))
                 if config.sft_coef:
-                    micro.append(self.supervised(step))
-                stats = self.learner.step(micro, self.token_loss)
-        assert stats is not None
+                    micro += microbatches(self.supervised(self.learner.steps), config.tokens_per_microbatch)
+                taken.append(self.learner.step(micro, self.token_loss))
+        stats = merged(taken)
         stats.coefficients |= {
             "kl_coef": config.kl_coef,
             "entropy_coef": config.entropy_coef,
@@ -289,7 +304,7 @@ class _Loop:
         config, mask = self.config, batch.action_mask
         if batch.advantages is None:  # the supervised pairs of sft_coef
             return config.sft_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
-        out = policy.logprobs(batch, entropy=True)
+        out = policy.logprobs(batch, entropy="differentiable" if config.entropy_coef else "measured")
         old = out.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         stats: dict[str, Tensor] = {"approx_kl": (objectives.kl_k3(old, out.logprobs) * mask).sum()}
         if self.recipe.algorithm.loss == "ppo_clip":
@@ -300,7 +315,7 @@ class _Loop:
         if batch.behavior_logprobs is not None:
             gap = (old - batch.behavior_logprobs) * mask
             stats["sampler_gap"] = gap.abs().sum()
-            if config.dtype == "bf16" and config.correction_cap > 0:
+            if policy.dtype == "bf16" and config.correction_cap > 0:
                 weight = objectives.behavior_correction(old, batch.behavior_logprobs, config.correction_cap)
                 stats["correction"] = (weight * mask).sum()
                 loss = loss * weight
@@ -376,9 +391,15 @@ class _Loop:
             "train/length": float(np.mean([len(c.tokens) for c in completions])),
             "train/distinct2": distinct([c.tokens for c in completions]),
             "train/truncated": float(np.mean([c.truncated for c in completions])),
+            "train/stopped": float(np.mean([c.stop_reason == "reward" for c in completions])),
             "train/completions": float((self.run.step + 1) * len(completions)),
         }
         metrics |= {f"train/{name}": value for name, value in stats.extra.items()}
+        audited = [c.meta["audited_return"] for c in completions if "audited_return" in c.meta]
+        if self.stream is not None:
+            metrics["train/saved_tokens"] = float(self.sampler.saved_tokens)
+        if audited:
+            metrics["train/audited_return"] = float(np.mean(audited))
         for part in seen[0].parts if seen else ():
             values = [t.parts[part] for t in seen if t.parts.get(part) is not None]
             metrics[f"train/reward/{part}"] = float(np.mean(values)) if values else math.nan  # type: ignore[arg-type]
@@ -391,9 +412,31 @@ class _Loop:
         return metrics
 
     def measure(self, reached: Callable[[dict[str, float]], bool]) -> None:
-        """Held-out evaluation: the optimised reward beside metrics that were not optimised; keeps the best."""
+        """Held-out evaluation; keeps the best weights and ends the run at the target."""
         if not self.dev_prompts:
             return
+        self.measured_step = self.run.step
+        values = self.look()
+        if not self.state["first"]:
+            self.state["first"] = values
+        value = values[self.config.best_metric]
+        if math.isfinite(value) and value > self.run.best_value:
+            self.state["best"] = self.best = values
+            self.run.measured(value)
+        if reached(values):
+            self.run.stop(f"the target {self.config.target} is reached")
+
+    def last_look(self) -> None:
+        """After an early stop: are the newest weights the best?"""
+        if self.dev_prompts:
+            values = self.look()
+            value = values[self.config.best_metric]
+            if math.isfinite(value) and value > self.run.best_value:
+                self.best = values
+                self.run.crown(value)
+
+    def look(self) -> dict[str, float]:
+        """The optimised reward beside metrics that were not optimised, logged and shown."""
         sampling = Sampling(temperature=0.0, max_tokens=self.config.max_tokens, stop=tuple(self.config.stop))
         before = self.runner.state_dict()
         values, completions = evaluate(
@@ -403,20 +446,9 @@ class _Loop:
         self.run.log.log(self.run.step, {f"eval/{name}": value for name, value in values.items()})
         self.keep_samples(completions)
         self.runner.load_state_dict(before)  # held-out rewards that are missing are told as eval/reward_missing
-        if not self.state["first"]:
-            self.state["first"] = values
-        metric = self.config.best_metric
-        if metric not in values:
-            raise OperantError(
-                f"there is no held-out metric {metric!r}; --best_metric takes one of: {', '.join(values)}"
-            )
-        if math.isfinite(values[metric]) and values[metric] > self.run.best_value:
-            self.state["best"] = values
-            self.run.measured(values[metric])
         told = ", ".join(f"{name} {values[name]:.4g}" for name in ("reward", "bleu", "chrf", "exact") if name in values)
         self.run.note(f"step {self.run.step}: held-out {told}")
-        if reached(values):
-            self.run.stop(f"the target {self.config.target} is reached")
+        return values
 
     def drift(self, completions: Sequence[Completion]) -> float:
         """Mean log π/π_ref per token of the held-out (greedy) completions: how far the policy has moved."""
@@ -452,9 +484,31 @@ _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
+def merged(taken: Sequence[StepStats]) -> StepStats:
+    """One report of a step's several optimizer steps: means weighted by tokens, sums of tokens and seconds, and the
+    first reason for skipping."""
+    if len(taken) == 1:
+        return taken[0]
+    tokens = sum(s.tokens for s in taken)
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(v * s.tokens for v, s in zip(values, taken, strict=True)) / max(1, tokens)
+
+    return StepStats(
+        step=taken[-1].step, loss=mean([s.loss for s in taken]), grad_norm=mean([s.grad_norm for s in taken]),
+        skipped=any(s.skipped for s in taken), reason=next((s.reason for s in taken if s.reason), ""),
+        approx_kl=mean([s.approx_kl for s in taken]), clipfrac=mean([s.clipfrac for s in taken]),
+        entropy=mean([s.entropy for s in taken]), tokens=tokens, seconds=sum(s.seconds for s in taken),
+        coefficients=taken[-1].coefficients,
+        extra={name: mean([s.extra.get(name, 0.0) for s in taken]) for name in taken[-1].extra},
+    )  # fmt: skip
+
+
 def _check_metric(flag: str, name: str, dev_prompts: Sequence[Prompt]) -> None:
     """Refuse the name of a held-out metric that will not be measured."""
-    names = ["reward", "reward_missing", "length", "truncated", "distinct2", "kl_ref"]
+    names = ["reward", "distinct2"] if flag == "--best_metric" else [
+        "reward", "distinct2", "reward_missing", "length", "truncated", "kl_ref"
+    ]  # fmt: skip
     if any(p.references for p in dev_prompts):
         names = ["bleu", "chrf", "rougeL", "exact", "distinct1", *names]
     if name not in names:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import inspect
 import json
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from operant.types import Batch, Ints, OperantError
 transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint would bury our own
 
 Family = Literal["decoder", "encoder-decoder"]
+EntropyMode = Literal["none", "measured", "differentiable"]
 
 # (layers, heads, width, feed-forward width): `tiny` trains on a laptop in minutes, `base` is the published size.
 SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
 
 
 class LanguagePolicy(Protocol):
-    """What the loop needs of a policy; ten lines make a fake one for a test."""
+    """What the sampler and an evaluation need of a policy."""
 
     @property
     def codec(self) -> Codec: ...
@@ -53,7 +53,7 @@ class LanguagePolicy(Protocol):
 
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor: ...
 
-    def logprobs(self, batch: Batch, entropy: bool = False) -> TokenLogprobs: ...
+    def logprobs(self, batch: Batch, entropy: EntropyMode = "none") -> TokenLogprobs: ...
 
 
 @dataclass(slots=True)
@@ -174,7 +174,7 @@ class Policy:
             )
         layers, heads, width, inner = SIZES[arch][size]
         ids: dict[str, Any] = {"pad_token_id": codec.pad_id, "eos_token_id": codec.eos_id, "bos_token_id": codec.bos_id}
-        vocab = math.ceil(codec.vocab_size / 8) * 8
+        vocab = codec.vocab_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: Any
@@ -374,10 +374,11 @@ class Policy:
             logits = _upcast(self.model(input_ids=batch.tokens, **arguments).logits[:, -columns:-1])
             return logits if keep_from > 0 else torch.nn.functional.pad(logits, (0, 0, 1, 0))
 
-    def logprobs(self, batch: Batch, entropy: bool = False) -> TokenLogprobs:
+    def logprobs(self, batch: Batch, entropy: EntropyMode = "none") -> TokenLogprobs:
         """log π(token_t | tokens before it in its segment, context), at the segment's temperature.
 
-        Returns float32[B, S], zero outside `action_mask`; the entropy of the same distributions if asked.
+        Returns float32[B, S], zero outside `action_mask`; and the entropy of the same distributions if asked,
+        "measured" without a gradient, which saves two tensors of the vocabulary's size.
         """
         rows, columns = batch.action_mask.nonzero(as_tuple=True)
         chosen = self._shared_logits(batch, rows, columns) if len(rows) else None
@@ -391,9 +392,10 @@ class Policy:
         picked = normalised.gather(-1, batch.tokens[rows, columns][:, None])[:, 0]
         out = torch.zeros(batch.tokens.shape, dtype=picked.dtype, device=picked.device)
         logprobs = out.index_put((rows, columns), picked)
-        if not entropy:
+        if entropy == "none":
             return TokenLogprobs(logprobs)
-        per_token_entropy = -(normalised.exp() * normalised).sum(-1)
+        spread = normalised.detach() if entropy == "measured" else normalised
+        per_token_entropy = -(spread.exp() * spread).sum(-1)
         return TokenLogprobs(logprobs, out.index_put((rows, columns), per_token_entropy))
 
     def _shared_logits(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor | None:

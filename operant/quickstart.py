@@ -24,7 +24,6 @@ from operant.loop import train
 from operant.policy import Policy
 from operant.quickstart_task import Task, make_task
 from operant.report import terminal_curve, write_report
-from operant.rewards import reward_by_name
 from operant.runlog import RunFolder, read_jsonl
 from operant.stages import pretrain, sft
 from operant.text import Codec
@@ -100,9 +99,9 @@ class _Quickstart:
         )
         self.policy.restore(start)
         train(
-            self.policy, self.prompts(self.task.prompts), reward_by_name(REWARD, dense=True),
+            self.policy, self.prompts(self.task.prompts), REWARD,
             TrainConfig(
-                **self.options("reward"), model=str(start), reward=REWARD, dense=True, steps=10**6, max_minutes=minutes,
+                **self.options("reward"), model=str(start), dense=True, steps=10**6, max_minutes=minutes,
                 group_size=4, prompts_per_step=32, sft_coef=0.3, sft_batch_size=32, lr=2e-4,
                 max_tokens=MAX_TOKENS, eval_every=20,
             ),

@@ -86,6 +86,8 @@ class Run:
         self._attached = self._logs = False
         self._saved_step = -1
         self._interrupts = 0
+        self.interrupted = False
+        self.crowned = False
         self._progress: Progress | None = None
         self._handler: Any = None
 
@@ -120,6 +122,7 @@ class Run:
         self._interrupts += 1
         if self._interrupts > 1 or not self._attached:
             raise KeyboardInterrupt
+        self.interrupted = True
         self.stop("interrupted; go on with --resume")
         if self._progress is not None:
             self._progress.note("Ctrl-C: finishing this step and saving (again to leave at once)")
@@ -256,6 +259,11 @@ class Run:
         self.best_checkpoint = self.save().name
         return True
 
+    def crown(self, value: float) -> None:
+        """A last look after an early stop found the newest weights to be the best: they become `out/model`. What a
+        resumed run goes on from does not change, so that it is the run that never stopped."""
+        self.crowned, self.best_value, self.best_step = True, value, self.step
+
     def note(self, text: str) -> None:
         if self._progress is not None:
             self._progress.note(text)
@@ -265,7 +273,7 @@ class Run:
     def _finish(self) -> None:
         if not self.failed and self.step != self._saved_step:
             self.save()
-        best = self.folder.checkpoints / self.best_checkpoint if self.best_checkpoint else None
+        best = self.folder.checkpoints / self.best_checkpoint if self.best_checkpoint and not self.crowned else None
         source = (
             best if best is not None and checkpoint.verify(best) is None else checkpoint.latest(self.folder.checkpoints)
         )
@@ -292,7 +300,7 @@ class Run:
 
     def restore_best(self) -> None:
         """Put the best checkpoint's weights into the policy."""
-        if self.best_checkpoint:
+        if self.best_checkpoint and not self.crowned:
             self.policy.restore(self.folder.checkpoints / self.best_checkpoint / "model")
 
 

@@ -118,6 +118,8 @@ class Sampler:
 
     max_rows: rows decoded together. audit_fraction: of the rows that a streaming reward would end, this share runs on,
     with `meta["would_stop_at"]` and `meta["stop_reward"]` noted, to estimate what early stops lose.
+    An audited row is paid what it would have been paid had it ended; the rewards it would have gathered after that are
+    summed in `meta["audited_return"]`.
     on_token: called with (completion id, token id, newly committed text) after each sampled token.
     """
 
@@ -265,6 +267,7 @@ class Sampler:
                 completion_id = request.ids.pop(0)
                 key = row_key(request.sampling.seed, request.prompt.id, request.first)
                 request.first += 1
+                session, meta = _start(request)
                 self._rows.append(
                     _Row(
                         id=completion_id,
@@ -273,7 +276,8 @@ class Sampler:
                         key=key,
                         text=self.policy.codec.incremental(),
                         limit=self._room(request.prompt, request.sampling),
-                        session=request.stream.start(request.prompt) if request.stream else None,
+                        session=session,
+                        meta=meta,
                         audited=uniform(key ^ 0xA0D17, 0) < self.audit_fraction,
                     )
                 )
@@ -342,17 +346,7 @@ class Sampler:
     def _stop_reason(self, row: _Row, token: int, piece: str) -> StopReason | None:
         stopped = False
         if row.session is not None:
-            answer = row.session.step(token, piece)
-            if hasattr(answer, "reward"):
-                row.rewards.append(float(answer.reward))
-                if row.audited:
-                    row.meta.setdefault("would_stop_at", len(row.tokens))
-                    row.meta.setdefault("stop_reward", float(answer.reward))
-                else:
-                    stopped = True
-                    self.saved_tokens += row.limit - len(row.tokens)
-            else:
-                row.rewards.append(float(answer or 0.0))
+            stopped = self._stream(row, token, piece)
         if token == self.policy.codec.eos_id:
             return "eos"
         if stopped:
@@ -363,6 +357,33 @@ class Sampler:
             if any(s in tail for s in row.sampling.stop):
                 return "stop"
         return "length" if len(row.tokens) >= row.limit else None
+
+    def _stream(self, row: _Row, token: int, piece: str) -> bool:
+        """Ask the row's streaming reward about its newest token; True to end the row.
+
+        A session that raises is dropped, and the row's rewards are then missing, not zero.
+        """
+        try:
+            answer = row.session.step(token, piece)  # type: ignore[union-attr]
+            ends = hasattr(answer, "reward")
+            value = float("nan") if answer is None else float(answer.reward if ends else answer)
+        except Exception as error:
+            row.session, row.rewards = None, []
+            row.meta["stream_fault"] = f"{type(error).__name__}: {error}"
+            return False
+        if "would_stop_at" in row.meta:
+            # an audited row has had its terminal reward; what follows is only watched
+            row.rewards.append(0.0)
+            row.meta["audited_return"] += value
+            return False
+        row.rewards.append(value)
+        if not ends:
+            return False
+        if row.audited:
+            row.meta |= {"would_stop_at": len(row.tokens), "stop_reward": value, "audited_return": 0.0}
+            return False
+        self.saved_tokens += row.limit - len(row.tokens)
+        return True
 
     def _keep(self, index: list[int]) -> None:
         self._rows = [self._rows[i] for i in index]
@@ -399,3 +420,13 @@ class Sampler:
             stream_rewards=np.array(row.rewards, np.float32) if row.session is not None else None,
             meta=row.meta,
         )
+
+
+def _start(request: _Request) -> tuple[StreamSession | None, dict[str, Any]]:
+    """A session of the request's streaming reward, and the fault if there is none for it."""
+    if request.stream is None:
+        return None, {}
+    try:
+        return request.stream.start(request.prompt), {}
+    except Exception as error:
+        return None, {"stream_fault": f"{type(error).__name__}: {error}"}

@@ -193,8 +193,10 @@ def test_the_loop_resumes_bit_for_bit(
     )
     assert second.steps == 6
     assert_same_run(whole, parts)
-    for key in ("train/reward_mean", "train/loss", "train/kl_ref", "eval/reward"):
+    for key in ("train/reward_mean", "train/loss", "train/kl_ref"):
         assert same(logged(whole, key), logged(parts, key))
+    # where a run stops early it is looked at once more than a run that goes straight on
+    assert set(logged(whole, "eval/reward")) <= set(logged(parts, "eval/reward"))
     assert len(set(logged(whole, "train/reward_mean"))) > 1 and logged(whole, "train/grad_norm")[0] > 0
     state = everything(whole)[2]["state"]
     assert state["running_weight"] > 0
@@ -246,7 +248,8 @@ def test_the_supervised_stages_resume_bit_for_bit_with_dropout(
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     losses = logged(tmp_path / "whole", "train/loss")
     assert len(losses) == 6 and losses == logged(tmp_path / "parts", "train/loss")
-    assert logged(tmp_path / "whole", "eval/loss") == logged(tmp_path / "parts", "eval/loss")
+    # where a run stops early it is looked at once more than a run that goes straight on
+    assert set(logged(tmp_path / "whole", "eval/loss")) <= set(logged(tmp_path / "parts", "eval/loss"))
 
 
 def test_fine_tuning_fits_its_pairs(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
@@ -523,3 +526,40 @@ def test_a_metric_that_is_not_measured_is_refused_before_the_run(
     with pytest.raises(OperantError, match="'blue' is not measured; did you mean 'bleu'"):
         train(make_policy("gpt2"), PROMPTS, quick(share_of_even), settings(tmp_path / "r", **options), dev_prompts=DEV)
     assert not (tmp_path / "r").exists()
+
+
+def test_the_last_steps_before_an_early_stop_count(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    config = settings(tmp_path, steps=50, eval_every=40, lr=1e-2)
+    result = train(
+        make_policy("gpt2"), PROMPTS, quick(share_of_wanted), config, dev_prompts=DEV, quiet=True,
+        callbacks=[lambda step, metrics: step == 25],
+    )  # fmt: skip
+    assert result.best_step == 25 and result.best["reward"] > result.first["reward"]
+    kept = Policy.load(tmp_path / "model", device="cpu")
+    assert same(kept.model.state_dict(), result.policy.model.state_dict())
+
+
+def test_a_step_without_any_reward_moves_nothing(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy = make_policy("gpt2")
+    seen: list[dict[str, Any]] = []
+
+    def reward(prompt: Prompt, completion: Completion) -> float | None:
+        return None if len(seen) == 2 else share_of_even(prompt, completion)
+
+    def watch(step: int, metrics: dict[str, float]) -> None:
+        seen.append({name: t.clone() for name, t in policy.model.state_dict().items()})
+
+    train(policy, PROMPTS, quick(reward), settings(tmp_path, steps=4, weight_decay=0.1), callbacks=[watch], quiet=True)
+    assert not same(seen[0], seen[1]) and same(seen[1], seen[2]) and not same(seen[2], seen[3])
+
+
+def test_the_schedule_spans_every_pass_of_every_step(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    config = settings(tmp_path, algorithm="ppo", epochs=2, minibatches=2, schedule="linear", warmup_steps=0, lr=1e-3)
+    train(make_policy("gpt2"), PROMPTS, quick(share_of_even), config, quiet=True)
+    rates = logged(tmp_path, "train/lr")
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 6 and rates[2] > 5e-4
+
+
+def test_the_run_folder_tells_the_reward_that_was_given(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    train(make_policy("gpt2"), PROMPTS, quick(share_of_even), settings(tmp_path, steps=1), quiet=True)
+    assert "reward: share_of_even" in (tmp_path / "config.yaml").read_text()

@@ -303,7 +303,11 @@ def test_audited_rows_run_on_past_the_stop(make_policy: Callable[..., Policy]) -
     assert 15 < len(audited) < 45
     for c, full in zip(flat(groups), plain, strict=True):
         if c.meta:
-            assert c.meta == {"would_stop_at": 3, "stop_reward": -2.0}
+            # paid as if it had ended; what it would have gathered after that is only noted
+            assert c.meta == {"would_stop_at": 3, "stop_reward": -2.0, "audited_return": -2.0 * (len(c.tokens) - 3)}
+            assert c.stream_rewards is not None and c.stream_rewards[2:].tolist() == [-2.0] + [0.0] * (
+                len(c.tokens) - 3
+            )
             assert c.tokens.tolist() == full and c.stop_reason == "length"
         else:
             assert c.stop_reason == "reward" and len(c.tokens) == 3
@@ -377,3 +381,27 @@ def test_prompts_that_the_model_cannot_hold_are_refused(family: str, make_policy
     longest = 47 if policy.family == "decoder" else 48
     (c,) = flat(sampler.sample([Prompt("full", np.full(longest, 40, np.int64))], Sampling(max_tokens=90, seed=1)))
     assert len(c.tokens) == 1 if policy.family == "decoder" else len(c.tokens) <= 47
+
+
+@pytest.mark.parametrize("where", ["start", "step"])
+def test_a_streaming_reward_that_raises_is_missing_and_ends_nothing(
+    where: str, make_policy: Callable[..., Policy]
+) -> None:
+    from operant.rewards import RewardRunner
+
+    class Broken:
+        def start(self, prompt: Prompt) -> Any:
+            if where == "start":
+                raise ValueError("boom")
+            return self
+
+        def step(self, token: int, text: str) -> float:
+            raise ValueError("boom")
+
+    broken = Broken()
+    groups = Sampler(make_policy("gpt2")).sample(PROMPTS[:2], Sampling(max_tokens=4), 2, stream=broken)
+    assert all(c.stream_rewards is None and "boom" in c.meta["stream_fault"] for c in flat(groups))
+    with RewardRunner(broken, workers=0) as runner:
+        trajectories = runner.run([(p, c) for p, group in zip(PROMPTS, groups) for c in group])
+        assert not any(t.observed.any() for t in trajectories)
+        assert runner.counts == {"raised": 4}

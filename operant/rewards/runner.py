@@ -96,7 +96,10 @@ class RewardRunner:
         rows = [self._run_leaf(index, pairs) for index in range(len(self._leaves))]
         trajectories = _combine(self.reward, iter(rows), update=update)
         for trajectory in trajectories:
-            if trajectory.missing is None:
+            if trajectory.missing is None and not trajectory.observed.all():
+                self.counts["partial"] += 1
+                self.details.setdefault("partial", "partial: some tokens of the completion have no reward")
+            elif trajectory.missing is None:
                 self.rewarded += 1
             else:
                 reason = trajectory.missing.split(":", 1)[0]

@@ -31,7 +31,9 @@ def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
     if not config.data:
         raise OperantError("--data is missing; give rows with prompt, completion and references")
     reward = reward_by_name(
-        config.reward, dense=config.dense or None, potential=config.potential if config.dense else None
+        config.reward,
+        dense=config.dense or None,
+        potential=config.potential if config.dense and config.potential != "auto" else None,
     )
     rows = load_rows(config.data, limit=config.limit)
     codec = Codec.load(config.tokenizer) if config.tokenizer else None

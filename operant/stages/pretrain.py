@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from operant.batch import from_sequences, pack
+from operant.batch import from_sequences, microbatches, pack
 from operant.config import PretrainConfig
 from operant.data import Fields, load_texts
 from operant.policy import Policy
@@ -89,7 +89,8 @@ def pretrain(
         def batches(step: int) -> list[Batch]:
             rounds = [make(step * accumulate + i) for i in range(accumulate)]
             total = sum(b.denominator for b in rounds)
-            return [dataclasses.replace(b, denominator=total) for b in rounds]
+            whole = [dataclasses.replace(b, denominator=total) for b in rounds]
+            return [piece for b in whole for piece in microbatches(b, config.tokens_per_microbatch)]
 
         return fit(
             run, policy, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,

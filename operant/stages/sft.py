@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from operant.batch import from_sequences, microbatches
-from operant.config import SftConfig
+from operant.config import PairFields, SftConfig
 from operant.data import Fields, Pair, load_pairs, load_rows, splits
 from operant.objectives import label_smoothed
 from operant.policy import Policy
@@ -42,7 +42,9 @@ def sft(
             rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
             fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
             policy = policy or starting_policy(config, config, lambda: all_texts(rows))
-            pairs, dev_pairs = (_pairs(part, policy, config, fields) if part else [] for part in (rows, dev_rows))
+            pairs, dev_pairs = (
+                load_fitting_pairs(part, policy, config, fields) if part else [] for part in (rows, dev_rows)
+            )
         if not pairs:
             raise OperantError("there are no pairs to learn from; check --data and --limit")
         learner_policy, train_pairs, held_out = policy, list(pairs), list(dev_pairs or [])
@@ -82,7 +84,9 @@ def load_split_rows(
     return split_rows(rows, share, most)
 
 
-def _pairs(rows: Sequence[dict[str, object]], policy: Policy, config: SftConfig, fields: Fields) -> list[Pair]:
+def load_fitting_pairs(
+    rows: Sequence[dict[str, object]], policy: Policy, config: PairFields, fields: Fields
+) -> list[Pair]:
     encoder = policy.family == "encoder-decoder"
     longest = policy.max_length if encoder else policy.max_length - 1
     pairs = load_pairs(

@@ -80,17 +80,26 @@ def fit(
     if not math.isfinite(state["dev_loss"] or math.inf):
         state["dev_loss"] = math.inf
 
-    def measure() -> None:
-        if not dev:
-            return
+    measured_step = -1
+
+    def look() -> float:
         loss = mean_loss(policy, dev)
         run.log.log(run.step, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))})
+        better = " (best)" if -loss > run.best_value else ""
+        run.note(f"step {run.step}: dev loss {loss:.4f} nats/token{better}")
+        return loss
+
+    def measure() -> None:
+        nonlocal measured_step
+        if not dev:
+            return
+        measured_step = run.step
+        loss = look()
         improved = -loss > run.best_value
         state["stale"] = 0 if improved else state["stale"] + 1
         state["dev_loss"] = min(loss, state["dev_loss"])
         if improved:
             run.measured(-loss)
-        run.note(f"step {run.step}: dev loss {loss:.4f} nats/token{' (best)' if improved else ''}")
         if patience and state["stale"] >= patience:
             run.stop(f"the dev loss has not improved for {patience} measurements")
 
@@ -106,6 +115,10 @@ def fit(
         )
         if run.step % eval_every == 0 or run.step == steps:
             measure()
+    if not run.failed and not run.interrupted and measured_step != run.step:
+        last = look() if dev else math.inf
+        if -last > run.best_value:
+            run.crown(-last)
     run.restore_best()
     policy.model.eval()
     if run.failed:
