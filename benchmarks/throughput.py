@@ -6,6 +6,7 @@ python benchmarks/throughput.py --arch t5 --size tiny --prompts 32 --group_size 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import resource
 import statistics
@@ -78,6 +79,19 @@ def main() -> None:
     batch = from_trajectories(trajectories, encoder=encoder, pad_id=codec.pad_id)
     seconds, _ = timed(given.repeat, lambda: learner.step([batch], loss_of))
     print(json.dumps({"part": "update", "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}))
+    if not encoder:
+        # side by side: each prompt once for its group, and once for every completion
+        repeated = dataclasses.replace(batch, prompt_ids=None)
+        ratios = []
+        for _ in range(given.repeat):
+            shared_seconds, _ = timed(1, lambda: learner.step([batch], loss_of))
+            repeated_seconds, _ = timed(1, lambda: learner.step([repeated], loss_of))
+            ratios.append(repeated_seconds / shared_seconds)
+        print(
+            json.dumps(
+                {"part": "shared_prompt", "speedup": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
+            )
+        )
 
     # Linux counts in KiB, macOS in bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10))
