@@ -24,7 +24,7 @@ from operant.config import RunConfig, check_numbers, to_yaml
 from operant.learner import Learner
 from operant.policy import Policy, settle_adapter
 from operant.report import write_report
-from operant.runlog import Progress, RunFolder, RunLog
+from operant.runlog import FREE_KEYS, Progress, RunFolder, RunLog
 from operant.types import OperantError, StepStats
 
 
@@ -72,7 +72,12 @@ class Run:
         self.config, self.stage, self.quiet = config, stage, quiet
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.folder = RunFolder.open(config.out, to_yaml(config), resume=config.resume, overwrite=config.overwrite)
+        # a decaying learning rate depends on the number of steps, which is then part of what is learned
+        constant = getattr(config, "schedule", "constant") == "constant"
+        self.folder = RunFolder.open(
+            config.out, to_yaml(config), resume=config.resume, overwrite=config.overwrite,
+            free_keys=FREE_KEYS if constant else FREE_KEYS - {"steps"},
+        )  # fmt: skip
         self.step = 0
         self.stop_reason = ""
         self.failed: str | None = None

@@ -563,3 +563,16 @@ def test_the_schedule_spans_every_pass_of_every_step(make_policy: Callable[..., 
 def test_the_run_folder_tells_the_reward_that_was_given(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     train(make_policy("gpt2"), PROMPTS, quick(share_of_even), settings(tmp_path, steps=1), quiet=True)
     assert "reward: share_of_even" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_decaying_rate_is_resumed_with_its_own_number_of_steps(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    config = settings(tmp_path, schedule="cosine", steps=2)
+    train(make_policy("gpt2"), PROMPTS, quick(share_of_even), config, quiet=True)
+    with pytest.raises(OperantError, match="steps: was 2, now 4"):
+        train(make_policy("gpt2"), PROMPTS, quick(share_of_even), config, steps=4, resume=True, quiet=True)
+    constant = settings(tmp_path / "constant", steps=2)
+    train(make_policy("gpt2"), PROMPTS, quick(share_of_even), constant, quiet=True)
+    more = train(make_policy("gpt2"), PROMPTS, quick(share_of_even), constant, steps=4, resume=True, quiet=True)
+    assert more.steps == 4
