@@ -211,8 +211,12 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
         warmup_steps: steps of linear warm-up.
         schedule: what follows the warm-up.
         label_smoothing: ε of Szegedy et al. 2016.
-        eval_every: steps between measurements of the dev loss.
-        patience: stop when the dev loss has not improved for so many measurements; 0 never stops early.
+        best_metric: what the best checkpoint and `patience` go by: the dev loss, or a metric of greedy completions.
+            The loss of a small model often turns up long before its completions stop getting better.
+        eval_every: steps between measurements.
+        eval_prompts: how many held-out prompts are completed for `best_metric`.
+        max_tokens: their longest completion.
+        patience: stop when it has not improved for so many measurements; 0 never stops early.
     """
 
     data: str = ""
@@ -225,7 +229,10 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
     warmup_steps: int = 20
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     label_smoothing: float = 0.0
+    best_metric: Literal["loss", "bleu", "chrf", "rougeL", "exact"] = "loss"
     eval_every: int = 50
+    eval_prompts: int = 200
+    max_tokens: int = 64
     patience: int = 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -129,6 +130,31 @@ def test_best_weights_are_the_result(program: Program, model: Path, data: Path, 
             "--eval_every", 1, "--out", out, *QUIET_RUN)  # fmt: skip
     start, result = (Policy.load(p, device="cpu").model.state_dict() for p in (model, out / "model"))
     assert all(torch.equal(start[name], result[name]) for name in start)
+
+
+def test_fine_tuning_by_a_metric_of_its_completions(
+    program: Program, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best step is the metric's, not the loss's, and patience counts it."""
+    told = iter([{"chrf": 1.0}, {"chrf": 3.0}, {"chrf": 2.0}, {"chrf": 3.0}, {"chrf": 9.0}])
+    asked = []
+
+    def evaluate(policy: Any, prompts: Any, **options: Any) -> tuple[dict[str, float], list[Any]]:
+        assert not policy.model.training
+        asked.append([prompt.references for prompt in prompts])
+        return next(told), []
+
+    monkeypatch.setattr(importlib.import_module("operant.stages.sft"), "evaluate", evaluate)
+    out = tmp_path / "run"
+    command = (
+        "sft", "--model", model, "--data", data, "--dev_data", data, "--steps", 9, "--batch_size", 4, "--eval_every", 1,
+        "--best_metric", "chrf", "--patience", 2, "--eval_prompts", 3, "--out", out, *QUIET_RUN,
+    )  # fmt: skip
+    assert program(*command).status == 0
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["best_step"] == 1 and facts["best_value"] == 3.0 and facts["steps"] == 3
+    assert "dev chrf" in facts["stop_reason"]
+    assert asked[0] == [(row["completion"],) for row in pairs()[:3]]
 
 
 def test_the_target_ends_a_run(program: Program, model: Path, data: Path, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from torch import Tensor
 from operant.batch import from_sequences, microbatches
 from operant.config import PairFields, SftConfig
 from operant.data import Fields, Pair, load_pairs, load_rows, splits
+from operant.evaluate import evaluate
 from operant.objectives import label_smoothed
 from operant.policy import Policy
 from operant.run import DataOrder, Run
 from operant.stages.supervised import StageResult, all_texts, fit, likelihood_loss, split_rows, starting_policy
-from operant.types import Batch, OperantError
+from operant.types import Batch, OperantError, Prompt, Sampling
 
 
 def pairs_batch(pairs: Sequence[Pair], policy: Policy) -> Batch:
@@ -33,7 +34,7 @@ def sft(
     dev_pairs: Sequence[Pair] | None = None,
     quiet: bool = False,
 ) -> StageResult:
-    """Fine-tune until the dev loss stops improving. What is not given is loaded as `config` says.
+    """Fine-tune until the held-out measure stops improving. What is not given is loaded as `config` says.
 
     Raises OperantError for missing or empty data, unknown fields, and answers or prompts that the model cannot hold.
     """
@@ -63,11 +64,35 @@ def sft(
             picked = every.gather(-1, batch.tokens[..., None])[..., 0] * batch.action_mask
             return label_smoothed(picked, every.mean(-1) * batch.action_mask, config.label_smoothing), {}
 
+        asked = config.best_metric != "loss"
+        if asked and not held_out:
+            raise OperantError(f"best_metric {config.best_metric} needs held-out pairs; give --dev_data")
+        prompts = answered_prompts(held_out)[: config.eval_prompts]
+        sampling = Sampling(temperature=0.0, max_tokens=config.max_tokens)
+
+        def generation() -> dict[str, float]:
+            training = learner_policy.model.training
+            learner_policy.model.eval()
+            values, _ = evaluate(learner_policy, prompts, sampling=sampling)
+            learner_policy.model.train(training)
+            return values
+
         return fit(
             run, policy, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
             schedule=config.schedule, batches=batches, dev=dev, eval_every=config.eval_every,
-            patience=config.patience, loss_of=smoothed,
+            patience=config.patience, loss_of=smoothed, generation=generation if asked else None,
+            best_metric=config.best_metric,
         )  # fmt: skip
+
+
+def answered_prompts(pairs: Sequence[Pair]) -> list[Prompt]:
+    """Each prompt once, its answers the references."""
+    answers: dict[str, list[str]] = {}
+    prompts: dict[str, Prompt] = {}
+    for pair in pairs:
+        prompts.setdefault(pair.prompt.id, pair.prompt)
+        answers.setdefault(pair.prompt.id, []).append(pair.completion_text)
+    return [dataclasses.replace(prompt, references=tuple(answers[name])) for name, prompt in prompts.items()]
 
 
 def load_split_rows(

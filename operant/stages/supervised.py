@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class StageResult:
-    """The policy with its best weights, and what the stage reached. dev_loss is in nats per token."""
+    """The policy with its best weights, and what the stage reached. dev_loss, the least, is in nats per token."""
 
     policy: Policy
     out: Path
@@ -68,9 +68,14 @@ def fit(
     eval_every: int,
     patience: int = 0,
     loss_of: TokenLoss = likelihood_loss,
+    generation: Callable[[], dict[str, float]] | None = None,
+    best_metric: str = "loss",
 ) -> StageResult:
     """Minimise the loss of `batches(step)`; measure `dev` every `eval_every` steps, keep the best, stop after
-    `patience` measurements without improvement (0: never)."""
+    `patience` measurements without improvement (0: never).
+
+    generation: further held-out metrics, of completions, measured beside the loss. best_metric: "loss", the least, or
+    one of them, the most."""
     learner = Learner(
         policy, lr=lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         warmup_steps=warmup_steps, total_steps=steps, schedule=schedule,  # type: ignore[arg-type]
@@ -83,25 +88,34 @@ def fit(
     measured_step = -1
 
     def look() -> float:
+        """Measure and tell; what is better is greater."""
         loss = mean_loss(policy, dev)
-        run.log.log(run.step, {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))})
-        better = " (best)" if -loss > run.best_value else ""
-        run.note(f"step {run.step}: dev loss {loss:.4f} nats/token{better}")
-        return loss
+        values = generation() if generation is not None else {}
+        state["dev_loss"] = min(loss, state["dev_loss"])
+        run.log.log(
+            run.step,
+            {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
+            | {f"eval/{name}": value for name, value in values.items()},
+        )
+        value = -loss if best_metric == "loss" else values[best_metric]
+        told = "" if best_metric == "loss" else f", {best_metric} {value:.4g}"
+        better = " (best)" if value > run.best_value else ""
+        run.note(f"step {run.step}: dev loss {loss:.4f} nats/token{told}{better}")
+        return value
 
     def measure() -> None:
         nonlocal measured_step
         if not dev:
             return
         measured_step = run.step
-        loss = look()
-        improved = -loss > run.best_value
+        value = look()
+        improved = value > run.best_value
         state["stale"] = 0 if improved else state["stale"] + 1
-        state["dev_loss"] = min(loss, state["dev_loss"])
         if improved:
-            run.measured(-loss)
+            run.measured(value)
         if patience and state["stale"] >= patience:
-            run.stop(f"the dev loss has not improved for {patience} measurements")
+            measure_name = "dev loss" if best_metric == "loss" else f"dev {best_metric}"
+            run.stop(f"the {measure_name} has not improved for {patience} measurements")
 
     if run.step == 0:
         measure()
@@ -116,14 +130,14 @@ def fit(
         if run.step % eval_every == 0 or run.step == steps:
             measure()
     if not run.failed and not run.interrupted and measured_step != run.step:
-        last = look() if dev else math.inf
-        if -last > run.best_value:
-            run.crown(-last)
+        last = look() if dev else -math.inf
+        if last > run.best_value:
+            run.crown(last)
     run.restore_best()
     policy.model.eval()
     if run.failed:
         raise OperantError(run.failed)
-    return StageResult(policy, run.folder.path, run.step, run.seconds, run.stop_reason, -run.best_value)
+    return StageResult(policy, run.folder.path, run.step, run.seconds, run.stop_reason, state["dev_loss"])
 
 
 def starting_policy(
