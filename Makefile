@@ -39,11 +39,11 @@ fmt: install
 
 # Speed and memory on this machine.
 bench: install
-	$(BIN)/python benchmarks/throughput.py $(ARGS)
+	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 # Runs again what docs/results.md records. DATA names the folder that holds the data sets.
 results: install
-	$(BIN)/python benchmarks/results.py $(ARGS)
+	$(BIN)/python -m benchmarks.results $(ARGS)
 
 # docs/reference.md, written by the program itself.
 docs: install

@@ -1,24 +1,20 @@
 """Runs again what docs/results.md records, and writes the tables into it.
 
-python benchmarks/results.py                       the quickstart on three seeds
-python benchmarks/results.py --seeds 0 1 2 3 4
-python benchmarks/results.py --keep                use the runs that are already there
+python -m benchmarks.results                       the quickstart on three seeds
+python -m benchmarks.results --seeds 0 1 2 3 4
+python -m benchmarks.results --keep                use the runs that are already there
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "results.md"
+from benchmarks.cells import ROOT, machine, markdown, spread, write_section
+
 ROWS = {
     "pretrained": "pretrained",
     "finetuned": "fine-tuned",
@@ -35,35 +31,9 @@ def run_quickstart(seed: int, out: Path) -> None:
     subprocess.run(command, check=True, cwd=ROOT)
 
 
-def spread(values: list[float]) -> str:
-    """Median with the lowest and the highest: one number hides what a seed does."""
-    return f"{statistics.median(values):.1f} [{min(values):.1f}, {max(values):.1f}]"
-
-
 def table(results: list[dict[str, dict[str, float]]]) -> str:
-    lines = ["| | " + " | ".join(METRICS.values()) + " |", "|---|" + "---:|" * len(METRICS)]
-    for row, title in ROWS.items():
-        cells = [spread([result[row][metric] for result in results]) for metric in METRICS]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    import torch
-
-    processor = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists() and (found := re.search(r"model name\s*: (.+)", info.read_text())):
-        processor = found[1]
-    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def write_section(name: str, text: str) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in docs/results.md."""
-    page = PAGE.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    before, _, rest = page.partition(begin)
-    _, _, after = rest.partition(end)
-    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    rows = [[title, *(spread([r[row][m] for r in results]) for m in METRICS)] for row, title in ROWS.items()]
+    return markdown(["", *METRICS.values()], rows)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Speed and memory of this machine: sampling, the reward, the update. Prints one JSON object a line.
 
-python benchmarks/throughput.py --arch t5 --size tiny --prompts 32 --group_size 8
+python -m benchmarks.throughput --arch t5 --size tiny --prompts 32 --group_size 8
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Measurements of operant on this machine; each module is one command."""

@@ -1,0 +1,120 @@
+"""Cells of a table: each measured once, kept as one small JSON file, skipped when it is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "results.md"
+RECORDS = ROOT / "benchmarks" / "records"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One number or curve of a table. `needs`: cells whose results it starts from."""
+
+    name: str
+    needs: tuple[str, ...] = ()
+
+
+class Records:
+    """What was measured: a folder with one JSON file a cell."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> Path:
+        return self.folder / (name.replace("/", ".") + ".json")
+
+    def has(self, name: str) -> bool:
+        return self.path(name).exists()
+
+    def get(self, name: str) -> dict[str, Any]:
+        return json.loads(self.path(name).read_text(encoding="utf-8"))
+
+    def put(self, name: str, values: dict[str, Any]) -> None:
+        """Written whole or not at all: a cell that was interrupted is measured again."""
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(".part")
+        staged.write_text(json.dumps(values | {"machine": machine()}, indent=1) + "\n", encoding="utf-8")
+        os.replace(staged, path)
+
+
+def run_cells(module: str, cells: Callable[[], Sequence[Cell]], done: Callable[[Cell], bool], jobs: int) -> list[str]:
+    """Run `python -m MODULE --cell NAME` for every cell that is not done, `jobs` at once; the names that failed.
+
+    cells: asked again after each end, since later cells may depend on what earlier ones measured.
+    """
+    failed: list[str] = []
+    running: dict[Future[int], Cell] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while True:
+            under_way = {c.name for c in running.values()}
+            for cell in cells():
+                if len(running) >= jobs:
+                    break
+                blocked = cell.name in under_way or cell.name in failed or done(cell)
+                if blocked or not all(done(Cell(n)) for n in cell.needs):
+                    continue
+                print(f"{cell.name} …", flush=True)
+                command = [sys.executable, "-m", module, "--cell", cell.name]
+                running[pool.submit(_run, command)] = cell
+                under_way.add(cell.name)
+            if not running:
+                return failed
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                cell = running.pop(future)
+                if future.result() != 0:
+                    failed.append(cell.name)
+                    print(f"{cell.name} failed", file=sys.stderr, flush=True)
+
+
+def _run(command: list[str]) -> int:
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Median with the lowest and the highest: one number hides what a seed does."""
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) == 1 else f"{middle} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first column is text, the others are numbers."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def machine() -> str:
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists() and (found := re.search(r"model name\s*: (.+)", info.read_text())):
+        processor = found[1]
+    if torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
+    return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def write_section(name: str, text: str, page: Path = PAGE) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in docs/results.md."""
+    whole = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in whole or end not in whole:
+        raise SystemExit(f"{page} has no section {begin} … {end}; add the two lines where the table belongs")
+    before, _, rest = whole.partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
