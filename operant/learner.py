@@ -55,7 +55,8 @@ def learning_rate(step: int, peak: float, warmup: int, total: int, schedule: Sch
 class Adam:
     """AdamW (Loshchilov & Hutter 2019) with gradient-norm clipping; a non-finite step is skipped, never applied.
 
-    Weight decay touches matrices only, as is customary.
+    Weight decay touches matrices only, as is customary. A critic's weights have their own rate and are clipped on their
+    own: the size of a value's error must not decide how far the policy moves.
     """
 
     def __init__(
@@ -66,31 +67,40 @@ class Adam:
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         max_grad_norm: float = 1.0,
+        critic: Sequence[nn.Parameter] = (),
     ) -> None:
-        self.parameters = list(parameters)
+        self.parameters, self.critic = list(parameters), list(critic)
         if not self.parameters:
             raise OperantError("the policy has no trainable weights; unfreeze some or add LoRA with --lora_rank 8")
         self.max_grad_norm = max_grad_norm
         groups = [
-            {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
+            {
+                "params": [p for p in part if (p.dim() >= 2) == matrices],
+                "weight_decay": weight_decay if matrices else 0.0,
+            }
+            for part in (self.parameters, self.critic)
+            for matrices in (True, False)
         ]
+        self._owners = [name for name, g in zip(("policy", "policy", "critic", "critic"), groups) if g["params"]]
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=fused)
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def set_lr(self, lr: float, critic_lr: float | None = None) -> None:
+        for owner, group in zip(self._owners, self.optimizer.param_groups, strict=True):
+            group["lr"] = lr if owner == "policy" or critic_lr is None else critic_lr
 
     def step(self, closure: Callable[[], ClosureResult]) -> tuple[ClosureResult, float, str]:
         self.optimizer.zero_grad(set_to_none=True)
         result = closure()
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        critic_norm = float(nn.utils.clip_grad_norm_(self.critic, self.max_grad_norm)) if self.critic else 0.0
         reason = ""
         if not math.isfinite(result.loss):
             reason = f"loss is {result.loss}"
         elif not math.isfinite(norm):
             reason = f"gradient norm is {norm}"
+        elif not math.isfinite(critic_norm):
+            reason = f"the critic's gradient norm is {critic_norm}"
         else:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -116,13 +126,16 @@ class Learner:
         warmup_steps: int = 0,
         total_steps: int = 0,
         schedule: Schedule = "constant",
+        critic_lr: float | None = None,
         rule: UpdateRule | None = None,
     ) -> None:
         self.policy = policy
+        self.critic_lr = lr if critic_lr is None else critic_lr
         self.lr, self.warmup_steps, self.total_steps, self.schedule = lr, warmup_steps, total_steps, schedule
         self.rule: UpdateRule = rule or Adam(
-            policy.trainable_parameters(), lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm
-        )
+            policy.trainable_parameters(), lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
+            critic=policy.critic_parameters(),
+        )  # fmt: skip
         self.steps = 0
         self.skipped = 0
         self.skipped_in_row = 0
@@ -135,7 +148,8 @@ class Learner:
         begun = time.perf_counter()
         lr = learning_rate(self.steps, self.lr, self.warmup_steps, self.total_steps, self.schedule)
         if isinstance(self.rule, Adam):
-            self.rule.set_lr(lr)
+            critic_lr = learning_rate(self.steps, self.critic_lr, self.warmup_steps, self.total_steps, self.schedule)
+            self.rule.set_lr(lr, critic_lr)
 
         def closure() -> ClosureResult:
             total, tokens, counted = 0.0, 0, 0

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from operant.cache import DecodeState
+from operant.critic import Critic
 from operant.text import Codec, looks_like_path
 from operant.types import Batch, Ints, OperantError
 
@@ -95,6 +96,7 @@ class Policy:
         self.codec = codec
         self.family: Family = "encoder-decoder" if self.config.is_encoder_decoder else "decoder"
         self.version = 0
+        self.critic: Critic | None = None
         self._reference: Any = None  # a frozen model, or the name of a frozen adapter; None: the adapter switched off
         vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
         if codec.vocab_size > vocabulary:
@@ -246,6 +248,8 @@ class Policy:
         else:
             self.model.save_pretrained(str(folder))
         self.codec.save(folder)
+        if self.critic is not None:
+            self.critic.save(folder)
 
     def restore(self, path: str | Path) -> None:
         """Put the weights that `save` wrote at `path` into this policy, in place: optimizers keep their tensors."""
@@ -260,6 +264,8 @@ class Policy:
         else:
             saved = type(self.model).from_pretrained(str(folder), dtype=torch.float32)
             self.model.load_state_dict(saved.state_dict())
+        if self.critic is not None:
+            self.critic.restore(folder)
 
     # --- what it is ----------------------------------------------------------------------------------------------
 
@@ -343,6 +349,31 @@ class Policy:
                     yield
                 finally:
                     self.model = current
+
+    # --- the critic ----------------------------------------------------------------------------------------------
+
+    def add_critic(self, *, separate: bool = True) -> None:
+        """Give the policy a value head, on a trunk of its own or on the policy's (see `critic.Critic`).
+
+        It is saved and restored with the policy, in a file that plain Transformers does not look at.
+        """
+        self.critic = Critic(self.model, separate=separate)
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return [] if self.critic is None else list(self.critic.learned().values())
+
+    def values(self, batch: Batch) -> Tensor:
+        """V of every prefix, float32[B, S + 1]: column t is the state before token t, so that a row whose last token
+        stands in column n − 1 has the value of what might follow in column n.
+
+        Column 0 of a decoder has nothing to look at and is zero. Rows hold one segment each.
+        Raises OperantError when there is no critic.
+        """
+        if self.critic is None:
+            raise OperantError("this policy has no critic; call add_critic(), or use --algorithm ppo")
+        start = self._decoder_start() if batch.context is not None else 0
+        with self.autocast():
+            return _upcast(self.critic(self.model, batch, start, self._takes_positions))
 
     # --- log-probabilities ---------------------------------------------------------------------------------------
 
