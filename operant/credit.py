@@ -2,7 +2,8 @@
 
 Axes: N completions, T completion tokens (right-padded). `mask` bool[N, T] is True on a completion's tokens; `groups`
 int64[N] says which completions answer the same prompt; `valid` bool[N] is False where a reward is missing: such a row
-is taught nothing, and no baseline reads it.
+is taught nothing, and no baseline reads it. Where only some of a row's token rewards are missing, the baselines of
+`PER_POSITION` take `valid` bool[N, T] from `known_returns`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 Baseline = Literal[
     "none", "running", "batch", "leave_one_out", "position_leave_one_out", "control_variate", "group_scaled"
 ]
+#: Baselines that read nothing but returns-to-go from the same position on, and so can leave single positions out.
+PER_POSITION: tuple[Baseline, ...] = ("none", "running", "position_leave_one_out")
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
@@ -31,6 +34,19 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
         running = rewards[:, t] + gamma * running
         out[:, t] = running
     return out * mask
+
+
+def known_returns(observed: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+    """Where the return-to-go depends on no missing reward: after the last unobserved one, bool[N, T].
+
+    observed, mask: bool[N, T]. At γ = 0 a return is one reward, known where that is. A finished row's 0 is known, but a
+    row with nothing observed counts nowhere. If being observed has nothing to do with what is written, the gradient of
+    position t has the exact mean times the share of rows that are taught there.
+    """
+    hidden = mask & ~observed
+    if gamma != 0.0:
+        hidden = hidden.flip(1).cumsum(1).flip(1) > 0
+    return ~hidden & (observed & mask).any(1, keepdim=True)
 
 
 def discount_weights(mask: Tensor, gamma: float, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -52,17 +68,17 @@ def leave_one_out(values: Tensor, groups: Tensor, valid: Tensor) -> tuple[Tensor
 
     values: float[N] or float[N, T]; with float[N, T] the mean is taken position by position over all valid rows, a
     finished row counting with what it holds there (0 for a return-to-go), which keeps it independent of row i's
-    choices: unbiased. Means over the rows still alive are not, and are not offered.
-    Returns (float like values, usable bool[N]): a row without a valid fellow has no baseline and is not usable.
+    choices: unbiased. Means over the rows still alive are not, and are not offered. valid: bool[N], or bool[N, T] with
+    such values.
+    Returns (float like values, usable like valid): a row without a valid fellow has no baseline and is not usable.
     """
-    weight = valid.to(values.dtype)
+    weight = valid.to(values.dtype).reshape(*valid.shape, *[1] * (values.dim() - valid.dim()))
     count, _ = group_sums(weight, groups)
-    shaped = weight.reshape(-1, *[1] * (values.dim() - 1))
-    sums, _ = group_sums(values * shaped, groups)
-    others = (count - weight).reshape(shaped.shape)
-    centred = values - (sums - values * shaped) / others.clamp(min=1)
-    usable = valid & (count - weight >= 1)
-    return centred * usable.reshape(shaped.shape).to(values.dtype), usable
+    sums, _ = group_sums(values * weight, groups)
+    others = count - weight
+    usable = valid & (others >= 1).reshape(valid.shape)
+    centred = values - (sums - values * weight) / others.clamp(min=1)
+    return centred * usable.reshape(weight.shape).to(values.dtype), usable
 
 
 def group_deviation(values: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
@@ -145,7 +161,10 @@ def advantages(
     beta: float | Tensor = 1.0,
     discount_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages of every token under a baseline. rewards float[N, T] → (advantages, returns, usable bool[N]).
+    """Advantages of every token under a baseline. rewards float[N, T] → (advantages, returns, usable like valid).
+
+    valid: bool[N]; or bool[N, T] (`known_returns`), which baselines outside `PER_POSITION` read row by row: a row with
+    one unknown return is not valid, and `usable` is bool[N].
 
     none: A = G_t. running: A = G_t − b with b from earlier steps only (unbiased). batch: the mean over the other
     prompts' completions in the batch (unbiased: a row's own group is left out, unless it is the only group).
@@ -154,7 +173,9 @@ def advantages(
     tokens of a row. `discount_state` weighs token t with γ^t, the exact gradient; without it the usual, biased one
     (Thomas 2014).
     """
-    inside = mask & valid[:, None]
+    if valid.dim() == 2 and baseline not in PER_POSITION:
+        valid = (valid | ~mask).all(1) & mask.any(1)
+    inside = mask & (valid if valid.dim() == 2 else valid[:, None])
     returns = returns_to_go(torch.where(inside, rewards, torch.zeros_like(rewards)), mask, gamma)
     totals = returns[:, 0] if returns.shape[1] else returns.sum(1)
     usable = valid
@@ -186,5 +207,5 @@ def advantages(
         )
     if discount_state:
         out = out * discount_weights(mask, gamma, out.dtype)
-    keep = mask & usable[:, None]
+    keep = mask & (usable if usable.dim() == 2 else usable[:, None])
     return torch.where(keep, out, torch.zeros_like(out)), returns, usable

@@ -196,7 +196,8 @@ class _Loop:
         groups = self.sampler.sample(chosen, self.sampling(step), self.config.group_size, stream=self.stream)
         answered = [(prompt, completion) for prompt, group in zip(chosen, groups, strict=True) for completion in group]
         trajectories = self.runner.run(answered)
-        if any(t.observed.all() for t in trajectories):
+        by_position = self.recipe.baseline in credit.PER_POSITION
+        if any(t.observed.any() if by_position else t.observed.all() for t in trajectories):
             self.state["all_missing"] = 0
         else:
             self.state["all_missing"] += 1
@@ -229,6 +230,11 @@ class _Loop:
             "gamma": config.gamma,
             "discount_state": config.discount_state,
         }
+        whole = valid
+        if recipe.baseline in credit.PER_POSITION and any(0 < t.observed.sum() < len(t.observed) for t in trajectories):
+            assert batch.observed is not None
+            known = credit.known_returns(self.completion_columns(batch.observed, trajectories) > 0, mask, config.gamma)
+            valid = known & torch.tensor([[t.completion.trainable] for t in trajectories])
         advantages, returns, usable = credit.advantages(
             rewards, mask, batch.group_ids, valid, running=self.state["running"], beta=beta, **estimate
         )
@@ -238,15 +244,17 @@ class _Loop:
             if recipe.baseline == "control_variate":
                 estimate["baseline"] = "position_leave_one_out"
             advantages += credit.advantages(-config.kl_coef * k1, mask, batch.group_ids, valid, **estimate)[0]
-        totals = returns[:, 0][valid]
+        totals = returns[:, 0][whole]
         if len(totals):
             weight = 0.9 * self.state["running_weight"]  # an exponential mean, read before it is updated
             self.state["running"] = (weight * self.state["running"] + 0.1 * float(totals.mean())) / (weight + 0.1)
             self.state["running_weight"] = weight + 0.1
         batch.advantages = place(batch, advantages, trajectories)
         batch.returns = place(batch, returns, trajectories)
-        batch.weights = batch.weights * usable[:, None]  # missing rewards teach nothing; the denominator stays fixed
-        metrics["train/usable"] = float(usable.float().mean())
+        # missing rewards teach nothing; the denominator stays fixed
+        taught = (usable if usable.dim() == 2 else usable[:, None]) & mask
+        batch.weights = batch.weights * place(batch, taught, trajectories)
+        metrics["train/usable"] = float(taught.any(1).float().mean())
         metrics["train/advantage_std"] = float(advantages[mask].std()) if int(mask.sum()) > 1 else 0.0
         return batch, metrics
 

@@ -129,6 +129,33 @@ def test_a_row_whose_fellows_are_all_missing_is_not_usable(baseline: credit.Base
     assert not out[:2].any() and out[2:, 0].all()
 
 
+def test_returns_are_known_after_the_last_missing_reward() -> None:
+    _, mask = rows([0.0] * 4, [0.0] * 2, [0.0] * 3, [0.0])
+    observed = mask.clone()
+    observed[0, 1] = observed[2, 2] = observed[3, 0] = False
+    assert credit.known_returns(observed, mask).int().tolist() == [[0, 0, 1, 1], [1] * 4, [0, 0, 0, 1], [0] * 4]
+    myopic = credit.known_returns(observed, mask, 0.0)
+    assert myopic.int().tolist() == [[1, 0, 1, 1], [1] * 4, [1, 1, 0, 1], [0] * 4]
+
+
+@pytest.mark.parametrize("baseline", ALL)
+def test_a_row_with_one_missing_reward_keeps_its_later_tokens_where_the_baseline_can(baseline: credit.Baseline) -> None:
+    rewards, mask = rows([1.0, 2.0, 4.0], [math.nan, 5.0, 3.0], [7.0])
+    groups, observed = torch.zeros(3, dtype=torch.long), ~rewards.isnan()
+    valid = credit.known_returns(observed, mask)
+    out, _, usable = credit.advantages(rewards, mask, groups, valid, baseline=baseline, running=0.5)
+    assert torch.isfinite(out).all()
+    if baseline == "position_leave_one_out":  # returns: [7 6 4], [? 8 3], [7 0 0]
+        assert usable.int().tolist() == [[1, 1, 1], [0, 1, 1], [1, 1, 1]]
+        assert out.tolist() == [[7 - 7, 6 - 4, 4 - 1.5], [0, 8 - 3, 3 - 2], [7 - 7, 0, 0]]
+    elif baseline in credit.PER_POSITION:
+        assert out[1].tolist() == [0, 8 - 0.5 * (baseline == "running"), 3 - 0.5 * (baseline == "running")]
+    else:  # needs every reward of the row
+        assert not out[1].any() and usable.tolist() == [True, False, True]
+        by_row = torch.tensor([True, False, True])
+        assert torch.equal(out, credit.advantages(rewards, mask, groups, by_row, baseline=baseline)[0])
+
+
 @pytest.mark.parametrize("baseline", ALL)
 def test_padding_changes_nothing(baseline: credit.Baseline) -> None:
     rewards, mask = rows([1.0, 2.0], [4.0], [0.5, 0.25], [3.0])

@@ -173,6 +173,32 @@ def test_without_discounted_states_the_bias_is_the_documented_one(world: World, 
     assert not close(mean, world.exact(world.rewards, 0.7))
 
 
+@pytest.mark.parametrize("gamma", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("baseline", credit.PER_POSITION)
+def test_where_early_rewards_are_missing_later_positions_keep_their_exact_mean(
+    world: World, baseline: credit.Baseline, gamma: float
+) -> None:
+    """The first two rewards of every third row are missing: positions 0 and 1 lose a third of their lessons, position 2
+    none. The table has its own logits for every prefix, so position t's gradient is that of the prefixes of length t.
+    """
+
+    def advantages(rows: Tensor, groups: Tensor, read_as_zero: bool = False) -> Tensor:
+        mask, observed = world.mask[rows], torch.ones_like(world.mask[rows])
+        observed[2::3, :2] = False
+        rewards = torch.where(observed, world.rewards[rows], 0.0 if read_as_zero else torch.nan)
+        valid = everyone(rows) if read_as_zero else credit.known_returns(observed, mask, gamma)
+        return credit.advantages(
+            rewards, mask, groups, valid, baseline=baseline, gamma=gamma, running=0.37, discount_state=True
+        )[0]
+
+    share = torch.tensor([2 / 3 if len(p) < 2 else 1.0 for p in prefixes(3)], dtype=torch.float64)[:, None]
+    expected = world.exact(world.rewards, gamma) * share
+    assert close(of_groups(world, advantages, 3), expected)
+    if gamma:
+        zeros = of_groups(world, lambda rows, groups: advantages(rows, groups, True), 3)
+        assert not close(zeros, expected) and not close(zeros, world.exact(world.rewards, gamma))
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.4, 1.0, 1.5])
 def test_every_fixed_coefficient_of_the_control_variate_has_the_exact_mean(world: World, beta: float) -> None:
     def advantages(rows: Tensor, groups: Tensor) -> Tensor:

@@ -294,6 +294,24 @@ def test_some_missing_rewards_cost_only_their_rows(make_policy: Callable[..., Po
     assert all(math.isfinite(x) for x in logged(tmp_path / "run", "train/loss"))
 
 
+@pytest.mark.parametrize(("baseline", "by_position"), [("position_leave_one_out", True), ("control_variate", False)])
+def test_tokens_after_the_last_missing_reward_are_taught_where_the_baseline_allows(
+    baseline: str, by_position: bool, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    def after_the_first(prompt: Prompt, completion: Completion) -> list[float | None]:
+        return [None, *(float(token % 2) for token in completion.tokens[1:])]
+
+    config, reward = settings(tmp_path / "run", steps=2, baseline=baseline), quick(after_the_first, dense=True)
+    if not by_position:
+        with pytest.raises(OperantError, match="every reward was missing"):
+            train(make_policy("gpt2"), PROMPTS, reward, config, quiet=True)
+        return
+    train(make_policy("gpt2"), PROMPTS, reward, config, quiet=True)
+    assert logged(tmp_path / "run", "train/grad_norm")[0] > 0
+    assert min(logged(tmp_path / "run", "train/usable")) > 0.5
+    assert logged(tmp_path / "run", "train/missing/partial")
+
+
 def test_rows_without_a_usable_reward_are_taught_nothing_at_all(
     make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
