@@ -8,16 +8,18 @@ is taught nothing, and no baseline reads it. Where only some of a row's token re
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Baseline = Literal[
-    "none", "running", "batch", "leave_one_out", "position_leave_one_out", "control_variate", "group_scaled"
-]
+    "none", "running", "batch", "leave_one_out", "position_leave_one_out", "control_variate", "group_scaled",
+    "group_centred", "greedy", "route", "critic",
+]  # fmt: skip
 #: Baselines that read nothing but returns-to-go from the same position on, and so can leave single positions out.
-PER_POSITION: tuple[Baseline, ...] = ("none", "running", "position_leave_one_out")
+PER_POSITION: tuple[Baseline, ...] = ("none", "running", "position_leave_one_out", "greedy", "route")
 
 
 def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
@@ -149,6 +151,88 @@ def control_variate(
     return (total[:, None] - coefficient * phi) * (mask & usable[:, None]), usable
 
 
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+        δ_t = r_t + γ V_{t+1} − V_t,   A_t = Σ_k (γλ)^k δ_{t+k},   return_t = A_t + V_t
+
+    V_t is the value of the state before token t. After the last token comes `bootstrap` float[N]: 0 where the text
+    really ended (the default), the critic's value where only the length limit cut it off. λ = 1 is the return minus the
+    value, unbiased whatever the values are; λ < 1 trusts the critic, and its bias is the critic's error.
+    rewards, values: float[N, T]; mask: bool[N, T]. Returns (advantages, returns for the critic) float[N, T].
+    """
+    rewards, values = rewards * mask, values * mask
+    after = torch.nn.functional.pad(values[:, 1:], (0, 1))
+    if bootstrap is not None:
+        last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+        after = torch.where(last, bootstrap[:, None].to(values.dtype), after)
+    delta = (rewards + gamma * after - values) * mask
+    estimate = returns_to_go(delta, mask, gamma * lam)
+    return estimate, (estimate + values) * mask
+
+
+def whiten(advantages: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """(A − mean) / (std + ε) over all tokens of the batch that teach: float[N, T], mask bool[N, T].
+
+    PPO's customary normalisation (Andrychowicz et al. 2021, C67) and REINFORCE++'s only baseline (Hu et al. 2025). The
+    mean contains the row itself and the deviation is the batch's own: a bias of order 1 / batch, no factor apart.
+    """
+    count = mask.sum()
+    if int(count) < 2:
+        return torch.zeros_like(advantages)
+    mean = (advantages * mask).sum() / count
+    deviation = ((advantages - mean) ** 2 * mask).sum().div(count - 1).sqrt()
+    return (advantages - mean) / (deviation + eps) * mask
+
+
+def informative(totals: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
+    """Rows whose group has different rewards: those that DAPO's dynamic sampling keeps (Yu et al. 2025, eq. 11).
+
+    Groups of equal rewards have no advantage; leaving them out makes the expected gradient that of the kept prompts,
+    the whole one divided by the chance of keeping. totals: float[N] → bool[N].
+    """
+    return valid & (group_deviation(torch.where(valid, totals, 0.0), groups, valid) > 1e-9)
+
+
+def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
+    """DAPO's soft punishment (Yu et al. 2025, eq. 13): 0 up to limit − buffer tokens, then down linearly to −1.
+
+    lengths: int64[N]. Returns float64[N].
+    """
+    if buffer <= 0:
+        return torch.zeros(lengths.shape, dtype=torch.float64)
+    return ((limit - buffer - lengths).double() / buffer).clamp(-1.0, 0.0)
+
+
+def route_baselines(table: Mapping[str, float], routes: Sequence[str], midpoint: float) -> Tensor:
+    """The persistent baseline of each row's route, `midpoint` for one that was never updated: float64[N].
+
+    An exponential mean of earlier rewards (a value tracker such as SPO's, Xu & Ding 2025). It depends on earlier steps
+    only, so the gradient stays unbiased with one completion a prompt.
+    """
+    return torch.tensor([table.get(route, midpoint) for route in routes], dtype=torch.float64)
+
+
+def updated_routes(
+    table: Mapping[str, float], routes: Sequence[str], totals: Tensor, valid: Tensor, *, midpoint: float, rate: float
+) -> dict[str, float]:
+    """The table after a batch: b ← b + rate · (mean reward of the route's valid rows − b). totals: float[N].
+
+    To be called after `route_baselines` was used. A new table; a route without a valid row keeps its number.
+    """
+    seen: dict[str, list[float]] = {}
+    for route, total, usable in zip(routes, totals.tolist(), valid.tolist(), strict=True):
+        if usable:
+            seen.setdefault(route, []).append(total)
+    new = dict(table)
+    for route, values in seen.items():
+        old = table.get(route, midpoint)
+        new[route] = old + rate * (sum(values) / len(values) - old)
+    return new
+
+
 def advantages(
     rewards: Tensor,
     mask: Tensor,
@@ -159,6 +243,8 @@ def advantages(
     gamma: float = 1.0,
     running: float = 0.0,
     beta: float | Tensor = 1.0,
+    given: Tensor | None = None,
+    shift: float = 0.0,
     discount_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Advantages of every token under a baseline. rewards float[N, T] → (advantages, returns, usable like valid).
@@ -169,9 +255,12 @@ def advantages(
     none: A = G_t. running: A = G_t − b with b from earlier steps only (unbiased). batch: the mean over the other
     prompts' completions in the batch (unbiased: a row's own group is left out, unless it is the only group).
     leave_one_out: the group's fellows' sequence returns. position_leave_one_out: their returns-to-go at the same
-    position. control_variate: see `control_variate` (γ = 1). group_scaled: see `group_centred`, one number for all
-    tokens of a row. `discount_state` weighs token t with γ^t, the exact gradient; without it the usual, biased one
-    (Thomas 2014).
+    position. control_variate: see `control_variate` (γ = 1). group_scaled, group_centred: see `group_centred`, with and
+    without the deviation, one number for all tokens of a row. greedy, route: `given` float[N], the reward of the
+    prompt's greedy completion (ReMax, Li et al. 2023) or `route_baselines`; a row whose number is NaN is not usable.
+    The critic's advantages are `gae`'s. `shift` lowers the baseline: off policy the update must push good completions
+    up more than it pushes bad ones down (Arnal et al. 2025, δV = −shift); on policy any shift has the same mean.
+    `discount_state` weighs token t with γ^t, the exact gradient; without it the usual, biased one (Thomas 2014).
     """
     if valid.dim() == 2 and baseline not in PER_POSITION:
         valid = (valid | ~mask).all(1) & mask.any(1)
@@ -193,18 +282,26 @@ def advantages(
         else:
             centred, usable = leave_one_out(totals, torch.zeros_like(groups), valid)
             out = returns - (totals - centred)[:, None]
-    elif baseline == "group_scaled":
-        out = group_centred(totals, groups, valid)[:, None].expand_as(returns)
+    elif baseline in ("greedy", "route"):
+        assert given is not None
+        known = given.isfinite()
+        usable = valid & (known[:, None] if valid.dim() == 2 else known)
+        out = returns - torch.where(known, given.to(returns.dtype), 0.0)[:, None]
+    elif baseline in ("group_scaled", "group_centred"):
+        out = group_centred(totals, groups, valid, scale=baseline == "group_scaled")[:, None].expand_as(returns)
         usable = valid & (group_sums(valid.to(returns.dtype), groups)[0] >= 2)
     elif baseline == "leave_one_out":
         centred, usable = leave_one_out(totals, groups, valid)
         out = returns - (totals - centred)[:, None]
     elif baseline == "position_leave_one_out":
         out, usable = leave_one_out(returns, groups, valid)
-    else:
+    elif baseline == "control_variate":
         out, usable = control_variate(
             torch.where(inside, rewards, torch.zeros_like(rewards)), mask, groups, valid, beta
         )
+    else:
+        raise ValueError(f"{baseline!r} is no baseline of returns alone; a critic's advantages come from gae()")
+    out = out + shift
     if discount_state:
         out = out * discount_weights(mask, gamma, out.dtype)
     keep = mask & (usable if usable.dim() == 2 else usable[:, None])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,87 @@ def ppo_clip(
     loss = -torch.minimum(ratio * advantages, clipped * advantages)
     outside = (ratio * advantages > clipped * advantages).to(loss.dtype)
     return loss, outside
+
+
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over each row's action tokens, as a column: float[B, S], bool[B, S] → float[B, 1]. One completion a row."""
+    return (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def gspo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """GSPO's surrogate (Zheng et al. 2025): one ratio a sequence, normalised by its length, and clipped.
+
+        −min(s_i A, clip(s_i, 1 − clip_low, 1 + clip_high) A),  s_i = (π(y_i) / π_old(y_i))^(1/|y_i|)
+
+    Each token carries the sequence's value with its own gradient (their GSPO-token), which with one advantage a
+    row and weights 1/|y_i| is the same gradient. float[B, S]. Returns (loss, clipped as 0/1 float).
+    """
+    mean = sequence_mean(logprobs - old_logprobs, mask).detach()
+    # the sequence's ratio in value, the token's own log-probability in gradient
+    return ppo_clip(mean + logprobs - logprobs.detach(), torch.zeros_like(logprobs), advantages, clip_low, clip_high)
+
+
+def cispo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 1.0, clip_high: float = 4.0
+) -> tuple[Tensor, Tensor]:
+    """CISPO (MiniMax-M1, 2025): REINFORCE with a clipped importance weight that has no gradient of its own.
+
+        −sg(clip(ρ_t, 1 − clip_low, 1 + clip_high)) A_t log π(y_t)
+
+    Clipping bounds a token's weight and never silences it, as PPO's does. clip_low = 1 leaves the lower side open.
+    Returns (loss, clipped as 0/1 float).
+    """
+    ratio = (logprobs - old_logprobs).detach().exp()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return weight * reinforce(logprobs, advantages), (weight != ratio).to(logprobs.dtype)
+
+
+def topr(logprobs: Tensor, behavior_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """TOPR (Le Roux et al. 2025): off policy and stable without a KL, whoever wrote the completion.
+
+        −w A log π,  w = 1 where A ≥ 0,  min(π(y) / μ(y), 1) over the whole sequence where A < 0, without gradient
+
+    Good completions pull at full weight; bad ones push only as far as the policy still says them, so that nothing is
+    driven to minus infinity. A greedy completion's μ is 1. float[B, S]. Returns (loss, cut as 0/1 float).
+    """
+    whole = ((logprobs - behavior_logprobs) * mask).sum(1, keepdim=True).detach().exp()
+    weight = torch.where(advantages < 0, whole.clamp(max=1.0), torch.ones_like(logprobs))
+    return weight * reinforce(logprobs, advantages), ((advantages < 0) & (whole > 1)).to(logprobs.dtype)
+
+
+def sequence_mask(old_logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor, band: float) -> Tensor:
+    """1 where the geometric mean of π_old / μ over a row lies within [1/(1 + band), 1 + band], else 0: float[B, 1].
+
+    A completion that the policy has drifted too far from to learn from token by token is left out whole (the geometric
+    mask of Liu et al. 2025, on mismatch between sampler and trainer). A guard against collapse, not a correction: what
+    it leaves out is a bias of its own, larger than that of truncated weights where much is left out.
+    """
+    mean = sequence_mean(old_logprobs - behavior_logprobs, mask).detach()
+    return (mean.abs() <= math.log1p(band)).to(old_logprobs.dtype)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.0) -> Tensor:
+    """½ max((V − R)², (V_old + clip(V − V_old, ±clip) − R)²), the critic's loss per token; clip 0 is ½ (V − R)².
+
+    The clipped form is that of PPO's first code (Dhariwal et al. 2017); R comes from `credit.gae`.
+    """
+    loss = (values - returns.detach()) ** 2
+    if clip > 0:
+        near = old_values.detach() + (values - old_values.detach()).clamp(-clip, clip)
+        loss = torch.maximum(loss, (near - returns.detach()) ** 2)
+    return 0.5 * loss
+
+
+def adapt_kl(coefficient: float, kl: float, target: float, rate: float = 0.1) -> float:
+    """β ← β (1 + rate · clip(KL / target − 1, −0.2, 0.2)), the proportional controller of Ziegler et al. 2019 (2.2).
+
+    target 0 leaves the coefficient fixed; so does a KL that is not a number.
+    """
+    if target <= 0 or not math.isfinite(kl):
+        return coefficient
+    return coefficient * (1 + rate * min(max(kl / target - 1, -0.2), 0.2))
 
 
 def behavior_correction(old_logprobs: Tensor, behavior_logprobs: Tensor, cap: float = 2.0) -> Tensor:

@@ -9,6 +9,7 @@ from operant import credit
 
 ALL: list[credit.Baseline] = [
     "none", "running", "batch", "leave_one_out", "position_leave_one_out", "control_variate", "group_scaled",
+    "group_centred", "greedy", "route",
 ]  # fmt: skip
 
 
@@ -110,17 +111,23 @@ def test_a_missing_reward_teaches_nothing_and_reaches_no_other_row(baseline: cre
     valid = torch.tensor([True, False, True, True, True])
     broken = rewards.clone()
     broken[1] = math.nan
-    out, returns, usable = credit.advantages(broken, mask, groups, valid, baseline=baseline, running=0.3, beta=0.7)
+    given = torch.tensor([0.1, 0.1, 0.1, 0.4, 0.4], dtype=torch.float64)
+    out, returns, usable = credit.advantages(
+        broken, mask, groups, valid, baseline=baseline, running=0.3, beta=0.7, given=given
+    )
     assert torch.isfinite(out).all() and torch.isfinite(returns[valid]).all()
     assert out[1].tolist() == [0, 0] and usable.tolist() == valid.tolist()
     keep = valid.nonzero()[:, 0]
     without, _, _ = credit.advantages(
-        rewards[keep], mask[keep], groups[keep], valid[keep], baseline=baseline, running=0.3, beta=0.7
-    )
+        rewards[keep], mask[keep], groups[keep], valid[keep], baseline=baseline, running=0.3, beta=0.7,
+        given=given[keep],
+    )  # fmt: skip
     assert torch.allclose(out[keep], without, atol=1e-12)
 
 
-@pytest.mark.parametrize("baseline", ["leave_one_out", "position_leave_one_out", "control_variate", "group_scaled"])
+@pytest.mark.parametrize(
+    "baseline", ["leave_one_out", "position_leave_one_out", "control_variate", "group_scaled", "group_centred"]
+)
 def test_a_row_whose_fellows_are_all_missing_is_not_usable(baseline: credit.Baseline) -> None:
     rewards, mask = rows([1.0, 2.0], [4.0], [3.0], [5.0])
     valid = torch.tensor([True, False, True, True])
@@ -160,9 +167,10 @@ def test_a_row_with_one_missing_reward_keeps_its_later_tokens_where_the_baseline
 def test_padding_changes_nothing(baseline: credit.Baseline) -> None:
     rewards, mask = rows([1.0, 2.0], [4.0], [0.5, 0.25], [3.0])
     groups, valid = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
-    narrow, _, _ = credit.advantages(rewards, mask, groups, valid, baseline=baseline, beta=0.6)
+    options = {"baseline": baseline, "beta": 0.6, "given": torch.tensor([0.5, 0.5, 0.25, 0.25])}
+    narrow, _, _ = credit.advantages(rewards, mask, groups, valid, **options)
     pad = torch.nn.functional.pad
-    wide, _, _ = credit.advantages(pad(rewards, (0, 3)), pad(mask, (0, 3)), groups, valid, baseline=baseline, beta=0.6)
+    wide, _, _ = credit.advantages(pad(rewards, (0, 3)), pad(mask, (0, 3)), groups, valid, **options)
     assert torch.equal(wide[:, :2], narrow) and not wide[:, 2:].any()
 
 
@@ -171,3 +179,105 @@ def test_the_running_baseline_is_taken_off_every_return() -> None:
     groups, valid = torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool)
     out, returns, _ = credit.advantages(rewards, mask, groups, valid, baseline="running", running=0.5)
     assert out.tolist() == [[2.5, 1.5], [3.5, 0]] and returns.tolist() == [[3, 2], [4, 0]]
+
+
+def test_a_given_baseline_is_taken_off_and_a_missing_one_leaves_its_row_out() -> None:
+    rewards, mask = rows([1.0, 2.0], [4.0], [6.0])
+    valid = torch.ones(3, dtype=torch.bool)
+    given = torch.tensor([0.5, math.nan, 2.0], dtype=torch.float64)
+    out, _, usable = credit.advantages(rewards, mask, torch.arange(3), valid, baseline="greedy", given=given)
+    assert out.tolist() == [[2.5, 1.5], [0, 0], [4, 0]] and usable.tolist() == [True, False, True]
+
+
+def test_a_shift_lowers_the_baseline_of_taught_tokens_only() -> None:
+    rewards, mask = rows([1.0, 2.0], [4.0])
+    valid = torch.tensor([True, False])
+    out, _, _ = credit.advantages(rewards, mask, torch.arange(2), valid, baseline="running", running=0.5, shift=0.1)
+    assert out.flatten().tolist() == pytest.approx([2.6, 1.6, 0, 0])
+
+
+# --- the critic's advantages ------------------------------------------------------------------------------------------
+
+
+def slow_gae(
+    rewards: list[float], values: list[float], gamma: float, lam: float, bootstrap: float
+) -> tuple[list[float], list[float]]:
+    """Straight from the definition, as the λ-weighted mean of all k-step advantages, with nothing recursive."""
+    n = len(rewards)
+    values = [*values, bootstrap]
+
+    def k_step(t: int, k: int) -> float:
+        end = t + k
+        return sum(gamma**i * rewards[t + i] for i in range(k)) + gamma**k * values[end] - values[t]
+
+    out = []
+    for t in range(n):
+        longest = n - t
+        total = sum((1 - lam) * lam ** (k - 1) * k_step(t, k) for k in range(1, longest))
+        out.append(total + lam ** (longest - 1) * k_step(t, longest))
+    return out, [a + v for a, v in zip(out, values, strict=False)]
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("lam", [1.0, 0.95, 0.5, 0.0])
+def test_gae_agrees_with_a_slow_one_from_the_definition(gamma: float, lam: float) -> None:
+    generator = torch.Generator().manual_seed(4)
+    lengths = [1, 5, 3, 4]
+    mask = torch.arange(6)[None] < torch.tensor(lengths)[:, None]
+    rewards, values = torch.randn(2, 4, 6, dtype=torch.float64, generator=generator)
+    bootstrap = torch.tensor([0.0, 0.7, -0.4, 0.0], dtype=torch.float64)
+    out, returns = credit.gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    for i, n in enumerate(lengths):
+        slow, slow_returns = slow_gae(rewards[i, :n].tolist(), values[i, :n].tolist(), gamma, lam, float(bootstrap[i]))
+        assert out[i, :n].tolist() == pytest.approx(slow, abs=1e-12)
+        assert returns[i, :n].tolist() == pytest.approx(slow_returns, abs=1e-12)
+    assert not out[~mask].any() and not returns[~mask].any()
+
+
+def test_gae_by_hand_at_a_real_end_and_at_the_limit() -> None:
+    rewards, mask = rows([1.0, 2.0], [1.0, 2.0])
+    values = torch.tensor([[0.5, 1.0], [0.5, 1.0]], dtype=torch.float64)
+    out, returns = credit.gae(rewards, values, mask, gamma=0.5, lam=0.5, bootstrap=torch.tensor([0.0, 4.0]))
+    # δ: 1 + 0.5·1 − 0.5 = 1, then 2 − 1 = 1; cut off by the limit, 2 + 0.5·4 − 1 = 3
+    assert out.tolist() == [[1.25, 1.0], [1.75, 3.0]] and returns.tolist() == [[1.75, 2.0], [2.25, 4.0]]
+
+
+def test_whitening_by_hand_reads_only_what_is_taught() -> None:
+    values = torch.tensor([[1.0, 3.0, 99.0], [5.0, -7.0, 99.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert credit.whiten(values, mask).tolist() == [
+        [pytest.approx(-1.0), 0.0, 0.0],
+        [pytest.approx(1.0), 0.0, 0.0],
+    ]
+    assert not credit.whiten(values, torch.zeros_like(mask)).any()
+    one = torch.zeros_like(mask)
+    one[0, 0] = True
+    assert not credit.whiten(values, one).any()
+
+
+# --- dynamic sampling, over-long shaping, persistent baselines --------------------------------------------------------
+
+
+def test_groups_of_equal_rewards_are_told_from_those_that_teach() -> None:
+    totals = torch.tensor([1.0, 1.0, 0.0, 1.0, 2.0, 5.0, 3.0, math.nan], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    valid = torch.tensor([True, True, True, True, True, False, True, False])
+    keep = credit.informative(totals, groups, valid)
+    assert keep.tolist() == [False, False, True, True, False, False, False, False]
+
+
+def test_the_soft_punishment_of_long_answers_by_hand() -> None:
+    lengths = torch.tensor([1, 12, 14, 16, 18, 20, 25])
+    assert credit.overlong_penalty(lengths, 20, 8).tolist() == [0, 0, -0.25, -0.5, -0.75, -1, -1]
+    assert not credit.overlong_penalty(lengths, 20, 0).any()
+
+
+def test_a_routes_baseline_begins_at_the_midpoint_and_moves_only_after_use() -> None:
+    table: dict[str, float] = {}
+    routes, valid = ["a", "b", "a", "c"], torch.tensor([True, True, True, False])
+    assert credit.route_baselines(table, routes, 0.5).tolist() == [0.5] * 4
+    new = credit.updated_routes(table, routes, torch.tensor([1.0, 0.0, 0.0, math.nan]), valid, midpoint=0.5, rate=0.2)
+    assert table == {} and new == {"a": 0.5, "b": pytest.approx(0.4)}
+    newer = credit.updated_routes(new, ["a"], torch.tensor([1.0]), torch.tensor([True]), midpoint=0.5, rate=0.2)
+    assert newer == {"a": pytest.approx(0.6), "b": pytest.approx(0.4)}
+    assert credit.route_baselines(newer, ["b", "c", "a"], 0.5).tolist() == pytest.approx([0.4, 0.5, 0.6])

@@ -286,6 +286,258 @@ def test_the_clipped_surrogate_on_policy_has_the_same_gradient(world: World) -> 
     assert close(-world.gradient((world.probabilities()[:, None] * loss).sum()), world.exact(world.rewards))
 
 
+@pytest.mark.parametrize("surrogate", ["gspo", "cispo", "topr"])
+def test_every_surrogate_on_policy_has_the_same_gradient(world: World, surrogate: str) -> None:
+    """TOPR and CISPO of the sum over tokens; GSPO, which is defined with the mean over a row's tokens, of that mean."""
+    totals = (world.rewards * world.mask).sum(1, keepdim=True).expand_as(world.rewards)
+    logprobs, lengths = world.logprobs(), world.mask.sum(1)
+    old = logprobs.detach()
+    if surrogate == "gspo":
+        loss = objectives.gspo(logprobs, old, totals, world.mask, 0.1, 0.1)[0] / lengths[:, None]
+        value = world.probabilities() * totals[:, 0] / lengths
+        expected = world.gradient((value * world.logprobs().sum(1)).sum())
+        assert close(-world.gradient((world.probabilities()[:, None] * loss * world.mask).sum()), expected)
+        return
+    loss = (
+        objectives.cispo(logprobs, old, totals)[0]
+        if surrogate == "cispo"
+        else objectives.topr(logprobs, old, totals, world.mask)[0]
+    )
+    mean = -world.gradient((world.probabilities()[:, None] * loss * world.mask).sum())
+    assert close(mean, world.exact(world.rewards))
+
+
+@pytest.mark.parametrize("baseline", ["greedy", "route"])
+@pytest.mark.parametrize("kind", ["dense", "terminal"])
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
+@pytest.mark.parametrize("shift", [0.0, 0.4])
+def test_a_baseline_from_elsewhere_has_the_exact_mean_on_policy_with_any_shift(
+    world: World, baseline: credit.Baseline, kind: str, gamma: float, shift: float
+) -> None:
+    """One completion a prompt is enough: a greedy completion's reward and a route's earlier ones depend on no draw."""
+    rewards = world.rewards if kind == "dense" else terminal(world)
+
+    def advantages(rows: Tensor, groups: Tensor) -> Tensor:
+        return credit.advantages(
+            rewards[rows], world.mask[rows], groups, everyone(rows), baseline=baseline, gamma=gamma,
+            given=torch.full((len(rows),), 0.61, dtype=torch.float64), shift=shift, discount_state=True,
+        )[0]  # fmt: skip
+
+    assert close(of_groups(world, advantages, size=1), world.exact(rewards, gamma))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_dr_grpos_mean_is_the_exact_gradient_but_for_a_known_factor(size: int) -> None:
+    world = make_world(length=2)
+
+    def advantages(rows: Tensor, groups: Tensor) -> Tensor:
+        return credit.advantages(
+            world.rewards[rows], world.mask[rows], groups, everyone(rows), baseline="group_centred"
+        )[0]
+
+    assert close(of_groups(world, advantages, size), world.exact(world.rewards) * (size - 1) / size)
+
+
+def test_a_missing_reward_leaves_the_mean_of_the_rest_exact() -> None:
+    """Three rows a group of which one's reward is missing whatever it says: the other two are as a group of two."""
+    world = make_world(length=2)
+
+    def advantages(rows: Tensor, groups: Tensor) -> Tensor:
+        valid = torch.arange(len(rows)) % 3 != 1
+        rewards = torch.where(valid[:, None], world.rewards[rows], torch.nan)
+        return credit.advantages(
+            rewards, world.mask[rows], groups, valid, baseline="position_leave_one_out", gamma=0.8, discount_state=True
+        )[0]
+
+    assert close(of_groups(world, advantages, 3), world.exact(world.rewards, 0.8) * 2 / 3)
+
+
+def test_dynamic_sampling_divides_the_gradient_by_the_chance_of_keeping_a_group() -> None:
+    """DAPO's kept groups, in proportion to how often they come: as documented, one factor a prompt."""
+    world = make_world(length=2)
+    totals = ((world.rewards * world.mask).sum(1) > 0).double()  # right or wrong
+    pays = torch.zeros_like(world.rewards)
+    pays[torch.arange(len(pays)), world.mask.sum(1) - 1] = totals
+    pairs = torch.tensor(list(itertools.product(range(len(world.tokens)), repeat=2)))
+    groups, flat = torch.arange(len(pairs)).repeat_interleave(2), pairs.reshape(-1)
+    kept = credit.informative(totals[flat], groups, everyone(flat)).reshape(-1, 2)
+    assert torch.equal(kept[:, 0], kept[:, 1])
+    chance = world.probabilities()[pairs].prod(1)
+    share = float(chance[kept[:, 0]].sum())
+    assert 0.1 < share < 0.9
+
+    advantages = credit.advantages(pays[flat], world.mask[flat], groups, everyone(flat), baseline="leave_one_out")[0]
+    weight = (chance * kept[:, 0] / share).repeat_interleave(2)
+    loss = objectives.reinforce(world.logprobs()[flat], advantages).sum(1)
+    assert close(-world.gradient((weight * loss).sum() / 2), world.exact(pays) / share)
+
+
+def test_whitening_over_the_batch_is_biased_and_the_bias_fades_with_its_size() -> None:
+    """REINFORCE++: against the gradient over the deviation of all rewards, which is its limit for a large batch."""
+    world = make_world(length=2, seed=3)
+    probabilities, totals = world.probabilities(), (world.rewards * world.mask).sum(1)
+
+    def mean_of(size: int) -> Tensor:
+        def advantages(rows: Tensor) -> Tensor:
+            plain = credit.advantages(
+                terminal(world)[rows], world.mask[rows], torch.arange(len(rows)), everyone(rows), baseline="none"
+            )[0]
+            return credit.whiten(plain, world.mask[rows])
+
+        return of_batches(world, advantages, size)
+
+    weight = probabilities[:, None] * world.mask / (probabilities * world.mask.sum(1)).sum()
+    spread = totals[:, None] * world.mask
+    centre = float((weight * spread).sum())
+    deviation = float((weight * (spread - centre) ** 2).sum()) ** 0.5
+    limit = world.exact(world.rewards) / deviation
+    errors = [float((mean_of(size) - limit).norm() / limit.norm()) for size in (2, 3, 4)]
+    assert errors == sorted(errors, reverse=True) and 0.05 < errors[-1] < errors[0] * 0.8
+
+
+# --- with a critic -------------------------------------------------------------------------------------------------
+
+
+def exact_values(world: World, gamma: float) -> Tensor:
+    """V^π of the state before each token, and in one more column of the state after the last one: float64[N, T + 1]."""
+    p = torch.log_softmax(world.theta, -1).exp().detach()
+    index = {s: i for i, s in enumerate(prefixes(world.length))}
+    reward = {
+        tuple(world.tokens[row, : t + 1].tolist()): float(world.rewards[row, t])
+        for row in range(len(world.tokens))
+        for t in range(int(world.mask[row].sum()))
+    }
+
+    def v(prefix: tuple[int, ...]) -> float:
+        if len(prefix) == world.length or (prefix and prefix[-1] == EOS):
+            return 0.0
+        return sum(float(p[index[prefix], a]) * (reward[(*prefix, a)] + gamma * v((*prefix, a))) for a in range(3))
+
+    out = torch.zeros(len(world.tokens), world.length + 1, dtype=torch.float64)
+    for row, n in enumerate(world.mask.sum(1).tolist()):
+        for t in range(n + 1):
+            out[row, t] = v(tuple(world.tokens[row, :t].tolist()))
+    return out
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
+@pytest.mark.parametrize("lam", [1.0, 0.9, 0.0])
+def test_with_a_perfect_critic_every_lambda_has_the_exact_mean(world: World, gamma: float, lam: float) -> None:
+    values = exact_values(world, gamma)[:, :-1]
+    advantages, returns = credit.gae(world.rewards, values, world.mask, gamma=gamma, lam=lam)
+    weighed = advantages * credit.discount_weights(world.mask, gamma)
+    loss = objectives.reinforce(world.logprobs(), weighed)
+    assert close(loss_gradient(world, -loss), world.exact(world.rewards, gamma))
+    if lam == 0.0:  # what the critic learns from is one step ahead, and in the mean right
+        ahead = world.probabilities()[:, None] * world.mask * (returns - values)
+        assert abs(float(ahead.sum())) < 1e-12
+
+
+def test_a_wrong_critic_biases_lambda_below_one_and_never_lambda_one(world: World) -> None:
+    wrong = torch.randn(world.rewards.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    # a critic sees the prefix only: the same for all rows that share it
+    of_prefix = torch.randn(len(world.theta), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    wrong = of_prefix[world.states]
+
+    def mean(lam: float) -> Tensor:
+        advantages, _ = credit.gae(world.rewards, wrong, world.mask, gamma=1.0, lam=lam)
+        return loss_gradient(world, -objectives.reinforce(world.logprobs(), advantages))
+
+    exact = world.exact(world.rewards)
+    assert close(mean(1.0), exact)
+    errors = [float((mean(lam) - exact).norm()) for lam in (1.0, 0.95, 0.5, 0.0)]
+    assert errors == sorted(errors) and errors[1] > 1e-3
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.6])
+def test_bootstrapping_at_the_limit_is_the_gradient_of_the_whole_text_and_leaving_it_out_is_not(
+    world: World, lam: float
+) -> None:
+    """Rows cut off after two tokens of three: with the value of what follows, the first two are taught as in full."""
+    values = exact_values(world, 1.0)
+    cut = world.mask.clone()
+    cut[:, 2] = False
+    truncated = world.mask[:, 2]
+    bootstrap = torch.where(truncated, values[:, 2], 0.0)
+
+    def mean(bootstrap: Tensor) -> Tensor:
+        advantages, _ = credit.gae(world.rewards, values[:, :3], cut, gamma=1.0, lam=lam, bootstrap=bootstrap)
+        loss = objectives.reinforce(world.logprobs(), advantages) * cut
+        return world.gradient(-(world.probabilities()[:, None] * loss).sum())
+
+    early = torch.tensor([len(p) < 2 for p in prefixes(world.length)])
+    exact = world.exact(world.rewards)[early]
+    assert close(mean(bootstrap)[early], exact)
+    assert not close(mean(torch.zeros_like(bootstrap))[early], exact)
+
+
+# --- from another policy's completions ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def behavior(world: World) -> Tensor:
+    """Another policy's table of logits: stale, or a person's."""
+    noise = torch.randn(world.theta.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    return world.theta.detach() + 0.7 * noise
+
+
+def off_policy(world: World, behavior: Tensor, loss: Tensor) -> Tensor:
+    """−∇ of the mean of a loss over completions that `behavior` wrote."""
+    chance = world.logprobs(behavior).sum(1).exp()
+    return world.gradient(-(chance[:, None] * world.mask * loss).sum())
+
+
+def test_topr_off_policy_has_the_mean_of_its_paper(world: World, behavior: Tensor) -> None:
+    """Σ_y μ(y) A⁺ ∇log π(y) + Σ_y min(π, μ)(y) A⁻ ∇log π(y), written out without any ratio."""
+    totals = (world.rewards * world.mask).sum(1)
+    advantages = (totals - 0.2)[:, None].expand_as(world.rewards)
+    mu, pi = world.logprobs(behavior).sum(1).exp(), world.probabilities()
+    loss, _ = objectives.topr(world.logprobs(), world.logprobs(behavior), advantages, world.mask)
+    weight = torch.where(totals > 0.2, mu, torch.minimum(pi, mu)) * (totals - 0.2)
+    expected = world.gradient((weight * world.logprobs().sum(1)).sum())
+    assert close(off_policy(world, behavior, loss), expected)
+    assert not torch.allclose(expected, world.exact(world.rewards), rtol=0.05)  # another objective, not an estimator
+
+
+def test_asymmetric_reinforce_off_policy_is_the_gradient_of_its_objective(world: World, behavior: Tensor) -> None:
+    """J = E_μ[(r − V) log π(y)]: a lower V adds imitation of what was written, which no on-policy shift does."""
+    mu, totals = world.logprobs(behavior).sum(1).exp(), (world.rewards * world.mask).sum(1)
+    given = torch.full((len(totals),), float((mu * totals).sum()), dtype=torch.float64)
+    means = []
+    for shift in (0.0, 0.3):
+        advantages = credit.advantages(
+            terminal(world), world.mask, torch.arange(len(totals)), everyone(totals), baseline="route", given=given,
+            shift=shift,
+        )[0]  # fmt: skip
+        means.append(off_policy(world, behavior, objectives.reinforce(world.logprobs(), advantages)))
+        assert close(means[-1], world.gradient((mu * (totals - given + shift) * world.logprobs().sum(1)).sum()))
+    imitation = world.gradient((mu * world.logprobs().sum(1)).sum())
+    assert close(means[1] - means[0], 0.3 * imitation) and float(imitation.norm()) > 1e-3
+
+
+def test_truncated_weights_lessen_the_bias_of_stale_completions_and_the_sequence_mask_adds_its_own(
+    world: World, behavior: Tensor
+) -> None:
+    """Measured, not assumed: the relative error of the mean gradient, for weights 1, per token, masked, and exact."""
+    advantages = credit.returns_to_go(world.rewards, world.mask)
+    logprobs, mu = world.logprobs().detach(), world.logprobs(behavior)
+    weights = objectives.behavior_correction(logprobs, mu, cap=2.0)
+    band = objectives.sequence_mask(logprobs, mu, world.mask, 0.5)
+    assert 0 < float(band.mean()) < 1
+    whole = (logprobs - mu).sum(1, keepdim=True).exp()
+    exact = world.exact(world.rewards)
+
+    def error(weight: Tensor, writer: Tensor = behavior) -> float:
+        loss = objectives.reinforce(world.logprobs(), advantages) * weight
+        return float((off_policy(world, writer, loss) - exact).norm() / exact.norm())
+
+    unweighted, truncated, masked = error(torch.ones(())), error(weights), error(weights * band)
+    assert error(whole) < 1e-9  # the untruncated weight of the whole sequence is unbiased
+    assert 0.01 < truncated < unweighted < masked  # 0.14, 0.48 and 0.89 here: a mask is a guard, not a correction
+    near = world.theta.detach() + 0.01 * (behavior - world.theta.detach())
+    assert error(objectives.behavior_correction(logprobs, world.logprobs(near), cap=2.0), near) < 0.02
+
+
 # --- KL ------------------------------------------------------------------------------------------------------------
 
 

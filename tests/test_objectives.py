@@ -70,3 +70,101 @@ def test_label_smoothing_is_the_cross_entropy_to_the_smoothed_target() -> None:
     ours = objectives.label_smoothed(logp.gather(1, target[:, None])[:, 0], logp.mean(-1), 0.1)
     theirs = torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.1, reduction="none")
     assert torch.allclose(ours, theirs)
+
+
+# --- sequence ratios, clipped weights, off-policy ---------------------------------------------------------------------
+
+
+def rows_of(*values: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probs float64[B, S] with gradient, mask)."""
+    width = max(map(len, values))
+    padded = torch.tensor([v + [-9.0] * (width - len(v)) for v in values], dtype=torch.float64, requires_grad=True)
+    return padded, torch.tensor([[True] * len(v) + [False] * (width - len(v)) for v in values])
+
+
+def test_gspo_by_hand_and_its_gradient_is_that_of_the_papers_form() -> None:
+    logprobs, mask = rows_of([-1.0, -2.0, -1.5], [-0.5, -0.25], [-2.0, -2.0])
+    old = tensor([[-1.1, -1.7, -1.6], [-1.5, -1.25, 7.0], [-1.0, -1.0, 7.0]], dtype=torch.float64)
+    advantages = tensor([2.0, 3.0, -1.0], dtype=torch.float64)
+    loss, clipped = objectives.gspo(logprobs, old, advantages[:, None].expand(3, 3), mask, 0.2, 0.3)
+    # mean log-ratios: (0.1 − 0.3 + 0.1) / 3, 1, −1
+    s = [math.exp(-0.1 / 3), math.exp(1.0), math.exp(-1.0)]
+    assert loss[0].tolist() == pytest.approx([-2 * s[0]] * 3)
+    assert loss[1, :2].tolist() == pytest.approx([-3 * 1.3] * 2) and clipped[1, :2].tolist() == [1, 1]
+    assert loss[2, :2].tolist() == pytest.approx([0.8] * 2) and clipped[0].tolist() == [0, 0, 0]
+    length = mask.sum(1, keepdim=True)
+    (loss * mask / length).sum().backward()
+    ours = logprobs.grad
+    free = logprobs.detach().clone().requires_grad_()
+    ratio = (((free - old) * mask).sum(1) / length[:, 0]).exp()
+    (-torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)).sum().backward()
+    assert ours is not None and free.grad is not None and torch.allclose(ours, free.grad, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "slope", "clipped"),
+    [(1.0, 2.0, -2.0, 0), (9.0, 2.0, -10.0, 1), (0.1, 2.0, -0.2, 0), (9.0, -1.0, 5.0, 1), (0.1, -1.0, 0.1, 0)],
+)
+def test_cispo_bounds_a_tokens_weight_and_never_silences_it(
+    ratio: float, advantage: float, slope: float, clipped: int
+) -> None:
+    logprobs = tensor([math.log(ratio) - 3.0], dtype=torch.float64, requires_grad=True)
+    loss, outside = objectives.cispo(
+        logprobs, tensor([-3.0], dtype=torch.float64), tensor([advantage], dtype=torch.float64)
+    )
+    loss.sum().backward()
+    assert logprobs.grad is not None and float(logprobs.grad) == pytest.approx(slope) and int(outside) == clipped
+
+
+def test_topr_by_hand() -> None:
+    # ratios of whole sequences: e^0.5, e^−1, e^0.5, e^−1; advantages up, up, down, down
+    logprobs, mask = rows_of([-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0], [-2.0])
+    behavior = tensor([[-1.5, -1.0], [0.0, -1.0], [-1.5, -1.0], [-1.0, 5.0]], dtype=torch.float64)
+    advantages = tensor([[2.0], [2.0], [-1.0], [-1.0]], dtype=torch.float64).expand(4, 2)
+    loss, cut = objectives.topr(logprobs, behavior, advantages, mask)
+    (loss * mask).sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad[:, 0].tolist() == pytest.approx([-2.0, -2.0, 1.0, math.exp(-1)])
+    assert logprobs.grad[3, 1] == 0 and (cut * mask).sum(1).tolist() == [0, 0, 2, 0]
+
+
+def test_what_a_policy_no_longer_says_is_pushed_no_further_by_topr_but_is_by_reinforce() -> None:
+    logprobs, mask = rows_of([-30.0])
+    advantages, behavior = tensor([[-1.0]], dtype=torch.float64), tensor([[-1.0]], dtype=torch.float64)
+    objectives.topr(logprobs, behavior, advantages, mask)[0].sum().backward()
+    assert logprobs.grad is not None and float(logprobs.grad) < 1e-12
+    logprobs.grad = None
+    objectives.reinforce(logprobs, advantages).sum().backward()
+    assert float(logprobs.grad) == 1.0  # type: ignore[arg-type]
+
+
+def test_a_completion_that_drifted_too_far_is_left_out_whole() -> None:
+    old, mask = rows_of([-1.0, -1.0], [-1.0, -1.0], [-1.0])
+    behavior = tensor([[-1.4, -0.6], [-1.6, -1.4], [-0.5, 9.0]], dtype=torch.float64)
+    # geometric means: 1, e^0.5 = 1.65, e^−0.5 = 0.61
+    assert objectives.sequence_mask(old, behavior, mask, 0.7).flatten().tolist() == [1, 1, 1]
+    assert objectives.sequence_mask(old, behavior, mask, 0.6).flatten().tolist() == [1, 0, 0]
+    assert not objectives.sequence_mask(old, behavior, mask, 0.6).requires_grad
+
+
+def test_the_value_loss_by_hand() -> None:
+    values = tensor([1.0, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    old, returns = tensor([0.5, 0.5, 0.5], dtype=torch.float64), tensor([2.0, 0.0, 2.0], dtype=torch.float64)
+    assert objectives.value_loss(values, old, returns).tolist() == [0.5, 0.5, 0.5]
+    # within 0.2 of 0.5 the values would be 0.7: further from 2, nearer to 0, further from 2
+    loss = objectives.value_loss(values, old, returns, 0.2)
+    assert loss.tolist() == pytest.approx([1.3**2 / 2, 0.5, 1.3**2 / 2])
+    loss.sum().backward()
+    assert values.grad is not None and values.grad.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_the_kl_controller_by_hand_and_it_finds_its_target() -> None:
+    assert objectives.adapt_kl(0.5, 3.0, 0.0) == 0.5
+    assert objectives.adapt_kl(0.5, math.nan, 1.0) == 0.5
+    assert objectives.adapt_kl(0.5, 1.1, 1.0) == pytest.approx(0.5 * 1.01)
+    assert objectives.adapt_kl(0.5, 99.0, 1.0) == pytest.approx(0.5 * 1.02)
+    assert objectives.adapt_kl(0.5, 0.0, 1.0) == pytest.approx(0.5 * 0.98)
+    coefficient = 10.0
+    for _ in range(500):  # a policy whose KL is what the penalty lets it be
+        coefficient = objectives.adapt_kl(coefficient, 0.1 / coefficient, 0.05)
+    assert coefficient == pytest.approx(2.0, rel=0.02)
