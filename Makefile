@@ -37,9 +37,12 @@ fmt: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Speed and memory on this machine.
+# Speed and memory on this machine, alone and beside TRL. Finished runs are kept; ARGS=--fresh measures again.
 bench: install
-	$(BIN)/python -m benchmarks.throughput $(ARGS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.throughput --arch t5
+	$(BIN)/python -m benchmarks.throughput --arch gpt2
+	$(BIN)/python -m benchmarks.trl $(ARGS)
 
 # Runs again what docs/results.md records. DATA names the folder that holds the data sets.
 results: install
