@@ -150,13 +150,15 @@ def test_a_row_with_one_missing_reward_keeps_its_later_tokens_where_the_baseline
     rewards, mask = rows([1.0, 2.0, 4.0], [math.nan, 5.0, 3.0], [7.0])
     groups, observed = torch.zeros(3, dtype=torch.long), ~rewards.isnan()
     valid = credit.known_returns(observed, mask)
-    out, _, usable = credit.advantages(rewards, mask, groups, valid, baseline=baseline, running=0.5)
+    given = torch.full((3,), 0.5)
+    out, _, usable = credit.advantages(rewards, mask, groups, valid, baseline=baseline, running=0.5, given=given)
     assert torch.isfinite(out).all()
     if baseline == "position_leave_one_out":  # returns: [7 6 4], [? 8 3], [7 0 0]
         assert usable.int().tolist() == [[1, 1, 1], [0, 1, 1], [1, 1, 1]]
         assert out.tolist() == [[7 - 7, 6 - 4, 4 - 1.5], [0, 8 - 3, 3 - 2], [7 - 7, 0, 0]]
     elif baseline in credit.PER_POSITION:
-        assert out[1].tolist() == [0, 8 - 0.5 * (baseline == "running"), 3 - 0.5 * (baseline == "running")]
+        taken_off = 0.0 if baseline == "none" else 0.5
+        assert out[1].tolist() == [0, 8 - taken_off, 3 - taken_off]
     else:  # needs every reward of the row
         assert not out[1].any() and usable.tolist() == [True, False, True]
         by_row = torch.tensor([True, False, True])

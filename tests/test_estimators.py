@@ -188,8 +188,9 @@ def test_where_early_rewards_are_missing_later_positions_keep_their_exact_mean(
         rewards = torch.where(observed, world.rewards[rows], 0.0 if read_as_zero else torch.nan)
         valid = everyone(rows) if read_as_zero else credit.known_returns(observed, mask, gamma)
         return credit.advantages(
-            rewards, mask, groups, valid, baseline=baseline, gamma=gamma, running=0.37, discount_state=True
-        )[0]
+            rewards, mask, groups, valid, baseline=baseline, gamma=gamma, running=0.37, discount_state=True,
+            given=torch.full((len(rows),), 0.37, dtype=torch.float64),
+        )[0]  # fmt: skip
 
     share = torch.tensor([2 / 3 if len(p) < 2 else 1.0 for p in prefixes(3)], dtype=torch.float64)[:, None]
     expected = world.exact(world.rewards, gamma) * share
