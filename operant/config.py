@@ -251,7 +251,7 @@ class TrainConfig(RunConfig, PairFields):
         dense: pay metric rewards token by token through a potential instead of at the end.
         potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
         reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
-        reward_seconds: time limit for one reward; a slower one is a missing reward.
+        reward_seconds: time limit for one reward (one token of a streaming one); a slower one is a missing reward.
         algorithm: reinforce, rloo, grpo or ppo.
         baseline: auto takes the algorithm's own; else none, running, batch, leave_one_out, position_leave_one_out,
             control_variate or group_scaled.

@@ -32,7 +32,15 @@ from operant.data import Pair
 from operant.evaluate import distinct, evaluate
 from operant.learner import Learner
 from operant.policy import Policy
-from operant.rewards import RewardRunner, as_reward, check_references, potential_diagnostics, reward_by_name
+from operant.rewards import (
+    Limited,
+    RewardRunner,
+    as_reward,
+    check_references,
+    optimised_metrics,
+    potential_diagnostics,
+    reward_by_name,
+)
 from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
 from operant.types import Batch, Completion, OperantError, Prompt, Sampling, StepStats, Trajectory
@@ -142,7 +150,8 @@ class _Loop:
         self.sampler = Sampler(policy, max_rows=config.max_rows, version=run.step, audit_fraction=config.audit_fraction)
         self.order = DataOrder(len(prompts), config.prompts_per_step, config.seed, "prompts")
         self.pair_order = DataOrder(max(1, len(pairs)), config.sft_batch_size, config.seed, "pairs")
-        self.stream = runner.reward if getattr(runner.reward, "streaming", False) else None
+        self.stream = Limited(runner.reward, config.reward_seconds) if runner.reward.streaming else None
+        run.facts["optimises"] = optimised_metrics(runner.reward)
         self.measured_step = -1
         self.best: dict[str, float] = self.state["best"]
 

@@ -693,9 +693,11 @@ def _table(head: str, rows: str) -> str:
 
 
 def _optimised(run: Run) -> set[str]:
-    """The held-out metrics named in the configuration's reward, such as bleu in `0.7 * bleu + 0.3 * length`."""
+    """The held-out metrics named in the configuration's reward, such as bleu in `0.7 * bleu + 0.3 * length`, and those
+    that the reward itself says it optimises."""
     spec = run.config.get("reward")
     words = set(re.findall(r"[a-z]\w*", json.dumps(spec, default=str).lower())) if spec else set()
+    words |= {str(name).lower() for name in run.facts.get("optimises", ())}
     return {name for name in _held_out(run) if name.lower() in words}
 
 

@@ -86,6 +86,7 @@ class Run:
         self.best_checkpoint: str | None = None
         self.spent_seconds = 0.0
         self.state: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}  # more for run.json
         self.log: RunLog
         self._begun = time.perf_counter()
         self._attached = self._logs = False
@@ -291,6 +292,9 @@ class Run:
             best_value=self.best_value if math.isfinite(self.best_value) else None,
             seconds=round(self.seconds, 2),
             skipped_steps=self.learner.skipped,
+            failed=bool(self.failed),
+            updates=self.learner.steps,
+            **self.facts,
         )
         try:
             write_report(self.folder.path)

@@ -100,6 +100,8 @@ class RunFolder:
     ) -> RunFolder:
         """Make or reopen a run folder and lock it. On a fault nothing in it has been changed.
 
+        A run that took no step, killed or failed before its first, is no run: a new one takes its place.
+
         Args:
             out: the folder; made when missing.
             config_yaml: the resolved configuration, a YAML mapping.
@@ -132,10 +134,13 @@ class RunFolder:
                 _wipe(path)
                 resumed = False
             elif resumed:
-                raise OperantError(
-                    f"{path} already holds a run: go on with it by --resume, or choose another --out "
-                    "(--overwrite throws it away)"
-                )
+                if not _nothing_learned(path):
+                    raise OperantError(
+                        f"{path} already holds a run: go on with it by --resume, or choose another --out "
+                        "(--overwrite throws it away)"
+                    )
+                _wipe(path)
+                resumed = False
             facts: dict[str, Any] = _read_json(path / "run.json") if resumed else {"started": time.time()}
             if resumed:
                 facts = {k: v for k, v in facts.items() if k not in ("finished", "stop_reason")}
@@ -382,6 +387,18 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _started(path: Path) -> bool:
     return (path / "config.yaml").exists() or (path / "metrics.jsonl").exists()
+
+
+def _nothing_learned(path: Path) -> bool:
+    """True for what is left of a run that took no step: it failed before its first update, or was killed before it had
+    written a checkpoint or a line of its log."""
+    facts = _read_json(path / "run.json")
+    if "finished" in facts:
+        return facts.get("failed") is True and facts.get("updates") == 0
+    kept = [path / "model", path / "results.json", path / "report.html", *(path / "checkpoints").glob("step-*")]
+    return not any(p.exists() for p in kept) and not any(
+        (path / name).exists() and (path / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")
+    )
 
 
 def _acquire(path: Path) -> FileLock:

@@ -401,6 +401,8 @@ class Sampler:
         else:
             text += row.text.finish()
         greedy = row.sampling.temperature == 0
+        if (parts := getattr(row.session, "parts", None)) is not None:
+            row.meta["stream_parts"] = parts  # what each part of a combination was paid
         return Completion(
             id=row.id,
             prompt_id=row.prompt.id,

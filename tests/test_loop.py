@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from operant.config import PretrainConfig, SftConfig, TrainConfig
 from operant.data import Pair
 from operant.loop import train
 from operant.policy import Policy
-from operant.rewards import Reward, RunningNorm
+from operant.rewards import Reward, RunningNorm, Stop, Sum
 from operant.stages import pretrain, sft
 from operant.types import Completion, OperantError, Prompt
 
@@ -332,6 +333,38 @@ def test_rows_without_a_usable_reward_are_taught_nothing_at_all(
     assert train(policy, PROMPTS, reward, config, quiet=True).steps == 2
     assert logged(tmp_path / "run", "train/usable") == [0, 0]
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+class UpToThree:
+    """Pays 0.25 for each token and ends the row at the third; in every fourth row the first token takes too long."""
+
+    name, optimises = "up-to-three", ("exact",)
+
+    def __init__(self, slow: bool = False) -> None:
+        self.slow, self.rows, self.seen = slow, 0, 0
+
+    def start(self, prompt: Prompt) -> UpToThree:
+        self.rows += 1
+        return UpToThree(self.slow and self.rows % 4 == 0)
+
+    def step(self, token: int, text: str) -> float | Stop:
+        self.seen += 1
+        if self.slow:
+            time.sleep(30)
+        return Stop(1.0) if self.seen == 3 else 0.25
+
+
+def test_a_streaming_part_of_a_sum_ends_rows_and_a_hanging_one_costs_only_its_rows(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """And what it says it optimises is in run.json, for the report."""
+    out = tmp_path / "run"
+    reward = Sum([UpToThree(slow=True), quick(share_of_even)], [2.0, 1.0])
+    train(make_policy("gpt2"), PROMPTS, reward, settings(out, steps=2, reward_seconds=0.2), dev_prompts=DEV, quiet=True)
+    assert max(logged(out, "train/stopped")) > 0.3
+    assert logged(out, "train/missing/timeout") == [3, 6] and logged(out, "train/usable") == [0.75, 0.75]
+    assert 0 < logged(out, "train/reward/up-to-three")[0] <= 1.5
+    assert json.loads((out / "run.json").read_text())["optimises"] == ["exact"]
 
 
 def test_every_token_carries_the_version_that_drew_it(make_policy: Callable[..., Policy], tmp_path: Path) -> None:

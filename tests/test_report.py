@@ -180,6 +180,12 @@ def test_with_the_reward_alone_hacking_cannot_be_seen(tmp_path: Path) -> None:
     assert states(tmp_path)["Held-out metrics"] == "watch"
 
 
+def test_what_the_reward_says_it_optimises_is_optimised(tmp_path: Path) -> None:
+    run = report.Run(tmp_path, config={"reward": "mine"}, facts={"optimises": ["rougeL", "bleu"]})
+    run.series = {f"eval/{name}": [(0, 1.0)] for name in ("bleu", "chrf", "rougeL")}
+    assert report._optimised(run) == {"bleu", "rougeL"}
+
+
 def test_what_the_reward_names_is_optimised(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     run = load_run(tmp_path / "run")

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from operant.rewards import (
     Format,
     Gate,
     Length,
+    Limited,
     Product,
     Repetition,
     Reward,
@@ -30,6 +34,7 @@ from operant.rewards import (
     check_references,
     corpus_metrics,
     distinct_n,
+    optimised_metrics,
     replay,
     reward_by_name,
     reward_names,
@@ -277,6 +282,128 @@ def test_streaming_rewards_replay_and_use_what_was_paid_while_sampling():
     assert run_one(reward, row).rewards == pytest.approx([0.1, 0.1, -1, 0, 0, 0])
     row.stream_rewards = np.array([1, 2, 3, 4, 5, 6], dtype=np.float32)
     assert run_one(reward, row).rewards.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+class Counting:
+    """Pays its number for every token and wants to end at token `last`."""
+
+    def __init__(self, pays, last=99):
+        self.pays, self.last, self.name = pays, last, f"pays{pays}"
+
+    def start(self, prompt):
+        fresh = Counting(self.pays, self.last)
+        fresh.seen = 0
+        return fresh
+
+    def step(self, token, text):
+        self.seen += 1
+        return Stop(10 * self.pays) if self.seen == self.last else self.pays
+
+
+def test_a_combination_streams_and_ends_when_a_part_asks():
+    reward = Sum([Clip(Counting(1.0, last=3)), Length(target=3), Counting(2.0)], [0.5, 1.0, -1.0])
+    assert reward.streaming and not Sum([Length(target=3)]).streaming
+    session = reward.start(prompt())
+    assert [session.step(0, "a"), session.step(0, "b")] == [0.5 - 2.0] * 2
+    assert session.step(0, "c") == Stop(5.0 - 2.0)
+    assert session.parts == {0: [1.0, 1.0, 10.0], 2: [2.0, 2.0, 2.0]}
+    assert session.step(0, "d") == 0.5 - 2.0  # an audited row goes on; what it was paid does not
+    assert session.parts == {0: [1.0, 1.0, 10.0, 0.0], 2: [2.0, 2.0, 2.0, 0.0]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_each_part_of_a_streamed_combination_is_paid_what_its_own_stream_said(workers):
+    reward = Sum([Counting(1.0), RunningNorm(Counting(2.0))], [0.5, 1.0])
+    row = completion("abc")
+    row.stream_rewards = np.full(4, -7, np.float32)  # the combination's own record, which belongs to no part
+    row.meta["stream_parts"] = {0: [1.0, 2.0, 3.0, 4.0], 1: [5.0, 5.0, 5.0, 5.0]}
+    with RewardRunner(reward, workers=workers) as runner:
+        (told,) = runner.run([(prompt(), row)], update=False)
+    assert told.rewards == pytest.approx([5.5, 6.0, 6.5, 7.0]) and told.parts == {"pays1.0": 10.0, "pays2.0": 20.0}
+    assert told.completion is row
+    assert reward(prompt(), row) == pytest.approx([5.5, 6.0, 6.5, 7.0])
+
+
+class Sluggish:
+    """Sleeps, or loops and swallows what it can, at its second token."""
+
+    def __init__(self, swallows=False):
+        self.swallows = swallows
+
+    def start(self, prompt):
+        self.seen = 0
+        return self
+
+    def step(self, token, text):
+        self.seen += 1
+        begun = time.monotonic()
+        while self.seen == 2 and time.monotonic() - begun < 20:
+            if not self.swallows or time.monotonic() - begun > 0.4:
+                time.sleep(20)
+            try:
+                time.sleep(20)
+            except Exception:
+                continue
+        return 1.0
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="interrupting needs POSIX timers")
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_streaming_reward_that_hangs_is_interrupted(swallows):
+    handler, mine = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
+    begun = time.monotonic()
+    session = Limited(Sluggish(swallows), 0.1).start(prompt())
+    assert session.step(0, "a") == 1.0
+    with pytest.raises(Exception, match=r"over 0\.1 s for one token"):
+        session.step(0, "b")
+    assert time.monotonic() - begun < 10
+    assert session.step(0, "c") == 1.0
+    assert signal.getsignal(signal.SIGALRM) is handler  # and somebody else's alarm goes on
+    assert (signal.getitimer(signal.ITIMER_REAL)[0] > 0) == (mine > 0)
+
+
+def test_in_another_thread_a_slow_step_is_noticed_afterwards():
+    found = []
+
+    def work():
+        session = Limited(Sluggish(), 0.01).start(prompt())
+        session.session.step = lambda token, text: time.sleep(0.05)
+        try:
+            session.step(0, "a")
+        except Exception as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == ["over 0.01 s for one token"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "told"),
+    [
+        ("StreamTimeout: over 3 s for one token", "timeout", "timeout: over 3 s for one token"),
+        ("ValueError: a: b", "raised", "raised: ValueError: a: b"),
+    ],
+)
+def test_a_stream_that_failed_while_sampling_is_missing_and_not_tried_again(fault, reason, told):
+    row = completion("ab")
+    row.meta["stream_fault"] = fault
+    with RewardRunner(Counting(1.0), workers=0) as runner:
+        (trajectory,) = runner.run([(prompt(), row)])
+    assert trajectory.missing == told and not trajectory.observed.any() and runner.counts == {reason: 1}
+
+
+def test_a_reward_says_which_metrics_it_optimises():
+    def mine(prompt, completion):
+        return 0.0
+
+    mine.optimises = ("chrf", "bleu")
+    streaming = Counting(1.0)
+    streaming.optimises = "exact"
+    assert optimised_metrics(as_reward(mine)) == ["bleu", "chrf"]
+    assert optimised_metrics(Sum([Clip(mine), streaming, Length(target=3)])) == ["bleu", "chrf", "exact"]
+    assert optimised_metrics(Reward(mine, optimises=("rougeL",))) == ["rougeL"]
 
 
 # Names

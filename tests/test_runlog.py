@@ -41,11 +41,43 @@ def test_a_new_run_has_its_configuration_and_folders(tmp_path: Path) -> None:
 
 
 def test_a_started_run_is_refused_and_untouched(tmp_path: Path) -> None:
-    RunFolder.open(tmp_path, CONFIG).close()
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        (folder.checkpoints / "step-00000000").mkdir()
     before = tree(tmp_path)
     fails("already holds a run.*--resume.*--out", tmp_path, CONFIG)
     assert tree(tmp_path) == before
     RunFolder.open(tmp_path, CONFIG, resume=True).close()  # the refusal gave the lock back
+
+
+@pytest.mark.parametrize("what", ["killed", "failed"])
+def test_a_run_that_took_no_step_is_no_run(tmp_path: Path, what: str) -> None:
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        (folder.checkpoints / ".staging-00000000-12").mkdir()
+        (folder.path / "metrics.jsonl").touch()
+        if what == "failed":
+            (folder.checkpoints / "step-00000000").mkdir()
+            (folder.path / "report.html").write_text("why")
+            folder.finish("every reward was missing", failed=True, updates=0)
+    (tmp_path / "notes.txt").write_text("mine")
+    with RunFolder.open(tmp_path, "reward: chrf\n") as folder:
+        assert not folder.resumed and list(folder.checkpoints.iterdir()) == []
+    assert set(tree(tmp_path)) == {"notes.txt", "config.yaml", "run.json"}
+    assert (tmp_path / "config.yaml").read_text() == "reward: chrf\n"
+    assert "stop_reason" not in (tmp_path / "run.json").read_text()
+
+
+@pytest.mark.parametrize("kept", ["checkpoint", "log", "model", "updates", "healthy"])
+def test_a_run_that_has_anything_to_lose_is_refused(tmp_path: Path, kept: str) -> None:
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        if kept == "checkpoint":
+            (folder.checkpoints / "step-00000000").mkdir()
+        elif kept == "log":
+            (folder.path / "metrics.jsonl").write_text('{"step": 0}\n')
+        elif kept == "model":
+            (folder.path / "model").mkdir()
+        else:
+            folder.finish("done", failed=kept == "updates", updates=int(kept == "updates"))
+    fails("already holds a run", tmp_path, CONFIG)
 
 
 def test_a_folder_with_other_files_only_is_no_run(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from operant.rewards.combine import Clip, Combination, Gate, Product, RunningNorm, Sum
+from operant.rewards.combine import Clip, Combination, Gate, Product, RunningNorm, Sum, optimised_metrics
 from operant.rewards.metrics import (
     Bleu,
     Chrf,
@@ -21,6 +21,7 @@ from operant.rewards.names import check_references, reward_by_name, reward_names
 from operant.rewards.potentials import potential_diagnostics, potential_rewards, potential_values, potentials_before
 from operant.rewards.runner import RewardRunner
 from operant.rewards.seam import (
+    Limited,
     Reward,
     RewardValue,
     Stop,
@@ -43,6 +44,7 @@ __all__ = [
     "Format",
     "Gate",
     "Length",
+    "Limited",
     "Metric",
     "Product",
     "Repetition",
@@ -62,6 +64,7 @@ __all__ = [
     "corpus_metrics",
     "distinct_n",
     "last_sampled",
+    "optimised_metrics",
     "potential_diagnostics",
     "potential_rewards",
     "potential_values",

@@ -6,17 +6,21 @@ whatever ran the parts. When a part is missing, so is the combination: the unkno
 Sums keep token rewards. The others act on the completion's total R; over a dense part the tokens keep what they were
 paid and the last sampled token pays the difference to the new total. Multiplying every token instead would let early
 rewards depend on what was written later, and a return-to-go that drops them would be biased.
+
+A combination with a streaming part streams: the part is paid while the text is written and may end it; the other parts
+judge what there is then.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from operant.rewards.seam import as_reward, last_sampled, missing_trajectory, reward_trajectory
+from operant.rewards.seam import Stop, StreamingSession, as_reward, last_sampled, missing_trajectory, reward_trajectory
 from operant.types import Completion, Doubles, OperantError, Prompt, Trajectory
 
 
@@ -24,7 +28,6 @@ class Combination:
     """Base of all combinations: `children` are rewards, `combine` joins their trajectories of one batch."""
 
     batched = False
-    streaming = False
     in_process = True
     kind = "combination"
 
@@ -40,6 +43,10 @@ class Combination:
         return any(child.dense for child in self.children)
 
     @property
+    def streaming(self) -> bool:
+        return any(child.streaming for child in self.children)
+
+    @property
     def cost(self) -> str:
         costs = {child.cost for child in self.children}
         order = ("unknown", "quadratic", "linear*reference", "linear")
@@ -52,14 +59,28 @@ class Combination:
     def __call__(self, prompt: Prompt, completion: Completion) -> Doubles | None:
         """Token rewards of one completion, or None when a part is missing. Running statistics are not updated."""
         rows = []
-        for child in self.children:
-            if child.batched:
-                value = child([prompt], [completion])[0]
+        for index, leaf in enumerate(leaves(self)):
+            if leaf.batched:
+                value = leaf([prompt], [completion])[0]
             else:
-                value = child(prompt, completion)
-            rows.append([reward_trajectory(prompt, completion, child.name, value)])
-        (trajectory,) = self.combine(rows, update=False)
+                value = leaf(prompt, streamed_by(completion, index) if leaf.streaming else completion)
+            rows.append([reward_trajectory(prompt, completion, leaf.name, value)])
+        (trajectory,) = combined(self, iter(rows), update=False)
         return None if trajectory.missing else trajectory.rewards
+
+    def start(self, prompt: Prompt) -> StreamingSession:
+        """One session of all streaming parts. What it pays is their weighted sum, for the sampler's record alone."""
+        weights = list(self.leaf_weights())
+        return _Sessions([(i, weights[i], leaf.start(prompt)) for i, leaf in enumerate(leaves(self)) if leaf.streaming])
+
+    def leaf_weights(self) -> Iterator[float]:
+        """What each leaf's token rewards are multiplied by, as far as the combination multiplies them."""
+        for child, weight in zip(self.children, self._weights(), strict=True):
+            inner = child.leaf_weights() if isinstance(child, Combination) else (1.0,)
+            yield from (weight * value for value in inner)
+
+    def _weights(self) -> Sequence[float]:
+        return [1.0] * len(self.children)
 
     def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool) -> list[Trajectory]:
         """rows[k][i]: completion i under child k. `update`: let running statistics learn from this batch."""
@@ -113,6 +134,9 @@ class Sum(Combination):
             raise OperantError(
                 f"a sum of {len(self.children)} rewards got {len(self.weights)} weights; give one to each"
             )
+
+    def _weights(self) -> Sequence[float]:
+        return self.weights
 
     def _rewards(self, parts: Sequence[Trajectory]) -> Doubles:
         total = np.zeros_like(parts[0].rewards)
@@ -221,6 +245,65 @@ class RunningNorm(Combination):
         if "count" not in state:
             raise OperantError("the saved reward state is no running normalisation's; resume with the same reward")
         self.count, self.mean, self.squares = int(state["count"]), float(state["mean"]), float(state["squares"])
+
+
+class _Sessions:
+    """The streaming parts of a combination on one completion, which ends as soon as one of them asks.
+
+    parts: what each was paid for every token up to the end, by its place among the leaves; 0 after it, for a text that
+    goes on all the same.
+    """
+
+    def __init__(self, sessions: Sequence[tuple[int, float, StreamingSession]]) -> None:
+        self.sessions = sessions
+        self.parts: dict[int, list[float]] = {index: [] for index, _, _ in sessions}
+        self._ended = False
+
+    def step(self, token: int, text: str) -> float | Stop:
+        total, ends = 0.0, False
+        for index, weight, session in self.sessions:
+            answer: Any = session.step(token, text)
+            if hasattr(answer, "reward"):
+                answer, ends = answer.reward, True
+            value = math.nan if answer is None else float(answer)
+            self.parts[index].append(0.0 if self._ended else value)
+            total += weight * value
+        self._ended = self._ended or ends
+        return Stop(total) if ends else total
+
+
+def leaves(reward: Any) -> Iterator[Any]:
+    """The rewards at the ends of a combination's branches, in order; of any other reward, itself."""
+    if isinstance(reward, Combination):
+        for child in reward.children:
+            yield from leaves(child)
+    else:
+        yield reward
+
+
+def combined(reward: Any, rows: Iterator[list[Trajectory]], *, update: bool) -> list[Trajectory]:
+    """Trajectories of `reward` from those of its `leaves`, in their order; `update` as in `Combination.combine`."""
+    if not isinstance(reward, Combination):
+        return next(rows)
+    return reward.combine([combined(child, rows, update=update) for child in reward.children], update=update)
+
+
+def streamed_by(completion: Completion, index: int) -> Completion:
+    """The completion as leaf `index` knows it: what a combination's stream paid is split into its parts."""
+    parts = completion.meta.get("stream_parts")
+    if parts is None:
+        return completion
+    own = np.array(parts[index], np.float32) if index in parts else None
+    return dataclasses.replace(completion, stream_rewards=own)
+
+
+def optimised_metrics(reward: Any) -> list[str]:
+    """The held-out metrics that the reward's parts say they optimise (attribute `optimises`), sorted."""
+    names: set[str] = set()
+    for leaf in leaves(reward):
+        told = getattr(leaf, "optimises", ())
+        names.update([told] if isinstance(told, str) else map(str, told))
+    return sorted(names)
 
 
 def _total(part: Trajectory) -> float:

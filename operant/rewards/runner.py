@@ -20,13 +20,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
-from operant.rewards.combine import Combination
-from operant.rewards.seam import as_reward, missing_trajectory
+from operant.rewards.combine import Combination, combined, leaves, streamed_by
+from operant.rewards.seam import StreamTimeout, as_reward, missing_trajectory
 from operant.rewards.worker import call
 from operant.types import Completion, OperantError, Prompt, Trajectory
 
@@ -63,7 +63,7 @@ class RewardRunner:
         self.counts: Counter[str] = Counter()
         self.details: dict[str, str] = {}
         self.rewarded = 0
-        self._leaves = list(_leaves(self.reward))
+        self._leaves = list(leaves(self.reward))
         self._pickles: dict[int, bytes | None] = {}
         self._processes: list[_Process] = []
         self._abandoned = 0
@@ -94,7 +94,7 @@ class RewardRunner:
         if not pairs:
             return []
         rows = [self._run_leaf(index, pairs) for index in range(len(self._leaves))]
-        trajectories = _combine(self.reward, iter(rows), update=update)
+        trajectories = combined(self.reward, iter(rows), update=update)
         for trajectory in trajectories:
             if trajectory.missing is None and not trajectory.observed.all():
                 self.counts["partial"] += 1
@@ -139,6 +139,11 @@ class RewardRunner:
         outcomes: list[Outcome | None] = [None] * len(jobs)
         remote = []
         for i, (prompt, completion) in enumerate(jobs):
+            if leaf.streaming:
+                jobs[i] = prompt, streamed_by(completion, index)
+                if "stream_fault" in completion.meta:  # already tried, while the text was written
+                    outcomes[i] = (None, _stream_reason(completion.meta["stream_fault"]))
+                    continue
             if leaf.in_process and not leaf.batched and len(completion.text) <= IN_PLACE_CHARACTERS:
                 outcomes[i] = call(leaf, prompt, completion)
             else:
@@ -330,18 +335,9 @@ class _Process:
         self.connection.close()
 
 
-def _leaves(reward: Any) -> Iterator[Any]:
-    if isinstance(reward, Combination):
-        for child in reward.children:
-            yield from _leaves(child)
-    else:
-        yield reward
-
-
-def _combine(reward: Any, rows: Iterator[list[Trajectory]], *, update: bool) -> list[Trajectory]:
-    if not isinstance(reward, Combination):
-        return next(rows)
-    return reward.combine([_combine(child, rows, update=update) for child in reward.children], update=update)
+def _stream_reason(fault: str) -> str:
+    name, _, message = fault.partition(": ")
+    return f"timeout: {message}" if name == StreamTimeout.__name__ else f"raised: {fault}"
 
 
 def _trajectory(name: str, prompt: Prompt, completion: Completion, outcome: Outcome | None) -> Trajectory:

@@ -9,6 +9,8 @@ batched: True when it is called once as `reward(prompts, completions) -> list` w
 cost: how its time grows with the completion ("linear", "quadratic", "linear*reference", "unknown").
 in_process: True when it is so cheap and so well behaved that sending it to a worker process would cost more.
 needs_references: True when it compares with `prompt.references`.
+optimises: names of held-out metrics that it pushes up by itself, such as ("bleu",): the report then does not take their
+    rise for independent evidence. What the text of `--reward` names is found without it.
 
 A streaming reward has `start(prompt)` instead, see `StreamingReward`.
 """
@@ -16,6 +18,9 @@ A streaming reward has `start(prompt)` instead, see `StreamingReward`.
 from __future__ import annotations
 
 import math
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -45,9 +50,71 @@ class StreamingSession(Protocol):
 
 @runtime_checkable
 class StreamingReward(Protocol):
-    """A reward that is paid while the text is being written. Each row has a session of its own."""
+    """A reward that is paid while the text is being written. Each row has a session of its own.
+
+    It runs where the sampling does, so a slow step slows every row: see `Limited` for its time limit.
+    """
 
     def start(self, prompt: Prompt) -> StreamingSession: ...
+
+
+class StreamTimeout(Exception):
+    """A call of a streaming reward was over its time limit."""
+
+
+class Limited:
+    """A streaming reward with `seconds` for each call; one over them raises StreamTimeout, which costs the row its
+    reward and nothing else.
+
+    In the main thread of a POSIX process a call is interrupted at the limit, in the middle of a loop or a sleep.
+    Elsewhere, and inside extension code that does not return to the interpreter, it is noticed only afterwards.
+    """
+
+    def __init__(self, reward: StreamingReward, seconds: float) -> None:
+        self.reward, self.seconds = reward, seconds
+
+    def start(self, prompt: Prompt) -> _LimitedSession:
+        return _LimitedSession(_within(self.seconds, self.reward.start, prompt), self.seconds)
+
+
+class _LimitedSession:
+    def __init__(self, session: StreamingSession, seconds: float) -> None:
+        self.session, self.seconds = session, seconds
+
+    @property
+    def parts(self) -> Any:
+        return getattr(self.session, "parts", None)
+
+    def step(self, token: int, text: str) -> float | Stop:
+        return _within(self.seconds, self.session.step, token, text)
+
+
+def _within(seconds: float, call: Callable[..., Any], *args: Any) -> Any:
+    begun = time.monotonic()
+    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+        armed = True
+
+        def expire(number: int, frame: Any) -> None:
+            if armed:
+                raise StreamTimeout(f"over {seconds:g} s for one token")
+
+        handler = signal.signal(signal.SIGALRM, expire)
+        # again and again, for a reward that swallows the first
+        remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, max(seconds, 0.1))
+        try:
+            value = call(*args)
+        finally:
+            armed = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)
+            if remaining:  # somebody else's alarm goes on
+                left = max(remaining - (time.monotonic() - begun), 1e-3)
+                signal.setitimer(signal.ITIMER_REAL, left, interval)
+    else:
+        value = call(*args)
+    if time.monotonic() - begun > seconds:
+        raise StreamTimeout(f"over {seconds:g} s for one token")
+    return value
 
 
 class Reward:
@@ -66,6 +133,7 @@ class Reward:
         cost: str | None = None,
         in_process: bool | None = None,
         needs_references: bool | None = None,
+        optimises: Sequence[str] | None = None,
     ) -> None:
         if not callable(function):
             raise OperantError(f"a reward must be a function of (prompt, completion), not {type(function).__name__}")
@@ -80,6 +148,7 @@ class Reward:
         self.cost: str = attribute("cost", cost, "unknown")
         self.in_process: bool = attribute("in_process", in_process, False)
         self.needs_references: bool = attribute("needs_references", needs_references, False)
+        self.optimises: Sequence[str] = attribute("optimises", optimises, ())
         self.streaming = False
 
     def __call__(self, *args: Any) -> Any:
@@ -105,6 +174,7 @@ class Streaming:
     def __init__(self, reward: StreamingReward, name: str | None = None) -> None:
         self.reward = reward
         self.name: str = name or getattr(reward, "name", None) or type(reward).__name__
+        self.optimises: Sequence[str] = getattr(reward, "optimises", ())
 
     def start(self, prompt: Prompt) -> StreamingSession:
         return self.reward.start(prompt)
