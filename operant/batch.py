@@ -248,17 +248,26 @@ def microbatches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
     if int(lengths.max()) * len(lengths) <= max_tokens:
         yield batch
         return
-    # completions of one prompt stay together, so that what they share is computed once here too
-    groups = batch.prompt_ids if batch.prompt_ids is not None else torch.arange(len(lengths), device=lengths.device)
+    # completions of one prompt stay together, so that what they share is computed once here too; the two of a pair
+    # are never parted, for one loss needs both
+    rows = torch.arange(len(lengths), device=lengths.device)
+    groups = batch.prompt_ids if batch.prompt_ids is not None else rows
     longest = torch.zeros(int(groups.max()) + 1, dtype=lengths.dtype, device=lengths.device)
     longest = longest.scatter_reduce(0, groups, lengths, "amax")
-    order = sorted(range(len(lengths)), key=lambda i: (int(longest[groups[i]]), int(groups[i])))
+    units: dict[int, list[int]] = {}
+    for row, unit in enumerate((batch.pair_ids if batch.pair_ids is not None else rows).tolist()):
+        units.setdefault(unit, []).append(row)
+    order = sorted(units.values(), key=lambda unit: (int(longest[groups[unit[0]]]), int(groups[unit[0]])))
     start = 0
     while start < len(order):
-        stop = start + 1
-        while stop < len(order) and int(longest[groups[order[stop]]]) * (stop + 1 - start) <= max_tokens:
+        chosen, stop = list(order[start]), start + 1
+        while stop < len(order):
+            width = int(longest[groups[order[stop][0]]])
+            if width * (len(chosen) + len(order[stop])) > max_tokens:
+                break
+            chosen += order[stop]
             stop += 1
-        yield select_rows(batch, torch.tensor(order[start:stop], device=batch.tokens.device))
+        yield select_rows(batch, torch.tensor(chosen, device=batch.tokens.device))
         start = stop
 
 

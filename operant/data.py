@@ -43,6 +43,9 @@ GUESSES = {
     "references": ("references", "reference"),
     "messages": ("messages",),
     "text": ("text",),
+    "chosen": ("chosen", "edited"),
+    "rejected": ("rejected", "original"),
+    "label": ("label", "thumb"),
 }
 
 
@@ -50,8 +53,9 @@ GUESSES = {
 class Fields:
     """Which column holds what. None takes the usual name where there is such a column.
 
-    The usual names are `prompt`, `completion`, `references` or `reference`, `messages` and `text`; `id` or `idx` names
-    a row. A dot reaches into a nested column: `translation.de`. References default to the completion.
+    The usual names are `prompt`, `completion`, `references` or `reference`, `messages` and `text`; of preferences
+    `chosen` or `edited`, `rejected` or `original`, `label` or `thumb`; `id` or `idx` names a row. A dot reaches into a
+    nested column: `translation.de`. References default to the completion.
     """
 
     prompt: str | None = None
@@ -60,6 +64,9 @@ class Fields:
     messages: str | None = None
     text: str | None = None
     id: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,17 +329,17 @@ def _quiet(fault: str) -> Iterator[None]:
 
 # -- columns
 
-_ABSENT: Any = object()
+ABSENT: Any = object()
 
 
-def _get(row: Row, column: str) -> Any:
-    """The value of a column, `_ABSENT` where the row has no such column. A dot reaches into nested rows."""
+def cell(row: Row, column: str) -> Any:
+    """The value of a column, `ABSENT` where the row has no such column. A dot reaches into nested rows."""
     if column in row:
         return row[column]
     value: Any = row
     for part in column.split("."):
         if not isinstance(value, dict) or part not in value:
-            return _ABSENT
+            return ABSENT
         value = value[part]
     return value
 
@@ -348,49 +355,55 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     return list(names)
 
 
-def _find(rows: Sequence[Row], role: str, given: str | None) -> str | None:
-    """The column for a role: the given one, which must exist, or the first usual name that does."""
+def find_column(rows: Sequence[Row], role: str, given: str | None, flag: str = "") -> str | None:
+    """The column for a role: the given one, which must exist, or the first usual name that does.
+
+    Raises OperantError, with the nearest name and the flag that chooses, when the given one does not exist.
+    """
     if given is None:
         return next((name for name in GUESSES[role] if any(name in row for row in rows)), None)
-    if any(_get(row, given) is not _ABSENT for row in rows):
+    if any(cell(row, given) is not ABSENT for row in rows):
         return given
-    raise OperantError(_no_column(rows, role, given))
+    raise OperantError(no_column(rows, role, given, flag))
 
 
-def _no_column(rows: Sequence[Row], role: str, wanted: str) -> str:
+def no_column(rows: Sequence[Row], role: str, wanted: str, flag: str = "") -> str:
+    """The line that says that a column is not there, which is nearest, which there are, and how to choose."""
     columns = _columns(rows)
     near = difflib.get_close_matches(wanted, columns, n=1) or difflib.get_close_matches(
         wanted.lower(), [column for column in columns if column == column.lower()], n=1
     )
     hint = f"did you mean {near[0]!r}? " if near else ""
-    flag = "reference" if role in ("references", "completion") else role
-    return f"there is no column {wanted!r}: {hint}the columns are {', '.join(columns[:20])}; choose with --{flag}-field"
+    flag = flag or f"--{'reference' if role in ('references', 'completion') else role}-field"
+    return f"there is no column {wanted!r}: {hint}the columns are {', '.join(columns[:20])}; choose with {flag}"
 
 
-def _text_of(value: Any, column: str, number: int) -> str:
+def text_of(value: Any, column: str, number: int) -> str:
+    """The value as a text. Raises OperantError, naming the row, for what is none."""
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    what = "nothing" if value is None or value is _ABSENT else f"a {type(value).__name__}"
+    what = "nothing" if value is None or value is ABSENT else f"a {type(value).__name__}"
     raise OperantError(
         f"row {number} has {what} in the column {column!r} where a text is needed: mend or remove the row"
     )
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of messages."""
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
 def _texts_of(value: Any, column: str, number: int) -> tuple[str, ...]:
     """One text, a list of them, or an assistant's message, as a tuple of texts."""
-    if value is None or value is _ABSENT:
+    if value is None or value is ABSENT:
         return ()
-    if _is_chat(value):
-        return ("\n".join(_text_of(turn.get("content"), column, number) for turn in value),)
+    if is_chat(value):
+        return ("\n".join(text_of(turn.get("content"), column, number) for turn in value),)
     if isinstance(value, (list, tuple)):
-        return tuple(_text_of(item, column, number) for item in value if item is not None)
-    return (_text_of(value, column, number),)
+        return tuple(text_of(item, column, number) for item in value if item is not None)
+    return (text_of(value, column, number),)
 
 
 # -- prompts, pairs, texts
@@ -410,35 +423,35 @@ class _Question:
 def _questions(rows: Sequence[Row], fields: Fields) -> list[_Question]:
     if not rows:
         raise OperantError("there are no rows: give data with at least one row")
-    prompt = _find(rows, "prompt", fields.prompt)
-    messages = _find(rows, "messages", fields.messages)
+    prompt = find_column(rows, "prompt", fields.prompt)
+    messages = find_column(rows, "messages", fields.messages)
     if fields.messages is not None and fields.prompt is None:
         prompt = None
-    completion = _find(rows, "completion", fields.completion)
-    references = _find(rows, "references", fields.references)
+    completion = find_column(rows, "completion", fields.completion)
+    references = find_column(rows, "references", fields.references)
     if prompt is None and messages is None:
-        raise OperantError(_no_column(rows, "prompt", "prompt"))
+        raise OperantError(no_column(rows, "prompt", "prompt"))
     used = {column.split(".")[0] for column in (prompt, messages, completion, references) if column is not None}
     questions = []
     for number, row in enumerate(rows, start=1):
-        asked = _get(row, prompt) if prompt is not None else _get(row, str(messages))
+        asked = cell(row, prompt) if prompt is not None else cell(row, str(messages))
         column = str(prompt if prompt is not None else messages)
-        answers = () if completion is None else _texts_of(_get(row, completion), completion, number)
+        answers = () if completion is None else _texts_of(cell(row, completion), completion, number)
         chat: tuple[dict[str, str], ...] | None = None
         text = ""
-        if _is_chat(asked):
+        if is_chat(asked):
             turns = [{str(key): value for key, value in turn.items() if value is not None} for turn in asked]
             # The answer to a recorded chat is its last message, which the policy must not see.
             if turns[-1].get("role") == "assistant":
-                answers = answers or (_text_of(turns[-1].get("content"), column, number),)
+                answers = answers or (text_of(turns[-1].get("content"), column, number),)
                 turns = turns[:-1]
             if not turns:
                 raise OperantError(f"row {number} has nothing before the assistant's message: add the user's message")
             chat = tuple(turns)
             text = str(turns[-1].get("content", ""))
         else:
-            text = _text_of(asked, column, number)
-        wanted = () if references is None else _texts_of(_get(row, references), references, number)
+            text = text_of(asked, column, number)
+        wanted = () if references is None else _texts_of(cell(row, references), references, number)
         meta = {key: value for key, value in row.items() if key not in used}
         questions.append(_Question(text, chat, answers, wanted or answers, meta))
     return questions
@@ -446,10 +459,10 @@ def _questions(rows: Sequence[Row], fields: Fields) -> list[_Question]:
 
 def _ids(rows: Sequence[Row], questions: Sequence[_Question], fields: Fields) -> list[str]:
     """A stable name for each row: its own where all are different, else a hash of its content and its place."""
-    if fields.id is not None and all(_get(row, fields.id) is _ABSENT for row in rows):
-        raise OperantError(_no_column(rows, "id", fields.id))
+    if fields.id is not None and all(cell(row, fields.id) is ABSENT for row in rows):
+        raise OperantError(no_column(rows, "id", fields.id))
     for column in ("id", "idx") if fields.id is None else (fields.id,):
-        values = [_get(row, column) for row in rows]
+        values = [cell(row, column) for row in rows]
         if all(isinstance(value, (str, int)) and value != "" for value in values):
             names = [str(value) for value in values]
             if len(set(names)) == len(names):
@@ -640,15 +653,15 @@ def load_texts(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
     """
     if not rows:
         raise OperantError("there are no rows: give data with at least one row")
-    column = _find(rows, "text", (fields or Fields()).text)
+    column = find_column(rows, "text", (fields or Fields()).text)
     if column is None:
-        raise OperantError(_no_column(rows, "text", "text"))
+        raise OperantError(no_column(rows, "text", "text"))
     texts: list[str] = []
     for number, row in enumerate(rows, start=1):
-        value = _get(row, column)
-        if value is not None and value is not _ABSENT:
+        value = cell(row, column)
+        if value is not None and value is not ABSENT:
             texts.extend(
-                _texts_of(value, column, number) if isinstance(value, list) else [_text_of(value, column, number)]
+                _texts_of(value, column, number) if isinstance(value, list) else [text_of(value, column, number)]
             )
     texts = [text for text in texts if text.strip()]
     if not texts:

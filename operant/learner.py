@@ -17,13 +17,14 @@ from operant.types import Batch, OperantError, StepStats
 
 Schedule = Literal["constant", "cosine", "linear"]
 
-# (policy, micro-batch on its device) → loss per token float[B, S] and sums over the micro-batch's action tokens
+# (policy, micro-batch on its device) → loss per token float[B, S] and sums over the micro-batch's action tokens, or
+# over what `count` counts. A loss of a whole completion or pair stands on one of its tokens.
 TokenLoss = Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(slots=True)
 class ClosureResult:
-    """loss: of the whole step. sums: what is logged, over `counted` action tokens. tokens: all action tokens."""
+    """loss: of the whole step. sums: what is logged, over `counted` things. tokens: all action tokens."""
 
     loss: float
     sums: dict[str, float]
@@ -162,7 +163,8 @@ class Learner:
                 total += float(loss.detach())
                 acted = int(micro.action_mask.sum())
                 tokens += acted
-                counted += acted if stats else 0  # supervised pairs beside the completions report nothing
+                # supervised pairs beside the completions report nothing
+                counted += int(stats.pop("count", acted)) if stats else 0
                 for name, value in stats.items():
                     sums[name] = sums.get(name, 0.0) + float(value.detach())
             return ClosureResult(total, sums, tokens, counted)

@@ -1,4 +1,4 @@
-"""Losses per token, as pure functions of tensors of one shape (…,). Minimise them; a batch's weights do the summing."""
+"""Losses per token or per completion, pure functions of tensors of one shape. Minimise them; a batch's weights sum."""
 
 from __future__ import annotations
 
@@ -156,3 +156,68 @@ def label_smoothed(logprobs: Tensor, mean_logprobs: Tensor, smoothing: float) ->
     mean_logprobs: the mean of log π over the vocabulary, same shape as logprobs.
     """
     return -(1 - smoothing) * logprobs - smoothing * mean_logprobs
+
+
+# --- preferences: one loss per pair or per completion, of sequence log-probs log π(y|x) = Σ_t log π(y_t) --------------
+
+
+def dpo(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Direct preference optimisation (Rafailov et al. 2023, eq. 7), with label smoothing ε (cDPO, Mitchell 2023).
+
+        −(1 − ε) log σ(β Δ) − ε log σ(−β Δ),  Δ = log π(y_w|x)/π_ref(y_w|x) − log π(y_l|x)/π_ref(y_l|x)
+
+    All columns float[P], one entry a pair; the reference's are constants. ε is the share of labels that are wrong.
+    """
+    margin = beta * _log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected)
+    right, wrong = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
+def ipo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1) -> Tensor:
+    """Identity preference optimisation (Azar et al. 2023, eq. 17): (Δ − 1/(2β))², with DPO's Δ; β is their τ.
+
+    The gap is pulled to 1/(2β) instead of to infinity. All columns float[P]: log-probs of sequences as in the paper's
+    equation, or their means per token, which its authors used and which keep β apart from the length.
+    """
+    return (_log_ratio_gap(chosen, rejected, ref_chosen, ref_rejected) - 1 / (2 * beta)) ** 2
+
+
+def kto(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    desirable: Tensor,
+    kl: Tensor | float,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """Kahneman–Tversky optimisation (Ethayarajh et al. 2024, eq. 8), from completions that are each good or bad.
+
+        λ_D (1 − σ(β (r − z₀))) where desirable, λ_U (1 − σ(β (z₀ − r))) where not;  r = log π(y|x)/π_ref(y|x)
+
+    logprobs, ref_logprobs: float[N], one entry a completion; desirable: bool[N]. kl: z₀ ≥ 0, the reference point, an
+    estimate of KL(π‖π_ref) that gets no gradient (see `kto_reference_point`).
+    """
+    point = kl.detach() if isinstance(kl, Tensor) else kl
+    gain = beta * (logprobs - ref_logprobs.detach() - point)
+    value = torch.sigmoid(torch.where(desirable, gain, -gain))
+    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(value.dtype)
+    return weight * (1 - value)
+
+
+def kto_reference_point(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """z₀ = max(0, mean of log π(y'|x)/π_ref(y'|x)) over prompts x with completions y' of other prompts, float[M]
+    (Ethayarajh et al. 2024, §4.1). Biased as an estimate of the KL, and cheap: nothing has to be sampled."""
+    return (logprobs - ref_logprobs).mean().clamp(min=0).detach()
+
+
+def _log_ratio_gap(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:
+    """Δ of `dpo`, float[P]: how much more than the reference the policy prefers the chosen completion, in nats."""
+    return (chosen - rejected) - (ref_chosen - ref_rejected).detach()

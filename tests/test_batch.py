@@ -211,3 +211,20 @@ def test_cutting_a_batch_changes_no_gradient(family: str, make_policy: Callable[
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         shuffled = gradient([select_rows(batch, part) for part in order.chunk(5)])
         assert float((shuffled - whole).norm() / whole.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_the_two_of_a_pair_are_never_parted(encoder: bool) -> None:
+    prompts = [np.arange(1, 3 + i // 4) for i in range(12)]  # two pairs a prompt
+    lengths = [2, 9, 5, 1, 7, 3, 3, 3, 8, 2, 1, 1]
+    batch = from_sequences(prompts, [np.arange(n) + 20 for n in lengths], encoder=encoder, pad_id=0)
+    batch.pair_ids = torch.arange(12) // 2
+    batch.is_chosen = torch.arange(12) % 2 == 0
+    for room in (1, 24, 40, 70):
+        pieces = list(microbatches(batch, room))
+        seen = [p for piece in pieces for p in piece.pair_ids.tolist()]
+        assert sorted(seen) == batch.pair_ids.tolist() and len(pieces) > 1
+        for piece in pieces:
+            assert piece.denominator == batch.denominator
+            ids = piece.pair_ids.tolist()
+            assert ids[::2] == ids[1::2] and piece.is_chosen.tolist() == [True, False] * (len(ids) // 2)

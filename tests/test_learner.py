@@ -90,6 +90,17 @@ def test_what_is_logged_is_averaged_over_the_tokens_that_report_it(make_policy: 
     assert stats.approx_kl == 2.0 and stats.tokens == 2 * int(batch.action_mask.sum())
 
 
+def test_a_loss_may_say_what_it_counts(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy("gpt2")
+
+    def loss(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = torch.tensor(float(len(batch.tokens)))
+        return -policy.logprobs(batch).logprobs, {"count": rows, "margin": 5 * rows}
+
+    stats = Learner(policy, lr=0.01).step([batch_of(policy, 3), batch_of(policy, 2)], loss)
+    assert stats.extra == {"margin": 5.0}
+
+
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_a_sick_step_leaves_weights_and_optimizer_as_they_were(bad: str, make_policy: Callable[..., Policy]) -> None:
     policy = make_policy("gpt2")

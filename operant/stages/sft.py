@@ -80,7 +80,7 @@ def sft(
         return fit(
             run, policy, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
             schedule=config.schedule, batches=batches, dev=dev, eval_every=config.eval_every,
-            patience=config.patience, loss_of=smoothed, generation=generation if asked else None,
+            patience=config.patience, loss_of=smoothed, held_out=generation if asked else None,
             best_metric=config.best_metric,
         )  # fmt: skip
 

@@ -68,14 +68,16 @@ def fit(
     eval_every: int,
     patience: int = 0,
     loss_of: TokenLoss = likelihood_loss,
-    generation: Callable[[], dict[str, float]] | None = None,
+    held_out: Callable[[], dict[str, float]] | None = None,
     best_metric: str = "loss",
+    dropout: bool = True,
 ) -> StageResult:
     """Minimise the loss of `batches(step)`; measure `dev` every `eval_every` steps, keep the best, stop after
     `patience` measurements without improvement (0: never).
 
-    generation: further held-out metrics, of completions, measured beside the loss. best_metric: "loss", the least, or
-    one of them, the most."""
+    held_out: further held-out metrics, such as those of completions, and the `loss` where there is no `dev`.
+    best_metric: "loss", the least, or one of them, the most. dropout: whether the model's is on while it learns.
+    """
     learner = Learner(
         policy, lr=lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         warmup_steps=warmup_steps, total_steps=steps, schedule=schedule,  # type: ignore[arg-type]
@@ -85,27 +87,29 @@ def fit(
     if not math.isfinite(state["dev_loss"] or math.inf):
         state["dev_loss"] = math.inf
 
-    measured_step = -1
+    measured_step, measurable = -1, bool(dev) or held_out is not None
 
     def look() -> float:
         """Measure and tell; what is better is greater."""
-        loss = mean_loss(policy, dev)
-        values = generation() if generation is not None else {}
-        state["dev_loss"] = min(loss, state["dev_loss"])
-        run.log.log(
-            run.step,
-            {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 50.0))}
-            | {f"eval/{name}": value for name, value in values.items()},
-        )
-        value = -loss if best_metric == "loss" else values[best_metric]
-        told = "" if best_metric == "loss" else f", {best_metric} {value:.4g}"
+        values: dict[str, float] = {}
+        if dev:
+            loss = mean_loss(policy, dev)
+            values = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+        further = held_out() if held_out is not None else {}
+        values |= further
+        state["dev_loss"] = min(values["loss"], state["dev_loss"])
+        run.log.log(run.step, {f"eval/{name}": value for name, value in values.items()})
+        value = -values["loss"] if best_metric == "loss" else values[best_metric]
+        unit = " nats/token" if dev else ""
+        shown = ([] if best_metric == "loss" else [best_metric]) if dev else [n for n in further if n != "loss"]
+        told = "".join(f", {name} {values[name]:.4g}" for name in shown)
         better = " (best)" if value > run.best_value else ""
-        run.note(f"step {run.step}: dev loss {loss:.4f} nats/token{told}{better}")
+        run.note(f"step {run.step}: dev loss {values['loss']:.4f}{unit}{told}{better}")
         return value
 
     def measure() -> None:
         nonlocal measured_step
-        if not dev:
+        if not measurable:
             return
         measured_step = run.step
         value = look()
@@ -120,17 +124,18 @@ def fit(
     if run.step == 0:
         measure()
     for step in run.steps(steps):
-        policy.model.train()
+        policy.model.train(dropout)
         stats = learner.step(batches(step), loss_of)
+        speed = {"train/tokens_per_second": stats.tokens / max(stats.seconds, 1e-9)}
         run.record(
             stats,
-            {"train/tokens_per_second": stats.tokens / max(stats.seconds, 1e-9)},
+            speed | {f"train/{name}": value for name, value in stats.extra.items()},
             shown={"loss": stats.loss, "lr": stats.coefficients["lr"]},
         )
         if run.step % eval_every == 0 or run.step == steps:
             measure()
     if not run.failed and not run.interrupted and measured_step != run.step:
-        last = look() if dev else -math.inf
+        last = look() if measurable else -math.inf
         if last > run.best_value:
             run.crown(last)
     run.restore_best()

@@ -1,0 +1,288 @@
+"""Preference data: pairs (chosen, rejected), edits read as pairs, and single completions that are good or bad."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from operant.data import ABSENT, Fields, Pair, Row, TooLong, cell, find_column, is_chat, load_pairs, no_column, text_of
+from operant.text import Codec
+from operant.types import Ints, OperantError, Prompt
+
+__all__ = ["Preference", "Rating", "load_preferences", "load_ratings", "unpaired"]
+
+T = TypeVar("T")
+
+_GOOD = ("true", "yes", "up", "good", "desirable", "1", "+1", "1.0", "👍")
+_BAD = ("false", "no", "down", "bad", "undesirable", "0", "-1", "0.0", "-1.0", "👎")
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two completions of one prompt, int64[T] each, the first preferred. `time` is when it was said (0: unknown)."""
+
+    prompt: Prompt
+    chosen: Ints
+    rejected: Ints
+    time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rating:
+    """One completion, int64[T], that somebody found desirable or not. `time` is when it was said (0: unknown)."""
+
+    prompt: Prompt
+    tokens: Ints
+    desirable: bool
+    time: float = 0.0
+
+
+def unpaired(pairs: Sequence[Preference]) -> list[Rating]:
+    """Each pair as two ratings: the chosen completion is desirable, the rejected one is not."""
+    out: list[Rating] = []
+    for pair in pairs:
+        out += [
+            Rating(pair.prompt, pair.chosen, True, pair.time),
+            Rating(pair.prompt, pair.rejected, False, pair.time),
+        ]
+    return out
+
+
+def load_preferences(
+    rows: Sequence[Row],
+    codec: Codec,
+    fields: Fields | None = None,
+    *,
+    prefix: str = "",
+    separator: str = "\n",
+    encoder: bool = False,
+    max_prompt_tokens: int | None = None,
+    max_tokens: int | None = None,
+    too_long: TooLong = "error",
+) -> list[Preference]:
+    """Pairs of completions, one a row. An edit is such a pair: the edited text is chosen, the original rejected.
+
+    The columns are `prompt, chosen, rejected` or `prompt, original, edited`, or those that `fields` names; all may be
+    texts or chats. Without a prompt column, what both completions begin with is the prompt: the common messages of two
+    chats, or of two texts the common words, after which no separator is written.
+
+    Args:
+        rows, codec, fields, prefix, separator, encoder, max_prompt_tokens: as in `load_pairs`.
+        max_tokens: the longest completion of an encoder-decoder; of a decoder, prompt and completion together.
+        too_long: "error", "skip" (leave the pair out) or "truncate" (cut both completions; pairs that are the same
+            afterwards are left out).
+
+    Raises:
+        OperantError: there are no pairs in the rows, both texts of a row are the same, the chosen one is empty, a
+            value is no text, or a row is too long.
+    """
+    fields = fields or Fields()
+    made, implicit = _pair_rows(rows, fields)
+    pairs = load_pairs(
+        made, codec, Fields(prompt="prompt", completion="completion", id=fields.id), prefix=prefix,
+        separator="" if implicit else separator, encoder=encoder, max_prompt_tokens=max_prompt_tokens,
+        too_long=too_long,
+    )  # fmt: skip
+    out = []
+    for chosen, rejected in zip(pairs[::2], pairs[1::2], strict=True):
+        sides = [_fitted(side, max_tokens, encoder, too_long) for side in (chosen, rejected)]
+        if sides[0] is not None and sides[1] is not None and not np.array_equal(sides[0], sides[1]):
+            out.append(Preference(_without_references(chosen.prompt), sides[0], sides[1]))
+    return _some(out, "pair", max_tokens)
+
+
+def load_ratings(
+    rows: Sequence[Row],
+    codec: Codec,
+    fields: Fields | None = None,
+    *,
+    prefix: str = "",
+    separator: str = "\n",
+    encoder: bool = False,
+    max_prompt_tokens: int | None = None,
+    max_tokens: int | None = None,
+    too_long: TooLong = "error",
+) -> list[Rating]:
+    """Completions that are each good or bad. Rows of pairs (see `load_preferences`) give two each.
+
+    The columns are `prompt, completion, label` or those that `fields` names; a label is true or false, 1 or 0, +1 or
+    −1, up or down. The arguments are those of `load_preferences`.
+
+    Raises:
+        OperantError: there are neither labels nor pairs, a label is neither good nor bad, a desirable completion is
+            empty, a value is no text, or a row is too long.
+    """
+    fields = fields or Fields()
+    if not rows:
+        raise OperantError("there are no rows: give data with at least one row")
+    label = find_column(rows, "label", fields.label)
+    answer = find_column(rows, "completion", fields.completion, "--completion-field")
+    if label is None or answer is None:
+        if all(find_column(rows, side, getattr(fields, side)) is not None for side in ("chosen", "rejected")):
+            return unpaired(
+                load_preferences(
+                    rows, codec, fields, prefix=prefix, separator=separator, encoder=encoder,
+                    max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, too_long=too_long,
+                )
+            )  # fmt: skip
+        missing, flag = ("label", "--label-field") if label is None else ("completion", "--completion-field")
+        raise OperantError(no_column(rows, missing, missing, flag))
+    prompt = _prompt_column(rows, fields)
+    made, labels = [], []
+    for number, row in enumerate(rows, start=1):
+        history, text = _answer(cell(row, answer), answer, number)
+        labels.append(_label(cell(row, label), label, number))
+        if labels[-1]:
+            _not_empty(text, answer, number)
+        asked = list(history) if history else _asked(row, prompt, number)
+        made.append(_others(row, (prompt, answer, label)) | {"prompt": asked, "completion": text})
+    # skipped prompts would shift the labels against the rows, so each carries its own
+    for row, good in zip(made, labels, strict=True):
+        row["desirable"] = good
+    pairs = load_pairs(
+        made, codec, Fields(prompt="prompt", completion="completion", id=fields.id), prefix=prefix,
+        separator=separator, encoder=encoder, max_prompt_tokens=max_prompt_tokens, too_long=too_long,
+    )  # fmt: skip
+    out = []
+    for pair in pairs:
+        tokens = _fitted(pair, max_tokens, encoder, too_long)
+        if tokens is not None:
+            out.append(Rating(_without_references(pair.prompt), tokens, bool(pair.prompt.meta["desirable"])))
+    return _some(out, "completion", max_tokens)
+
+
+# -- rows
+
+
+def _pair_rows(rows: Sequence[Row], fields: Fields) -> tuple[list[Row], bool]:
+    """(rows with `prompt` and `completion`: [chosen, rejected], whether the prompts are part of the texts)."""
+    if not rows:
+        raise OperantError("there are no rows: give data with at least one row")
+    chosen, rejected = (find_column(rows, side, getattr(fields, side)) for side in ("chosen", "rejected"))
+    if chosen is None or rejected is None:
+        single = find_column(rows, "label", fields.label) is not None
+        missing = "chosen" if chosen is None else "rejected"
+        hint = "; single ratings are learned with --algorithm kto" if single else ""
+        raise OperantError(f"a preference needs pairs, and {no_column(rows, missing, missing)}{hint}")
+    prompt = _prompt_column(rows, fields)
+    made: list[Row] = []
+    same: list[int] = []
+    implicit = False
+    for number, row in enumerate(rows, start=1):
+        before, good = _answer(cell(row, chosen), chosen, number)
+        before_rejected, bad = _answer(cell(row, rejected), rejected, number)
+        if before != before_rejected:
+            raise OperantError(
+                f"row {number} continues two different chats in {chosen!r} and {rejected!r}: both must answer the same"
+            )
+        if good == bad:
+            same.append(number)
+            continue
+        asked: Any
+        if before:
+            asked = list(before)
+        elif prompt is None and isinstance(cell(row, chosen), str):
+            implicit = True
+            cut = _common_words(good, bad)
+            asked, good, bad = good[:cut], good[cut:], bad[cut:]
+            if not asked.strip():
+                raise OperantError(
+                    f"row {number} has no prompt: {chosen!r} and {rejected!r} begin with different words; "
+                    "add a column prompt, or choose one with --prompt-field"
+                )
+        else:
+            asked = _asked(row, prompt, number)
+        _not_empty(good, chosen, number)
+        made.append(_others(row, (prompt, chosen, rejected)) | {"prompt": asked, "completion": [good, bad]})
+    if same:
+        raise OperantError(
+            f"{len(same)} of {len(rows)} rows have the same text in {chosen!r} and {rejected!r} (the first is row "
+            f"{same[0]}): a preference needs two different completions; remove those rows"
+        )
+    return made, implicit
+
+
+def _prompt_column(rows: Sequence[Row], fields: Fields) -> str | None:
+    given = find_column(rows, "prompt", fields.prompt)
+    return given if given is not None else find_column(rows, "messages", fields.messages)
+
+
+def _asked(row: Row, prompt: str | None, number: int) -> Any:
+    if prompt is None:
+        raise OperantError(f"row {number} has no prompt: add a column prompt, or choose one with --prompt-field")
+    return cell(row, prompt)
+
+
+def _answer(value: Any, column: str, number: int) -> tuple[tuple[dict[str, str], ...], str]:
+    """(messages before the answer, the answer): of a chat, its last message, which must be the assistant's."""
+    if not is_chat(value):
+        return (), text_of(value, column, number)
+    turns = [{str(key): said for key, said in turn.items() if said is not None} for turn in value]
+    if turns[-1].get("role") != "assistant":
+        raise OperantError(
+            f"row {number} has a chat in {column!r} that does not end with the assistant's message: add the answer"
+        )
+    return tuple(turns[:-1]), text_of(turns[-1].get("content"), column, number)
+
+
+def _common_words(left: str, right: str) -> int:
+    """How many characters both texts begin with, back to the last space: a word is not cut in two."""
+    length = next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
+    return next((i for i in range(length - 1, 0, -1) if left[i].isspace()), length)
+
+
+def _not_empty(text: str, column: str, number: int) -> None:
+    if not text.strip():
+        raise OperantError(
+            f"row {number} has an empty text in the column {column!r}, which would teach the policy to say nothing: "
+            "mend or remove the row"
+        )
+
+
+def _label(value: Any, column: str, number: int) -> bool:
+    word = str(value).strip().lower()
+    if word in _GOOD or word in _BAD:
+        return word in _GOOD
+    told = "nothing" if not word or value is None or value is ABSENT else repr(value)[:40]
+    raise OperantError(
+        f"row {number} has {told} in the column {column!r}, "
+        "which is neither good nor bad: give true or false (or 1 and 0, up and down)"
+    )
+
+
+def _others(row: Row, used: Sequence[str | None]) -> Row:
+    """The columns that say nothing of prompt and completions; they end in the prompt's `meta`."""
+    taken = {name.split(".")[0] for name in used if name} | {
+        "prompt", "messages", "completion", "references", "reference",
+    }  # fmt: skip
+    return {name: value for name, value in row.items() if name not in taken}
+
+
+# -- lengths
+
+
+def _fitted(pair: Pair, limit: int | None, encoder: bool, too_long: TooLong) -> Ints | None:
+    """The completion's tokens, cut if they may be; None where the row is to be left out."""
+    before = 0 if encoder else len(pair.prompt.tokens)
+    if limit is None or before + len(pair.completion_tokens) <= limit:
+        return pair.completion_tokens
+    if too_long == "error":
+        raise OperantError(
+            f"row {pair.prompt.id} has {before + len(pair.completion_tokens)} tokens and the model holds {limit}; "
+            "use --too_long skip or truncate"
+        )
+    return pair.completion_tokens[: limit - before] if too_long == "truncate" and limit > before else None
+
+
+def _some(items: list[T], what: str, limit: int | None) -> list[T]:
+    if not items:
+        raise OperantError(f"every {what} is longer than {limit} tokens: give shorter texts, or --too_long truncate")
+    return items
+
+
+def _without_references(prompt: Prompt) -> Prompt:
+    return dataclasses.replace(prompt, references=())
