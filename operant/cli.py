@@ -25,6 +25,11 @@ EXAMPLES = {
         "fine-tune on labelled pairs",
         "operant sft --model runs/pretrain/model --data pairs/ --prompt_field en --reference_field de --out runs/sft",
     ),
+    "reward-model": (
+        configs.RewardModelConfig,
+        "train a model that rewards completions",
+        "operant reward-model --data preferences/ --kind comparison --out runs/judge",
+    ),
     "train": (
         configs.TrainConfig,
         "learn from rewards",
@@ -177,9 +182,12 @@ def _parse_fault(text: str, given: list[str]) -> str:
 
 
 def run_pretrain(config: configs.PretrainConfig) -> None:
-    from operant.stages import pretrain
+    from operant.stages import pretrain, pretrain_masked, wants_masked
 
-    pretrain(config)
+    if wants_masked(config):
+        pretrain_masked(config)
+    else:
+        pretrain(config)
 
 
 def run_sft(config: configs.SftConfig) -> None:
@@ -187,6 +195,17 @@ def run_sft(config: configs.SftConfig) -> None:
 
     result = sft(config)
     print(f"dev loss {result.dev_loss:.4f} nats/token after {result.steps} steps; model in {result.out}/model")
+
+
+def run_reward_model(config: configs.RewardModelConfig) -> None:
+    from operant.stages import train_reward_model
+
+    result = train_reward_model(config)
+    for row, values in result.measured.items():
+        print(f"{row:14}" + "".join(f"  {name} {value:.4f}" for name, value in values.items()))
+    print(
+        f"reward model after {result.steps} steps in {result.out}/model; use it as --reward 'model({result.out}/model)'"
+    )
 
 
 def run_train(config: configs.TrainConfig) -> None:
@@ -323,6 +342,7 @@ def run_quickstart(config: configs.QuickstartConfig) -> None:
 COMMANDS: dict[str, Callable[[Any], None]] = {
     "pretrain": run_pretrain,
     "sft": run_sft,
+    "reward-model": run_reward_model,
     "train": run_train,
     "eval": run_eval,
     "score": run_score,

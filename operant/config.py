@@ -16,6 +16,7 @@ __all__ = [
     "EvalConfig",
     "PretrainConfig",
     "QuickstartConfig",
+    "RewardModelConfig",
     "SampleConfig",
     "ScoreConfig",
     "SftConfig",
@@ -114,27 +115,36 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class StartConfig:
     """Which model a stage starts from.
 
     Args:
         model: a folder or hub id to start from; empty makes a new one from `arch` and `size`.
-        arch: gpt2 or llama (decoder-only), t5 (encoder-decoder).
+        arch: gpt2 or llama (decoder-only), t5 (encoder-decoder), bert (an encoder, which reads and does not write).
         size: tiny, small or base.
         tokenizer: a folder or hub id with a tokenizer for a new model; empty trains a byte-level BPE on the data.
         vocab_size: of a newly trained tokenizer.
         max_length: tokens that a new model can hold.
         dropout: of a new model, while fine-tuning and pretraining.
-        lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
     """
 
     model: str | None = None
-    arch: Literal["gpt2", "llama", "t5"] = "gpt2"
+    arch: Literal["gpt2", "llama", "t5", "bert"] = "gpt2"
     size: Literal["tiny", "small", "base"] = "tiny"
     tokenizer: str | None = None
     vocab_size: int = 4096
     max_length: int = 512
     dropout: float = 0.0
+
+
+@dataclass(kw_only=True)
+class ModelConfig(StartConfig):
+    """Which policy a stage starts from.
+
+    Args:
+        lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
+    """
+
     lora_rank: int = 0
 
 
@@ -161,9 +171,11 @@ class PairFields:
 
 @dataclass(kw_only=True)
 class PretrainConfig(RunConfig, ModelConfig):
-    """Train on raw text: causal language modelling, or span corruption for encoder-decoders.
+    """Train on raw text: causal or masked language modelling, or span corruption for encoder-decoders.
 
     Args:
+        objective: auto takes the architecture's: causal for decoders, spans (Raffel et al. 2020) for encoder-decoders,
+            mlm (masked language modelling, Devlin et al. 2019) for encoders.
         data: JSON Lines (also .gz), CSV, Parquet, a folder with train/dev files, or a hub data set.
         dev_data: held-out text; empty takes the dev split of `data`, or the last twentieth of it.
         text_field: column of the text; guessed when empty.
@@ -176,10 +188,11 @@ class PretrainConfig(RunConfig, ModelConfig):
         schedule: what follows the warm-up.
         eval_every: steps between measurements of the dev loss.
         block: packed row length; 0 takes the model's.
-        noise_density: share of tokens that span corruption hides (Raffel et al. 2020).
+        noise_density: share of tokens that span corruption or masking hides.
         mean_span: mean length of a hidden span.
     """
 
+    objective: Literal["auto", "causal", "spans", "mlm"] = "auto"
     data: str = ""
     dev_data: str | None = None
     text_field: str | None = None
@@ -338,6 +351,67 @@ class TrainConfig(RunConfig, PairFields):
     eval_every: int = 20
     eval_prompts: int = 200
     log_samples: int = 8
+
+
+@dataclass(kw_only=True)
+class RewardModelConfig(RunConfig, StartConfig):
+    """Train a reward model: an encoder or decoder with a head that judges completions.
+
+    Args:
+        kind: regression (scores), comparison (which of two is better; Bradley-Terry), token (labelled spans or tokens,
+            for a dense reward).
+        data: rows, in any of the forms that `operant pretrain --data` takes.
+        dev_data: held-out rows, which choose the checkpoint and calibrate; empty takes the dev split of `data`, or its
+            last tenth (at most 500).
+        limit: use only the first rows.
+        prompt_field: column of the prompt; a model without prompts needs none.
+        completion_field: column of the completion.
+        score_field: column of its score, a number (regression).
+        lower_is_better: the scores count faults; they are negated.
+        chosen_field: column of the better completion (comparison).
+        rejected_field: column of the worse one.
+        label_field: where the two completions stand in any order: a column that says 1 when that of `chosen_field` is
+            better, 2 when the other is, 0 for a tie, which is left out.
+        span_field: column of the labels (token): a list of {start, end, value} over the completion's characters, or,
+            beside a column `tokens` whose texts spell the completion, a number for each. What no label covers is 0.
+        separator: text between prompt and completion, for tokenizers without a separator of their own.
+        pool: what the head reads: the mean over the completion's tokens, or the last one; auto is last for decoders.
+        too_long: what to do with completions that the model cannot hold; a prompt loses its beginning.
+        steps: at most so many optimizer steps.
+        batch_size: rows (pairs of completions for comparison) per optimizer step.
+        lr: peak learning rate.
+        warmup_steps: steps of linear warm-up.
+        schedule: what follows the warm-up.
+        eval_every: steps between held-out measurements.
+        patience: stop when the held-out measure has not improved for so many measurements; 0 never stops early.
+        best_by: what chooses the checkpoint: accuracy (comparison) or correlation (the others), or the held-out loss.
+    """
+
+    kind: Literal["regression", "comparison", "token"] = "comparison"
+    data: str = ""
+    dev_data: str | None = None
+    limit: int | None = None
+    prompt_field: str | None = None
+    completion_field: str = "completion"
+    score_field: str = "score"
+    lower_is_better: bool = False
+    chosen_field: str = "chosen"
+    rejected_field: str = "rejected"
+    label_field: str | None = None
+    span_field: str = "spans"
+    separator: str = "\n"
+    pool: Literal["auto", "mean", "last"] = "auto"
+    too_long: Literal["error", "skip"] = "error"
+    arch: Literal["gpt2", "llama", "t5", "bert"] = "bert"
+    out: str = "runs/reward-model"
+    steps: int = 500
+    batch_size: int = 32
+    lr: float = 3e-4
+    warmup_steps: int = 20
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    eval_every: int = 25
+    patience: int = 8
+    best_by: Literal["measure", "loss"] = "measure"
 
 
 @dataclass(kw_only=True)

@@ -6,20 +6,38 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from operant.batch import to_device
-from operant.policy import Policy
 from operant.types import Batch, OperantError, StepStats
 
 Schedule = Literal["constant", "cosine", "linear"]
 
-# (policy, micro-batch on its device) → loss per token float[B, S] and sums over the micro-batch's action tokens, or
-# over what `count` counts. A loss of a whole completion or pair stands on one of its tokens.
-TokenLoss = Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]
+# (what is trained, micro-batch on its device) → loss per token float[B, S] and sums over the micro-batch's action
+# tokens, or over what `count` counts. A loss of a whole completion or pair stands on one of its tokens.
+TokenLoss = Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Trainable(Protocol):
+    """What a Learner and a Run need of a policy, an encoder or a reward model."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def model(self) -> Any: ...
+
+    def trainable_parameters(self) -> list[nn.Parameter]: ...
+
+    def critic_parameters(self) -> list[nn.Parameter]: ...
+
+    def save(self, path: str | Path) -> None: ...
+
+    def restore(self, path: str | Path) -> None: ...
 
 
 @dataclass(slots=True)
@@ -119,7 +137,7 @@ class Learner:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Trainable,
         *,
         lr: float,
         weight_decay: float = 0.0,

@@ -60,7 +60,7 @@ LABELS = {
     "tokens_per_second": "Tokens/s",
     "variance_ratio": "Variance with β / without",
 }
-_LOWER_IS_BETTER = {"loss", "perplexity", "ter"}
+_LOWER_IS_BETTER = {"brier", "ece", "loss", "perplexity", "rmse", "ter"}
 _BEHAVIOUR = ("length", "distinct1", "distinct2", "distinct3", "kl_ref", "repetition", "reward_missing", "truncated")
 
 _LEVEL_MARKERS = ("┈", "═", "~", "+")

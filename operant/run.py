@@ -21,8 +21,8 @@ import torch
 
 from operant import checkpoint
 from operant.config import RunConfig, check_numbers, to_yaml
-from operant.learner import Learner
-from operant.policy import Policy, settle_adapter
+from operant.learner import Learner, Trainable
+from operant.policy import settle_adapter
 from operant.report import write_report
 from operant.runlog import FREE_KEYS, Progress, RunFolder, RunLog
 from operant.types import OperantError, StepStats
@@ -141,7 +141,7 @@ class Run:
 
     # --- attaching and resuming ----------------------------------------------------------------------------------
 
-    def attach(self, policy: Policy, learner: Learner, state: dict[str, Any]) -> None:
+    def attach(self, policy: Trainable, learner: Learner, state: dict[str, Any]) -> None:
         """Name what checkpoints hold; on resume, fill it in from the last one."""
         self.policy, self.learner, self.state = policy, learner, state
         if not self.quiet:  # only now, so that a fault in the data or the model is the one line that is seen
@@ -171,7 +171,8 @@ class Run:
         self.best_value, self.best_step = facts["best_value"], facts["best_step"]
         if self.best_value is None:
             self.best_value = -math.inf
-        self.best_checkpoint = facts["best_checkpoint"]
+        # a checkpoint that is the best was written before it could know its own name
+        self.best_checkpoint = path.name if self.best_step == self.step else facts["best_checkpoint"]
         self.spent_seconds = facts["spent_seconds"]
         self.state.clear()
         self.state.update(facts["state"])

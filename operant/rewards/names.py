@@ -6,6 +6,8 @@
     exact * format(pattern="[0-9]+")         a product
     gate(format(pattern="..."), bleu)        bleu only where the format holds
     clip(bleu, 0, 0.8)    norm(chrf)         clipping, running normalisation
+    model(runs/judge/model)                  a trained reward model; several, with commas, are an ensemble
+    similarity(runs/bert/model)              BERTScore's matching over an encoder
     my_rewards:politeness                    a function, class or reward object of an importable module
 
 The text is parsed, never evaluated: only these forms and literal options are understood.
@@ -26,6 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from operant.rewards.combine import Clip, Combination, Gate, Product, RunningNorm, Sum
+from operant.rewards.learned import Learned, Similarity
 from operant.rewards.metrics import (
     Bleu,
     Chrf,
@@ -57,9 +60,14 @@ BUILT_IN: dict[str, Callable[..., Metric]] = {
     "length": Length,
     "repetition": Repetition,
     "format": Format,
+    "model": Learned,
+    "learned": Learned,
+    "similarity": Similarity,
 }
 COMBINATIONS: dict[str, Callable[..., Combination]] = {"gate": Gate, "clip": Clip, "norm": RunningNorm}
-_REFERENCE = re.compile(r"(?<![\w.:'\"])([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)(?![\w.:'\"])")
+# a folder in brackets needs no quotes: model(runs/a/model, runs/b/model), similarity(path=~/bert)
+_PATHS = re.compile(r"""("[^"]*"|'[^']*')|(?<=[(=])\s*([\w.~-]*/[\w./~-]*(?:\s*,\s*[\w.~-]*/[\w./~-]*)*)(?=\s*[,)])""")
+_REFERENCE = re.compile(r"\"[^\"]*\"|'[^']*'|(?<![\w.:'\"])([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)(?![\w.:'\"])")
 
 
 def reward_names() -> list[str]:
@@ -164,11 +172,14 @@ class _Parser:
 
     def reward(self) -> Any:
         def stand_in(match: re.Match[str]) -> str:
+            if match[1] is None:  # quoted text, such as a judge's rubric, may hold a colon
+                return match.group()
             key = f"__import_{len(self.imports)}"
             self.imports[key] = match.group()
             return key
 
-        text = re.sub(r"\bchrf\+\+", "__chrf_words", _REFERENCE.sub(stand_in, self.spec.strip()))
+        spec = _PATHS.sub(lambda m: m[1] or f'"{m[2]}"', self.spec.strip())
+        text = re.sub(r"\bchrf\+\+", "__chrf_words", _REFERENCE.sub(stand_in, spec))
         try:
             tree = ast.parse(text, mode="eval").body
         except (SyntaxError, ValueError):
@@ -231,6 +242,9 @@ class _Parser:
             except TypeError:
                 usage = {"gate": "gate(condition, reward, threshold=0.5, closed=0.0)", "clip": "clip(reward, 0, 1)"}
                 raise self.fault(f"uses {name} wrongly; write {usage.get(name, 'norm(reward)')}") from None
+        maker = BUILT_IN.get(name)
+        if positional and maker is not None and (first := getattr(maker, "positional", None)) and len(positional) == 1:
+            options.setdefault(first, self.literal(positional.pop(0)))
         if positional:
             raise self.fault(f"gives '{name}' an option without a name; write name=value")
         return self.built_in(name, options) if ":" not in name else self.imported(name, options)
@@ -331,7 +345,7 @@ def _nearest(name: str, choices: Iterable[str]) -> str | None:
 def _near_option(name: str) -> str:
     known = {
         key
-        for maker in (Bleu, Chrf, Ter, Rouge, Exact, Edit, Length, Repetition, Format)
+        for maker in (Bleu, Chrf, Ter, Rouge, Exact, Edit, Length, Repetition, Format, Learned, Similarity)
         for key in option_names(maker)
     }
     close = _nearest(name, known - {name})

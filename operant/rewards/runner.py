@@ -3,7 +3,8 @@
 Rewards that pickle run in worker processes, started once; one that hangs is killed, with whatever it started, and
 replaced. Rewards that do not pickle (closures over live objects) run in daemon threads: one that hangs is abandoned,
 since a thread cannot be killed. The built-in linear metrics run in place: sending them away would cost more than
-computing them. Only the leaves of a combination are sent; the combination itself is computed here, so its state is in
+computing them. So do batched rewards that say so: a model has its device here, and a judge its own time limits. Only
+the leaves of a combination are sent; the combination itself is computed here, so its state is in
 one place.
 """
 
@@ -144,7 +145,7 @@ class RewardRunner:
                 if "stream_fault" in completion.meta:  # already tried, while the text was written
                     outcomes[i] = (None, _stream_reason(completion.meta["stream_fault"]))
                     continue
-            if leaf.in_process and not leaf.batched and len(completion.text) <= IN_PLACE_CHARACTERS:
+            if leaf.in_process and (leaf.batched or len(completion.text) <= IN_PLACE_CHARACTERS):
                 outcomes[i] = call(leaf, prompt, completion)
             else:
                 remote.append(i)

@@ -1,7 +1,7 @@
 """The Reward seam: what a reward may be, and how what it returns becomes one reward per token.
 
-A reward is any callable `reward(prompt, completion) -> float | sequence[float] | list[Span] | None`. These optional
-attributes say more about it:
+A reward is any callable `reward(prompt, completion) -> float | sequence[float] | list[Span] | Missing | None`. These
+optional attributes say more about it:
 
 name: how it is logged (default: the function's name).
 dense: True when it pays per token, so that estimators which would sum it away can be refused.
@@ -30,7 +30,15 @@ import numpy as np
 from operant.text import chars_to_tokens
 from operant.types import Bools, Completion, Doubles, OperantError, Prompt, Span, Trajectory
 
-RewardValue = float | Sequence[float] | Sequence[Span] | None
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A reward that is not there, with why: "slug: detail", counted by the slug. None says the same without a why."""
+
+    reason: str
+
+
+RewardValue = float | Sequence[float] | Sequence[Span] | Missing | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +256,8 @@ def place(value: Any, completion: Completion) -> tuple[Doubles, Bools, str | Non
     end = last_sampled(completion)
     if value is None:
         return rewards, observed, "none: the reward returned None"
+    if isinstance(value, Missing):
+        return rewards, observed, value.reason
     if end is None:
         return rewards, observed, "no_tokens: the completion has no sampled token to carry a reward"
     if isinstance(value, (str, bytes, dict)):

@@ -1,6 +1,8 @@
-"""Stages that learn from text rather than from rewards; each a thin use of the one Learner."""
+"""Stages that learn from data rather than by sampling; each a thin use of the one Learner."""
 
+from operant.stages.masked import pretrain_masked, wants_masked
 from operant.stages.pretrain import pretrain
+from operant.stages.reward_model import train_reward_model
 from operant.stages.sft import sft
 
-__all__ = ["pretrain", "sft"]
+__all__ = ["pretrain", "pretrain_masked", "sft", "train_reward_model", "wants_masked"]

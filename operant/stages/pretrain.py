@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -60,23 +60,22 @@ def pretrain(
     texts: Sequence[str] | None = None,
     dev_texts: Sequence[str] = (),
     quiet: bool = False,
-) -> StageResult:
-    """Train on raw text. What is not given is loaded as `config` says.
+) -> StageResult[Policy]:
+    """Train a policy on raw text. What is not given is loaded as `config` says. See `pretrain_masked` for encoders.
 
-    Raises OperantError for missing or empty data, or a tokenizer without sentinels for an encoder-decoder.
+    Raises OperantError for missing or empty data, a tokenizer without sentinels for an encoder-decoder, or an
+    objective that the model has not.
     """
     with Run(config, "pretrain", quiet=quiet) as run:
-        words: list[str] = []
-        if texts is None:
-            rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, 500)
-            fields = Fields(text=config.text_field)
-            texts, words = load_texts(rows, fields), all_texts(rows)
-            dev_texts = load_texts(dev_rows, fields) if dev_rows else []
-        if not texts:
-            raise OperantError("there is no text to learn from; check --data and --limit")
-        known = list(texts)
+        known, dev_texts, words = known_texts(config, texts, dev_texts)
         sentinels = SENTINELS if config.arch == "t5" else 0
         policy = policy or starting_policy(config, config, lambda: words or known, sentinels)
+        own = "spans" if policy.family == "encoder-decoder" else "causal"
+        if config.objective not in ("auto", own):
+            raise OperantError(
+                f"--objective {config.objective} does not fit a {policy.family} model; it learns by {own}"
+                + (": leave --objective out, or choose --arch bert" if config.objective == "mlm" else "")
+            )
         documents = policy.codec.encode_batch(known, eos=True)
         held_out = policy.codec.encode_batch(list(dev_texts), eos=True) if dev_texts else []
         block = min(config.block or policy.max_length, policy.max_length)
@@ -84,18 +83,39 @@ def pretrain(
             make, dev = _denoising(policy, documents, held_out, block, config)
         else:
             make, dev = _causal(policy, documents, held_out, block, config)
-        accumulate = config.accumulate
-
-        def batches(step: int) -> list[Batch]:
-            rounds = [make(step * accumulate + i) for i in range(accumulate)]
-            total = sum(b.denominator for b in rounds)
-            whole = [dataclasses.replace(b, denominator=total) for b in rounds]
-            return [piece for b in whole for piece in microbatches(b, config.tokens_per_microbatch)]
-
+        batches = accumulated(make, config)
         return fit(
             run, policy, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
             schedule=config.schedule, batches=batches, dev=dev, eval_every=config.eval_every,
         )  # fmt: skip
+
+
+def known_texts(
+    config: PretrainConfig, texts: Sequence[str] | None, dev_texts: Sequence[str]
+) -> tuple[list[str], Sequence[str], list[str]]:
+    """(texts, held-out texts, every string of the rows they came from), loaded where none are given."""
+    words: list[str] = []
+    if texts is None:
+        rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, 500)
+        fields = Fields(text=config.text_field)
+        texts, words = load_texts(rows, fields), all_texts(rows)
+        dev_texts = load_texts(dev_rows, fields) if dev_rows else []
+    if not texts:
+        raise OperantError("there is no text to learn from; check --data and --limit")
+    return list(texts), dev_texts, words
+
+
+def accumulated(make: Callable[[int], Batch], config: PretrainConfig) -> Callable[[int], list[Batch]]:
+    """step → micro-batches of its `accumulate` rounds, all with the denominator of the whole step."""
+    accumulate = config.accumulate
+
+    def batches(step: int) -> list[Batch]:
+        rounds = [make(step * accumulate + i) for i in range(accumulate)]
+        total = sum(b.denominator for b in rounds)
+        whole = [dataclasses.replace(b, denominator=total) for b in rounds]
+        return [piece for b in whole for piece in microbatches(b, config.tokens_per_microbatch)]
+
+    return batches
 
 
 def _causal(policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig):  # type: ignore[no-untyped-def]
@@ -128,7 +148,7 @@ def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], bloc
             "span corruption needs a tokenizer with sentinels <extra_id_0> …; "
             "leave --tokenizer out to train one that has them"
         )
-    pieces = _pieces(documents, block)
+    pieces = pieces_of(documents, block - 1, 2)
     mean = max(1, int(np.mean([len(p) for p in pieces])))
     per_step = max(1, min(config.batch_tokens // mean, len(pieces)))
     order = DataOrder(len(pieces), per_step, config.seed, "pieces")
@@ -143,7 +163,7 @@ def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], bloc
             encoder=True, pad_id=policy.codec.pad_id,
         )  # fmt: skip
 
-    dev_pieces = _pieces(held_out, block)[:512]
+    dev_pieces = pieces_of(held_out, block - 1, 2)[:512]
     dev = [corrupted(dev_pieces[i : i + 64], mixed_seed(config.seed, "dev", i)) for i in range(0, len(dev_pieces), 64)]
 
     def make(number: int) -> Batch:
@@ -152,13 +172,12 @@ def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], bloc
     return make, dev
 
 
-def _pieces(documents: list[Ints], block: int) -> list[Ints]:
-    """Documents without their EOS, cut to `block − 1` tokens; what is too short to hide a span in is left out."""
-    size = block - 1
+def pieces_of(documents: list[Ints], size: int, least: int) -> list[Ints]:
+    """Documents without their EOS, cut to `size` tokens; pieces of fewer than `least` have nothing to hide."""
     cut = [doc[:-1][i : i + size] for doc in documents for i in range(0, len(doc) - 1, size)]
-    pieces = [p for p in cut if len(p) >= 2]
+    pieces = [p for p in cut if len(p) >= least]
     if not pieces and documents:
-        raise OperantError("every text is shorter than two tokens; give longer texts")
+        raise OperantError(f"every text is shorter than {least} tokens; give longer texts")
     return pieces
 
 
@@ -167,4 +186,4 @@ def _shuffled(documents: list[Ints], seed: int) -> list[Ints]:
     return [documents[i] for i in order]
 
 
-__all__ = ["pretrain", "span_corruption"]
+__all__ = ["accumulated", "known_texts", "pieces_of", "pretrain", "span_corruption"]

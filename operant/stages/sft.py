@@ -33,7 +33,7 @@ def sft(
     pairs: Sequence[Pair] | None = None,
     dev_pairs: Sequence[Pair] | None = None,
     quiet: bool = False,
-) -> StageResult:
+) -> StageResult[Policy]:
     """Fine-tune until the held-out measure stops improving. What is not given is loaded as `config` says.
 
     Raises OperantError for missing or empty data, unknown fields, and answers or prompts that the model cannot hold.

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from operant.batch import to_device
 from operant.config import ModelConfig, RunConfig
-from operant.learner import Learner, TokenLoss
+from operant.learner import Learner, TokenLoss, Trainable
 from operant.objectives import negative_log_likelihood
 from operant.policy import Policy
 from operant.run import Run
@@ -23,11 +23,14 @@ from operant.types import Batch, OperantError
 T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class StageResult:
-    """The policy with its best weights, and what the stage reached. dev_loss, the least, is in nats per token."""
+M = TypeVar("M", bound=Trainable)
 
-    policy: Policy
+
+@dataclass(slots=True)
+class StageResult(Generic[M]):
+    """The model with its best weights, and what the stage reached. dev_loss, the least, is in nats per token."""
+
+    policy: M
     out: Path
     steps: int
     seconds: float
@@ -35,13 +38,13 @@ class StageResult:
     dev_loss: float
 
 
-def likelihood_loss(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def likelihood_loss(policy: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """−log π(y_t) for every action token."""
     return negative_log_likelihood(policy.logprobs(batch).logprobs), {}
 
 
 @torch.no_grad()
-def mean_loss(policy: Policy, batches: Sequence[Batch]) -> float:
+def mean_loss(policy: Any, batches: Sequence[Batch]) -> float:
     """Nats per action token over all batches, dropout off."""
     training = policy.model.training
     policy.model.eval()
@@ -56,7 +59,7 @@ def mean_loss(policy: Policy, batches: Sequence[Batch]) -> float:
 
 def fit(
     run: Run,
-    policy: Policy,
+    policy: M,
     config: RunConfig,
     *,
     steps: int,
@@ -71,7 +74,7 @@ def fit(
     held_out: Callable[[], dict[str, float]] | None = None,
     best_metric: str = "loss",
     dropout: bool = True,
-) -> StageResult:
+) -> StageResult[M]:
     """Minimise the loss of `batches(step)`; measure `dev` every `eval_every` steps, keep the best, stop after
     `patience` measurements without improvement (0: never).
 
@@ -149,6 +152,11 @@ def starting_policy(
     config: RunConfig, model: ModelConfig, texts: Callable[[], list[str]], sentinels: int = 0
 ) -> Policy:
     """Load `model.model`, or make a new one whose tokenizer is loaded or trained on `texts()`."""
+    if model.arch == "bert" and not model.model:
+        raise OperantError(
+            "bert reads and does not write: it can be pretrained (operant pretrain --arch bert) and made a reward "
+            "model; choose --arch gpt2, llama or t5 here"
+        )
     if model.model:
         policy = Policy.load(model.model, device=config.device, dtype=config.dtype)
     else:

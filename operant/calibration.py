@@ -1,0 +1,76 @@
+"""How well predictions agree with what they predict: correlation, calibration and its repair. Pure numpy functions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from operant.types import Doubles
+
+__all__ = ["brier_score", "calibration_error", "fit_affine", "fit_temperature", "log_loss", "pearson", "spearman"]
+
+
+def pearson(x: Doubles, y: Doubles) -> float:
+    """Pearson's correlation of float[N] and float[N]; 0 when either is constant, since nothing is foretold."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    a, b = x - x.mean(), y - y.mean()
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
+
+
+def spearman(x: Doubles, y: Doubles) -> float:
+    """Spearman's ρ: Pearson's correlation of the ranks, ties given their mean rank."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(x: Doubles) -> Doubles:
+    values, inverse, counts = np.unique(np.asarray(x, np.float64), return_inverse=True, return_counts=True)
+    mean_rank = np.cumsum(counts) - (counts - 1) / 2
+    return mean_rank[inverse] if len(values) else np.zeros(0)
+
+
+def brier_score(probabilities: Doubles, outcomes: Doubles) -> float:
+    """Mean squared distance of probabilities float[N] in [0, 1] from outcomes 0 or 1 (Brier 1950); always ½ gives ¼."""
+    return float(np.mean((np.asarray(probabilities) - np.asarray(outcomes)) ** 2))
+
+
+def log_loss(margins: Doubles) -> float:
+    """Mean −log σ(m) over margins float[N] of the preferred over the other, in nats; always ½ gives log 2."""
+    return float(np.mean(np.logaddexp(0.0, -np.asarray(margins, np.float64))))
+
+
+def calibration_error(probabilities: Doubles, outcomes: Doubles, bins: int = 10) -> float:
+    """Expected calibration error (Naeini et al. 2015): Σ_b |b|/N · |mean outcome in b − mean probability in b|.
+
+    Bins of equal width over [0, 1]. probabilities, outcomes: float[N].
+    """
+    p, y = np.asarray(probabilities, np.float64), np.asarray(outcomes, np.float64)
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    gaps = [abs(float(y[which == b].sum() - p[which == b].sum())) for b in range(bins)]
+    return sum(gaps) / max(1, len(p))
+
+
+def fit_temperature(margins: Doubles) -> float:
+    """τ that minimises the mean −log σ(m/τ) over margins float[N] (temperature scaling, Guo et al. 2017).
+
+    Kept within [0.01, 100]: where every margin is positive the best τ is 0, and where the mean margin is not positive
+    it is infinite.
+    """
+    m = np.asarray(margins, np.float64)
+    low, high = np.log(0.01), np.log(100.0)
+    for _ in range(60):  # the loss is convex in 1/τ: its derivative there, −Σ m σ(−m/τ), changes sign once
+        middle = (low + high) / 2
+        slope = float(np.sum(m / (1.0 + np.exp(np.clip(m / np.exp(middle), -500, 500)))))
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return float(np.exp((low + high) / 2))
+
+
+def fit_affine(predictions: Doubles, targets: Doubles) -> tuple[float, float]:
+    """(a, b) that minimise Σ (a·prediction + b − target)², a not negative: it must not turn a ranking round.
+
+    Constant predictions give (0, mean target).
+    """
+    x, y = np.asarray(predictions, np.float64), np.asarray(targets, np.float64)
+    spread = float(np.sum((x - x.mean()) ** 2))
+    slope = max(0.0, float(np.sum((x - x.mean()) * (y - y.mean()))) / spread) if spread > 0 else 0.0
+    return slope, float(y.mean() - slope * x.mean())

@@ -1,0 +1,284 @@
+"""A language model as a reader: a vector for every token of a text, and BERT's masked language modelling.
+
+A `Policy` writes; an `Encoder` only reads. It is any Transformers model: a BERT-like one, a decoder (each token sees
+what is before it), or the encoder of an encoder-decoder. Reward models and semantic similarity stand on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from operant.policy import EntropyMode, Policy, TokenLogprobs, resolve_device
+from operant.text import Codec, looks_like_path
+from operant.types import Batch, Bools, Ints, OperantError
+
+# (layers, heads, width, feed-forward width), as in policy.SIZES; `base` is the published size (Devlin et al. 2019).
+ENCODER_SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
+    "bert": {"tiny": (4, 4, 128, 512), "small": (6, 8, 256, 1024), "base": (12, 12, 768, 3072)},
+}
+
+
+class Encoder:
+    """A Transformers model with its tokenizer, for reading.
+
+    `model` is the whole model with its language-modelling head, so that a saved folder is one that Transformers loads;
+    `body` is the part that reads. `dtype` is "float32", or "bf16" for autocast over float32 weights.
+    """
+
+    def __init__(self, model: Any, codec: Codec, *, device: str = "auto", dtype: str = "float32") -> None:
+        if dtype not in ("float32", "bf16"):
+            raise OperantError(f"dtype {dtype!r} is not known; choose float32 or bf16")
+        self.device, self.dtype = resolve_device(device), dtype
+        self.model = model.to(self.device)
+        self.codec = codec
+        self.config = model.config
+        self.body: Any = model.get_encoder() if self.config.is_encoder_decoder else model.base_model
+        self.causal = not self.config.is_encoder_decoder and not is_masked(self.config)
+        vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        if codec.vocab_size > vocabulary:
+            raise OperantError(
+                f"the tokenizer has {codec.vocab_size} tokens but the model only {vocabulary}; "
+                "load the tokenizer that belongs to this model"
+            )
+        tokenizer = codec.tokenizer
+        first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else codec.bos_id
+        self.first: Ints = np.asarray([] if first is None else [first], np.int64)
+        last = tokenizer.sep_token_id
+        self.last: Ints = np.asarray([codec.eos_id if last is None else last], np.int64)
+
+    @classmethod
+    def load(cls, source: str | Path, *, device: str = "auto", dtype: str = "float32") -> Encoder:
+        """Load a folder that a stage or Transformers saved, or a hub id; an adapter is merged into its model.
+
+        Raises OperantError when there is no such model, or it is no language model, or it has no tokenizer.
+        """
+        from transformers import AutoConfig, AutoModelForMaskedLM
+
+        folder = Path(source)
+        readable = (folder / "config.json").exists() or not (folder.exists() or looks_like_path(str(source)))
+        if readable and not (folder / "adapter_config.json").exists():
+            try:
+                config = AutoConfig.from_pretrained(source)
+                if is_masked(config):
+                    model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32)
+                    return cls(model, Codec.load(source), device=device, dtype=dtype)
+            except OperantError:
+                raise
+            except Exception as error:  # of many types: Transformers', safetensors', the hub client's
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise OperantError(
+                    f"cannot load a model from {source} ({first}); give a folder that a stage or Transformers saved"
+                ) from error
+        policy = Policy.load(source, device="cpu")
+        model = policy.model.merge_and_unload() if policy.is_lora else policy.model
+        return cls(model, policy.codec, device=device, dtype=dtype)
+
+    @classmethod
+    def new(
+        cls,
+        arch: str,
+        size: str,
+        codec: Codec,
+        *,
+        max_length: int = 512,
+        seed: int = 0,
+        dropout: float = 0.0,
+        device: str = "auto",
+        dtype: str = "float32",
+    ) -> Encoder:
+        """A model with random weights: `bert` of size `tiny`, `small` or `base`, or any arch of `Policy.new`.
+
+        Raises OperantError for an unknown arch or size.
+        """
+        if arch not in ENCODER_SIZES:
+            policy = Policy.new(arch, size, codec, max_length=max_length, seed=seed, dropout=dropout, device="cpu")
+            return cls(policy.model, codec, device=device, dtype=dtype)
+        from transformers import BertConfig, BertForMaskedLM
+
+        if size not in ENCODER_SIZES[arch]:
+            raise OperantError(f"no {arch} of size {size!r}; choose --size {'|'.join(ENCODER_SIZES[arch])}")
+        layers, heads, width, inner = ENCODER_SIZES[arch][size]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = BertForMaskedLM(
+                BertConfig(
+                    vocab_size=codec.vocab_size, hidden_size=width, num_hidden_layers=layers, intermediate_size=inner,
+                    num_attention_heads=heads, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+                    max_position_embeddings=max_length, type_vocab_size=1, pad_token_id=codec.pad_id,
+                    bos_token_id=codec.bos_id, eos_token_id=codec.eos_id,
+                )
+            )  # fmt: skip
+        return cls(model, codec, device=device, dtype=dtype)
+
+    def save(self, path: str | Path) -> None:
+        """Write a folder that plain Transformers loads."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(str(path))
+        self.codec.save(path)
+
+    def restore(self, path: str | Path) -> None:
+        """Put the weights that `save` wrote at `path` into this encoder, in place: optimizers keep their tensors."""
+        saved = type(self.model).from_pretrained(str(path), dtype=torch.float32)
+        self.model.load_state_dict(saved.state_dict())
+
+    # --- what it is ----------------------------------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """Size of the vectors."""
+        return int(self.config.hidden_size)  # Transformers maps other spellings (d_model, n_embd) to this one
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit."""
+        for name in ("max_position_embeddings", "n_positions"):
+            value = getattr(self.config, name, None)
+            if isinstance(value, int) and value > 0:
+                table = getattr(getattr(self.body, "embeddings", None), "position_embeddings", None)
+                padding = getattr(table, "padding_idx", None)  # RoBERTa counts positions from after its padding index
+                return value if padding is None else value - padding - 1
+        return 2**20
+
+    @property
+    def mask_id(self) -> int:
+        """The token that hides another. Raises OperantError when the tokenizer has none."""
+        mask = self.codec.tokenizer.mask_token_id
+        if mask is None:
+            raise OperantError(
+                "masked language modelling needs a tokenizer with a mask token; leave --tokenizer out to train one"
+            )
+        return int(mask)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """None: an encoder has no critic."""
+        return []
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        if self.dtype == "bf16":
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                yield
+        else:
+            yield
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def framed(self, tokens: Ints) -> Ints:
+        """int64[T] between the tokens that the model expects around a text ([CLS] … [SEP], or BOS … EOS)."""
+        return np.concatenate([self.first, tokens, self.last])
+
+    def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The last layer's vectors float32[B, S, width] of right-padded tokens int64[B, S], mask bool[B, S]."""
+        with self.autocast():
+            return self.body(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
+
+    def logprobs(self, batch: Batch, entropy: EntropyMode = "none") -> TokenLogprobs:
+        """log p(token_t | the corrupted text) at the hidden tokens, float32[B, S], zero elsewhere (Devlin et al. 2019).
+
+        `batch.context` is the corrupted text and `batch.tokens` the true one, column for column; `action_mask` marks
+        the tokens that were hidden. No entropy is computed.
+        """
+        assert batch.context is not None
+        rows, columns = batch.action_mask.nonzero(as_tuple=True)
+        source = batch.context.row[rows]
+        head = getattr(self.model, "cls", None) or getattr(self.model, "lm_head", None)
+        if head is not None:  # the vocabulary is wide: only where a token is asked for
+            with self.autocast():
+                logits = head(self.hidden(batch.context.tokens, batch.context.mask)[source, columns]).float()
+        else:
+            with self.autocast():
+                output = self.model(input_ids=batch.context.tokens, attention_mask=batch.context.mask.long())
+            logits = output.logits[source, columns].float()
+        picked = logits.log_softmax(-1).gather(-1, batch.tokens[rows, columns][:, None])[:, 0]
+        out = torch.zeros(batch.tokens.shape, dtype=picked.dtype, device=picked.device)
+        return TokenLogprobs(out.index_put((rows, columns), picked))
+
+    @torch.no_grad()
+    def vectors(self, texts: Sequence[str], max_tokens: int = 8192) -> list[tuple[Ints, np.ndarray]]:
+        """(tokens int64[T], vectors float32[T, width]) of each text, without the tokens around it, dropout off.
+
+        max_tokens: padded tokens that go through the model at once. A text that the model cannot hold is cut at its
+        end, and its T says so.
+        """
+        room = self.max_length - len(self.first) - len(self.last)
+        tokens = [row[:room] for row in self.codec.encode_batch(list(texts))]
+        out: list[tuple[Ints, np.ndarray]] = [(row, np.zeros((0, self.width), np.float32)) for row in tokens]
+        training = self.model.training
+        self.model.eval()
+        framed = [self.framed(row) for row in tokens]
+        for chosen in by_length([len(row) for row in framed], max_tokens):
+            padded, mask = right_padded([framed[i] for i in chosen], self.codec.pad_id)
+            hidden = self.hidden(padded.to(self.device), mask.to(self.device)).cpu().numpy()
+            for row, i in enumerate(chosen):
+                begin = len(self.first)
+                out[i] = (tokens[i], hidden[row, begin : begin + len(tokens[i])])
+        self.model.train(training)
+        return out
+
+
+def masked_tokenizer(texts: Iterable[str], vocab_size: int) -> Codec:
+    """A byte-level BPE (see `Codec.train_bpe`) that also has a mask token, `<extra_id_0>`."""
+    codec = Codec.train_bpe(texts, vocab_size=vocab_size, sentinels=1)
+    codec.tokenizer.add_special_tokens({"mask_token": "<extra_id_0>"})
+    return Codec(codec.tokenizer)
+
+
+def hide_tokens(
+    tokens: Ints, rng: np.random.Generator, *, mask_id: int, vocabulary: Ints, density: float = 0.15
+) -> tuple[Ints, Bools]:
+    """BERT's corruption (Devlin et al. 2019, §3.1): of the tokens chosen, 80% become the mask, 10% a random token, 10% stay.
+
+    tokens: int64[T], T ≥ 1. vocabulary: int64[V], the ids that a random token is drawn from. Returns (corrupted
+    int64[T], chosen bool[T]); round(density · T) tokens are chosen, at least one.
+    """  # noqa: E501
+    chosen = np.zeros(len(tokens), np.bool_)
+    count = min(len(tokens), max(1, round(len(tokens) * density)))
+    chosen[rng.choice(len(tokens), count, replace=False)] = True
+    draw = rng.random(len(tokens))
+    corrupted = np.where(chosen & (draw < 0.8), mask_id, tokens)
+    drawn = vocabulary[rng.integers(len(vocabulary), size=len(tokens))]
+    return np.where(chosen & (draw >= 0.9), drawn, corrupted), chosen
+
+
+def right_padded(rows: Sequence[Ints], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(tokens int64[B, S], mask bool[B, S])."""
+    width = max((len(row) for row in rows), default=0)
+    tokens, mask = np.full((len(rows), width), pad_id, np.int64), np.zeros((len(rows), width), np.bool_)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
+def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Row numbers in pieces of at most `max_tokens` padded tokens (or one row), rows of like length together."""
+    piece: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if piece and lengths[i] * (len(piece) + 1) > max_tokens:
+            yield piece
+            piece = []
+        piece.append(i)
+    if piece:
+        yield piece
+
+
+def is_masked(config: Any) -> bool:
+    """Whether a Transformers configuration is of a BERT-like model, which is trained by masking."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    kind = config.model_type
+    decodes = kind in CAUSAL and (kind not in MASKED or bool(getattr(config, "is_decoder", False)))
+    return kind in MASKED and not config.is_encoder_decoder and not decodes
+
+
+__all__ = ["ENCODER_SIZES", "Encoder", "by_length", "hide_tokens", "is_masked", "masked_tokenizer", "right_padded"]

@@ -1,0 +1,424 @@
+"""Reward models: from scores, comparisons or labelled spans to a model that rewards completions."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from operant.batch import microbatches
+from operant.calibration import (
+    brier_score,
+    calibration_error,
+    fit_affine,
+    fit_temperature,
+    log_loss,
+    pearson,
+    spearman,
+)
+from operant.config import RewardModelConfig
+from operant.data import ABSENT, Row, cell, find_column, text_of
+from operant.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts
+from operant.run import DataOrder, Run
+from operant.stages.masked import starting_encoder
+from operant.stages.sft import load_split_rows
+from operant.stages.supervised import all_texts, fit
+from operant.text import chars_to_tokens
+from operant.types import Batch, Doubles, OperantError
+
+Measures = dict[str, float]
+
+_LABELS = {"comparison": ("label_field",), "regression": ("score_field",), "token": ("span_field",)}
+
+
+@dataclass(slots=True)
+class RewardModelResult:
+    """The reward model with its best weights, calibrated, and what was measured on the held-out rows: a row of measures
+    for the model and one for each baseline."""
+
+    model: RewardModel
+    out: Path
+    steps: int
+    seconds: float
+    stop_reason: str
+    measured: dict[str, Measures]
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """One labelled row. readings: one completion, or the better and the worse of two. targets: float64, [1] a score,
+    [T] token values (NaN where unlabelled), [0] for a comparison. first_won: whether the first column's won."""
+
+    readings: tuple[Reading, ...]
+    targets: Doubles
+    first_won: bool = True
+
+    @property
+    def length(self) -> float:
+        """Characters of the completion, or by how many the better one is longer."""
+        sizes = [len(reading.text) for reading in self.readings]
+        return float(sizes[0] - sizes[1] if len(sizes) == 2 else sizes[0])
+
+
+def train_reward_model(
+    config: RewardModelConfig,
+    *,
+    rows: Sequence[Row] | None = None,
+    dev_rows: Sequence[Row] | None = None,
+    quiet: bool = False,
+) -> RewardModelResult:
+    """Train until the held-out measure stops rising, keep the best, calibrate it on the held-out rows.
+
+    Scores are normalised by the training rows' mean and deviation, which the saved model adds again. What is not given
+    is loaded as `config` says. The report compares with two baselines fitted on the training rows: the completion's
+    length, and the commonest answer (mean score, more frequent label).
+
+    Raises OperantError for missing or empty data, unknown fields, values that are no labels, labels that are all the
+    same, and completions that the model cannot hold.
+    """
+    with Run(config, "reward-model", quiet=quiet) as run:
+        if rows is None:
+            rows, loaded = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
+            dev_rows = loaded if dev_rows is None else dev_rows
+        if not rows:
+            raise OperantError("there are no rows to learn from; check --data and --limit")
+        encoder = starting_encoder(config, config.seed, config.device, config.dtype, all_texts(rows))
+        pool = config.pool if config.pool != "auto" else "last" if encoder.causal else "mean"
+        facts = RewardFacts(config.kind, pool, config.separator)
+        model = RewardModel(encoder, facts, seed=config.seed)
+        known, notes = read_judgements(rows, config, model, "training")
+        held_out, more = read_judgements(dev_rows, config, model, "held-out") if dev_rows else ([], [])
+        check_classes(known, config)
+        if config.kind != "comparison":
+            values = np.concatenate([j.targets[np.isfinite(j.targets)] for j in known])
+            facts.mean, facts.std = float(values.mean()), float(values.std())
+        order = DataOrder(len(known), min(config.batch_size, len(known)), config.seed, "judgements")
+
+        def batches(step: int) -> list[Batch]:
+            return judgement_batches([known[i] for i in order.take(step)], model, config.tokens_per_microbatch)
+
+        def look() -> Measures:
+            return measures(held_out, predicted(model, held_out), config.kind, known)
+
+        main = "accuracy" if config.kind == "comparison" else "correlation"
+        fit(
+            run, model, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
+            schedule=config.schedule, batches=batches, dev=[], loss_of=reward_loss, eval_every=config.eval_every,
+            patience=config.patience, held_out=look if held_out else None,
+            best_metric="loss" if config.best_by == "loss" else main,
+        )  # fmt: skip
+        for note in [*notes, *more]:
+            run.note(note)
+        measured: dict[str, Measures] = {}
+        if held_out:
+            measured = measure_and_calibrate(model, held_out, known)
+            (run.folder.path / "results.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+            run.log.samples(run.step, _samples(model, held_out))
+        facts.measured = measured
+        result = RewardModelResult(model, run.folder.path, run.step, run.seconds, run.stop_reason, measured)
+    # the run has put the best checkpoint's weights there; what was fitted after it belongs beside them
+    write_facts(facts, result.out / "model")
+    return result
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def read_judgements(
+    rows: Sequence[Row], config: RewardModelConfig, model: RewardModel, which: str
+) -> tuple[list[Judgement], list[str]]:
+    """(labelled rows as the model reads them, what was left out). Raises OperantError naming the first faulty row."""
+    prompt_field = config.prompt_field or ("prompt" if any("prompt" in row for row in rows) else None)
+    two = config.kind == "comparison"
+    fields = (config.chosen_field, config.rejected_field) if two else (config.completion_field,)
+    flags = ("chosen_field", "rejected_field") if two else ("completion_field",)
+    for field, flag in zip(fields, flags, strict=True):
+        find_column(rows, flag, field, f"--{flag}")
+    for flag in _LABELS[config.kind]:
+        if field := getattr(config, flag):
+            find_column(rows, flag, field, f"--{flag}")
+    texts: list[tuple[str, ...]] = []
+    labels: list[tuple[Row, int, bool]] = []
+    ties = 0
+    for number, row in enumerate(rows, start=1):
+        asked = text_of(cell(row, prompt_field), prompt_field, number) if prompt_field else ""
+        answers = tuple(text_of(cell(row, field), field, number) for field in fields)
+        first_won = True
+        if two and config.label_field:
+            label = _number(row, config.label_field, number)
+            if label not in (0, 1, 2):
+                raise OperantError(
+                    f"row {number}: the label is {label:g}; it must be 1 (first is better), 2 or 0 (tie)"
+                )
+            if label == 0:
+                ties += 1
+                continue
+            first_won = label == 1
+            answers = answers if first_won else answers[::-1]
+        if two and answers[0] == answers[1]:
+            ties += 1
+            continue
+        texts.append((asked, *answers))
+        labels.append((row, number, first_won))
+    flat = [(asked, answer) for asked, *answers in texts for answer in answers]
+    readings = model.read_all(flat)
+    each = 2 if two else 1
+    judgements: list[Judgement] = []
+    long = 0
+    for i, (row, number, first_won) in enumerate(labels):
+        own = tuple(readings[i * each : (i + 1) * each])
+        if any(reading is None for reading in own):
+            long += 1
+            continue
+        whole = tuple(reading for reading in own if reading is not None)
+        if two:
+            judgements.append(Judgement(whole, np.zeros(0), first_won))
+        else:
+            judgements.append(Judgement(whole, _targets(row, number, whole[0], config)))
+    if long and config.too_long == "error":
+        raise OperantError(
+            f"{long} of {len(labels)} {which} rows have a completion of more tokens than the model holds "
+            f"({model.encoder.max_length}); use --too_long skip, or a longer --max_length"
+        )
+    notes = [f"{ties} {which} rows are ties and were left out"] if ties else []
+    notes += [f"{long} {which} rows are too long and were left out"] if long else []
+    if not judgements:
+        raise OperantError(f"no {which} row is left to learn from ({'; '.join(notes) or 'none given'}); check the data")
+    return judgements, notes
+
+
+def _targets(row: Row, number: int, reading: Reading, config: RewardModelConfig) -> Doubles:
+    sign = -1.0 if config.lower_is_better else 1.0
+    if config.kind == "regression":
+        return np.array([sign * _number(row, config.score_field, number)])
+    labels = cell(row, config.span_field)
+    if not isinstance(labels, list):
+        raise OperantError(
+            f"row {number} has no list in the column {config.span_field!r}; [] says that nothing is marked"
+        )
+    spans = _token_spans(row, labels, number) if "tokens" in row else _char_spans(labels, number)
+    values = np.zeros(len(reading.text_ends))
+    for start, end, label in spans:
+        if not 0 <= start < end <= len(reading.text):
+            raise OperantError(
+                f"row {number}: a span covers [{start}, {end}) of a completion of {len(reading.text)} characters; "
+                "spans are half-open and count characters"
+            )
+        first, stop = chars_to_tokens(reading.text_ends, start, end)
+        if label is None:
+            values[first:stop] = np.nan
+        else:
+            values[first:stop] += sign * label / max(1, stop - first)
+    return values
+
+
+def _char_spans(labels: list[Any], number: int) -> list[tuple[int, int, float | None]]:
+    spans: list[tuple[int, int, float | None]] = []
+    for label in labels:
+        given = [label.get(k) for k in ("start", "end", "value")] if isinstance(label, dict) else label
+        if not (
+            isinstance(given, list)
+            and len(given) == 3
+            and all(isinstance(x, int) and not isinstance(x, bool) for x in given[:2])
+            and isinstance(given[2], int | float)
+            and math.isfinite(given[2])
+        ):
+            raise OperantError(
+                f'row {number}: {label!r} is no span; write {{"start": 0, "end": 4, "value": -1.0}} with finite values'
+            )
+        spans.append((given[0], given[1], float(given[2])))
+    return spans
+
+
+def _token_spans(row: Row, values: list[Any], number: int) -> list[tuple[int, int, float | None]]:
+    """What each of the row's own tokens was given, on its characters; None where it has no value."""
+    tokens = row["tokens"]
+    if not isinstance(tokens, list) or len(tokens) != len(values):
+        raise OperantError(f"row {number}: {len(values)} token values for {len(tokens)} `tokens`; give one to each")
+    spans: list[tuple[int, int, float | None]] = []
+    at = 0
+    for token, value in zip(tokens, values, strict=True):
+        end = at + len(str(token))
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise OperantError(f"row {number}: a token's value is {value!r}; give finite numbers, or null for none")
+        if end > at:
+            spans.append((at, end, None if value is None else float(value)))
+        elif spans and value and (before := spans[-1][2]) is not None:  # a token without text adds to the one before
+            spans[-1] = (*spans[-1][:2], before + value)
+        at = end
+    return spans
+
+
+def _number(row: Row, field: str, number: int) -> float:
+    value = cell(row, field)
+    try:
+        found = math.nan if value is None or value is ABSENT or isinstance(value, list | dict) else float(value)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        shown = "nothing" if value is None or value is ABSENT else repr(value)
+        raise OperantError(f"row {number} has {shown} in the column {field!r}; give a finite number or remove the row")
+    return found
+
+
+def check_classes(known: Sequence[Judgement], config: RewardModelConfig) -> None:
+    """Refuse labels that are all the same: nothing can be learned from them."""
+    if config.kind == "comparison":
+        return
+    values = np.unique(np.concatenate([j.targets[np.isfinite(j.targets)] for j in known]))
+    if len(values) < 2:
+        what = "token label" if config.kind == "token" else f"value of {config.score_field!r}"
+        shown = f"{values[0]:g}" if len(values) else "missing"
+        raise OperantError(f"every {what} is {shown}; a reward model needs at least two different ones")
+
+
+# --- batches and measures --------------------------------------------------------------------------------------------
+
+
+def judgement_batches(judgements: Sequence[Judgement], model: RewardModel, max_tokens: int) -> list[Batch]:
+    """Micro-batches of one optimizer step; a pair stays together."""
+    kind = model.facts.kind
+    batch = reading_batch(
+        [r for j in judgements for r in j.readings], model.encoder.codec.pad_id,
+        targets=None if kind == "comparison" else [j.targets for j in judgements], kind=kind,
+    )  # fmt: skip
+    return list(microbatches(batch, max_tokens))
+
+
+def predicted(model: RewardModel, judgements: Sequence[Judgement]) -> list[Doubles]:
+    """Rewards of each judgement: [2] better and worse, [1] a completion, [T] its tokens."""
+    flat = model.predict([r for j in judgements for r in j.readings])
+    each = len(judgements[0].readings)
+    return [np.concatenate(flat[i * each : (i + 1) * each]) for i in range(len(judgements))]
+
+
+def measures(
+    judgements: Sequence[Judgement], rewards: Sequence[Doubles], kind: str, known: Sequence[Judgement]
+) -> Measures:
+    """Held-out measures. comparison: accuracy (ties count half), loss in nats, brier, ece. Else: correlation
+    (Pearson), rank_correlation (Spearman), rmse, loss (mean squared error in units of the training deviation); for
+    scores of two values also accuracy, brier and ece of which it is."""
+    if kind == "comparison":
+        margins = np.array([r[0] - r[1] for r in rewards])
+        sure = 1.0 / (1.0 + np.exp(-np.abs(np.clip(margins, -500, 500))))
+        right = np.where(margins == 0, 0.5, margins > 0)
+        return {
+            "accuracy": float(right.mean()),
+            "loss": log_loss(margins),
+            "brier": brier_score(np.where(margins > 0, sure, 1 - sure), np.ones(len(margins))),
+            "ece": calibration_error(sure, right),
+        }
+    wanted, given = np.concatenate([j.targets for j in judgements]), np.concatenate(rewards)
+    there = np.isfinite(wanted)
+    wanted, given = wanted[there], given[there]
+    training = np.concatenate([j.targets[np.isfinite(j.targets)] for j in known])
+    error = float(np.mean((given - wanted) ** 2))
+    out = {
+        "correlation": pearson(given, wanted),
+        "rank_correlation": spearman(given, wanted),
+        "rmse": math.sqrt(error),
+        "loss": error / max(float(training.var()), 1e-12),
+    }
+    classes = np.unique(training)
+    if kind == "regression" and len(classes) == 2:
+        share = np.clip((given - classes[0]) / (classes[1] - classes[0]), 0, 1)
+        is_high = (wanted == classes[1]).astype(float)
+        sure = np.maximum(share, 1 - share)
+        right = np.where(share == 0.5, 0.5, (share > 0.5) == (is_high == 1))
+        out |= {
+            "accuracy": float(right.mean()),
+            "brier": brier_score(share, is_high),
+            "ece": calibration_error(sure, right),
+        }
+    return out
+
+
+def baselines(judgements: Sequence[Judgement], kind: str, known: Sequence[Judgement]) -> dict[str, Measures]:
+    """The same measures of two baselines that read no text, both fitted on the training rows.
+
+    length: the longer (or shorter) completion is better; or a least-squares line from length to score. majority: the
+    column that more often holds the better completion; or the mean score.
+    """
+    if kind == "comparison":
+        sign = 1.0 if sum(np.sign(j.length) for j in known) >= 0 else -1.0
+        won = np.array([np.sign(sign * j.length) for j in judgements])
+        first = sum(j.first_won for j in known) * 2 >= len(known)
+        majority = float(np.mean([j.first_won == first for j in judgements]))
+        ordered = any(not j.first_won for j in [*known, *judgements])
+        # where the better one always stands first by construction, its place foretells nothing
+        return {
+            "length": {"accuracy": float(np.mean((won + 1) / 2))},
+            "majority": {"accuracy": majority if ordered else 0.5},
+        }
+    lengths = np.concatenate([np.full(len(j.targets), j.length) for j in known])
+    values = np.concatenate([j.targets for j in known])
+    there = np.isfinite(values)
+    x, y = lengths[there], values[there]
+    spread = float(np.sum((x - x.mean()) ** 2))
+    slope = float(np.sum((x - x.mean()) * (y - y.mean()))) / spread if spread else 0.0
+    line = [np.full(len(j.targets), y.mean() + slope * (j.length - x.mean())) for j in judgements]
+    flat = [np.full(len(j.targets), y.mean()) for j in judgements]
+    keep = ("correlation", "rank_correlation", "rmse", "accuracy")
+    rows = {"length": measures(judgements, line, kind, known), "majority": measures(judgements, flat, kind, known)}
+    return {name: {k: v for k, v in row.items() if k in keep} for name, row in rows.items()}
+
+
+def measure_and_calibrate(
+    model: RewardModel, held_out: Sequence[Judgement], known: Sequence[Judgement]
+) -> dict[str, Measures]:
+    """Measure the model and the baselines; then fit the calibration on all held-out rows and leave it in the model.
+
+    "calibrated" is cross-fitted: each half of the rows is measured with the calibration of the other half, so that it
+    is no measure of its own fit.
+    """
+    kind, facts = model.facts.kind, model.facts
+    raw = predicted(model, held_out)
+    table = {"reward model": measures(held_out, raw, kind, known)}
+    apply: list[Doubles] = list(raw)
+    halves = [range(0, len(held_out), 2), range(1, len(held_out), 2)]
+    if len(held_out) > 3:
+        for own, other in (halves, halves[::-1]):
+            scale, offset = _calibration([held_out[i] for i in other], [raw[i] for i in other], kind)
+            for i in own:
+                apply[i] = scale * raw[i] + offset
+        table["calibrated"] = measures(held_out, apply, kind, known)
+    facts.scale, facts.offset = _calibration(held_out, raw, kind)
+    return table | baselines(held_out, kind, known)
+
+
+def _calibration(judgements: Sequence[Judgement], rewards: Sequence[Doubles], kind: str) -> tuple[float, float]:
+    if kind == "comparison":
+        return 1.0 / fit_temperature(np.array([r[0] - r[1] for r in rewards])), 0.0
+    wanted, given = np.concatenate([j.targets for j in judgements]), np.concatenate(rewards)
+    there = np.isfinite(wanted)
+    scale, offset = fit_affine(given[there], wanted[there])
+    # held-out rows that foretell nothing must not make every reward the same
+    return (scale, offset) if scale > 0 else (1.0, 0.0)
+
+
+def _samples(model: RewardModel, held_out: Sequence[Judgement], most: int = 8) -> list[dict[str, Any]]:
+    shown = held_out[:most]
+    codec = model.encoder.codec
+    rows = []
+    for judgement, rewards in zip(shown, predicted(model, shown), strict=True):
+        for i, reading in enumerate(judgement.readings):
+            prompt = codec.decode(reading.tokens[: reading.begin])
+            one = rewards[i] if len(judgement.readings) == 2 else rewards.sum()
+            wanted = ["better", "worse"][i] if len(judgement.readings) == 2 else f"{np.nansum(judgement.targets):.3g}"
+            rows.append({"prompt": prompt, "text": reading.text, "reward": float(one), "references": [wanted]})
+    return rows
+
+
+def evaluate_rewards(
+    reward: Callable[[Sequence[Judgement]], list[Doubles]],
+    judgements: Sequence[Judgement],
+    kind: str,
+    known: Sequence[Judgement],
+) -> dict[str, Measures]:
+    """The measures of any reward of judgements, beside the baselines."""
+    return {"reward model": measures(judgements, reward(judgements), kind, known)} | baselines(judgements, kind, known)
