@@ -30,6 +30,11 @@ EXAMPLES = {
         "train a model that rewards completions",
         "operant reward-model --data preferences/ --kind comparison --out runs/judge",
     ),
+    "prefer": (
+        configs.PreferConfig,
+        "learn from preferences: pairs, edits, thumbs",
+        "operant prefer --model runs/sft/model --data edits.jsonl --algorithm dpo --beta 0.1 --out runs/prefer",
+    ),
     "train": (
         configs.TrainConfig,
         "learn from rewards",
@@ -208,6 +213,20 @@ def run_reward_model(config: configs.RewardModelConfig) -> None:
     )
 
 
+def run_prefer(config: configs.PreferConfig) -> None:
+    from operant.runlog import read_jsonl
+    from operant.stages import prefer
+
+    _need(config.model, "--model", "a model folder or hub id to start from")
+    if not (config.data or config.replay):
+        raise OperantError("--data is missing; give pairs, edits or ratings, or --replay with a file of feedback")
+    result = prefer(config)
+    measured = [row for row in read_jsonl(result.out / "metrics.jsonl") if "eval/loss" in row]
+    best = min(measured, key=lambda row: row["eval/loss"], default={})
+    told = "".join(f", {n.removeprefix('eval/')} {v:.4g}" for n, v in best.items() if n.startswith("eval/"))
+    print(f"{result.steps} steps; the best weights, held out{told or ': not measured'}; model in {result.out}/model")
+
+
 def run_train(config: configs.TrainConfig) -> None:
     from operant.data import Fields, load_prompts, load_rows
     from operant.loop import train
@@ -343,6 +362,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "pretrain": run_pretrain,
     "sft": run_sft,
     "reward-model": run_reward_model,
+    "prefer": run_prefer,
     "train": run_train,
     "eval": run_eval,
     "score": run_score,

@@ -14,6 +14,7 @@ from operant.types import OperantError
 
 __all__ = [
     "EvalConfig",
+    "PreferConfig",
     "PretrainConfig",
     "QuickstartConfig",
     "RewardModelConfig",
@@ -47,6 +48,11 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("between 0 and 1", lambda x: 0 <= x <= 1) for name in _SHARES},
     **{name: ("0 or more and below 1", lambda x: 0 <= x < 1) for name in ("dropout", "label_smoothing")},
     **{name: ("more than 0", lambda x: 0 < x < math.inf) for name in ("max_grad_norm", "minutes", "reward_seconds")},
+    **{
+        name: ("0 or more", lambda x: 0 <= x < math.inf)
+        for name in ("desirable_weight", "undesirable_weight", "half_life")
+    },
+    "midpoint": ("a finite number", math.isfinite),
     "block": ("0, or at least 2", lambda x: x == 0 or x >= 2),
     # different phrases of the built-in task grow rare beyond
     **{name: ("between 1 and 100000", lambda x: 1 <= x <= 100_000) for name in ("labelled", "prompts")},
@@ -246,6 +252,83 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
     eval_every: int = 50
     eval_prompts: int = 200
     max_tokens: int = 64
+    patience: int = 4
+
+
+@dataclass(kw_only=True)
+class PreferConfig(RunConfig):
+    """Learn from preferences: pairs (DPO, IPO), edits read as pairs, or single completions that are good or bad (KTO).
+
+    Args:
+        model: the policy to start from, a folder or hub id; as it is now, it is also the reference.
+        lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
+        data: rows of prompt, chosen, rejected; of prompt, original, edited; or, for kto, of prompt, completion, label.
+        dev_data: held-out rows; empty takes the dev split of `data`, or the last tenth of it.
+        limit: use only the first rows.
+        replay: a file of feedback events with their completions, instead of `data`; see operant.replay.
+        half_life: hours after which an event of the replay is half as likely to be drawn; 0 draws uniformly.
+        midpoint: a score of the replay above it is good, below it bad.
+        out: the run folder.
+        prompt_field: column of the prompt, a text or a chat; without one, what both completions begin with.
+        chosen_field: column of the preferred completion.
+        rejected_field: column of the other one.
+        completion_field: column of a completion with a label.
+        label_field: column of the label, true or false.
+        prefix: text put before every prompt.
+        separator: text between prompt and completion for decoder-only models.
+        max_prompt_tokens: longest prompt; 0 is what the model can hold.
+        too_long: what to do with longer rows.
+        algorithm: dpo, ipo or kto.
+        beta: how much it costs to leave the reference; larger stays nearer to it.
+        logprob: of a completion, the sum over its tokens or their mean; auto is the mean for ipo, as its authors have
+            it, and the sum otherwise.
+        label_smoothing: share of labels that are taken to be wrong (dpo).
+        sft_coef: weight of the likelihood of the chosen completions, per token, beside the loss.
+        desirable_weight: λ of good completions (kto).
+        undesirable_weight: λ of bad ones (kto).
+        steps: at most so many optimizer steps.
+        batch_size: pairs, or for kto completions, per optimizer step.
+        lr: peak learning rate.
+        warmup_steps: steps of linear warm-up.
+        schedule: what follows the warm-up.
+        measure_kl: measure the KL to the reference on held-out rows, which keeps a second copy of full weights.
+        eval_every: steps between measurements of the held-out loss.
+        patience: stop when it has not improved for so many measurements; 0 never stops early.
+    """
+
+    model: str = ""
+    lora_rank: int = 0
+    data: str = ""
+    dev_data: str | None = None
+    limit: int | None = None
+    replay: str | None = None
+    half_life: float = 0.0
+    midpoint: float = 0.5
+    out: str = "runs/prefer"
+    prompt_field: str | None = None
+    chosen_field: str | None = None
+    rejected_field: str | None = None
+    completion_field: str | None = None
+    label_field: str | None = None
+    prefix: str = ""
+    separator: str = "\n"
+    max_prompt_tokens: int = 0
+    too_long: Literal["error", "skip", "truncate"] = "error"
+    algorithm: str = "dpo"
+    beta: float = 0.1
+    logprob: Literal["auto", "sum", "mean"] = "auto"
+    label_smoothing: float = 0.0
+    sft_coef: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    steps: int = 500
+    batch_size: int = 32
+    lr: float = 5e-5
+    warmup_steps: int = 20
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    weight_decay: float = 0.0
+    measure_kl: bool = True
+    eval_every: int = 25
     patience: int = 4
 
 

@@ -13,7 +13,7 @@ from operant.data import ABSENT, Fields, Pair, Row, TooLong, cell, find_column, 
 from operant.text import Codec
 from operant.types import Ints, OperantError, Prompt
 
-__all__ = ["Preference", "Rating", "load_preferences", "load_ratings", "unpaired"]
+__all__ = ["Preference", "Rating", "good_or_bad", "load_preferences", "load_ratings", "unpaired"]
 
 T = TypeVar("T")
 
@@ -39,6 +39,12 @@ class Rating:
     tokens: Ints
     desirable: bool
     time: float = 0.0
+
+
+def good_or_bad(value: Any) -> bool | None:
+    """What a label or a thumb says: true, 1, +1 and up are good, false, 0, −1 and down bad; None is neither."""
+    word = str(value).strip().lower()
+    return word in _GOOD if word in _GOOD or word in _BAD else None
 
 
 def unpaired(pairs: Sequence[Preference]) -> list[Rating]:
@@ -244,14 +250,15 @@ def _not_empty(text: str, column: str, number: int) -> None:
 
 
 def _label(value: Any, column: str, number: int) -> bool:
-    word = str(value).strip().lower()
-    if word in _GOOD or word in _BAD:
-        return word in _GOOD
-    told = "nothing" if not word or value is None or value is ABSENT else repr(value)[:40]
-    raise OperantError(
-        f"row {number} has {told} in the column {column!r}, "
-        "which is neither good nor bad: give true or false (or 1 and 0, up and down)"
-    )
+    good = good_or_bad(value)
+    if good is None:
+        word = str(value).strip()
+        told = "nothing" if not word or value is None or value is ABSENT else repr(value)[:40]
+        raise OperantError(
+            f"row {number} has {told} in the column {column!r}, which is neither good nor bad: give true or false "
+            "(or 1 and 0, up and down)"
+        )
+    return good
 
 
 def _others(row: Row, used: Sequence[str | None]) -> Row:

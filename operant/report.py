@@ -33,6 +33,7 @@ Series = list[tuple[int, float]]
 
 #: Names as readers know them; any other metric is shown under its own name.
 LABELS = {
+    "accuracy": "Right side of the implicit reward (share)",
     "approx_kl": "KL of the step (approx_kl)",
     "beta": "β",
     "bleu": "BLEU",
@@ -49,6 +50,8 @@ LABELS = {
     "length": "Length (tokens)",
     "loss": "Loss",
     "lr": "Learning rate",
+    "margin": "Margin (β log-ratio)",
+    "nll_good": "Nats/token of preferred completions",
     "perplexity": "Perplexity",
     "reward": "Reward",
     "reward_mean": "Reward",
@@ -60,7 +63,7 @@ LABELS = {
     "tokens_per_second": "Tokens/s",
     "variance_ratio": "Variance with β / without",
 }
-_LOWER_IS_BETTER = {"brier", "ece", "loss", "perplexity", "rmse", "ter"}
+_LOWER_IS_BETTER = {"brier", "ece", "loss", "nll_good", "perplexity", "rmse", "ter"}
 _BEHAVIOUR = ("length", "distinct1", "distinct2", "distinct3", "kl_ref", "repetition", "reward_missing", "truncated")
 
 _LEVEL_MARKERS = ("┈", "═", "~", "+")
@@ -298,6 +301,9 @@ def _charts(run: Run, optimised: Collection[str]) -> dict[str, list[_Chart]]:
             *chart("grad_norm", "Gradient norm", "train/grad_norm"),
             *chart("lr", "Learning rate", "train/lr"),
             *chart("clipfrac", "Clipped share (clipfrac)", "train/clipfrac"),
+            *chart("accuracy", _label("accuracy"), "train/accuracy"),
+            *chart("margin", _label("margin"), "train/margin"),
+            *chart("reference_point", "KTO's reference point (nats)", "train/reference_point"),
         ],
         "behaviour": [
             *chart("length", "Length (tokens)", "train/length", "eval/length"),

@@ -12,8 +12,8 @@ from operant import config as configs
 from operant.types import OperantError
 
 STAGES = [
-    configs.PretrainConfig, configs.SftConfig, configs.TrainConfig, configs.EvalConfig, configs.ScoreConfig,
-    configs.SampleConfig, configs.QuickstartConfig,
+    configs.PretrainConfig, configs.SftConfig, configs.PreferConfig, configs.TrainConfig, configs.EvalConfig,
+    configs.ScoreConfig, configs.SampleConfig, configs.QuickstartConfig,
 ]  # fmt: skip
 
 
