@@ -1,0 +1,521 @@
+"""What instant reward buys on real data, beside controls that had the same wall time.
+
+Two tasks (translation with an encoder-decoder, restaurant descriptions with a decoder-only model), two regimes (a tenth
+of the labels, all of them), three seeds. Each cell is one stage of the program, run as a user runs it, on one thread.
+What is there is skipped, and what was interrupted goes on, so the table can be made in pieces.
+
+export OPERANT_DATA=…
+python -m benchmarks.learning --jobs 2                        every cell that is missing, then the tables
+python -m benchmarks.learning --tasks tatoeba --regimes few --seeds 0
+python -m benchmarks.learning --list                          what is there and what is missing
+python -m benchmarks.learning --write                         only write the tables into docs/results.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import RECORDS, ROOT, Cell, Records, markdown, run_cells, spread, write_section
+
+RUNS = ROOT / "runs" / "learning"
+RECORD = Records(RECORDS / "learning")
+REGIMES = ("few", "all")
+RATES = ("1e-4", "3e-4")  # tried on the first seed; the better one on the selection set is used on the others
+REWARD = "bleu + chrf"
+FEW = 0.1
+CHOOSING = 200  # prompts that choose checkpoints and learning rates, held out of the training data
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A data set with the settings that every arm shares."""
+
+    name: str
+    data: str
+    prompt: str
+    reference: str
+    select: int  # rows held out of the training data
+    arch: str
+    vocabulary: int
+    max_length: int
+    max_tokens: int
+    batch: int
+    pretrain_minutes: float
+    base_minutes: dict[str, float]
+    arm_minutes: float
+
+
+TASKS = {
+    t.name: t
+    for t in (
+        Task("tatoeba", "tatoeba_ende", "en", "de", 500, "t5", 2000, 128, 40, 64, 5, {"few": 6, "all": 15}, 6),
+        Task("e2e", "e2e_nlg", "mr", "refs", 200, "llama", 1000, 256, 80, 32, 4, {"few": 5, "all": 10}, 6),
+    )
+}
+
+ARMS = {
+    "continued": "fine-tuned further",
+    "terminal": "terminal reward",
+    "dense": "dense reward",
+}
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def cells(tasks: Sequence[str], regimes: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """All cells in the order in which they are worth having; the learning rates of later seeds hang on the first."""
+    out = []
+    for task in tasks:
+        out += [Cell(f"{task}/pretrain"), Cell(f"{task}/judge")]
+    for regime in regimes:
+        for seed in seeds:
+            for task in tasks:
+                base = f"{task}/{regime}/{seed}/base"
+                out.append(Cell(base, (f"{task}/pretrain", f"{task}/judge")))
+                if seed == seeds[0]:
+                    out.append(Cell(f"{task}/{regime}/{seed}/variance", (base,)))
+                for arm in ARMS:
+                    for rate in rates(task, regime, arm, seed, seeds[0]):
+                        needs = [base]
+                        if arm == "dense":
+                            needs.append(f"{task}/{regime}/{seeds[0]}/variance")
+                        out.append(Cell(f"{task}/{regime}/{seed}/{arm}@{rate}", tuple(needs)))
+    return out
+
+
+def rates(task: str, regime: str, arm: str, seed: int, first: int) -> tuple[str, ...]:
+    """The learning rates of an arm: all for the first seed, then the one whose BLEU on the selection set was higher."""
+    if seed == first:
+        return RATES
+    tried = {rate: f"{task}/{regime}/{first}/{arm}@{rate}" for rate in RATES}
+    if not all(RECORD.has(name) for name in tried.values()):
+        return ()
+    return (max(RATES, key=lambda rate: RECORD.get(tried[rate])["select_bleu"]),)
+
+
+def done(cell: Cell) -> bool:
+    """Measured and, where others start from its weights, these are still there."""
+    kept = cell.name.endswith(("/pretrain", "/judge", "/base"))
+    return RECORD.has(cell.name) and (not kept or (RUNS / cell.name / "model").exists())
+
+
+def measure(name: str) -> None:
+    """Run one cell to its end and keep what it gave."""
+    parts = name.split("/")
+    task = TASKS[parts[0]]
+    data = prepare(task)
+    if parts[1] == "pretrain":
+        command = pretrain_command(task, data / "raw.jsonl", task.arch)
+    elif parts[1] == "judge":
+        command = pretrain_command(task, data / "targets.jsonl", "llama")
+    elif parts[3] == "variance":
+        RECORD.put(name, variance(task, parts[1], int(parts[2]), data))
+        return
+    else:
+        command = stage_command(task, parts[1], int(parts[2]), parts[3], data)
+    out = RUNS / name
+    operant(command, out)
+    facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = {
+        "command": shown(command), "seconds": facts["seconds"], "steps": facts["steps"],
+        "best_step": facts["best_step"], "stop_reason": facts["stop_reason"],
+    }  # fmt: skip
+    if len(parts) > 2:
+        values |= {"select_bleu": facts["best_value"], "dev": judged(task, out / "model"), "curve": curve(out)}
+    RECORD.put(name, values)
+    if len(parts) > 2 and parts[3] != "base":
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def prepare(task: Task) -> Path:
+    """The task's files under runs/: training rows in three cuts, and the rows that choose."""
+    from operant.data import load_rows
+
+    folder = RUNS / task.name / "data"
+    if (folder / "complete").exists():
+        return folder
+    rows = load_rows(task.data, split="train")
+    train, select = rows[: -task.select], rows[-task.select :]
+
+    def texts(row: dict[str, Any], *fields: str) -> list[dict[str, str]]:
+        values = [row[f] for f in fields]
+        return [{"text": text} for v in values for text in (v if isinstance(v, list) else [v])]
+
+    write_rows(folder / "all.jsonl", train)
+    write_rows(folder / "select.jsonl", select)
+    write_rows(folder / "dev.jsonl", load_rows(task.data, split="dev"))
+    write_rows(folder / "raw.jsonl", [t for row in train for t in texts(row, task.prompt, task.reference)])
+    write_rows(folder / "targets.jsonl", [t for row in train for t in texts(row, task.reference)])
+    (folder / "complete").touch()
+    return folder
+
+
+def labelled(data: Path, regime: str, seed: int) -> tuple[Path, Path]:
+    """(labelled pairs, prompts whose references only the reward sees)."""
+    if regime == "all":
+        return data / "all.jsonl", data / "all.jsonl"
+    few, rest = data / f"few-{seed}.jsonl", data / f"rest-{seed}.jsonl"
+    if not rest.exists():
+        rows = [json.loads(line) for line in (data / "all.jsonl").read_text(encoding="utf-8").splitlines()]
+        random.Random(seed).shuffle(rows)
+        count = round(FEW * len(rows))
+        write_rows(few, rows[:count])
+        write_rows(rest, rows[count:])
+    return few, rest
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def flags(**values: Any) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+COMMON = flags(threads=1, tensorboard="false")
+
+
+def pretrain_command(task: Task, data: Path, arch: str) -> list[str]:
+    return ["pretrain", *COMMON, *flags(
+        data=data, text_field="text", arch=arch, size="tiny", vocab_size=task.vocabulary, dropout=0.1,
+        max_length=task.max_length, batch_tokens=2048 if arch == "t5" else 4096, steps=2500 if arch == "t5" else 800,
+        max_minutes=task.pretrain_minutes,
+    )]  # fmt: skip
+
+
+def stage_command(task: Task, regime: str, seed: int, cell: str, data: Path) -> list[str]:
+    """The program's arguments for `base` or an arm."""
+    pairs, prompts = labelled(data, regime, seed)
+    model = RUNS / task.name / "pretrain" / "model"
+    fields = flags(
+        seed=seed, dev_data=data / "select.jsonl", prompt_field=task.prompt, reference_field=task.reference,
+        max_tokens=task.max_tokens, best_metric="bleu", eval_prompts=CHOOSING, keep=1,
+    )  # fmt: skip
+    tune = ["sft", *COMMON, *fields, *flags(data=pairs, batch_size=task.batch, steps=100_000)]
+    if cell == "base":
+        # until the BLEU of held-out completions, which rises longer than the dev loss falls, has stopped rising
+        return [*tune, *flags(model=model, lr="1e-3", eval_every=50, patience=8, max_minutes=task.base_minutes[regime])]
+    arm, rate = cell.split("@")
+    start = flags(model=RUNS / task.name / regime / str(seed) / "base" / "model", lr=rate, max_minutes=task.arm_minutes)
+    if arm == "continued":
+        return [*tune, *start, *flags(eval_every=50, patience=0)]
+    command = ["train", *COMMON, *fields, *start, *flags(
+        data=prompts, reward=REWARD, sft_data=pairs, sft_coef=0.5, sft_batch_size=32, steps=100_000, eval_every=20,
+        prompts_per_step=32, group_size=4, save_every=200, log_samples=0,
+    )]  # fmt: skip
+    if arm == "dense":
+        choice = RECORD.get(f"{task.name}/{regime}/{first_seed(task.name, regime)}/variance")["choice"]
+        command += flags(dense="true", potential=choice, beta="auto")
+    return command
+
+
+def first_seed(task: str, regime: str) -> int:
+    """The seed whose variance chose the potential."""
+    found = [int(path.name.split(".")[2]) for path in RECORD.folder.glob(f"{task}.{regime}.*.variance.json")]
+    return min(found)
+
+
+def operant(command: list[str], out: Path) -> None:
+    """Run the program; a run that was cut short goes on from its last checkpoint."""
+    finished = (out / "run.json").exists() and "stop_reason" in (out / "run.json").read_text(encoding="utf-8")
+    if finished and (out / "model").exists():
+        return
+    again = ["--resume", "true"] if (out / "config.yaml").exists() else []
+    program = str(Path(sys.executable).with_name("operant"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f"{out.name}.log").open("a", encoding="utf-8") as log:
+        subprocess.run([program, *command, "--out", str(out), *again], check=True, stdout=log, stderr=log)
+
+
+def shown(command: list[str]) -> str:
+    """The command as it can be repeated in a fresh clone."""
+    return "operant " + " ".join(part.replace(f"{ROOT}/", "") for part in command).replace(REWARD, f'"{REWARD}"')
+
+
+# --- measurements ----------------------------------------------------------------------------------------------------
+
+
+def judged(task: Task, model: Path) -> dict[str, float]:
+    """Greedy completions of the dev prompts, on which nothing was chosen, under metrics and a language model."""
+    import torch
+
+    from operant.data import Fields, load_prompts, load_rows
+    from operant.evaluate import evaluate
+    from operant.policy import Policy
+    from operant.types import Sampling
+
+    torch.set_num_threads(1)
+    policy = Policy.load(model)
+    policy.model.eval()
+    prompts = load_prompts(
+        load_rows(RUNS / task.name / "data" / "dev.jsonl"), policy.codec,
+        Fields(prompt=task.prompt, references=task.reference), encoder=policy.family == "encoder-decoder",
+    )  # fmt: skip
+    values, completions = evaluate(policy, prompts, sampling=Sampling(temperature=0.0, max_tokens=task.max_tokens))
+    return values | {"perplexity": perplexity(task, [c.text for c in completions])}
+
+
+def perplexity(task: Task, texts: Sequence[str]) -> float:
+    """Per token, under a small language model of the training targets that no reward has touched."""
+    import torch
+
+    from operant.batch import from_sequences
+    from operant.policy import Policy
+
+    judge = Policy.load(RUNS / task.name / "judge" / "model")
+    judge.model.eval()
+    start = judge.codec.encode("", eos=True)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for i in range(0, len(texts), 64):
+            rows = [judge.codec.encode(text, eos=True)[: judge.max_length - 1] for text in texts[i : i + 64]]
+            batch = from_sequences([start] * len(rows), rows, encoder=False, pad_id=judge.codec.pad_id)
+            total -= float(judge.logprobs(batch).logprobs.sum())
+            count += int(batch.action_mask.sum())
+    return math.exp(total / count)
+
+
+def curve(out: Path) -> list[dict[str, float]]:
+    """Held-out values over minutes and completions, on the selection set."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    begun, completions, points = rows[0]["time"], 0.0, []
+    for row in rows:
+        completions = row.get("train/completions", completions)
+        if "eval/bleu" in row:
+            points.append(
+                {"minutes": round((row["time"] - begun) / 60, 3), "completions": completions, "step": row["step"]}
+                | {k: round(row[f"eval/{k}"], 4) for k in ("bleu", "chrf", "reward") if f"eval/{k}" in row}
+            )
+    return points
+
+
+def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) -> dict[str, Any]:
+    """The gradient's variance at the fine-tuned weights under each way to pay the same completions.
+
+    One step's gradient g on 16 prompts with 4 completions each, `batches` times: trace of its covariance
+    E|g|² − |E g|², the squared length of its mean, and how far each potential foretells the final reward.
+    """
+    import torch
+
+    from operant import credit
+    from operant.batch import completion_axes, from_trajectories, place
+    from operant.data import Fields, load_prompts, load_rows
+    from operant.objectives import reinforce
+    from operant.policy import Policy
+    from operant.rewards import RewardRunner, potential_diagnostics, reward_by_name
+    from operant.sampler import Sampler
+    from operant.types import Sampling
+
+    torch.set_num_threads(1)
+    _, rest = labelled(data, regime, seed)
+    policy = Policy.load(RUNS / task.name / regime / str(seed) / "base" / "model")
+    policy.model.eval()
+    encoder = policy.family == "encoder-decoder"
+    fields = Fields(prompt=task.prompt, references=task.reference)
+    prompts = load_prompts(load_rows(rest, limit=16 * batches), policy.codec, fields, encoder=encoder)
+    sampler = Sampler(policy, max_rows=64)
+    runners = {
+        p: RewardRunner(reward_by_name(REWARD, dense=True, potential=p), workers=0) for p in ("prefix", "matched")
+    }
+    arms = ["terminal", *(f"{p} {b}" for p in runners for b in ("1", "fitted"))]
+    sums: dict[str, Any] = dict.fromkeys(arms, 0.0)
+    squares = dict.fromkeys(arms, 0.0)
+    betas: dict[str, list[float]] = {p: [] for p in runners}
+    foretold: dict[str, list[list[float]]] = {p: [] for p in runners}
+    parameters = policy.trainable_parameters()
+    for number in range(batches):
+        chosen = prompts[16 * number : 16 * (number + 1)]
+        groups = sampler.sample(chosen, Sampling(max_tokens=task.max_tokens, seed=number), 4)
+        answered = [(p, c) for p, group in zip(chosen, groups) for c in group]
+        for potential, runner in runners.items():
+            trajectories = runner.run(answered)
+            foretold[potential].append(potential_diagnostics(trajectories))
+            batch = from_trajectories(trajectories, encoder=encoder, pad_id=policy.codec.pad_id)
+            rewards, mask, valid = completion_axes(trajectories)
+            ids = batch.group_ids
+            assert ids is not None
+            fitted = credit.fit_beta((rewards * mask).sum(1), credit.held_potential(rewards, mask), mask, ids, valid)
+            betas[potential].append(float(fitted.mean()))
+            ways: dict[str, Any] = {f"{potential} 1": 1.0, f"{potential} fitted": fitted}
+            if potential == "prefix":
+                ways["terminal"] = 0.0
+            for arm, beta in ways.items():
+                advantages, _ = credit.control_variate(rewards, mask, ids, valid, beta)
+                loss = reinforce(policy.logprobs(batch).logprobs, place(batch, advantages, trajectories))
+                gradient = torch.autograd.grad((loss * batch.weights).sum() / batch.denominator, parameters)
+                flat = torch.cat([g.reshape(-1) for g in gradient]).double()
+                sums[arm] = sums[arm] + flat
+                squares[arm] += float(flat @ flat)
+    for runner in runners.values():
+        runner.close()
+    found = {}
+    for arm in arms:
+        mean = sums[arm] / batches
+        spread_ = (squares[arm] - batches * float(mean @ mean)) / (batches - 1)
+        # |mean|² of few batches holds variance/batches of noise
+        found[arm] = {"variance": spread_, "signal": max(0.0, float(mean @ mean) - spread_ / batches)}
+    quarters = {p: [statistics.fmean(x) for x in zip(*rows)] for p, rows in foretold.items()}
+    best = min(runners, key=lambda p: found[f"{p} fitted"]["variance"])
+    return {
+        "arms": found, "beta": {p: statistics.fmean(b) for p, b in betas.items()}, "correlation": quarters,
+        "batches": batches, "choice": best,
+    }  # fmt: skip
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = {"bleu": ("BLEU", 1), "chrf": ("chrF", 1), "rougeL": ("ROUGE-L", 3), "length": ("tokens", 1),
+           "distinct2": ("distinct-2", 3), "perplexity": ("perplexity", 1)}  # fmt: skip
+
+
+def seeds_of(task: str, regime: str) -> list[int]:
+    """Seeds with a base and every arm measured."""
+    found = sorted({int(p.name.split(".")[2]) for p in RECORD.folder.glob(f"{task}.{regime}.*.base.json")})
+    return [s for s in found if all(arm_record(task, regime, s, arm) for arm in ARMS)]
+
+
+def arm_record(task: str, regime: str, seed: int, arm: str) -> dict[str, Any] | None:
+    """The arm's record at the learning rate that the selection set prefers."""
+    there = [n for rate in RATES if RECORD.has(n := f"{task}/{regime}/{seed}/{arm}@{rate}")]
+    return max((RECORD.get(n) for n in there), key=lambda r: r["select_bleu"], default=None)
+
+
+def dev_row(title: str, records: Sequence[dict[str, Any]]) -> list[str]:
+    return [title, *(spread([r["dev"][k] for r in records], d) for k, (_, d) in COLUMNS.items())]
+
+
+def table(task: str, regime: str) -> str:
+    """One table with what follows from it, or nothing where no seed is whole."""
+    seeds = seeds_of(task, regime)
+    if not seeds:
+        return ""
+    base = [RECORD.get(f"{task}/{regime}/{s}/base") for s in seeds]
+    arms = {arm: [r for s in seeds if (r := arm_record(task, regime, s, arm))] for arm in ARMS}
+    rows = [dev_row("fine-tuned to its plateau", base)]
+    rows += [dev_row(title, arms[arm]) for arm, title in ARMS.items()]
+    oracle = [RECORD.get(n) for s in seeds if RECORD.has(n := f"{task}/all/{s}/base")] if regime == "few" else []
+    if oracle:
+        rows.append(dev_row("oracle: fine-tuned on all pairs", oracle))
+    lines = [markdown(["", *(title for title, _ in COLUMNS.values())], rows), ""]
+    gains = {
+        arm: [r["dev"]["bleu"] - c["dev"]["bleu"] for r, c in zip(arms[arm], arms["continued"])]
+        for arm in ("terminal", "dense")
+    }
+    lines.append(
+        "BLEU above fine-tuning further: " + "; ".join(f"{ARMS[a]} {spread(g)}" for a, g in gains.items()) + "."
+    )
+    if len(oracle) == len(seeds):
+        shares = {
+            arm: [
+                (r["dev"]["bleu"] - b["dev"]["bleu"]) / (o["dev"]["bleu"] - b["dev"]["bleu"])
+                for r, b, o in zip(arms[arm], base, oracle)
+            ]
+            for arm in ARMS
+        }
+        lines.append(
+            "Share of the way to the oracle: " + "; ".join(f"{ARMS[a]} {spread(v, 2)}" for a, v in shares.items()) + "."
+        )
+    # terminal's best BLEU on the selection set: the completions until it, and until dense stood as high
+    spent = [until(t["curve"], best_of(t)) for t in arms["terminal"]]
+    needed = [until(d["curve"], best_of(t)) for t, d in zip(arms["terminal"], arms["dense"])]
+    told = [n / max(1.0, s) for n, s in zip(needed, spent) if n is not None and s is not None]
+    lines.append(
+        f"Dense came to terminal's best BLEU on the selection set on {len(told)} of {len(seeds)} seeds"
+        + (f", with {spread(told, 2)} times terminal's completions." if told else ".")
+    )
+    return "\n".join(lines)
+
+
+def best_of(record: dict[str, Any]) -> float:
+    return max(point["bleu"] for point in record["curve"])
+
+
+def until(points: Sequence[dict[str, float]], level: float) -> float | None:
+    """Completions spent when the curve first stood at a level."""
+    return next((p["completions"] for p in points if p["bleu"] >= level), None)
+
+
+def variance_table(tasks: Sequence[str]) -> str:
+    rows = []
+    for task in tasks:
+        for regime in REGIMES:
+            for path in sorted(RECORD.folder.glob(f"{task}.{regime}.*.variance.json")):
+                record = json.loads(path.read_text(encoding="utf-8"))
+                plain = record["arms"]["terminal"]["variance"]
+                for arm, values in record["arms"].items():
+                    potential = arm.split()[0]
+                    quarters = record["correlation"].get(potential)
+                    rows.append([
+                        f"{task}, {regime}: {arm}", f"{values['variance'] / plain:.2f}",
+                        f"{values['signal'] / values['variance']:.3f}",
+                        f"{record['beta'][potential]:.2f}" if "fitted" in arm else "",
+                        " ".join(f"{q:.2f}" for q in quarters) if quarters else "",
+                    ])  # fmt: skip
+    head = ["", "variance, of terminal's", "signal / variance", "β", "correlation of Φ with the reward, by quarter"]
+    return markdown(head, rows) if rows else ""
+
+
+def write() -> None:
+    """The tables of what is there, into docs/results.md."""
+    lines = []
+    for task in TASKS:
+        for regime in REGIMES:
+            if text := table(task, regime):
+                share = "a tenth of the labels" if regime == "few" else "all labels"
+                lines += [f"### {task}, {share}, seeds {', '.join(map(str, seeds_of(task, regime)))}", "", text, ""]
+    if text := variance_table(list(TASKS)):
+        lines += ["### The gradient's variance", "", text, ""]
+    text = "\n".join(lines).strip()
+    write_section("learning", text)
+    print(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
+    parser.add_argument("--fresh", action="store_true", help="throw away what was measured before, and measure here")
+    parser.add_argument("--list", action="store_true", help="say which cells are there")
+    parser.add_argument("--write", action="store_true", help="only write the tables")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.cell:
+        measure(given.cell)
+        return
+
+    def wanted() -> list[Cell]:
+        return cells(given.tasks, given.regimes, given.seeds)
+
+    if given.list:
+        for cell in wanted():
+            print("there  " if done(cell) else "missing", cell.name)
+        return
+    if given.fresh:
+        shutil.rmtree(RUNS, ignore_errors=True)
+        shutil.rmtree(RECORD.folder, ignore_errors=True)
+    failed = [] if given.write else run_cells("benchmarks.learning", wanted, done, given.jobs)
+    write()
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; the logs stand beside their folders under {RUNS}")
+
+
+if __name__ == "__main__":
+    main()
