@@ -44,9 +44,12 @@ bench: install
 	$(BIN)/python -m benchmarks.throughput --arch gpt2
 	$(BIN)/python -m benchmarks.trl $(ARGS)
 
-# Runs again what docs/results.md records. DATA names the folder that holds the data sets.
+# The learning tables of docs/results.md: hours on two cores, what is recorded already is skipped, ARGS=--fresh does it all
+# again. Needs OPERANT_DATA, the folder of the data sets.
 results: install
-	$(BIN)/python -m benchmarks.results $(ARGS)
+	$(BIN)/python -m benchmarks.quickstart $(ARGS)
+	$(BIN)/python -m benchmarks.dense $(ARGS)
+	$(BIN)/python -m benchmarks.learning $(ARGS)
 
 # docs/reference.md, written by the program itself.
 docs: install
