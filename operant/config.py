@@ -126,7 +126,8 @@ class StartConfig:
 
     Args:
         model: a folder or hub id to start from; empty makes a new one from `arch` and `size`.
-        arch: gpt2 or llama (decoder-only), t5 (encoder-decoder), bert (an encoder, which reads and does not write).
+        arch: gpt2 or llama (decoder-only), t5 or mbart (encoder-decoder; mbart learns from nothing faster), bert (an
+            encoder, which reads and does not write).
         size: tiny, small or base.
         tokenizer: a folder or hub id with a tokenizer for a new model; empty trains a byte-level BPE on the data.
         vocab_size: of a newly trained tokenizer.
@@ -135,7 +136,7 @@ class StartConfig:
     """
 
     model: str | None = None
-    arch: Literal["gpt2", "llama", "t5", "bert"] = "gpt2"
+    arch: Literal["gpt2", "llama", "t5", "mbart", "bert"] = "gpt2"
     size: Literal["tiny", "small", "base"] = "tiny"
     tokenizer: str | None = None
     vocab_size: int = 4096

@@ -33,6 +33,7 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
     "gpt2": {"tiny": (4, 4, 128, 512), "small": (6, 8, 256, 1024), "base": (12, 12, 768, 3072)},
     "llama": {"tiny": (4, 4, 128, 384), "small": (6, 8, 256, 768), "base": (12, 12, 768, 2048)},
     "t5": {"tiny": (3, 4, 128, 384), "small": (4, 8, 256, 768), "base": (12, 12, 768, 2048)},
+    "mbart": {"tiny": (3, 4, 192, 512), "small": (4, 8, 256, 768), "base": (6, 12, 768, 3072)},
 }
 
 
@@ -168,7 +169,10 @@ class Policy:
         device: str = "auto",
         dtype: str = "float32",
     ) -> Policy:
-        """A model with random weights: arch `gpt2`, `llama` or `t5`, size `tiny`, `small` or `base` (see SIZES)."""
+        """A model with random weights: arch `gpt2`, `llama`, `t5` or `mbart`, size `tiny`, `small` or `base`.
+
+        mbart, BART with the normalisation before each block, learns from nothing in far fewer steps than t5.
+        """
         if arch not in SIZES or size not in SIZES[arch]:
             raise OperantError(
                 f"no model {arch!r} of size {size!r}; choose --arch {'|'.join(SIZES)} "
@@ -197,6 +201,18 @@ class Policy:
                         vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
                         num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), attention_dropout=dropout,
                         max_position_embeddings=max_length, tie_word_embeddings=True, **ids,
+                    )
+                )  # fmt: skip
+            elif arch == "mbart":
+                from transformers import MBartConfig, MBartForConditionalGeneration
+
+                model = MBartForConditionalGeneration(
+                    MBartConfig(
+                        vocab_size=vocab, d_model=width, encoder_layers=layers, decoder_layers=layers,
+                        encoder_attention_heads=heads, decoder_attention_heads=heads, encoder_ffn_dim=inner,
+                        decoder_ffn_dim=inner, dropout=dropout, attention_dropout=dropout, activation_dropout=0.0,
+                        max_position_embeddings=max_length, scale_embedding=True, forced_eos_token_id=None,
+                        decoder_start_token_id=codec.pad_id, **ids,
                     )
                 )  # fmt: skip
             else:

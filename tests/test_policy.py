@@ -238,7 +238,7 @@ def test_a_policy_without_a_frozen_reference_says_so(make_policy: Callable[..., 
         pass
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("arch", ["gpt2", "llama", "t5", "mbart"])
 def test_a_new_policy_is_the_same_for_the_same_seed_and_leaves_the_global_rng_alone(arch: str, codec: Codec) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()

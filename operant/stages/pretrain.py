@@ -68,7 +68,7 @@ def pretrain(
     """
     with Run(config, "pretrain", quiet=quiet) as run:
         known, dev_texts, words = known_texts(config, texts, dev_texts)
-        sentinels = SENTINELS if config.arch == "t5" else 0
+        sentinels = SENTINELS if config.arch in ("t5", "mbart") else 0
         policy = policy or starting_policy(config, config, lambda: words or known, sentinels)
         own = "spans" if policy.family == "encoder-decoder" else "causal"
         if config.objective not in ("auto", own):
