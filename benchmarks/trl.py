@@ -237,7 +237,11 @@ def run_trl(given: argparse.Namespace, watch: Watch) -> dict[str, Any]:
     generate = trainer._generate_single_turn
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        return watch.generate(lambda: generate(*args, **kwargs), lambda answer: [len(ids) for ids in answer[0]])
+        return watch.generate(
+            lambda: generate(*args, **kwargs),
+            # GRPO's also returns log-probs
+            lambda answer: [len(ids) for ids in (answer[0] if isinstance(answer, tuple) else answer)],
+        )
 
     trainer._generate_single_turn = timed
     trainer.train()

@@ -7,7 +7,7 @@ import copy
 import inspect
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from operant.attention import PickedLogprobs, RowLayout, attending_in_rows, one_kernel_gelu
 from operant.cache import DecodeState
 from operant.critic import Critic
 from operant.text import Codec, looks_like_path
@@ -93,7 +94,7 @@ class Policy:
             raise OperantError(f"dtype {dtype!r} is not known; choose float32 or bf16")
         self.device = resolve_device(device)
         self.dtype = dtype
-        self.model = model.to(self.device)
+        self.model = one_kernel_gelu(model).to(self.device)
         self.codec = codec
         self.family: Family = "encoder-decoder" if self.config.is_encoder_decoder else "decoder"
         self.version = 0
@@ -105,6 +106,7 @@ class Policy:
                 f"the tokenizer has {codec.vocab_size} tokens but the model only {vocabulary}; "
                 "load the tokenizer that belongs to this model"
             )
+        self._attends_in_rows = True  # until a forward pass shows otherwise
         forward = inspect.signature(self._base().forward).parameters
         self._keeps_logits = "logits_to_keep" in forward
         self._takes_positions = "position_ids" in forward
@@ -401,25 +403,27 @@ class Policy:
         """
         with self.autocast():
             if batch.context is not None:
-                start = torch.full_like(batch.tokens[:, :1], self._decoder_start())
-                inputs = torch.cat([start, batch.tokens[:, :-1]], 1)
-                encoded = self._encode(batch.context.tokens, batch.context.mask)[batch.context.row]
-                output = self.model(
-                    encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-                    attention_mask=batch.context.mask[batch.context.row].long(),
-                    decoder_input_ids=inputs,
-                    decoder_attention_mask=(batch.segment_ids >= 0).long(),
-                    use_cache=False,
-                )
-                return _upcast(output.logits[:, keep_from:])
-            arguments: dict[str, Any] = {"attention_mask": self._attention(batch), "use_cache": False}
-            if self._takes_positions:
-                arguments["position_ids"] = batch.position_ids
+                return _upcast(self._forward(batch).logits[:, keep_from:])
             columns = batch.tokens.shape[1] - max(keep_from, 1) + 1  # one more than wanted: the last predicts nothing
-            if self._keeps_logits:
-                arguments["logits_to_keep"] = columns
-            logits = _upcast(self.model(input_ids=batch.tokens, **arguments).logits[:, -columns:-1])
+            keep = {"logits_to_keep": columns} if self._keeps_logits else {}
+            logits = _upcast(self._forward(batch, **keep).logits[:, -columns:-1])
             return logits if keep_from > 0 else torch.nn.functional.pad(logits, (0, 0, 1, 0))
+
+    def _forward(self, batch: Batch, **arguments: Any) -> Any:
+        """The model's output over the whole batch, padding included."""
+        if batch.context is not None:
+            start = torch.full_like(batch.tokens[:, :1], self._decoder_start())
+            encoded = self._encode(batch.context.tokens, batch.context.mask)[batch.context.row]
+            return self.model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+                attention_mask=batch.context.mask[batch.context.row].long(),
+                decoder_input_ids=torch.cat([start, batch.tokens[:, :-1]], 1),
+                decoder_attention_mask=(batch.segment_ids >= 0).long(),
+                use_cache=False,
+            )
+        if self._takes_positions:
+            arguments["position_ids"] = batch.position_ids
+        return self.model(input_ids=batch.tokens, attention_mask=self._attention(batch), use_cache=False, **arguments)
 
     def logprobs(self, batch: Batch, entropy: EntropyMode = "none") -> TokenLogprobs:
         """log π(token_t | tokens before it in its segment, context), at the segment's temperature.
@@ -428,46 +432,94 @@ class Policy:
         "measured" without a gradient, which saves two tensors of the vocabulary's size.
         """
         rows, columns = batch.action_mask.nonzero(as_tuple=True)
-        chosen = self._shared_logits(batch, rows, columns) if len(rows) else None
-        if chosen is None:
-            first = int(columns.min()) if len(columns) else 0
-            chosen = self.logits(batch, keep_from=first)[rows, columns - first]
-        # only the tokens that act: the rest of a padded batch costs nothing from here on
+        # only the tokens that act: the rest of a batch costs nothing from the last hidden state on
+        chosen = self._acting_logits(batch, rows, columns)
         if batch.temperature is not None and bool((batch.temperature != 1.0).any()):
             chosen = chosen / batch.temperature[batch.segment_ids[rows, columns]].clamp(min=1e-6)[:, None]
-        normalised = torch.log_softmax(chosen, -1)
-        picked = normalised.gather(-1, batch.tokens[rows, columns][:, None])[:, 0]
-        out = torch.zeros(batch.tokens.shape, dtype=picked.dtype, device=picked.device)
+        acted = batch.tokens[rows, columns]
+        out = torch.zeros(batch.tokens.shape, dtype=chosen.dtype, device=chosen.device)
+        if entropy == "differentiable":
+            normalised = torch.log_softmax(chosen, -1)
+            picked = normalised.gather(-1, acted[:, None])[:, 0]
+            spread = -(normalised.exp() * normalised).sum(-1)
+        else:
+            picked, spread = PickedLogprobs.apply(chosen, acted, entropy != "none")
         logprobs = out.index_put((rows, columns), picked)
-        if entropy == "none":
-            return TokenLogprobs(logprobs)
-        spread = normalised.detach() if entropy == "measured" else normalised
-        per_token_entropy = -(spread.exp() * spread).sum(-1)
-        return TokenLogprobs(logprobs, out.index_put((rows, columns), per_token_entropy))
+        return TokenLogprobs(logprobs, None if entropy == "none" else out.index_put((rows, columns), spread))
 
-    def _shared_logits(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor | None:
-        """Logits float32[K, V] that predict tokens (rows, columns), each distinct prompt of a decoder computed once.
+    def _acting_logits(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits float32[K, V] that predict tokens (rows, columns).
 
-        The completions of one prompt are laid out behind it in one row, each attending to the prompt and itself.
-        None where nothing would be saved: no shared prompts, packed rows, or an encoder, which is shared anyway.
+        A decoder computes each distinct prompt once and no padding: all tokens stand in one row, and attention alone
+        puts them back into rows.
+        """
+        width = batch.tokens.shape[1]
+        if batch.context is not None:
+            return self._head_at(rows * width + columns, lambda: self._forward(batch))
+        layout = self._layout(batch)
+        if layout is not None:
+            source, expand = layout
+            own = self._base().config._attn_implementation
+            arguments = {
+                "input_ids": batch.tokens.reshape(-1)[source][None],
+                "position_ids": batch.position_ids.reshape(-1)[source][None],
+                "use_cache": False,
+            }
+            with attending_in_rows(self._base().config, RowLayout(source, expand, own)) as used:
+                chosen = self._head_at(expand[rows, columns - 1], lambda: self.model(**arguments))
+            if used.calls == self._decoder_layers():
+                return chosen
+            self._attends_in_rows = False  # a model with attention of its own, which let the rows see each other
+        return self._head_at(rows * width + columns - 1, lambda: self._forward(batch))
+
+    def _layout(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Where the tokens of a decoder's batch stand when no prompt is repeated and nothing is padded: their places
+        in the flattened batch int64[N], and for every (row, column) the place among these N, int64[B, S].
+
+        None where nothing would be saved, for packed rows, and for attention that cannot be laid out so.
         """
         ids, starts = batch.prompt_ids, batch.prompt_lengths
-        if batch.context is not None or ids is None or starts is None or not self._takes_positions:
+        if ids is None or starts is None or not self._takes_positions or not self._attends_in_rows:
             return None
-        layout = _group_layout(batch, ids.cpu().numpy(), starts.cpu().numpy())
-        if layout is None:
+        if self._base().config._attn_implementation not in ("sdpa", "eager"):
             return None
-        if self._window and layout[0].shape[1] > self._window:
-            return None  # an explicit mask would let distant tokens see each other
-        source_row, source_column, segment, position, predictor = (torch.from_numpy(x).to(rows.device) for x in layout)
-        tokens = batch.tokens[source_row, source_column]
-        causal = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
-        same = segment[:, :, None] == segment[:, None, :]
-        mask = self._as_mask(((same | (segment == 0)[:, None, :]) & causal)[:, None])
-        with self.autocast():
-            output = self.model(input_ids=tokens, attention_mask=mask, position_ids=position, use_cache=False)
-        flat = predictor[rows, columns]
-        return _upcast(output.logits.reshape(-1, output.logits.shape[-1])[flat])
+        rows, width = batch.tokens.shape
+        if self._window and width > self._window:
+            return None  # attention in rows knows of no window
+        column = torch.arange(width, device=batch.tokens.device)[None]
+        first: dict[int, int] = {}
+        like = torch.tensor([first.setdefault(number, row) for row, number in enumerate(ids.tolist())])
+        like = like.to(column.device)
+        real, prompt = batch.segment_ids >= 0, column < starts[:, None]
+        own = real & ~(prompt & (like != torch.arange(rows, device=column.device))[:, None])
+        source = own.reshape(-1).nonzero()[:, 0]
+        if len(source) == rows * width:
+            return None
+        place = own.reshape(-1).cumsum(0).sub_(1).view(rows, width)
+        return source, torch.where(prompt, place[like], place) * real
+
+    def _head_at(self, places: Tensor, forward: Callable[[], Any]) -> Tensor:
+        """Logits float32[K, V] at flat places int64[K] of the (rows, columns) that `forward` computes.
+
+        The head is applied to these alone. A hook, and not the head called from here, so that whatever the model does
+        before and after its head (T5 scales, BART adds, Gemma caps) is still done.
+        """
+        taken: list[bool] = []
+
+        def take(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            taken.append(True)
+            hidden = arguments[0]
+            return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)[None], *arguments[1:])
+
+        head = self._base().get_output_embeddings()
+        handle = head.register_forward_pre_hook(take) if head is not None else None
+        try:
+            with self.autocast():
+                logits = forward().logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        return _upcast(logits[0] if taken else logits.reshape(-1, logits.shape[-1]).index_select(0, places))
 
     def _attention(self, batch: Batch) -> Tensor:
         """bool[B, S] for one segment a row; bool[B, 1, S, S], causal inside each segment, for packed rows."""
@@ -592,47 +644,6 @@ def settle_adapter(folder: Path, final: Path) -> None:
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
         settings["base_model_name_or_path"] = str((final / "base").resolve())
         settings_file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-
-
-def _group_layout(batch: Batch, ids: Ints, starts: Ints) -> tuple[np.ndarray, ...] | None:
-    """Where the tokens of a batch go when each distinct prompt stands once, its completions behind it.
-
-    Returns int64 arrays over the laid-out [U, W]: source row, source column, segment (0 the prompt, 1 … the
-    completions, −1 padding), position; and over the batch's [B, S] the flat index of the column that predicts each
-    token. None where the layout would not be smaller than the batch.
-    """
-    lengths = (batch.segment_ids >= 0).sum(1).cpu().numpy()
-    rows, width = batch.tokens.shape
-    groups: dict[int, list[int]] = {}
-    for row, prompt in enumerate(ids.tolist()):
-        groups.setdefault(prompt, []).append(row)
-    if len(groups) == rows or int(starts.min()) < 1:
-        return None
-    laid = [int(starts[g[0]] + (lengths[g] - starts[g]).sum()) for g in groups.values()]
-    total = max(laid)
-    if len(groups) * total >= rows * width:
-        return None
-    shape = (len(groups), total)
-    source_row, source_column = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segment, position = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-    predictor = np.zeros((rows, width), np.int64)
-    for u, members in enumerate(groups.values()):
-        start = int(starts[members[0]])
-        source_row[u, :start] = members[0]
-        source_column[u, :start] = position[u, :start] = np.arange(start)
-        segment[u, :start] = 0
-        at = start
-        for number, row in enumerate(members, 1):
-            count = int(lengths[row]) - start
-            span, own = slice(at, at + count), np.arange(start, start + count)
-            source_row[u, span], source_column[u, span], position[u, span] = row, own, own
-            segment[u, span] = number
-            if count:
-                # the prompt's last token predicts the first of each completion
-                predictor[row, start] = u * total + start - 1
-                predictor[row, start + 1 : start + count] = u * total + at + np.arange(count - 1)
-            at += count
-    return source_row, source_column, segment, position, predictor
 
 
 def _upcast(logits: Tensor) -> Tensor:

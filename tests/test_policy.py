@@ -83,11 +83,11 @@ def test_sharing_a_groups_prompt_changes_neither_logprob_nor_gradient(
     batch.temperature = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.7, 1.0])
     calls = []
     handle = policy.model.register_forward_hook(
-        lambda m, a, k, o: calls.append(k["input_ids"].shape[0]), with_kwargs=True
+        lambda m, a, k, o: calls.append(k["input_ids"].numel()), with_kwargs=True
     )
     out = policy.logprobs(batch, entropy=True)
     handle.remove()
-    assert calls == [3]  # three prompts, each computed once
+    assert calls == [sum(map(len, PROMPTS)) + sum(map(len, answers))]  # each of the three prompts once, no padding
     model = double(policy)
     for i, answer in enumerate(answers):
         prompt = PROMPTS[which[i]]
