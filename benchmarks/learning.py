@@ -59,8 +59,8 @@ class Task:
 TASKS = {
     t.name: t
     for t in (
-        Task("tatoeba", "tatoeba_ende", "en", "de", 500, "t5", 2000, 128, 40, 64, 5, {"few": 6, "all": 15}, 6),
-        Task("e2e", "e2e_nlg", "mr", "refs", 200, "llama", 1000, 256, 80, 32, 4, {"few": 5, "all": 10}, 6),
+        Task("tatoeba", "tatoeba_ende", "en", "de", 500, "mbart", 2000, 128, 40, 64, 6, {"few": 4, "all": 6}, 3),
+        Task("e2e", "e2e_nlg", "mr", "refs", 200, "llama", 1000, 256, 80, 32, 3, {"few": 4, "all": 6}, 3),
     )
 }
 
@@ -192,10 +192,12 @@ COMMON = flags(threads=1, tensorboard="false")
 
 
 def pretrain_command(task: Task, data: Path, arch: str) -> list[str]:
-    return ["pretrain", *COMMON, *flags(
+    kind = flags(objective="infilling", noise_density=0.3, lr="2e-3", batch_tokens=1024) if arch == "mbart" else flags(
+        batch_tokens=4096
+    )  # fmt: skip
+    return ["pretrain", *COMMON, *kind, *flags(
         data=data, text_field="text", arch=arch, size="tiny", vocab_size=task.vocabulary, dropout=0.1,
-        max_length=task.max_length, batch_tokens=2048 if arch == "t5" else 4096, steps=2500 if arch == "t5" else 800,
-        max_minutes=task.pretrain_minutes,
+        max_length=task.max_length, steps=100_000, schedule="constant", max_minutes=task.pretrain_minutes,
     )]  # fmt: skip
 
 

@@ -181,8 +181,9 @@ class PretrainConfig(RunConfig, ModelConfig):
     """Train on raw text: causal or masked language modelling, or span corruption for encoder-decoders.
 
     Args:
-        objective: auto takes the architecture's: causal for decoders, spans (Raffel et al. 2020) for encoder-decoders,
-            mlm (masked language modelling, Devlin et al. 2019) for encoders.
+        objective: auto takes the architecture's: causal for decoders, spans (only what is hidden is asked for; Raffel
+            et al. 2020) for encoder-decoders, mlm (masked language modelling; Devlin et al. 2019) for encoders.
+            infilling (the whole text is asked for; Lewis et al. 2020) makes an encoder-decoder write whole sentences.
         data: JSON Lines (also .gz), CSV, Parquet, a folder with train/dev files, or a hub data set.
         dev_data: held-out text; empty takes the dev split of `data`, or the last twentieth of it.
         text_field: column of the text; guessed when empty.
@@ -199,7 +200,7 @@ class PretrainConfig(RunConfig, ModelConfig):
         mean_span: mean length of a hidden span.
     """
 
-    objective: Literal["auto", "causal", "spans", "mlm"] = "auto"
+    objective: Literal["auto", "causal", "spans", "infilling", "mlm"] = "auto"
     data: str = ""
     dev_data: str | None = None
     text_field: str | None = None

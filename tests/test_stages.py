@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from program import ON_CPU, QUIET_RUN, Outcome, Program, pairs, read_rows, write
 
 from operant import checkpoint
 from operant.policy import Policy
+from operant.stages.pretrain import text_infilling
 
 TRAIN = (
     "--reward", "chrf", "--steps", 2, "--prompts_per_step", 3, "--group_size", 2, "--max_tokens", 6,
@@ -93,6 +95,26 @@ def test_the_whole_circle(arch: str, vocabulary: int, program: Program, data: Pa
     for row in samples:
         assert len(row["tokens"]) == len(row["behavior_logprobs"]) <= 5
         assert row["logprob"] == pytest.approx(sum(row["behavior_logprobs"]), abs=1e-3)  # at temperature 1
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 40])
+def test_infilling_hides_spans_behind_one_kind_of_mask_and_asks_for_the_whole_text(length: int) -> None:
+    tokens, sentinels = np.arange(100, 100 + length), [5, 6, 7, 8, 9]
+    for seed in range(20):
+        source, target = text_infilling(tokens, sentinels, np.random.default_rng(seed))
+        assert np.array_equal(target, tokens)
+        kept = source[source != 5]
+        assert np.isin(kept, tokens).all() and (np.diff(kept) > 0).all()  # the order stays
+        assert 1 <= len(tokens) - len(kept) == max(1, round(0.3 * length)) and not np.isin(source, sentinels[1:]).any()
+        assert not ((source[1:] == 5) & (source[:-1] == 5)).any()  # one mask for a whole span
+
+
+def test_pretraining_by_an_objective_of_another_family_is_refused(program: Program, data: Path, tmp_path: Path) -> None:
+    line = program.fault(
+        "pretrain", "--data", data, "--text_field", "prompt", "--objective", "infilling", "--out", tmp_path / "run",
+        "--vocab_size", 288, *QUIET_RUN,
+    )  # fmt: skip
+    assert "infilling" in line and "causal" in line
 
 
 def test_a_lora_run_gives_a_folder_that_loads(program: Program, model: Path, data: Path, tmp_path: Path) -> None:

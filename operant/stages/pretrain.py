@@ -1,4 +1,4 @@
-"""Pretraining on raw text: causal language modelling, or span corruption for encoder-decoders."""
+"""Pretraining on raw text: causal language modelling, or hidden spans for encoder-decoders."""
 
 from __future__ import annotations
 
@@ -53,6 +53,18 @@ def span_corruption(
     return np.concatenate(source), np.concatenate([*target, [sentinels[spans]]]).astype(np.int64)
 
 
+def text_infilling(
+    tokens: Ints, sentinels: Sequence[int], rng: np.random.Generator, density: float = 0.3, mean_span: float = 3.0
+) -> tuple[Ints, Ints]:
+    """BART's denoising objective (Lewis et al. 2020, §2.2): each hidden span is one mask, the whole text is asked for.
+
+    All masks are the first sentinel, so that nothing tells how many there are of them or how long they are. Without
+    sentence permutation. Shapes and dtypes as `span_corruption`.
+    """
+    source, _ = span_corruption(tokens, sentinels, rng, density, mean_span)
+    return np.where(np.isin(source, np.asarray(sentinels)), sentinels[0], source).astype(np.int64), tokens
+
+
 def pretrain(
     config: PretrainConfig,
     *,
@@ -70,10 +82,10 @@ def pretrain(
         known, dev_texts, words = known_texts(config, texts, dev_texts)
         sentinels = SENTINELS if config.arch in ("t5", "mbart") else 0
         policy = policy or starting_policy(config, config, lambda: words or known, sentinels)
-        own = "spans" if policy.family == "encoder-decoder" else "causal"
-        if config.objective not in ("auto", own):
+        own = ("spans", "infilling") if policy.family == "encoder-decoder" else ("causal",)
+        if config.objective not in ("auto", *own):
             raise OperantError(
-                f"--objective {config.objective} does not fit a {policy.family} model; it learns by {own}"
+                f"--objective {config.objective} does not fit a {policy.family} model; it learns by {' or '.join(own)}"
                 + (": leave --objective out, or choose --arch bert" if config.objective == "mlm" else "")
             )
         documents = policy.codec.encode_batch(known, eos=True)
@@ -141,7 +153,7 @@ def _causal(policy: Policy, documents: list[Ints], held_out: list[Ints], block: 
 
 
 def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig):  # type: ignore[no-untyped-def]
-    """(round → batch, dev batches) of span corruption, corrupted anew in every epoch."""
+    """(round → batch, dev batches) of texts with hidden spans, corrupted anew in every epoch."""
     sentinels = policy.codec.sentinel_ids
     if len(sentinels) < 2:
         raise OperantError(
@@ -153,10 +165,11 @@ def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], bloc
     per_step = max(1, min(config.batch_tokens // mean, len(pieces)))
     order = DataOrder(len(pieces), per_step, config.seed, "pieces")
     eos = np.array([policy.codec.eos_id], np.int64)
+    corrupt = text_infilling if config.objective == "infilling" else span_corruption
 
     def corrupted(chosen: list[Ints], seed: int) -> Batch:
         rng = np.random.default_rng(seed)
-        both = [span_corruption(p, sentinels, rng, config.noise_density, config.mean_span) for p in chosen]
+        both = [corrupt(p, sentinels, rng, config.noise_density, config.mean_span) for p in chosen]
         return from_sequences(
             [np.concatenate([source, eos]) for source, _ in both],
             [np.concatenate([target, eos]) for _, target in both],
