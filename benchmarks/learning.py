@@ -34,6 +34,7 @@ REGIMES = ("few", "all")
 RATES = ("1e-4", "3e-4")  # tried on the first seed; the better one on the selection set is used on the others
 REWARD = "bleu + chrf"
 FEW = 0.1
+JUDGE_MINUTES = 2.5  # of pretraining for the language model that says how fluent answers are
 CHOOSING = 200  # prompts that choose checkpoints and learning rates, held out of the training data
 
 
@@ -117,9 +118,9 @@ def measure(name: str) -> None:
     task = TASKS[parts[0]]
     data = prepare(task)
     if parts[1] == "pretrain":
-        command = pretrain_command(task, data / "raw.jsonl", task.arch)
+        command = pretrain_command(task, data / "raw.jsonl", task.arch, task.pretrain_minutes)
     elif parts[1] == "judge":
-        command = pretrain_command(task, data / "targets.jsonl", "llama")
+        command = pretrain_command(task, data / "targets.jsonl", "llama", JUDGE_MINUTES)
     elif parts[3] == "variance":
         RECORD.put(name, variance(task, parts[1], int(parts[2]), data))
         return
@@ -191,13 +192,13 @@ def flags(**values: Any) -> list[str]:
 COMMON = flags(threads=1, tensorboard="false")
 
 
-def pretrain_command(task: Task, data: Path, arch: str) -> list[str]:
+def pretrain_command(task: Task, data: Path, arch: str, minutes: float) -> list[str]:
     kind = flags(objective="infilling", noise_density=0.3, lr="2e-3", batch_tokens=1024) if arch == "mbart" else flags(
         batch_tokens=4096
     )  # fmt: skip
     return ["pretrain", *COMMON, *kind, *flags(
         data=data, text_field="text", arch=arch, size="tiny", vocab_size=task.vocabulary, dropout=0.1,
-        max_length=task.max_length, steps=100_000, schedule="constant", max_minutes=task.pretrain_minutes,
+        max_length=task.max_length, steps=100_000, schedule="constant", max_minutes=minutes,
     )]  # fmt: skip
 
 
