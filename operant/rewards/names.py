@@ -8,6 +8,7 @@
     clip(bleu, 0, 0.8)    norm(chrf)         clipping, running normalisation
     model(runs/judge/model)                  a trained reward model; several, with commas, are an ensemble
     similarity(runs/bert/model)              BERTScore's matching over an encoder
+    judge(url="http://…/v1", model=…)        a language model's verdict
     my_rewards:politeness                    a function, class or reward object of an importable module
 
 The text is parsed, never evaluated: only these forms and literal options are understood.
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from operant.rewards.combine import Clip, Combination, Gate, Product, RunningNorm, Sum
+from operant.rewards.judge import Judge
 from operant.rewards.learned import Learned, Similarity
 from operant.rewards.metrics import (
     Bleu,
@@ -63,6 +65,7 @@ BUILT_IN: dict[str, Callable[..., Metric]] = {
     "model": Learned,
     "learned": Learned,
     "similarity": Similarity,
+    "judge": Judge,
 }
 COMBINATIONS: dict[str, Callable[..., Combination]] = {"gate": Gate, "clip": Clip, "norm": RunningNorm}
 # a folder in brackets needs no quotes: model(runs/a/model, runs/b/model), similarity(path=~/bert)
@@ -345,7 +348,7 @@ def _nearest(name: str, choices: Iterable[str]) -> str | None:
 def _near_option(name: str) -> str:
     known = {
         key
-        for maker in (Bleu, Chrf, Ter, Rouge, Exact, Edit, Length, Repetition, Format, Learned, Similarity)
+        for maker in (Bleu, Chrf, Ter, Rouge, Exact, Edit, Length, Repetition, Format, Learned, Similarity, Judge)
         for key in option_names(maker)
     }
     close = _nearest(name, known - {name})

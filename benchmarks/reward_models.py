@@ -1,0 +1,186 @@
+"""Reward models from nothing on small public sets, beside what length and the majority foretell.
+
+python -m benchmarks.reward_models                measure what is missing, then write the tables into docs/results.md
+python -m benchmarks.reward_models --cell NAME    measure one cell
+python -m benchmarks.reward_models --write        write what is there
+
+The data sets are found by name under the folder that OPERANT_DATA names. A cell trains on the training split less its
+last 15%, which choose the checkpoint and calibrate, and is measured on the dev split, which neither saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import ROOT, Cell, Records, machine, markdown, run_cells, spread, write_section
+
+CELLS = ROOT / "runs" / "reward-models"
+RECORDS = Records(CELLS)
+SEEDS = (0, 1, 2)
+STARTS = {"scratch": "from nothing", "masked": "after masking"}
+HELD_BACK = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A data set, how its rows are read, and how long is trained. `main`: the measure that is shown."""
+
+    title: str
+    kind: str
+    main: str
+    max_length: int
+    batch_size: int
+    steps: int
+
+
+TASKS = {
+    "pandalm_preferences": Task("PandaLM, which answer is better", "comparison", "accuracy", 160, 16, 80),
+    "hh_rlhf_harmless": Task("HH harmless, which answer is better", "comparison", "accuracy", 160, 16, 80),
+    "mt_ratings_mqm_ende": Task("MQM English → German, errors", "regression", "rank_correlation", 160, 32, 80),
+    "sentiment_sentences": Task("Sentences, positive or negative", "regression", "accuracy", 64, 32, 240),
+}
+
+
+def rows_of(name: str, split: str) -> list[dict[str, Any]]:
+    """The set's rows under the names that `operant reward-model` takes."""
+    from operant.data import load_rows
+
+    rows = load_rows(name, split=split)
+    if name == "pandalm_preferences":
+        return [
+            {"prompt": f"{r['instruction']}\n{r['input']}".strip(), "first": str(r["response1"]),
+             "second": str(r["response2"]),
+             "label": r["label"]}
+            for r in rows
+        ]  # fmt: skip
+    if name == "hh_rlhf_harmless":
+        return [{"prompt": r["prompt"], "first": r["chosen"], "second": r["rejected"]} for r in rows]
+    if name == "mt_ratings_mqm_ende":  # errors are few and heavy-tailed: the logarithm keeps one bad row from ruling
+        import math
+
+        return [{"prompt": r["src_en"], "completion": r["hyp_de"], "score": -math.log1p(r["mqm"])} for r in rows]
+    return [{"completion": r["text"], "score": float(r["label"])} for r in rows]
+
+
+def config_of(name: str, seed: int, out: Path, **options: Any) -> Any:
+    from operant.config import RewardModelConfig
+
+    task = TASKS[name]
+    label = {"label_field": "label"} if name == "pandalm_preferences" else {}
+    return RewardModelConfig(
+        kind=task.kind, chosen_field="first", rejected_field="second", too_long="skip", vocab_size=2048,
+        max_length=task.max_length, batch_size=task.batch_size, steps=task.steps, lr=5e-4, warmup_steps=10,
+        eval_every=20, patience=0, dropout=0.1, seed=seed, threads=1, device="cpu", tensorboard=False, out=str(out),
+        overwrite=True, save_every=10_000, **label, **options,
+    )  # fmt: skip
+
+
+def measure(cell: str) -> None:
+    start, name, *rest = cell.split("/")
+    rows = rows_of(name, "train")
+    if start == "encoder":
+        RECORDS.put(cell, pretrain_encoder(name, rows))
+        return
+    seed = int(rest[0])
+    from operant.reward_model import RewardModel
+    from operant.stages.reward_model import baselines, measures, predicted, read_judgements, train_reward_model
+
+    cut = int(len(rows) * (1 - HELD_BACK))
+    out = CELLS / cell.replace("/", "-")
+    model = str(CELLS / f"encoder-{name}" / "model") if start == "masked" else None
+    config = config_of(name, seed, out, model=model)
+    result = train_reward_model(config, rows=rows[:cut], dev_rows=rows[cut:], quiet=True)
+    trained = RewardModel.load(out / "model", device="cpu")
+    known, _ = read_judgements(rows[:cut], config, trained, "training")
+    test, left_out = read_judgements(rows_of(name, "dev"), config, trained, "test")
+    kind = trained.facts.kind
+    calibrated = measures(test, predicted(trained, test), kind, known)
+    trained.facts.scale, trained.facts.offset = 1.0, 0.0
+    raw = measures(test, predicted(trained, test), kind, known)
+    values = {"raw": raw, "calibrated": calibrated} | baselines(test, kind, known)
+    facts = {"training": len(known), "test": len(test), "left_out": left_out, "seconds": result.seconds}
+    RECORDS.put(cell, {"measures": values} | facts)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+def pretrain_encoder(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Masked language modelling on the same training texts: no further text is used."""
+    from operant.config import PretrainConfig
+    from operant.stages import pretrain_masked
+
+    cut = int(len(rows) * (1 - HELD_BACK))
+    keys = ("prompt", "completion", "first", "second")
+    texts = [str(row[key]) for row in rows[:cut] for key in keys if row.get(key)]
+    config = PretrainConfig(
+        arch="bert", vocab_size=2048, max_length=TASKS[name].max_length, steps=150, batch_tokens=2048, lr=1e-3,
+        warmup_steps=20, eval_every=50, dropout=0.1, threads=1, device="cpu", tensorboard=False, overwrite=True,
+        save_every=10_000, out=str(CELLS / f"encoder-{name}"),
+    )  # fmt: skip
+    result = pretrain_masked(config, texts=list(dict.fromkeys(texts)), quiet=True)
+    shutil.rmtree(result.out / "checkpoints", ignore_errors=True)
+    return {"seconds": result.seconds, "texts": len(set(texts))}
+
+
+def cells() -> list[Cell]:
+    scratch = [Cell(f"scratch/{name}/{seed}") for seed in SEEDS for name in TASKS]
+    encoders = [Cell(f"encoder/{name}") for name in TASKS]
+    masked = [Cell(f"masked/{name}/{seed}", (f"encoder/{name}",)) for seed in SEEDS for name in TASKS]
+    return [*scratch, *encoders, *masked]
+
+
+def table() -> str:
+    lines = []
+    for name, task in TASKS.items():
+        rows: list[list[str]] = []
+        wanted = (
+            ["accuracy", "ece", "brier"] if task.main == "accuracy" else ["rank_correlation", "correlation", "rmse"]
+        )
+        records: list[dict[str, Any]] = []
+        for start, title in STARTS.items():
+            found = [RECORDS.get(c) for seed in SEEDS if RECORDS.has(c := f"{start}/{name}/{seed}")]
+            records += found
+            for state in ("raw", "calibrated") if found else ():
+                values = [[r["measures"][state][w] for r in found] for w in wanted]
+                label = f"{title}{', calibrated' if state == 'calibrated' else ''} ({len(found)} seeds)"
+                rows.append([label, *(spread(v, 3) for v in values)])
+        if not records:
+            continue
+        for baseline in ("length", "majority"):
+            values = records[0]["measures"][baseline]
+            rows.append([baseline, *(f"{values[w]:.3f}" if w in values else "" for w in wanted)])
+        kept = f"{records[0]['training']} training and {records[0]['test']} test rows"
+        gone = f" ({'; '.join(records[0]['left_out'])})" if records[0]["left_out"] else ""
+        lines += [f"**{task.title}** (`{name}`, {task.kind}): {kept}{gone}.", "", markdown(["", *wanted], rows), ""]
+    return "\n".join(lines)
+
+
+def write() -> None:
+    lead = (
+        "`python -m benchmarks.reward_models`: a BERT `tiny` (about 1 M parameters) with its own tokenizer; median "
+        f"[lowest, highest] over seeds, on the dev split, which chose and calibrated nothing. {machine()}."
+    )
+    write_section("reward models", f"{lead}\n\n{table()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cell", help="measure this one and stop")
+    parser.add_argument("--write", action="store_true", help="write what is there and stop")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once")
+    given = parser.parse_args()
+    if given.cell:
+        measure(given.cell)
+        return
+    if not given.write:
+        failed = run_cells("benchmarks.reward_models", cells, lambda cell: RECORDS.has(cell.name), given.jobs)
+        if failed:
+            print("failed:", ", ".join(failed))
+    write()
+
+
+if __name__ == "__main__":
+    main()
