@@ -225,8 +225,9 @@ def preference_loss(
     if config.sft_coef:
         token_loss = token_loss - config.sft_coef * good[:, None] * logprobs / lengths[:, None]
     margin = margin.detach()
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()  # the reference itself is a coin, not always wrong
     count = torch.tensor(float(len(rows)))
-    return token_loss, {"count": count, "accuracy": (margin > 0).sum(), "margin": margin.sum()}
+    return token_loss, {"count": count, "accuracy": right.sum(), "margin": margin.sum()}
 
 
 def _by_pair(pair_ids: Tensor, side: Tensor) -> Tensor:
