@@ -46,7 +46,9 @@ TITLES = {
 }
 
 
-class _Quickstart:
+class Quickstart:
+    """The circle on the built-in task; `prepare` ends with the fine-tuned policy, `run` goes all the way."""
+
     def __init__(self, config: QuickstartConfig, out: Path) -> None:
         self.config, self.out = config, out
         self.task: Task = make_task(config.seed, labelled=config.labelled, prompts=config.prompts)
@@ -71,8 +73,8 @@ class _Quickstart:
             "tensorboard": False, "save_every": 10**6,
         }  # fmt: skip
 
-    def run(self) -> None:
-        minutes = self.config.minutes
+    def prepare(self) -> None:
+        """Pretrain and fine-tune."""
         _say("1/4 pretrain: a causal language model from nothing on raw text")
         pretrain(
             PretrainConfig(
@@ -86,7 +88,10 @@ class _Quickstart:
         _say(f"2/4 fine-tune on {self.config.labelled} labelled pairs until the dev loss stops improving")
         self.fine_tune("finetune", steps=1000, patience=3)
         self.measure("finetuned")
-        start = self.out / "finetune" / "model"
+
+    def run(self) -> None:
+        self.prepare()
+        minutes, start = self.config.minutes, self.out / "finetune" / "model"
 
         _say(f"3/4 the control: fine-tune further on the same pairs for {minutes:g} minutes")
         self.fine_tune("continue", steps=10**6, max_minutes=minutes)
@@ -152,7 +157,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     try:
         with RunFolder.open(config.out, to_yaml(config), overwrite=config.overwrite) as folder:
             try:
-                circle = _Quickstart(config, folder.path)
+                circle = Quickstart(config, folder.path)
             except BaseException:
                 folder.discard()  # nothing was learned: leave no half-made run in the way of the next try
                 raise
@@ -173,7 +178,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
         torch.set_num_threads(threads)
 
 
-def _show(circle: _Quickstart, config: QuickstartConfig, out: Path, report: Path, seconds: float) -> None:
+def _show(circle: Quickstart, config: QuickstartConfig, out: Path, report: Path, seconds: float) -> None:
     rows = [row for row in read_jsonl(out / "metrics.jsonl") if isinstance(row.get("eval/bleu"), float)]
     levels = {TITLES[name]: circle.results[name]["bleu"] for name in ("finetuned", "continued")}
     print()

@@ -1,0 +1,238 @@
+"""Every algorithm on the quickstart's task: the same fine-tuned start, the same reward, the same wall time.
+
+Defaults of each row of `operant algorithms`, one learning rate for all unless `RATES` says otherwise; nothing tuned.
+Preference methods learn from pairs of the start's own samples, the best of four against the worst by the same reward.
+
+python -m benchmarks.algorithms                          three seeds, a minute a run
+python -m benchmarks.algorithms --names rloo ppo --seeds 0 --jobs 2
+python -m benchmarks.algorithms --write                  only write the table and the plot
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import RECORDS, ROOT, Cell, Records, markdown, run_cells, spread, write_section
+
+RUNS = ROOT / "runs" / "algorithms"
+RECORD = Records(RECORDS / "algorithms")
+MINUTES = 1.0
+RATE = "2e-4"
+RATES: dict[str, str] = {"dpo": "5e-5", "ipo": "5e-5", "kto": "5e-5"}
+MAX_TOKENS = 32
+
+
+def names() -> list[str]:
+    """The table's rows, and the dense form of those that honour it."""
+    from operant.algorithms import ALGORITHMS
+
+    return [n for name, a in ALGORITHMS.items() for n in ([name, f"{name} dense"] if a.honours_dense else [name])]
+
+
+def cells(given: list[str], seeds: list[int]) -> list[Cell]:
+    bases = [Cell(f"{seed}/base") for seed in seeds]
+    return bases + [Cell(f"{seed}/{name}", (f"{seed}/base",)) for seed in seeds for name in given]
+
+
+def done(cell: Cell) -> bool:
+    return RECORD.has(cell.name) and (not cell.name.endswith("base") or (RUNS / cell.name / "pairs.jsonl").exists())
+
+
+def measure(name: str) -> None:
+    seed, row = name.split("/")
+    folder = RUNS / seed / "base"
+    if row == "base":
+        RECORD.put(name, start(int(seed), folder))
+        return
+    algorithm, *dense = row.split()
+    out = RUNS / seed / row.replace(" ", "-")
+    shutil.rmtree(out, ignore_errors=True)
+    common = {
+        "model": folder / "finetune" / "model", "seed": seed, "out": out, "threads": 1, "tensorboard": "false",
+        "max_minutes": MINUTES, "steps": 100_000, "lr": RATES.get(algorithm, RATE), "algorithm": algorithm,
+        "save_every": 100_000,
+    }  # fmt: skip
+    if algorithm in ("dpo", "ipo", "kto"):
+        command = ["prefer", *flags(**common, data=folder / "pairs.jsonl", dev_data=folder / "dev_pairs.jsonl")]
+    else:
+        command = ["train", *flags(
+            **common, data=folder / "data" / "prompts.jsonl", dev_data=folder / "data" / "dev.jsonl", reward="chrf",
+            max_tokens=MAX_TOKENS, eval_every=10, log_samples=0,
+        )]  # fmt: skip
+        if dense:
+            command += flags(dense="true")
+    operant(command)
+    facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    curve = [
+        {"minutes": (r["time"] - rows[0]["time"]) / 60, "step": r["step"], "chrf": r["eval/chrf"]}
+        for r in rows if "eval/chrf" in r
+    ]  # fmt: skip
+    completions = max((r["train/completions"] for r in rows if "train/completions" in r), default=0.0)
+    RECORD.put(name, {
+        "command": "operant " + " ".join(command).replace(f"{ROOT}/", ""), "test": judged(folder, out / "model"),
+        "steps": facts["steps"], "completions": completions, "curve": curve,
+    })  # fmt: skip
+
+
+def flags(**values: Any) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def operant(command: list[str]) -> None:
+    out = Path(command[command.index("--out") + 1])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (out.parent / f"{out.name}.log").open("w", encoding="utf-8") as log:
+        program = str(Path(sys.executable).with_name("operant"))
+        subprocess.run([program, *command], check=True, stdout=log, stderr=log)
+
+
+def start(seed: int, folder: Path) -> dict[str, Any]:
+    """The quickstart's first two stages and its data, and preference pairs of what they left."""
+    from operant.config import QuickstartConfig
+    from operant.quickstart import Quickstart
+
+    shutil.rmtree(folder, ignore_errors=True)
+    circle = Quickstart(QuickstartConfig(seed=seed, out=str(folder), threads=1), folder)
+    circle.prepare()
+    circle.task.save(folder / "data")
+    for rows, name in ((circle.task.prompts, "pairs"), (circle.task.dev, "dev_pairs")):
+        preferences(circle, rows, folder / f"{name}.jsonl", seed)
+    return {"test": judged(folder, folder / "finetune" / "model")}
+
+
+def preferences(circle: Any, rows: list[dict[str, Any]], path: Path, seed: int) -> None:
+    """The best against the worst of four samples for each prompt, by chrF; none where all are equal."""
+    from operant.rewards import RewardRunner, reward_by_name
+    from operant.sampler import Sampler
+    from operant.types import Sampling
+
+    circle.policy.model.eval()
+    prompts = circle.prompts(rows)
+    groups = Sampler(circle.policy, max_rows=256).sample(prompts, Sampling(max_tokens=MAX_TOKENS, seed=seed), 4)
+    runner = RewardRunner(reward_by_name("chrf"), workers=0)
+    scored = runner.run([(p, c) for p, group in zip(prompts, groups) for c in group])
+    runner.close()
+    lines = []
+    for i, row in enumerate(rows):
+        own = sorted(scored[4 * i : 4 * i + 4], key=lambda t: float(t.rewards.sum()))
+        if own[0].rewards.sum() < own[-1].rewards.sum():
+            best, worst = own[-1].completion.text, own[0].completion.text
+            lines.append({"prompt": row["prompt"], "chosen": best, "rejected": worst})
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def judged(folder: Path, model: Path) -> dict[str, float]:
+    """Greedy answers to the test prompts."""
+    import torch
+
+    from operant.data import load_prompts, load_rows
+    from operant.evaluate import evaluate
+    from operant.policy import Policy
+    from operant.types import Sampling
+
+    torch.set_num_threads(1)
+    policy = Policy.load(model)
+    policy.model.eval()
+    prompts = load_prompts(load_rows(folder / "data" / "test.jsonl"), policy.codec)
+    return evaluate(policy, prompts, sampling=Sampling(temperature=0.0, max_tokens=MAX_TOKENS))[0]
+
+
+# --- table and plot --------------------------------------------------------------------------------------------------
+
+
+def found(name: str) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RECORD.folder.glob(f"*.{name}.json"))]
+
+
+def write() -> None:
+    rows = []
+    for name in ["base", *names()]:
+        records = found(name)
+        if records:
+            tests = [r["test"] for r in records]
+            rows.append((statistics.median(t["chrf"] for t in tests), [
+                "fine-tuned, the start" if name == "base" else name, str(len(records)),
+                spread([t["chrf"] for t in tests]), spread([t["bleu"] for t in tests]),
+                spread([100 * t["exact"] for t in tests]), spread([t["length"] for t in tests]),
+                "" if name == "base" else spread([r["steps"] for r in records], 0),
+            ]))  # fmt: skip
+    if not rows:
+        return
+    rows.sort(key=lambda row: -row[0])
+    text = markdown(["", "seeds", "chrF", "BLEU", "exact match", "tokens", "steps"], [row for _, row in rows])
+    plot(ROOT / "docs" / "images" / "algorithms.png")
+    write_section("algorithms", text)
+    print(text)
+
+
+def plot(path: Path) -> None:
+    """Held-out chrF over minutes: the median of the seeds, one line an algorithm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = {name: records for name in names() if (records := [r for r in found(name) if r["curve"]])}
+    if not drawn:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = 4
+    height = -(-len(drawn) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(11, 2.1 * height), sharex=True, sharey=True, squeeze=False)
+    flat = list(axes.flat)
+    for axis, (name, records) in zip(flat, drawn.items()):
+        for other in drawn.values():
+            for record in other:
+                axis.plot(*line(record), color="#dddddd", linewidth=0.7)
+        for record in records:
+            axis.plot(*line(record), color="#1f6feb", linewidth=1.4)
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=7)
+    for axis in flat[len(drawn) :]:
+        axis.set_visible(False)
+    figure.supxlabel("minutes", fontsize=9)
+    figure.supylabel("held-out chrF", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def line(record: dict[str, Any]) -> tuple[list[float], list[float]]:
+    return [p["minutes"] for p in record["curve"]], [p["chrf"] for p in record["curve"]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="+", help="which algorithms; all when left out")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
+    parser.add_argument("--fresh", action="store_true", help="throw away what was measured before, and measure here")
+    parser.add_argument("--write", action="store_true", help="only write the table and the plot")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.cell:
+        measure(given.cell)
+        return
+    if given.fresh:
+        shutil.rmtree(RUNS, ignore_errors=True)
+        shutil.rmtree(RECORD.folder, ignore_errors=True)
+    wanted = given.names or names()
+    failed = [] if given.write else run_cells(
+        "benchmarks.algorithms", lambda: cells(wanted, given.seeds), done, given.jobs
+    )  # fmt: skip
+    write()
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; the logs stand under {RUNS}")
+
+
+if __name__ == "__main__":
+    main()
