@@ -148,15 +148,15 @@ class _Loop:
         if self.state["rewards"]:
             runner.load_state_dict(self.state["rewards"])
         self.sampler = Sampler(policy, max_rows=config.max_rows, version=run.step, audit_fraction=config.audit_fraction)
+        self.sampler.saved_tokens = self.state.get("saved_tokens", 0)
         self.order = DataOrder(len(prompts), config.prompts_per_step, config.seed, "prompts")
         self.pair_order = DataOrder(max(1, len(pairs)), config.sft_batch_size, config.seed, "pairs")
         self.stream = Limited(runner.reward, config.reward_seconds) if runner.reward.streaming else None
         run.facts["optimises"] = optimised_metrics(runner.reward)
-        self.measured_step = -1
         self.best: dict[str, float] = self.state["best"]
 
     def go(self, reached: Callable[[dict[str, float]], bool], callbacks: Sequence[Callback]) -> TrainResult:
-        if self.run.step == 0:
+        if self.run.step == 0 and self.run.measured_step < 0:
             self.measure(reached)
         for step in self.run.steps(self.config.steps):
             begun = time.perf_counter()
@@ -179,7 +179,7 @@ class _Loop:
             answers = [callback(self.run.step, metrics) for callback in callbacks]  # every one is called
             if any(answers):
                 self.run.stop("a callback asked to stop")
-        if not self.run.failed and not self.run.interrupted and self.measured_step != self.run.step:
+        if not self.run.failed and not self.run.interrupted and self.run.measured_step != self.run.step:
             self.last_look()
         self.run.restore_best()
         if self.run.failed:
@@ -414,6 +414,7 @@ class _Loop:
         metrics |= {f"train/{name}": value for name, value in stats.extra.items()}
         audited = [c.meta["audited_return"] for c in completions if "audited_return" in c.meta]
         if self.stream is not None:
+            self.state["saved_tokens"] = self.sampler.saved_tokens
             metrics["train/saved_tokens"] = float(self.sampler.saved_tokens)
         if audited:
             metrics["train/audited_return"] = float(np.mean(audited))
@@ -432,16 +433,16 @@ class _Loop:
         """Held-out evaluation; keeps the best weights and ends the run at the target."""
         if not self.dev_prompts:
             return
-        self.measured_step = self.run.step
+        self.run.measured_step = self.run.step
         values = self.look()
         if not self.state["first"]:
             self.state["first"] = values
         value = values[self.config.best_metric]
+        if reached(values):
+            self.run.stop(f"the target {self.config.target} is reached", decided=True)
         if math.isfinite(value) and value > self.run.best_value:
             self.state["best"] = self.best = values
             self.run.measured(value)
-        if reached(values):
-            self.run.stop(f"the target {self.config.target} is reached")
 
     def last_look(self) -> None:
         """After an early stop: are the newest weights the best?"""

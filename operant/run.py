@@ -80,9 +80,11 @@ class Run:
         )  # fmt: skip
         self.step = 0
         self.stop_reason = ""
+        self.decided = ""
         self.failed: str | None = None
         self.best_value = -math.inf
         self.best_step = -1
+        self.measured_step = -1  # the last step whose held-out measurement is in the log
         self.best_checkpoint: str | None = None
         self.spent_seconds = 0.0
         self.state: dict[str, Any] = {}
@@ -133,10 +135,14 @@ class Run:
         if self._progress is not None:
             self._progress.note("Ctrl-C: finishing this step and saving (again to leave at once)")
 
-    def stop(self, reason: str, *, failed: bool = False) -> None:
-        """End after the current step, with the reason in the report; `failed` makes the program's exit status 1."""
+    def stop(self, reason: str, *, failed: bool = False, decided: bool = False) -> None:
+        """End after the current step, with the reason in the report; `failed` makes the program's exit status 1.
+
+        decided: by what was learned (a target, patience), not by a clock or a person. Call it before `measured`, whose
+        checkpoint then knows: a run that is killed before it has finished ends there on resume too."""
         if not self.stop_reason:
             self.stop_reason = reason
+            self.decided = reason if decided else ""
             self.failed = reason if failed else None
 
     # --- attaching and resuming ----------------------------------------------------------------------------------
@@ -147,17 +153,21 @@ class Run:
         if not self.quiet:  # only now, so that a fault in the data or the model is the one line that is seen
             print(f"{self.stage} in {self.folder.path} with:\n{_indented(to_yaml(self.config))}", file=sys.stderr)
         resume_step: int | None = None
+        found: Path | None = None
         if self.folder.resumed:
+            checkpoint.clean(self.folder.checkpoints)
             found = checkpoint.latest(self.folder.checkpoints)
             resume_step = 0
             if found is not None:
                 self._load(found)
                 resume_step = self.step
+            if resume_step == 0 and self.measured_step < 0:
+                resume_step = -1  # saved before the first measurement, which will be logged again
         self.log = RunLog(
             self.folder, tensorboard=self.config.tensorboard, wandb=self.config.wandb, resume_step=resume_step
         )
         self._logs = True
-        if not self.folder.resumed or resume_step == 0:
+        if found is None:
             self.save()
         self._attached = True
         self._begun = time.perf_counter()
@@ -173,6 +183,9 @@ class Run:
             self.best_value = -math.inf
         # a checkpoint that is the best was written before it could know its own name
         self.best_checkpoint = path.name if self.best_step == self.step else facts["best_checkpoint"]
+        self.measured_step = facts.get("measured_step", -1)
+        if not self.folder.finished:
+            self.stop_reason = self.decided = facts.get("decided", "")
         self.spent_seconds = facts["spent_seconds"]
         self.state.clear()
         self.state.update(facts["state"])
@@ -188,6 +201,8 @@ class Run:
                 "best_value": self.best_value if math.isfinite(self.best_value) else None,
                 "best_step": self.best_step,
                 "best_checkpoint": self.best_checkpoint,
+                "measured_step": self.measured_step,
+                "decided": self.decided,
                 "spent_seconds": self.seconds,
                 "state": self.state,
             }
@@ -210,7 +225,7 @@ class Run:
     def steps(self, total: int) -> Iterator[int]:
         """Step numbers from where the run stands to `total`. Seeds torch for each, so a resumed one is the same."""
         if self.step >= total:
-            self.stop(f"all {total} steps were already done")
+            self.stop(f"all {total} steps {'were already done' if self.folder.finished else 'done'}")
         with self.log.progress(total, self.stage, start=self.step) as progress:
             self._progress = progress
             while self.step < total and not self.stop_reason:

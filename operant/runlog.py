@@ -70,13 +70,15 @@ class RunFolder:
     """One run's folder, locked by this process until `close` (or the end of a `with` block, or of the process).
 
     Make it with `RunFolder.open`. `path`, `checkpoints` and `curves` are folders; `resumed` says whether the run had
-    been started before; `config` is the resolved configuration as YAML.
+    been started before, `finished` whether it had come to an end that was written down; `config` is the resolved
+    configuration as YAML.
     """
 
     def __init__(self, path: Path, config: str, *, resumed: bool, lock: FileLock) -> None:
         self.path = path
         self.config = config
         self.resumed = resumed
+        self.finished = False
         self._lock = lock
         self._new_parents: list[Path] = []  # folders above that were made for this run, the nearest first
 
@@ -141,7 +143,9 @@ class RunFolder:
                     )
                 _wipe(path)
                 resumed = False
+            _sweep(path)
             facts: dict[str, Any] = _read_json(path / "run.json") if resumed else {"started": time.time()}
+            finished = "finished" in facts
             if resumed:
                 facts = {k: v for k, v in facts.items() if k not in ("finished", "stop_reason")}
                 facts["resumed"] = [*facts.get("resumed", []), time.time()]
@@ -156,14 +160,21 @@ class RunFolder:
             lock.release()
             raise
         folder = cls(path, config_yaml, resumed=resumed, lock=lock)
+        folder.finished = finished
         folder._new_parents = new_parents
         return folder
 
     def finish(self, stop_reason: str, **facts: Any) -> None:
-        """Record in run.json why the run stopped, and any other JSON-able fact worth keeping (best step, totals …)."""
+        """Record in run.json why the run stopped, and any other JSON-able fact worth keeping (best step, totals …).
+
+        Raises OperantError when it cannot be written.
+        """
         known = _read_json(self.path / "run.json")
         known.update(facts, finished=time.time(), stop_reason=stop_reason)
-        _write_atomically(self.path / "run.json", json.dumps(known, indent=1, ensure_ascii=False))
+        try:
+            _write_atomically(self.path / "run.json", json.dumps(known, indent=1, ensure_ascii=False))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
     def discard(self) -> None:
         """Take back a run that never began: remove what operant put here, the folder too if nothing else is in it."""
@@ -212,8 +223,11 @@ class RunLog:
         self.path = folder.path if isinstance(folder, RunFolder) else Path(folder)
         self.path.mkdir(parents=True, exist_ok=True)
         self._wandb = _start_wandb(wandb, self.path) if wandb else None
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            _truncate(self.path / name, resume_step)
+        try:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _truncate(self.path / name, resume_step)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._samples: TextIO | None = None
         self._board = _start_tensorboard(self.path, resume_step) if tensorboard else None
@@ -241,10 +255,7 @@ class RunLog:
         try:
             stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n")
         except OSError as error:
-            raise OperantError(
-                f"cannot write in {self.path} ({error.strerror or error}): free some space there, "
-                "and go on from the last checkpoint with --resume"
-            ) from error
+            raise _unwritable(self.path, error) from error
 
     @contextlib.contextmanager
     def progress(
@@ -385,6 +396,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _unwritable(path: Path, error: OSError) -> OperantError:
+    return OperantError(
+        f"cannot write in {path} ({error.strerror or error}): free some space there, "
+        "and go on from the last checkpoint with --resume"
+    )
+
+
 def _started(path: Path) -> bool:
     return (path / "config.yaml").exists() or (path / "metrics.jsonl").exists()
 
@@ -451,6 +469,16 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes killed in the middle of a write have left; only with the lock in hand."""
+    for name in (*_RUN_FILES, *_RUN_FOLDERS):
+        for left in path.glob(f".{name}-*"):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _wipe(path: Path) -> None:

@@ -90,7 +90,7 @@ def fit(
     if not math.isfinite(state["dev_loss"] or math.inf):
         state["dev_loss"] = math.inf
 
-    measured_step, measurable = -1, bool(dev) or held_out is not None
+    measurable = bool(dev) or held_out is not None
 
     def look() -> float:
         """Measure and tell; what is better is greater."""
@@ -111,20 +111,19 @@ def fit(
         return value
 
     def measure() -> None:
-        nonlocal measured_step
         if not measurable:
             return
-        measured_step = run.step
+        run.measured_step = run.step
         value = look()
         improved = value > run.best_value
         state["stale"] = 0 if improved else state["stale"] + 1
-        if improved:
-            run.measured(value)
         if patience and state["stale"] >= patience:
             measure_name = "dev loss" if best_metric == "loss" else f"dev {best_metric}"
-            run.stop(f"the {measure_name} has not improved for {patience} measurements")
+            run.stop(f"the {measure_name} has not improved for {patience} measurements", decided=True)
+        if improved:
+            run.measured(value)
 
-    if run.step == 0:
+    if run.step == 0 and run.measured_step < 0:
         measure()
     for step in run.steps(steps):
         policy.model.train(dropout)
@@ -137,7 +136,7 @@ def fit(
         )
         if run.step % eval_every == 0 or run.step == steps:
             measure()
-    if not run.failed and not run.interrupted and measured_step != run.step:
+    if not run.failed and not run.interrupted and run.measured_step != run.step:
         last = look() if measurable else -math.inf
         if last > run.best_value:
             run.crown(last)
