@@ -366,7 +366,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14, help="steps of a run, of which the first two are not measured")
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--learn_seconds", type=float, default=60.0, help="length of the runs that learn")
+    parser.add_argument(
+        "--learn_seconds", type=float, default=60.0, help="length of the runs that learn; 0 leaves them out"
+    )
     parser.add_argument("--trl_option", action="append", default=[], help="name=JSON, added to TRL's configuration")
     for hidden in ("--child", "--model", "--algorithm"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -396,22 +398,20 @@ def main() -> None:
         print(json.dumps(ratios(found)))
         return
     lengths = {s: statistics.mean(f["length"] for f in found["operant", given.algorithms[0], s]) for s in SETTINGS}
-    text = "\n".join(
-        [
-            f"`python -m benchmarks.trl --repeat {given.repeat} --steps {given.steps} --threads {given.threads}`: "
-            f"median [lowest, highest] of {given.repeat} pairs of runs. {machine()}. Mean length "
-            + ", ".join(f"{name} {length:.1f}" for name, length in lengths.items())
-            + " tokens.",
-            "",
-            table(found),
-            "",
-            f"GRPO, natural lengths, best of the learning rates {', '.join(f'{lr:g}' for lr in SWEEP)} for each:",
-            "",
-            learning(given),
-            "",
-            f"`--json`: {json.dumps(ratios(found))}",
-        ]
-    )
+    lines = [
+        f"`python -m benchmarks.trl --repeat {given.repeat} --steps {given.steps} --threads {given.threads}`: "
+        f"median [lowest, highest] of {given.repeat} pairs of runs. {machine()}. Mean length "
+        + ", ".join(f"{name} {length:.1f}" for name, length in lengths.items())
+        + " tokens.",
+        "",
+        table(found),
+        "",
+        f"`--json`: `{json.dumps(ratios(found))}`",
+    ]
+    if given.learn_seconds > 0:
+        rates = ", ".join(f"{lr:g}" for lr in SWEEP)
+        lines += ["", f"GRPO, natural lengths, best of the learning rates {rates} for each:", "", learning(given)]
+    text = "\n".join(lines)
     print(text)
     if given.write:
         write_section("trl", text)

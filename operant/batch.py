@@ -12,6 +12,8 @@ from torch import Tensor
 
 from operant.types import Batch, EncoderContext, Ints, Trajectory
 
+SMALLEST_PIECE = 1024  # padded tokens: below, one more pass costs more than the padding that it saves
+
 Normalisation = Literal["per_completion", "per_token", "per_sequence_mean", "constant"]
 
 
@@ -232,9 +234,14 @@ def select_rows(batch: Batch, rows: Tensor) -> Batch:
     return picked
 
 
-def microbatches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
+def microbatches(batch: Batch, max_tokens: int, *, by_length: bool = False) -> Iterator[Batch]:
     """Cut a batch into pieces of at most `max_tokens` padded tokens; with one segment a row, rows of like length
-    together. The pieces keep the batch's denominator, so their gradients sum to the batch's."""
+    together. The pieces keep the batch's denominator, so their gradients sum to the batch's.
+
+    by_length: part an encoder-decoder's rows also where they grow longer by a quarter, in pieces of at least
+    SMALLEST_PIECE tokens, since it computes its padding (a decoder's policy lays its tokens out without any). For
+    losses that are sums over tokens, and need no two rows together.
+    """
     if int((batch.segment_ids.max(1).values != batch.segment_ids[:, 0]).sum()):
         size = max(1, max_tokens // batch.tokens.shape[1])  # packed rows are full: any of them will do
         columns = ("tokens", "position_ids", "segment_ids", "action_mask", "weights")
@@ -245,7 +252,9 @@ def microbatches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
     lengths = (batch.segment_ids >= 0).sum(1)
     if batch.context is not None:
         lengths = lengths + batch.context.mask.sum(1)[batch.context.row]
-    if int(lengths.max()) * len(lengths) <= max_tokens:
+    padded = int(lengths.max()) * len(lengths)
+    by_length = by_length and batch.context is not None and padded > max(2 * SMALLEST_PIECE, 1.25 * int(lengths.sum()))
+    if padded <= max_tokens and not by_length:
         yield batch
         return
     # completions of one prompt stay together, so that what they share is computed once here too; the two of a pair
@@ -262,8 +271,11 @@ def microbatches(batch: Batch, max_tokens: int) -> Iterator[Batch]:
     while start < len(order):
         chosen, stop = list(order[start]), start + 1
         while stop < len(order):
-            width = int(longest[groups[order[stop][0]]])
+            width, before = int(longest[groups[order[stop][0]]]), int(longest[groups[chosen[-1]]])
             if width * (len(chosen) + len(order[stop])) > max_tokens:
+                break
+            shortest = int(longest[groups[chosen[0]]])
+            if by_length and width > max(before, 1.25 * shortest) and before * len(chosen) >= SMALLEST_PIECE:
                 break
             chosen += order[stop]
             stop += 1

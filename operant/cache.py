@@ -50,6 +50,14 @@ class GrowingLayer(DynamicLayer):
         self._view()
         return self.keys, self.values
 
+    def keep(self, holes: Tensor, movers: Tensor, rows: int) -> None:
+        """Put rows `movers` where rows `holes` were and end after `rows` rows, in place."""
+        assert self._keys is not None and self._values is not None
+        if len(holes):
+            self.keys[holes], self.values[holes] = self.keys[movers], self.values[movers]
+        self._keys, self._values = self._keys[:rows], self._values[:rows]
+        self._view()
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -137,6 +145,32 @@ class DecodeState:
         return DecodeState(
             _growing_cache(layers), mask[:, first:], self.positions[index], cross, encoder_hidden, encoder_mask
         )
+
+    def keep(self, index: list[int]) -> list[int]:
+        """Keep rows `index` (ascending, no repeats) in place; their new order. The last rows move into the holes, so
+        that a row that ends costs one row's copy and not the whole cache's. Padding that all rows have is left until
+        it is a quarter of the columns."""
+        count, device = len(index), self.mask.device
+        kept = set(index)
+        gone = [i for i in range(count) if i not in kept]
+        late = [i for i in index if i >= count]
+        order = list(range(count))
+        for hole, mover in zip(gone, late, strict=True):
+            order[hole] = mover
+        picked = torch.tensor(order, device=device)
+        self.mask, self.positions = self.mask[picked], self.positions[picked]
+        holes, movers = torch.tensor(gone, device=device), torch.tensor(late, device=device)
+        for cache in (self.cache, self.cross):
+            for layer in _layers(cache) if cache is not None else ():
+                layer.keep(holes, movers, count)
+        if self.encoder_hidden is not None and self.encoder_mask is not None:
+            self.encoder_hidden, self.encoder_mask = self.encoder_hidden[picked], self.encoder_mask[picked]
+        padding = self.mask.shape[1] - int(self.mask.sum(1).max())
+        if padding > max(GROWTH // 4, self.mask.shape[1] // 4):
+            shorter = self.select(torch.arange(count, device=device))
+            self.cache, self.mask, self.cross, self._paired = shorter.cache, shorter.mask, shorter.cross, None
+            self.encoder_hidden, self.encoder_mask = shorter.encoder_hidden, shorter.encoder_mask
+        return order
 
     def join(self, other: DecodeState) -> DecodeState:
         """The rows of both, the shorter cache padded on the left."""

@@ -135,7 +135,8 @@ class _Loop:
         self.run, self.config, self.recipe, self.policy, self.runner = run, config, recipe, policy, runner
         self.prompts, self.dev_prompts, self.pairs = prompts, dev_prompts[: config.eval_prompts], pairs
         policy.model.eval()  # dropout off: the sampler and the learner must be the same policy
-        policy.freeze_reference()
+        if config.kl_coef > 0 or dev_prompts:  # the held-out drift is against it too
+            policy.freeze_reference()
         passes = config.epochs * config.minibatches
         self.learner = Learner(
             policy, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
@@ -304,7 +305,7 @@ class _Loop:
                 piece = batch if len(part) == rows else select_rows(batch, part)
                 if piece is not batch:
                     piece.denominator = batch.denominator * len(part) / rows
-                micro = list(microbatches(piece, config.tokens_per_microbatch))
+                micro = list(microbatches(piece, config.tokens_per_microbatch, by_length=True))
                 if config.sft_coef:
                     micro += microbatches(self.supervised(self.learner.steps), config.tokens_per_microbatch)
                 taken.append(self.learner.step(micro, self.token_loss))
@@ -373,7 +374,7 @@ class _Loop:
         out = torch.zeros(batch.tokens.shape)
         numbers = torch.arange(batch.tokens.shape[0])
         whole = dataclasses.replace(batch, route=numbers)
-        for micro in microbatches(whole, self.config.tokens_per_microbatch):
+        for micro in microbatches(whole, self.config.tokens_per_microbatch, by_length=True):
             assert micro.route is not None
             values = self.policy.logprobs(to_device(micro, self.policy.device)).logprobs.float().cpu()
             out[micro.route, : values.shape[1]] = values

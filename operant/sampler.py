@@ -77,9 +77,11 @@ def behavior_logprobs(
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF sampling: int64[B] from logprobs float32[B, V] and uniforms float64[B] in [0, 1)."""
-    cumulative = logprobs.double().exp().cumsum(-1)
+    cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None].to(cumulative.device) * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logprobs.shape[-1] - 1)
+    if bool(torch.isfinite(logprobs.gather(1, index[:, None])).all()):
+        return index
     # rounding may land past the last token with probability; the last possible one is then meant
     last = logprobs.shape[-1] - 1 - torch.isfinite(logprobs).flip(-1).to(torch.uint8).argmax(-1)
     return torch.minimum(index, last)
@@ -385,13 +387,13 @@ class Sampler:
         self.saved_tokens += row.limit - len(row.tokens)
         return True
 
+    @torch.inference_mode()  # the cache was made in it
     def _keep(self, index: list[int]) -> None:
-        self._rows = [self._rows[i] for i in index]
         assert self._state is not None
+        order = self._state.keep(index) if index else []
+        self._rows = [self._rows[i] for i in order]
         if not index:
             self._state = None
-        else:
-            self._state = self._state.select(torch.tensor(index, device=self._state.mask.device))
 
     def _finish(self, row: _Row, reason: StopReason) -> Completion:
         text, ends, reach = row.text.text, np.array(row.ends, np.int64), np.array(row.text.reach, np.int64)

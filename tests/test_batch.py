@@ -175,6 +175,18 @@ def test_micro_batches_hold_every_row_once(texts: list[np.ndarray], most: int, e
     assert sorted(seen) == list(range(len(texts)))
 
 
+def test_an_encoder_decoders_rows_are_parted_by_length() -> None:
+    lengths = [4] * 300 + [20] * 60
+    prompts = [ints(1, 2 + i // 4) for i in range(360)]
+    batch = from_sequences(prompts, [np.arange(n) + 3 for n in lengths], encoder=True, pad_id=0)
+    batch.route = torch.arange(360)
+    assert len(list(microbatches(batch, 10**6))) == 1
+    pieces = list(microbatches(batch, 10**6, by_length=True))
+    assert [p.tokens.shape[1] for p in pieces] == [4, 20]
+    assert torch.cat([p.route for p in pieces if p.route is not None]).tolist() == list(range(360))
+    assert len(list(microbatches(select_rows(batch, torch.arange(300)), 10**6, by_length=True))) == 1
+
+
 def test_equal_prompts_share_one_context_row() -> None:
     context = encoder_context([ints(1, 2), ints(1), ints(1, 2)], 0)
     assert context.tokens.shape == (2, 2)

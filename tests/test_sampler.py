@@ -405,3 +405,23 @@ def test_a_streaming_reward_that_raises_is_missing_and_ends_nothing(
         trajectories = runner.run([(p, c) for p, group in zip(PROMPTS, groups) for c in group])
         assert not any(t.observed.any() for t in trajectories)
         assert runner.counts == {"raised": 4}
+
+
+@pytest.mark.parametrize("kept", [[1, 3], [0, 1], [2], [0, 1, 2, 3]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_end_leave_the_cache_of_the_others_as_it_was(
+    family: str, kept: list[int], make_policy: Callable[..., Policy]
+) -> None:
+    policy = make_policy(family)
+    prompts = [np.arange(3, 5 + n) for n in (1, 3, 28, 5)]  # without the third, most columns are padding
+    fed = torch.tensor([7, 8, 9, 10])
+    state, _ = policy.prefill(prompts)
+    policy.decode(state, fed)
+    expected, same = policy.decode(state, fed + 1)[kept], policy.prefill(prompts)[0]
+    policy.decode(same, fed)
+    order = same.keep(kept)
+    assert sorted(order) == kept
+    logits = policy.decode(same, (fed + 1)[order])
+    assert torch.allclose(logits, expected[[kept.index(i) for i in order]], atol=1e-4)
+    if policy.family == "decoder":
+        assert same.mask.shape[1] == (32 if 2 in kept else 9 if kept == [1, 3] else 7)
