@@ -4,33 +4,80 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from operant.batch import Normalisation
 from operant.config import TrainConfig
 from operant.credit import Baseline
 from operant.types import OperantError
 
-GROUP_BASELINES = ("leave_one_out", "position_leave_one_out", "control_variate", "group_scaled")
+Loss = Literal["reinforce", "ppo_clip", "gspo", "cispo", "topr"]
+
+GROUP_BASELINES = ("leave_one_out", "position_leave_one_out", "control_variate", "group_scaled", "group_centred")
+SUMMING_BASELINES = ("group_scaled", "group_centred")  # one number for all tokens of a completion
 
 
 @dataclass(frozen=True, slots=True)
 class Algorithm:
     """One row: the loss, the defaults that make it what its paper says, and what it honours.
 
+    baseline, dense_baseline: what a reward, and a dense one, is compared with when `--baseline` is auto.
+    whiten, clip, lam, shift, dynamic, overlong: what `auto` means for the settings of these names; `overlong` is the
+        share of the length limit over which the penalty grows.
+    ratio: the loss has a ratio to the policy that the batch began with, so several passes over a batch are allowed.
+    pairs, reference: it learns from chosen and rejected completions, against a frozen policy.
     honours_dense: token rewards reach the tokens they belong to. honours_gamma: γ changes the returns.
-    ratio: the loss has an importance ratio, so several passes over a batch are allowed and exact propensities needed.
+    honours_stale: it may learn from what other weights, or people, wrote. honours_greedy: and from greedy completions.
     """
 
     name: str
     paper: str
-    loss: Literal["reinforce", "ppo_clip"]
+    loss: Loss
     baseline: Baseline
     dense_baseline: Baseline
     normalisation: Normalisation
+    whiten: bool = False
+    clip: tuple[float, float] = (0.2, 0.2)
+    lam: float = 1.0
+    shift: float = 0.0
+    dynamic: bool = False
+    overlong: float = 0.0
+    ratio: bool = False
+    pairs: bool = False
+    reference: bool = False
     honours_dense: bool = True
     honours_gamma: bool = True
-    ratio: bool = False
+    honours_stale: bool = False
+    honours_greedy: bool = False
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Of: critic, group (several completions a prompt), greedy (a greedy one beside them), reference, pairs."""
+        there = {
+            "critic": self.baseline == "critic",
+            "group": self.baseline in GROUP_BASELINES,
+            "greedy": self.baseline == "greedy",
+            "reference": self.reference,
+            "pairs": self.pairs,
+        }
+        return tuple(name for name, needed in there.items() if needed)
+
+    @property
+    def honours(self) -> tuple[str, ...]:
+        """Of: dense (token rewards), gamma, stale, single (one completion a prompt), greedy, passes (several)."""
+        there = {
+            "dense": self.honours_dense,
+            "gamma": self.honours_gamma,
+            "stale": self.honours_stale,
+            "single": self.baseline not in GROUP_BASELINES,
+            "greedy": self.honours_greedy,
+            "passes": self.several_passes,
+        }
+        return tuple(name for name, honoured in there.items() if honoured)
+
+    @property
+    def several_passes(self) -> bool:
+        return self.ratio or self.honours_stale
 
 
 ALGORITHMS = {
@@ -45,10 +92,48 @@ ALGORITHMS = {
         ),
         Algorithm(
             "grpo", "Shao et al. 2024", "ppo_clip", "group_scaled", "group_scaled", "per_sequence_mean",
-            honours_dense=False, honours_gamma=False, ratio=True,
+            ratio=True, honours_dense=False, honours_gamma=False,
         ),
         Algorithm(
-            "ppo", "Schulman et al. 2017", "ppo_clip", "leave_one_out", "control_variate", "per_completion", ratio=True,
+            "dr_grpo", "Liu et al. 2025", "ppo_clip", "group_centred", "group_centred", "constant",
+            ratio=True, honours_dense=False, honours_gamma=False,
+        ),
+        Algorithm(
+            "dapo", "Yu et al. 2025", "ppo_clip", "group_scaled", "group_scaled", "per_token",
+            clip=(0.2, 0.28), dynamic=True, overlong=0.2, ratio=True, honours_dense=False, honours_gamma=False,
+        ),
+        Algorithm(
+            "gspo", "Zheng et al. 2025", "gspo", "group_scaled", "group_scaled", "per_sequence_mean",
+            clip=(3e-4, 4e-4), ratio=True, honours_dense=False, honours_gamma=False,
+        ),
+        Algorithm(
+            "cispo", "MiniMax 2025", "cispo", "group_scaled", "group_scaled", "per_token",
+            clip=(1.0, 4.0), ratio=True, honours_dense=False, honours_gamma=False,
+        ),
+        Algorithm(
+            "reinforce_pp", "Hu et al. 2025", "ppo_clip", "none", "none", "per_token", whiten=True, ratio=True,
+        ),
+        Algorithm(
+            "remax", "Li et al. 2023", "reinforce", "greedy", "greedy", "per_completion",
+        ),
+        Algorithm(
+            "ppo", "Schulman et al. 2017", "ppo_clip", "critic", "critic", "per_completion",
+            whiten=True, lam=0.95, ratio=True,
+        ),
+        Algorithm(
+            "a2c", "Mnih et al. 2016", "reinforce", "critic", "critic", "per_completion",
+        ),
+        Algorithm(
+            "topr", "Le Roux et al. 2025", "topr", "route", "route", "per_completion",
+            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+        ),
+        Algorithm(
+            "areinforce", "Arnal et al. 2025", "reinforce", "route", "route", "per_completion", shift=0.1,
+            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+        ),
+        Algorithm(
+            "spo", "Xu & Ding 2025", "ppo_clip", "route", "route", "per_completion",
+            whiten=True, clip=(0.2, 0.28), ratio=True,
         ),
     )
 }  # fmt: skip
@@ -60,13 +145,44 @@ def nearest(name: str, names: list[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def those_that(honour: str) -> str:
+    """The algorithms that honour something, as the end of an error says them."""
+    return " or ".join(f"--algorithm {a.name}" for a in ALGORITHMS.values() if honour in a.honours)
+
+
+def table() -> list[dict[str, Any]]:
+    """Every row as plain data, in the table's order: what `operant algorithms --json` prints."""
+    return [
+        {
+            "name": a.name, "paper": a.paper, "loss": a.loss, "baseline": a.baseline,
+            "dense_baseline": a.dense_baseline if a.honours_dense else None, "normalisation": a.normalisation,
+            "needs": list(a.needs), "honours": list(a.honours),
+        }
+        for a in ALGORITHMS.values()
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a run really uses, once every `auto` is resolved."""
+    """What a run really uses, once every `auto` is resolved.
+
+    critic: "separate" or "shared", or None for none. rounds: of sampling a step, more than 1 with dynamic sampling.
+    overlong_buffer: tokens before the length limit over which the penalty grows; 0 for none.
+    bootstrap: the critic's value follows a completion that the length limit cut off.
+    """
 
     algorithm: Algorithm
     baseline: Baseline
     normalisation: Normalisation
+    whiten: bool
+    clip_low: float
+    clip_high: float
+    lam: float
+    shift: float
+    rounds: int
+    overlong_buffer: int
+    critic: Literal["separate", "shared"] | None
+    bootstrap: bool
 
 
 def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
@@ -75,46 +191,91 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
     dense: the reward pays per token.
     Raises OperantError, by name and with the fix, for each combination that would silently be another one.
     """
+    algorithm = _named(config)
+    baseline = _baseline(config, algorithm, dense)
+    normalisation: Normalisation = algorithm.normalisation
+    if config.normalisation != "auto":
+        normalisation = config.normalisation  # type: ignore[assignment]
+    _check_baseline(config, algorithm, baseline, dense)
+    _check_critic(config, baseline)
+    _check_sampling(config, algorithm, baseline)
+    _check_kl(config, baseline)
+
+    def auto(given: Any, own: Any) -> Any:
+        return own if given == "auto" else given
+
+    has_critic = baseline == "critic"
+    dynamic = bool(auto(config.dynamic_sampling, algorithm.dynamic))
+    if dynamic and baseline not in GROUP_BASELINES:
+        raise OperantError(
+            f"dynamic sampling keeps groups whose rewards differ, and baseline {baseline} has no groups; "
+            "use --algorithm dapo, or --dynamic_sampling false"
+        )
+    whiten = bool(auto(config.whiten, algorithm.whiten and algorithm.baseline == baseline))
+    shift = float(auto(config.baseline_shift, algorithm.shift))
+    if shift and (has_critic or whiten):
+        raise OperantError(
+            f"baseline_shift is {shift}, and {'a critic' if has_critic else 'whitening'} would undo it; "
+            f"use --algorithm areinforce, or --baseline_shift 0{' or --whiten false' if whiten else ''}"
+        )
+    return Recipe(
+        algorithm=algorithm,
+        baseline=baseline,
+        normalisation=normalisation,
+        whiten=whiten,
+        clip_low=float(auto(config.clip_low, algorithm.clip[0])),
+        clip_high=float(auto(config.clip_high, algorithm.clip[1])),
+        lam=float(auto(config.lam, algorithm.lam)),
+        shift=shift,
+        rounds=config.dynamic_rounds if dynamic else 1,
+        overlong_buffer=int(auto(config.overlong_buffer, int(algorithm.overlong * config.max_tokens))),
+        critic=None if not has_critic else "shared" if config.critic == "shared" else "separate",
+        bootstrap=has_critic and bool(auto(config.bootstrap, dense)),
+    )
+
+
+def _named(config: TrainConfig) -> Algorithm:
     if config.algorithm not in ALGORITHMS:
         raise OperantError(
             f"unknown algorithm {config.algorithm!r}{nearest(config.algorithm, list(ALGORITHMS))} "
             f"(there are: {', '.join(ALGORITHMS)})"
         )
     algorithm = ALGORITHMS[config.algorithm]
-    baselines, normalisations = list(get_args(Baseline)), list(get_args(Normalisation))
-    if config.baseline not in ("auto", *baselines):
-        raise OperantError(f"unknown baseline {config.baseline!r}{nearest(config.baseline, baselines)}")
-    if config.normalisation not in ("auto", *normalisations):
-        raise OperantError(
-            f"unknown normalisation {config.normalisation!r}{nearest(config.normalisation, normalisations)}"
-        )
-    baseline: Baseline = algorithm.dense_baseline if dense else algorithm.baseline
-    if baseline == "control_variate" and config.gamma != 1.0:
-        baseline = "position_leave_one_out"  # past rewards are a control variate for undiscounted returns only
-    if config.baseline != "auto":
-        baseline = config.baseline  # type: ignore[assignment]
-    normalisation: Normalisation = algorithm.normalisation
-    if config.normalisation != "auto":
-        normalisation = config.normalisation  # type: ignore[assignment]
-    recipe = Recipe(algorithm, baseline, normalisation)
-
-    for name in ("group_size", "prompts_per_step", "epochs", "minibatches", "steps", "max_tokens"):
+    for name, allowed in (("baseline", get_args(Baseline)), ("normalisation", get_args(Normalisation))):
+        given = getattr(config, name)
+        if given not in ("auto", *allowed):
+            raise OperantError(f"unknown {name} {given!r}{nearest(given, list(allowed))}")
+    for name in ("group_size", "prompts_per_step", "epochs", "minibatches", "steps", "max_tokens", "dynamic_rounds"):
         if getattr(config, name) < 1:
             raise OperantError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if not 0.0 <= config.gamma <= 1.0:
         raise OperantError(f"gamma is {config.gamma}; a discount lies between 0 and 1")
+    if config.lam != "auto" and not 0.0 <= config.lam <= 1.0:
+        raise OperantError(f"lam is {config.lam}; λ of the advantage estimate lies between 0 and 1")
+    return algorithm
+
+
+def _baseline(config: TrainConfig, algorithm: Algorithm, dense: bool) -> Baseline:
+    if config.baseline != "auto":
+        return config.baseline  # type: ignore[return-value]
+    baseline: Baseline = algorithm.dense_baseline if dense else algorithm.baseline
+    if baseline == "control_variate" and config.gamma != 1.0:
+        return "position_leave_one_out"  # past rewards are a control variate for undiscounted returns only
+    return baseline
+
+
+def _check_baseline(config: TrainConfig, algorithm: Algorithm, baseline: Baseline, dense: bool) -> None:
     if baseline in GROUP_BASELINES and config.group_size < 2:
         raise OperantError(
             f"{config.algorithm} with baseline {baseline} compares completions of one prompt, and group_size is 1; "
             "give --group_size 2 or more, or --algorithm reinforce"
         )
-    sums_away = baseline == "group_scaled" or not algorithm.honours_dense
-    if dense and sums_away:
+    if dense and (baseline in SUMMING_BASELINES or not algorithm.honours_dense):
         raise OperantError(
             f"{config.algorithm} (baseline {baseline}) would sum a dense reward into one number; "
             "use --algorithm rloo or ppo, or leave --dense out"
         )
-    if config.gamma != 1.0 and (baseline == "group_scaled" or not algorithm.honours_gamma):
+    if config.gamma != 1.0 and (baseline in SUMMING_BASELINES or not algorithm.honours_gamma):
         raise OperantError(
             f"{config.algorithm} ignores the discount, and gamma is {config.gamma}; "
             "use --algorithm rloo or ppo, or --gamma 1"
@@ -129,7 +290,35 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
             f"the control variate holds at gamma 1 only, and gamma is {config.gamma}; "
             "use --baseline position_leave_one_out"
         )
-    if (config.epochs > 1 or config.minibatches > 1) and not algorithm.ratio:
+    if config.beta != "auto" and baseline != "control_variate":
+        raise OperantError(
+            f"baseline {baseline} has no coefficient, and beta is {config.beta}; use --beta auto, or --dense"
+        )
+
+
+def _check_critic(config: TrainConfig, baseline: Baseline) -> None:
+    learners = [a.name for a in ALGORITHMS.values() if a.baseline == "critic"]
+    if baseline == "critic" and config.algorithm not in learners:
+        raise OperantError(
+            f"{config.algorithm} has no critic, and baseline is critic; use --algorithm {' or '.join(learners)}, "
+            "or another --baseline"
+        )
+    asked = {
+        "critic": config.critic != "auto",
+        "lam": config.lam != "auto",
+        "critic_lr": config.critic_lr > 0,
+        "bootstrap": config.bootstrap is True,
+    }
+    for name, given in asked.items():
+        if given and baseline != "critic":
+            raise OperantError(
+                f"{name} is {getattr(config, name)}, and {config.algorithm} with baseline {baseline} has no critic; "
+                f"use --algorithm {' or '.join(learners)} with its own baseline, or leave --{name} out"
+            )
+
+
+def _check_sampling(config: TrainConfig, algorithm: Algorithm, baseline: Baseline) -> None:
+    if (config.epochs > 1 or config.minibatches > 1) and not algorithm.several_passes:
         raise OperantError(
             f"{config.algorithm} has no importance ratio, so it can learn from a batch once only; "
             "set --epochs 1 --minibatches 1, or use --algorithm ppo"
@@ -139,17 +328,27 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
             "top_p or top_k cuts the distribution that completions are drawn from, so their log-probs are not the "
             "policy's and the gradient is biased; train with --top_p 1 --top_k 0 and cut only when serving"
         )
-    if config.temperature <= 0:
-        raise OperantError("greedy completions have no propensity to learn from; train with --temperature 1")
-    if config.beta != "auto" and baseline != "control_variate":
+    if config.temperature <= 0 and not algorithm.honours_greedy:
         raise OperantError(
-            f"baseline {baseline} has no coefficient, and beta is {config.beta}; use --beta auto, or --dense"
+            f"greedy completions have no propensity, which {config.algorithm} learns by; train with --temperature 1, "
+            f"or use {those_that('greedy')}"
         )
+    if config.temperature <= 0 and config.group_size > 1:
+        raise OperantError(
+            f"greedy completions of one prompt are all the same, and group_size is {config.group_size}; "
+            "give --group_size 1, or --temperature 1"
+        )
+    if algorithm.pairs:
+        raise OperantError(f"{config.algorithm} learns from pairs, and there are only rewards; use --algorithm rloo")
+
+
+def _check_kl(config: TrainConfig, baseline: Baseline) -> None:
     if config.kl_in == "reward" and config.kl_coef > 0 and config.kl_estimator != "k2":
         raise OperantError(
             f"the KL in the reward is always k1, and kl_estimator is {config.kl_estimator}; "
             "leave it out, or use --kl_in loss"
         )
-    if config.kl_in == "reward" and baseline == "group_scaled" and config.kl_coef > 0:
+    if config.kl_in == "reward" and baseline in SUMMING_BASELINES and config.kl_coef > 0:
         raise OperantError(f"{config.algorithm} would sum the per-token KL reward into one number; use --kl_in loss")
-    return recipe
+    if config.kl_target > 0 and not config.kl_coef > 0:
+        raise OperantError("kl_target adapts kl_coef, which is 0; give where it begins, such as --kl_coef 0.05")

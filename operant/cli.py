@@ -57,6 +57,11 @@ EXAMPLES = {
         "write completions",
         'operant sample --model runs/train/model --prompt "How are you?" --n 3',
     ),
+    "algorithms": (
+        configs.AlgorithmsConfig,
+        "print what each algorithm needs and honours",
+        "operant algorithms --json true",
+    ),
     "quickstart": (
         configs.QuickstartConfig,
         "the whole circle on a built-in task, offline, in minutes",
@@ -358,6 +363,29 @@ def run_quickstart(config: configs.QuickstartConfig) -> None:
     quickstart(config)
 
 
+def run_algorithms(config: configs.AlgorithmsConfig) -> None:
+    from operant.algorithms import table
+
+    rows = table()
+    if config.json:
+        print(json.dumps(rows, ensure_ascii=False))
+        return
+    names = ["name", "paper", "loss", "baseline", "needs", "honours"]
+    cells = [[" ".join(row[n]) if isinstance(row[n], list) else row[n] for n in names] for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        shown = Table(*names)
+        for line in cells:
+            shown.add_row(*line)
+        Console().print(shown)
+        return
+    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
+    for line in [names, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
 COMMANDS: dict[str, Callable[[Any], None]] = {
     "pretrain": run_pretrain,
     "sft": run_sft,
@@ -367,6 +395,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "eval": run_eval,
     "score": run_score,
     "sample": run_sample,
+    "algorithms": run_algorithms,
     "quickstart": run_quickstart,
 }
 

@@ -13,6 +13,7 @@ import yaml
 from operant.types import OperantError
 
 __all__ = [
+    "AlgorithmsConfig",
     "EvalConfig",
     "PreferConfig",
     "PretrainConfig",
@@ -33,14 +34,15 @@ def to_yaml(config: Any) -> str:
 
 
 _COUNTS = (
-    "accumulate batch_size batch_tokens epochs eval_every group_size keep limit max_rows max_sick_steps "
+    "accumulate batch_size batch_tokens dynamic_rounds epochs eval_every group_size keep limit max_rows max_sick_steps "
     "max_tokens minibatches n prompts_per_step save_every sft_batch_size steps tokens_per_microbatch vocab_size"
 ).split()
 _AMOUNTS = (
-    "clip_high clip_low correction_cap entropy_coef eval_prompts kl_coef log_samples lora_rank lr max_minutes "
-    "max_prompt_tokens patience sft_coef temperature threads top_k warmup_steps weight_decay"
+    "clip_high clip_low correction_band correction_cap critic_lr entropy_coef eval_prompts kl_coef kl_target "
+    "log_samples lora_rank lr max_minutes max_prompt_tokens overlong_buffer overlong_penalty patience sft_coef "
+    "temperature threads top_k vf_clip vf_coef warmup_steps weight_decay"
 ).split()
-_SHARES = ("audit_fraction", "gamma", "top_p")
+_SHARES = ("audit_fraction", "baseline_rate", "gamma", "lam", "top_p")
 # what a setting must be, in words, and the test of it
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("at least 1", lambda x: x >= 1) for name in _COUNTS},
@@ -48,6 +50,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("between 0 and 1", lambda x: 0 <= x <= 1) for name in _SHARES},
     **{name: ("0 or more and below 1", lambda x: 0 <= x < 1) for name in ("dropout", "label_smoothing")},
     **{name: ("more than 0", lambda x: 0 < x < math.inf) for name in ("max_grad_norm", "minutes", "reward_seconds")},
+    **dict.fromkeys(("baseline_shift", "reward_midpoint"), ("a finite number", math.isfinite)),
     **{
         name: ("0 or more", lambda x: 0 <= x < math.inf)
         for name in ("desirable_weight", "undesirable_weight", "half_life")
@@ -350,20 +353,37 @@ class TrainConfig(RunConfig, PairFields):
         potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
         reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
         reward_seconds: time limit for one reward (one token of a streaming one); a slower one is a missing reward.
-        algorithm: reinforce, rloo, grpo or ppo.
+        algorithm: one of the table that `operant algorithms` prints. What is `auto` below is then as its paper says.
         baseline: auto takes the algorithm's own; else none, running, batch, leave_one_out, position_leave_one_out,
-            control_variate or group_scaled.
+            control_variate, group_scaled, group_centred, greedy, route or critic.
         beta: coefficient of the potential as a control variate, or `auto` to fit it on the other prompts.
         gamma: discount per token.
         discount_state: weigh token t's term by γ^t, the exact gradient of the discounted objective.
         normalisation: auto takes the algorithm's own; else per_completion, per_token, per_sequence_mean or constant.
         group_size: completions per prompt.
         prompts_per_step: prompts per step.
-        epochs: passes over each batch of completions (PPO and GRPO).
+        epochs: passes over each batch of completions, for algorithms that may (PPO, GRPO and others).
         minibatches: optimizer steps per pass.
         clip_low: the ratio's lower clip range.
         clip_high: the ratio's upper clip range.
+        whiten: bring the advantages of a step to mean 0 and deviation 1.
+        lam: λ of the critic's advantage estimate: 1 trusts returns alone, 0 the critic's next value alone.
+        critic: separate gives it a copy of the model as its own trunk, shared a head on the policy's.
+        critic_lr: its learning rate; 0 takes the policy's.
+        vf_coef: weight of its loss.
+        vf_clip: clip range of its change within a step; 0 for none.
+        bootstrap: the critic's value follows a completion that the length limit cut off; auto does so for dense
+            rewards, since a reward of the whole text was already paid for the cut one.
+        dynamic_sampling: leave out groups whose rewards are all equal and sample other prompts instead.
+        dynamic_rounds: at most so many rounds of sampling a step.
+        overlong_buffer: tokens before max_tokens over which a penalty on length grows; 0 for none.
+        overlong_penalty: that penalty at max_tokens.
+        baseline_shift: how far the baseline is lowered, for learning off policy.
+        baseline_rate: how fast a route's persistent baseline follows its rewards.
+        reward_midpoint: where such a baseline begins: the middle of the reward's scale.
+        route_by: what a route is: the prompt's task, or each prompt for itself.
         kl_coef: weight of the KL to the policy as this stage found it.
+        kl_target: nats per token that kl_coef is adapted to reach after every step; 0 leaves it fixed.
         kl_in: put it in the reward (k1) or in the loss.
         kl_estimator: of the KL in the loss: k2, k3 (another divergence) or full (whole vocabulary).
         entropy_coef: weight of the entropy bonus.
@@ -371,6 +391,7 @@ class TrainConfig(RunConfig, PairFields):
         sft_data: labelled pairs for `sft_coef`.
         sft_batch_size: pairs per step.
         correction_cap: cap of the truncated correction from sampler to trainer; 0 for none. Used in bf16.
+        correction_band: leave out completions whose mean ratio from sampler to trainer is out of 1 ± this; 0 for none.
         temperature: of sampling and, like for like, of the ratio.
         max_tokens: longest completion.
         stop: strings that end a completion.
@@ -408,9 +429,25 @@ class TrainConfig(RunConfig, PairFields):
     prompts_per_step: int = 32
     epochs: int = 1
     minibatches: int = 1
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    clip_low: float | Literal["auto"] = "auto"
+    clip_high: float | Literal["auto"] = "auto"
+    whiten: bool | Literal["auto"] = "auto"
+    lam: float | Literal["auto"] = "auto"
+    critic: Literal["auto", "separate", "shared"] = "auto"
+    critic_lr: float = 0.0
+    vf_coef: float = 0.5
+    vf_clip: float = 0.0
+    bootstrap: bool | Literal["auto"] = "auto"
+    dynamic_sampling: bool | Literal["auto"] = "auto"
+    dynamic_rounds: int = 4
+    overlong_buffer: int | Literal["auto"] = "auto"
+    overlong_penalty: float = 1.0
+    baseline_shift: float | Literal["auto"] = "auto"
+    baseline_rate: float = 0.1
+    reward_midpoint: float = 0.5
+    route_by: Literal["task", "prompt"] = "task"
     kl_coef: float = 0.0
+    kl_target: float = 0.0
     kl_in: Literal["reward", "loss"] = "loss"
     kl_estimator: Literal["k2", "k3", "full"] = "k2"
     entropy_coef: float = 0.0
@@ -418,6 +455,7 @@ class TrainConfig(RunConfig, PairFields):
     sft_data: str | None = None
     sft_batch_size: int = 16
     correction_cap: float = 2.0
+    correction_band: float = 0.0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -622,3 +660,14 @@ class QuickstartConfig:
     prompts: int = 6000
     minutes: float = 1.0
     device: str = "auto"
+
+
+@dataclass(kw_only=True)
+class AlgorithmsConfig:
+    """The algorithms that `operant train` knows, what each needs and what it honours.
+
+    Args:
+        json: print one JSON array.
+    """
+
+    json: bool = False

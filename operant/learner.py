@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from operant.batch import to_device
+from operant.batch import microbatches, to_device
 from operant.types import Batch, OperantError, StepStats
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -222,3 +223,25 @@ class Learner:
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.skipped_in_row = state["skipped_in_row"]
         self.rule.load_state_dict(state["rule"])
+
+
+@torch.no_grad()
+def whole_batch(policy: Trainable, batch: Batch, compute: Callable[[Any, Batch], Tensor], max_tokens: int) -> Tensor:
+    """A column of the whole batch, float32[B, …] on the CPU, computed in micro-batches without gradient.
+
+    compute: (policy, micro-batch on its device) → float[b, s] or wider; what a narrower micro-batch leaves out is zero.
+    """
+    numbers = torch.arange(batch.tokens.shape[0])
+    pieces: list[tuple[Tensor, Tensor]] = []
+    for micro in microbatches(dataclasses.replace(batch, route=numbers), max_tokens, by_length=True):
+        assert micro.route is not None
+        pieces.append((micro.route.cpu(), compute(policy, to_device(micro, policy.device)).float().cpu()))
+    out = torch.zeros(len(numbers), max(values.shape[1] for _, values in pieces))
+    for rows, values in pieces:
+        out[rows, : values.shape[1]] = values
+    return out
+
+
+def logprobs_of(policy: Trainable, batch: Batch, max_tokens: int) -> Tensor:
+    """`Policy.logprobs` of the whole batch, float32[B, S] on the CPU."""
+    return whole_batch(policy, batch, lambda p, b: p.logprobs(b).logprobs, max_tokens)

@@ -51,7 +51,11 @@ class DataOrder:
 
     def take(self, step: int) -> list[int]:
         """Row numbers of step `step` (from 0)."""
-        return [self._at(step * self.per_step + i) for i in range(self.per_step)]
+        return self.slice(step * self.per_step, self.per_step)
+
+    def slice(self, start: int, count: int) -> list[int]:
+        """Row numbers of `count` places from `start` on, for steps that take different numbers of rows."""
+        return [self._at(start + i) for i in range(count)]
 
 
 class Run:

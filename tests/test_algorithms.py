@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from operant.algorithms import ALGORITHMS, resolve
+from operant.algorithms import ALGORITHMS, resolve, table
 from operant.config import TrainConfig
 from operant.types import OperantError
 
@@ -20,7 +21,20 @@ OFTEN = {"group_size": 4}
         ({"algorithm": "rloo"}, True, "control_variate", "per_completion"),
         ({"algorithm": "rloo", "gamma": 0.9}, True, "position_leave_one_out", "per_completion"),
         ({"algorithm": "grpo"}, False, "group_scaled", "per_sequence_mean"),
-        ({"algorithm": "ppo", "epochs": 4}, False, "leave_one_out", "per_completion"),
+        ({"algorithm": "ppo", "epochs": 4}, False, "critic", "per_completion"),
+        ({"algorithm": "ppo", "group_size": 1, "gamma": 0.9}, True, "critic", "per_completion"),
+        ({"algorithm": "ppo", "baseline": "leave_one_out"}, False, "leave_one_out", "per_completion"),
+        ({"algorithm": "ppo", "baseline": "control_variate"}, True, "control_variate", "per_completion"),
+        ({"algorithm": "a2c", "group_size": 1}, True, "critic", "per_completion"),
+        ({"algorithm": "dr_grpo", "epochs": 2}, False, "group_centred", "constant"),
+        ({"algorithm": "dapo"}, False, "group_scaled", "per_token"),
+        ({"algorithm": "gspo"}, False, "group_scaled", "per_sequence_mean"),
+        ({"algorithm": "cispo"}, False, "group_scaled", "per_token"),
+        ({"algorithm": "reinforce_pp", "group_size": 1, "gamma": 0.9}, True, "none", "per_token"),
+        ({"algorithm": "remax", "group_size": 1}, True, "greedy", "per_completion"),
+        ({"algorithm": "topr", "group_size": 1, "temperature": 0.0, "epochs": 3}, False, "route", "per_completion"),
+        ({"algorithm": "areinforce", "group_size": 1, "temperature": 0.0}, False, "route", "per_completion"),
+        ({"algorithm": "spo", "group_size": 1}, False, "route", "per_completion"),
         ({"algorithm": "ppo", "baseline": "batch", "normalisation": "constant"}, True, "batch", "constant"),
     ],
 )
@@ -34,7 +48,7 @@ def test_auto_is_what_the_papers_say(options: dict[str, Any], dense: bool, basel
     ("options", "dense", "told"),
     [
         ({"algorithm": "rlo"}, False, "did you mean 'rloo'"),
-        ({"algorithm": "zzz"}, False, "there are: reinforce, rloo, grpo, ppo"),
+        ({"algorithm": "zzz"}, False, "there are: reinforce, rloo, grpo, dr_grpo,"),
         ({"baseline": "leave_one"}, False, "did you mean 'leave_one_out'"),
         ({"normalisation": "per_tokens"}, False, "did you mean 'per_token'"),
         ({"group_size": 1}, False, "--group_size 2"),
@@ -59,6 +73,25 @@ def test_auto_is_what_the_papers_say(options: dict[str, Any], dense: bool, basel
         ({"steps": 0}, False, "steps is 0"),
         ({"max_tokens": 0}, False, "max_tokens is 0"),
         ({"beta": 0.5}, False, "beta"),
+        ({"baseline": "critic"}, False, "rloo has no critic"),
+        ({"critic": "shared"}, False, "leave --critic out"),
+        ({"lam": 0.9}, False, "--algorithm ppo or a2c"),
+        ({"critic_lr": 1e-3, "algorithm": "ppo", "baseline": "leave_one_out"}, False, "its own baseline"),
+        ({"bootstrap": True, "algorithm": "grpo"}, False, "leave --bootstrap out"),
+        ({"algorithm": "ppo", "lam": 1.5}, False, "λ of the advantage estimate lies between 0 and 1"),
+        ({"algorithm": "topr"}, True, "sum a dense reward"),
+        ({"algorithm": "areinforce", "gamma": 0.9}, False, "ignores the discount"),
+        ({"algorithm": "dr_grpo"}, True, "sum a dense reward"),
+        ({"algorithm": "gspo", "group_size": 1}, False, "--group_size 2"),
+        ({"algorithm": "ppo", "temperature": 0.0}, False, "--algorithm topr or --algorithm areinforce"),
+        ({"algorithm": "topr", "temperature": 0.0, "group_size": 4}, False, "--group_size 1"),
+        ({"algorithm": "a2c", "epochs": 2}, False, "no importance ratio"),
+        ({"algorithm": "remax", "epochs": 2}, False, "no importance ratio"),
+        ({"dynamic_sampling": True, "algorithm": "ppo"}, False, "--algorithm dapo"),
+        ({"dynamic_rounds": 0}, False, "dynamic_rounds is 0"),
+        ({"kl_target": 0.1}, False, "--kl_coef 0.05"),
+        ({"baseline_shift": 0.1, "algorithm": "ppo"}, False, "a critic would undo it"),
+        ({"baseline_shift": 0.1, "whiten": True}, False, "--whiten false"),
         ({"kl_in": "reward", "kl_coef": 0.1, "kl_estimator": "k3"}, False, "kl_estimator"),
     ],
 )
@@ -68,10 +101,47 @@ def test_what_cannot_be_honoured_is_refused_by_name(options: dict[str, Any], den
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_every_algorithm_runs_with_what_it_says_of_itself() -> None:
-    for a in ALGORITHMS.values():
-        recipe = resolve(TrainConfig(algorithm=a.name, epochs=2 if a.ratio else 1), dense=a.honours_dense)
-        assert recipe.baseline == (a.dense_baseline if a.honours_dense else a.baseline)
-        if not a.honours_gamma:
-            with pytest.raises(OperantError, match=a.name):
-                resolve(TrainConfig(algorithm=a.name, gamma=0.5), dense=False)
+def works(name: str, dense: bool = False, **options: Any) -> bool:
+    try:
+        resolve(TrainConfig(algorithm=name, **options), dense=dense)
+    except OperantError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", list(ALGORITHMS))
+def test_what_the_table_says_is_what_is_refused_and_what_runs(name: str) -> None:
+    row = ALGORITHMS[name]
+    assert works(name) and row.name == name
+    assert works(name, dense=True) == ("dense" in row.honours)
+    assert works(name, gamma=0.5) == ("gamma" in row.honours)
+    assert works(name, group_size=1) == ("single" in row.honours) == ("group" not in row.needs)
+    assert works(name, temperature=0.0, group_size=1) == ("greedy" in row.honours)
+    assert works(name, epochs=2) == works(name, minibatches=2) == ("passes" in row.honours)
+    assert works(name, critic="shared") == works(name, lam=0.9) == ("critic" in row.needs)
+    assert "stale" not in row.honours or "passes" in row.honours
+
+
+def test_the_papers_numbers_are_what_auto_means_and_a_given_one_wins() -> None:
+    dapo = resolve(TrainConfig(algorithm="dapo", max_tokens=40), dense=False)
+    assert (dapo.clip_low, dapo.clip_high, dapo.rounds, dapo.overlong_buffer) == (0.2, 0.28, 4, 8)
+    plain = resolve(
+        TrainConfig(algorithm="dapo", dynamic_sampling=False, overlong_buffer=0, clip_high=0.5), dense=False
+    )
+    assert (plain.clip_high, plain.rounds, plain.overlong_buffer) == (0.5, 1, 0)
+    ppo, a2c = (resolve(TrainConfig(algorithm=n), dense=False) for n in ("ppo", "a2c"))
+    assert (ppo.lam, ppo.whiten, ppo.critic, ppo.bootstrap) == (0.95, True, "separate", False)
+    assert (a2c.lam, a2c.whiten, a2c.critic) == (1.0, False, "separate")
+    free = resolve(TrainConfig(algorithm="ppo", baseline="leave_one_out"), dense=False)
+    assert free.critic is None and not free.whiten  # what it was before there was a critic
+    assert resolve(TrainConfig(algorithm="ppo"), dense=True).bootstrap
+    assert resolve(TrainConfig(algorithm="areinforce"), dense=False).shift == 0.1
+    assert resolve(TrainConfig(algorithm="rloo", dynamic_sampling=True), dense=False).rounds == 4
+
+
+def test_the_table_as_data_says_the_same() -> None:
+    rows = {row["name"]: row for row in table()}
+    assert list(rows) == list(ALGORITHMS)
+    assert rows["ppo"]["needs"] == ["critic"] and rows["grpo"]["needs"] == ["group"]
+    assert rows["remax"]["needs"] == ["greedy"] and rows["topr"]["honours"] == ["stale", "single", "greedy", "passes"]
+    assert json.loads(json.dumps(rows)) == rows

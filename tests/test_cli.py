@@ -254,6 +254,11 @@ def test_prompts_longer_than_the_context(fault: Callable[..., str], tmp_path: Pa
         (["--temperature", 0], "--temperature 1"),
         (["--top_p", 0.5], "--top_p 1"),
         (["--dense", "--algorithm", "grpo"], "--algorithm rloo or ppo"),
+        (["--critic", "shared"], "rloo with baseline leave_one_out has no critic"),
+        (["--algorithm", "ppo", "--gamma", 1.5], "gamma is 1.5"),
+        (["--algorithm", "ppo", "--lam", -0.1], "lam is -0.1"),
+        (["--algorithm", "gspo", "--clip_low", -1], "clip_low is -1"),
+        (["--whiten", "perhaps"], "whiten"),
         (["--dense", "--reward", "exact"], "dense"),
         (["--target", "bleu"], "bleu>=30"),
         (["--target", "bleu>=."], "bleu>=30"),
@@ -394,3 +399,14 @@ def test_a_reward_beside_the_data_and_a_pipe_that_closes(tmp_path: Path) -> None
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
     assert done.stderr == "" and json.loads(done.stdout)["reward"] == 1.0 and done.returncode == 0
+
+
+def test_the_algorithms_are_told_readably_and_as_json(program: Program) -> None:
+    from operant.algorithms import ALGORITHMS
+
+    lines = program("algorithms").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["name", *ALGORITHMS]
+    assert "critic" in next(line for line in lines if line.startswith("ppo "))
+    rows = json.loads(program("algorithms", "--json").out)
+    assert [row["name"] for row in rows] == list(ALGORITHMS)
+    assert next(row for row in rows if row["name"] == "topr")["honours"] == ["stale", "single", "greedy", "passes"]

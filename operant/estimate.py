@@ -1,0 +1,238 @@
+"""From rewarded completions to a batch with advantages: the estimator of one run, on the table's pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from operant import credit, objectives
+from operant.algorithms import SUMMING_BASELINES, Recipe
+from operant.batch import completion_axes, from_trajectories, place
+from operant.config import TrainConfig
+from operant.learner import logprobs_of, whole_batch
+from operant.policy import Policy
+from operant.types import Batch, OperantError, Trajectory
+
+
+@dataclass(slots=True)
+class Rollout:
+    """A step's rewarded completions: those to learn from, and all that were seen on the way.
+
+    greedy: float64[N], the reward of each row's prompt's greedy completion, NaN where it is missing; None when nobody
+    asked. rounds: of sampling that it took.
+    """
+
+    trajectories: list[Trajectory]
+    seen: list[Trajectory]
+    greedy: Tensor | None = None
+    rounds: int = 1
+
+
+class Estimator:
+    """Rewards → advantages, placed on the batch's columns.
+
+    `state` holds what outlives a step and is saved with it: the running mean and each route's baseline.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig, recipe: Recipe, state: dict[str, Any]) -> None:
+        self.policy, self.config, self.recipe, self.state = policy, config, recipe, state
+        for name, begin in (("running", 0.0), ("running_weight", 0.0), ("routes", {})):
+            state.setdefault(name, begin)
+
+    def __call__(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
+        config, recipe, trajectories = self.config, self.recipe, rollout.trajectories
+        batch = from_trajectories(
+            trajectories, encoder=self.policy.family == "encoder-decoder", pad_id=self.policy.codec.pad_id,
+            normalisation=recipe.normalisation, constant=float(config.max_tokens),
+        )  # fmt: skip
+        rewards, mask, whole = completion_axes(trajectories)
+        metrics: dict[str, float] = {}
+        self.refuse_dense(rewards, mask)
+        if recipe.overlong_buffer:
+            rewards = rewards + self.overlong(mask, metrics)
+        penalty = self.kl_penalty(batch, trajectories)
+        valid = self.known(batch, trajectories, mask, whole)
+        if recipe.baseline == "critic":
+            advantages, returns, usable = self.against_critic(batch, trajectories, rewards + penalty, mask, valid)
+            metrics["train/explained_variance"] = explained_variance(returns, advantages, mask & valid[:, None])
+        else:
+            advantages, returns, usable = self.against_fellows(batch, rollout, rewards, mask, valid, metrics)
+            advantages = advantages + self.of_penalty(batch, penalty, mask, valid)
+        taught = (usable if usable.dim() == 2 else usable[:, None]) & mask
+        metrics["train/advantage_std"] = float(advantages[mask].std()) if int(mask.sum()) > 1 else 0.0
+        if recipe.whiten:
+            advantages = credit.whiten(advantages, taught)
+        self.remember(trajectories, (rewards * mask).sum(1), whole)
+        batch.advantages = place(batch, advantages, trajectories)
+        batch.returns = place(batch, returns, trajectories)
+        # missing rewards teach nothing; the denominator stays fixed
+        batch.weights = batch.weights * place(batch, taught, trajectories)
+        metrics["train/usable"] = float(taught.any(1).float().mean())
+        return batch, metrics
+
+    # --- rewards -------------------------------------------------------------------------------------------------
+
+    def refuse_dense(self, rewards: Tensor, mask: Tensor) -> None:
+        """A function that pays per token without having said so must not be summed silently."""
+        sums = self.recipe.baseline in SUMMING_BASELINES or not self.recipe.algorithm.honours_dense
+        if sums and bool((rewards * mask)[:, :-1].logical_and(mask[:, 1:]).any()):
+            raise OperantError(
+                f"{self.recipe.algorithm.name} would sum the dense reward that the function returned; "
+                "use --algorithm rloo or ppo"
+            )
+
+    def overlong(self, mask: Tensor, metrics: dict[str, float]) -> Tensor:
+        """The penalty on length, on each row's last token."""
+        lengths = mask.sum(1)
+        penalty = credit.overlong_penalty(lengths, self.config.max_tokens, self.recipe.overlong_buffer)
+        metrics["train/overlong_penalty"] = self.config.overlong_penalty * float(penalty.mean())
+        last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+        return last * (self.config.overlong_penalty * penalty)[:, None]
+
+    def kl_penalty(self, batch: Batch, trajectories: list[Trajectory]) -> Tensor:
+        """−β k1 per token where the KL is in the reward, else zeros: float64[N, T]."""
+        if self.config.kl_coef > 0:
+            with self.policy.as_reference():
+                batch.ref_logprobs = self.logprobs(batch)
+        if batch.ref_logprobs is None or self.config.kl_in != "reward":
+            return torch.zeros(len(trajectories), max(len(t.completion.tokens) for t in trajectories)).double()
+        k1 = objectives.kl_k1(self.logprobs(batch), batch.ref_logprobs)
+        return -self.state["kl_coef"] * self.on_completions(k1, trajectories)
+
+    def known(self, batch: Batch, trajectories: list[Trajectory], mask: Tensor, valid: Tensor) -> Tensor:
+        """Rows bool[N] whose return is known, or positions bool[N, T] where the baseline can teach part of a row."""
+        partly = any(0 < t.observed.sum() < len(t.observed) for t in trajectories)
+        if self.recipe.baseline not in credit.PER_POSITION or not partly:
+            return valid
+        assert batch.observed is not None
+        observed = self.on_completions(batch.observed, trajectories) > 0
+        trainable = torch.tensor([[t.completion.trainable] for t in trajectories])
+        return credit.known_returns(observed, mask, self.config.gamma) & trainable
+
+    # --- advantages ----------------------------------------------------------------------------------------------
+
+    def against_fellows(
+        self, batch: Batch, rollout: Rollout, rewards: Tensor, mask: Tensor, valid: Tensor, metrics: dict[str, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns less what other completions, or earlier ones, were paid."""
+        assert batch.group_ids is not None
+        beta: float | Tensor = 1.0
+        if self.recipe.baseline == "control_variate":
+            beta = self.coefficient(rewards, mask, batch.group_ids, valid, metrics)
+        given = rollout.greedy
+        if self.recipe.baseline == "route":
+            given = credit.route_baselines(
+                self.state["routes"], self.routes(rollout.trajectories), self.config.reward_midpoint
+            )
+            metrics["train/route_baseline"] = float(given.mean())
+        return credit.advantages(
+            rewards, mask, batch.group_ids, valid, baseline=self.recipe.baseline, gamma=self.config.gamma,
+            running=self.state["running"], beta=beta, given=given, shift=self.recipe.shift,
+            discount_state=self.config.discount_state,
+        )  # fmt: skip
+
+    def of_penalty(self, batch: Batch, penalty: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
+        """Linear in the reward, so the penalty has its own return and baseline beside the task's."""
+        if not bool(penalty.any()):
+            return penalty
+        assert batch.group_ids is not None
+        baseline = self.recipe.baseline
+        if baseline == "control_variate":
+            baseline = "position_leave_one_out"
+        elif baseline in ("running", "greedy", "route"):
+            baseline = "none"  # what they remember is of the task's reward
+        return credit.advantages(
+            penalty, mask, batch.group_ids, valid, baseline=baseline, gamma=self.config.gamma,
+            discount_state=self.config.discount_state,
+        )[0]  # fmt: skip
+
+    def against_critic(
+        self, batch: Batch, trajectories: list[Trajectory], rewards: Tensor, mask: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Generalised advantage estimation; the values stay with the batch for the critic's own loss."""
+        values = self.values(batch)
+        batch.values = values[:, :-1]
+        n, width = mask.shape
+        of_row, after = torch.zeros(n, width, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
+        for i, t in enumerate(trajectories):
+            start, length = self.start(t), len(t.completion.tokens)
+            of_row[i, :length] = values[i, start : start + length].double()
+            if self.recipe.bootstrap and t.completion.truncated:
+                after[i] = values[i, start + length].double()
+        advantages, returns = credit.gae(
+            torch.where(valid[:, None], rewards, 0.0), of_row, mask,
+            gamma=self.config.gamma, lam=self.recipe.lam, bootstrap=after,
+        )  # fmt: skip
+        if self.config.discount_state:
+            advantages = advantages * credit.discount_weights(mask, self.config.gamma)
+        return advantages * valid[:, None], returns, valid
+
+    def coefficient(
+        self, rewards: Tensor, mask: Tensor, groups: Tensor, valid: Tensor, metrics: dict[str, float]
+    ) -> float | Tensor:
+        """β, given or fitted on the other prompts, and what it saves."""
+        beta: float | Tensor = (
+            credit.fit_beta((rewards * mask).sum(1), credit.held_potential(rewards, mask), mask, groups, valid)
+            if self.config.beta == "auto"
+            else float(self.config.beta)
+        )
+        plain, _ = credit.control_variate(rewards, mask, groups, valid, 0.0)
+        varied, _ = credit.control_variate(rewards, mask, groups, valid, beta)
+        full, _ = credit.control_variate(rewards, mask, groups, valid, 1.0)
+        base = float((plain**2).sum())
+        metrics["train/beta"] = float(torch.as_tensor(beta).mean())
+        metrics["train/variance_ratio"] = float((varied**2).sum()) / base if base else 1.0
+        metrics["train/variance_ratio_beta1"] = float((full**2).sum()) / base if base else 1.0
+        return beta
+
+    # --- what outlives the step ----------------------------------------------------------------------------------
+
+    def routes(self, trajectories: list[Trajectory]) -> list[str]:
+        return [t.prompt.id if self.config.route_by == "prompt" else t.prompt.task for t in trajectories]
+
+    def remember(self, trajectories: list[Trajectory], totals: Tensor, valid: Tensor) -> None:
+        """Exponential means, which this step has already read."""
+        if bool(valid.any()):
+            weight = 0.9 * self.state["running_weight"]
+            mean = float(totals[valid].mean())
+            self.state["running"] = (weight * self.state["running"] + 0.1 * mean) / (weight + 0.1)
+            self.state["running_weight"] = weight + 0.1
+        if self.recipe.baseline == "route":
+            self.state["routes"] = credit.updated_routes(
+                self.state["routes"], self.routes(trajectories), totals, valid,
+                midpoint=self.config.reward_midpoint, rate=self.config.baseline_rate,
+            )  # fmt: skip
+
+    # --- the policy's numbers on the whole batch -----------------------------------------------------------------
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """float32[B, S] on the CPU."""
+        return logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
+
+    def values(self, batch: Batch) -> Tensor:
+        """float32[B, S + 1] on the CPU; see `Policy.values`."""
+        return whole_batch(self.policy, batch, lambda p, b: p.values(b), self.config.tokens_per_microbatch)
+
+    def start(self, trajectory: Trajectory) -> int:
+        """The batch's column of a completion's first token."""
+        return len(trajectory.prompt.tokens) if self.policy.family == "decoder" else 0
+
+    def on_completions(self, values: Tensor, trajectories: list[Trajectory]) -> Tensor:
+        """[B, S] on the batch's columns → float64[N, T] on the completion's axis."""
+        out = torch.zeros(len(trajectories), max(len(t.completion.tokens) for t in trajectories), dtype=torch.float64)
+        for i, t in enumerate(trajectories):
+            start, n = self.start(t), len(t.completion.tokens)
+            out[i, :n] = values[i, start : start + n].double()
+        return out
+
+
+def explained_variance(returns: Tensor, advantages: Tensor, mask: Tensor) -> float:
+    """1 − Var(R − V) / Var(R) over the tokens in `mask`: 1 for a critic that foretells all, 0 for one that knows only
+    the mean. The advantage is R − V by construction of the returns; 0 where all returns are the same."""
+    if int(mask.sum()) < 2:
+        return 0.0
+    spread = float(returns[mask].var())
+    return 1.0 - float(advantages[mask].var()) / spread if spread > 0 else 0.0

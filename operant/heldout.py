@@ -1,0 +1,144 @@
+"""What the run is judged by: the optimised reward beside metrics that were not optimised, on held-out prompts."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from operant.algorithms import nearest
+from operant.batch import from_sequences
+from operant.config import TrainConfig
+from operant.evaluate import evaluate
+from operant.learner import logprobs_of
+from operant.policy import Policy
+from operant.rewards import RewardRunner
+from operant.run import Run
+from operant.types import Completion, OperantError, Prompt, Sampling
+
+
+class HeldOut:
+    """Measures the policy on held-out prompts, tells and keeps what it finds, and ends the run at the target.
+
+    `state["first"]` and `state["best"]` are saved with the run; `best` is also right after a last look.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        config: TrainConfig,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        runner: RewardRunner,
+        state: dict[str, Any],
+    ) -> None:
+        self.run, self.config, self.policy, self.runner, self.state = run, config, policy, runner, state
+        self.prompts = list(prompts)[: config.eval_prompts]
+        self.reached = read_target(config.target)
+        state.setdefault("first", {})
+        self.best: dict[str, float] = state.setdefault("best", {})
+
+    def measure(self) -> None:
+        """Held-out evaluation; keeps the best weights and ends the run at the target."""
+        if not self.prompts:
+            return
+        self.run.measured_step = self.run.step
+        values = self.look()
+        if not self.state["first"]:
+            self.state["first"] = values
+        value = values[self.config.best_metric]
+        if self.reached(values):
+            self.run.stop(f"the target {self.config.target} is reached", decided=True)
+        if math.isfinite(value) and value > self.run.best_value:
+            self.state["best"] = self.best = values
+            self.run.measured(value)
+
+    def last_look(self) -> None:
+        """After an early stop: are the newest weights the best?"""
+        if self.prompts and self.run.measured_step != self.run.step:
+            values = self.look()
+            value = values[self.config.best_metric]
+            if math.isfinite(value) and value > self.run.best_value:
+                self.best = values
+                self.run.crown(value)
+
+    def look(self) -> dict[str, float]:
+        """The optimised reward beside metrics that were not optimised, logged and shown."""
+        sampling = Sampling(temperature=0.0, max_tokens=self.config.max_tokens, stop=tuple(self.config.stop))
+        before = self.runner.state_dict()
+        values, completions = evaluate(
+            self.policy, self.prompts, sampling=sampling, runner=self.runner, max_rows=self.config.max_rows
+        )
+        values["kl_ref"] = self.drift(completions)
+        self.run.log.log(self.run.step, {f"eval/{name}": value for name, value in values.items()})
+        self.keep_samples(completions)
+        self.runner.load_state_dict(before)  # held-out rewards that are missing are told as eval/reward_missing
+        told = ", ".join(f"{name} {values[name]:.4g}" for name in ("reward", "bleu", "chrf", "exact") if name in values)
+        self.run.note(f"step {self.run.step}: held-out {told}")
+        return values
+
+    def drift(self, completions: Sequence[Completion]) -> float:
+        """Mean log π/π_ref per token of the held-out (greedy) completions: how far the policy has moved."""
+        rows = [(p, c) for p, c in zip(self.prompts, completions, strict=True)][:64]
+        batch = from_sequences(
+            [p.tokens for p, _ in rows], [c.tokens for _, c in rows],
+            encoder=self.policy.family == "encoder-decoder", pad_id=self.policy.codec.pad_id,
+        )  # fmt: skip
+        now = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
+        with self.policy.as_reference():
+            then = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
+        gap = (now - then) * batch.action_mask
+        return float(gap.sum() / batch.action_mask.sum().clamp(min=1))
+
+    def keep_samples(self, completions: Sequence[Completion]) -> None:
+        count = min(self.config.log_samples, len(completions))
+        shown = list(zip(self.prompts, completions, strict=True))[:count]
+        rewards = self.runner.run(shown, update=False) if shown else []
+        self.run.log.samples(
+            self.run.step,
+            [
+                {
+                    "prompt": p.text, "text": c.text, "references": list(p.references), "stop_reason": c.stop_reason,
+                    "reward": float(t.rewards.sum()) if t.observed.all() else None,
+                }
+                for (p, c), t in zip(shown, rewards, strict=True)
+            ],
+        )  # fmt: skip
+
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+def check_metric(flag: str, name: str, dev_prompts: Sequence[Prompt]) -> None:
+    """Refuse the name of a held-out metric that will not be measured."""
+    names = ["reward", "distinct2"] if flag == "--best_metric" else [
+        "reward", "distinct2", "reward_missing", "length", "truncated", "kl_ref"
+    ]  # fmt: skip
+    if any(p.references for p in dev_prompts):
+        names = ["bleu", "chrf", "rougeL", "exact", "distinct1", *names]
+    if name not in names:
+        raise OperantError(f"{flag} {name!r} is not measured{nearest(name, names)} (there are: {', '.join(names)})")
+
+
+def read_target(text: str | None) -> Callable[[dict[str, float]], bool]:
+    """Read a target such as "bleu>=30". Raises OperantError when it is none."""
+    if not text:
+        return lambda values: False
+    match = re.fullmatch(r"\s*([A-Za-z0-9_+]+)\s*(>=|<=|>|<)\s*(-?(?:\d+\.?\d*|\.\d+))\s*", text)
+    if match is None:
+        raise OperantError(f"target {text!r} cannot be read; write it like bleu>=30")
+    name, sign, bound = match[1], _COMPARISONS[match[2]], float(match[3])
+
+    def reached(values: dict[str, float]) -> bool:
+        if name not in values:
+            raise OperantError(f"the target's metric {name!r} is not measured; there are: {', '.join(values)}")
+        return sign(values[name], bound)
+
+    return reached

@@ -1,0 +1,106 @@
+"""The step's completions: which prompts, how many, how often, and their rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from operant import credit
+from operant.algorithms import Recipe
+from operant.batch import completion_axes
+from operant.config import TrainConfig
+from operant.estimate import Rollout
+from operant.rewards import Limited, RewardRunner
+from operant.run import DataOrder, Run, mixed_seed
+from operant.sampler import Sampler
+from operant.types import Prompt, Sampling, Trajectory
+
+
+class Rollouts:
+    """Samples and rewards. `state["drawn"]` counts the prompts taken so far and is saved with every step."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: TrainConfig,
+        recipe: Recipe,
+        prompts: list[Prompt],
+        sampler: Sampler,
+        runner: RewardRunner,
+        state: dict[str, Any],
+    ) -> None:
+        self.run, self.config, self.recipe, self.prompts, self.sampler = run, config, recipe, prompts, sampler
+        self.runner, self.state = runner, state
+        self.order = DataOrder(len(prompts), config.prompts_per_step, config.seed, "prompts")
+        self.stream = Limited(runner.reward, config.reward_seconds) if runner.reward.streaming else None
+        state.setdefault("drawn", run.step * config.prompts_per_step)
+        state.setdefault("all_missing", 0)
+
+    def take(self, step: int) -> Rollout:
+        """A group for each prompt of the step; with dynamic sampling, until every group has different rewards."""
+        kept: list[Trajectory] = []
+        seen: list[Trajectory] = []
+        rounds = 0
+        while rounds < self.recipe.rounds and (lacking := self.config.prompts_per_step - _groups(kept)) > 0:
+            new = self.once(step, rounds, lacking)
+            seen += new
+            kept += informative(new) if self.recipe.rounds > 1 else new
+            rounds += 1
+        self.note_missing(seen, step)
+        # a step in which no group had different rewards teaches nothing and is still told
+        taken = kept or seen
+        return Rollout(taken, seen, self.greedy(taken) if self.recipe.baseline == "greedy" else None, rounds)
+
+    def once(self, step: int, number: int, count: int) -> list[Trajectory]:
+        chosen = [self.prompts[i] for i in self.order.slice(self.state["drawn"], count)]
+        self.state["drawn"] += count
+        # a prompt that comes again in a later round must not say the same again
+        again = (number,) if number else ()
+        groups = self.sampler.sample(
+            chosen, self.sampling(mixed_seed(self.config.seed, "sample", step, *again)), self.config.group_size,
+            stream=self.stream,
+        )  # fmt: skip
+        return self.runner.run([(p, c) for p, group in zip(chosen, groups, strict=True) for c in group])
+
+    def greedy(self, trajectories: list[Trajectory]) -> Tensor:
+        """Reward of each row's prompt's greedy completion, which is not learned from: float64[N], NaN if missing."""
+        prompts = list({t.prompt.id: t.prompt for t in trajectories}.values())
+        sampling = dataclasses.replace(self.sampling(0), temperature=0.0)
+        answers = self.sampler.sample(prompts, sampling, stream=self.stream)
+        rewarded = self.runner.run([(p, a[0]) for p, a in zip(prompts, answers, strict=True)], update=False)
+        total = {t.prompt.id: float(t.rewards.sum()) if t.observed.all() else math.nan for t in rewarded}
+        return torch.tensor([total[t.prompt.id] for t in trajectories], dtype=torch.float64)
+
+    def sampling(self, seed: int) -> Sampling:
+        return Sampling(
+            temperature=self.config.temperature, top_p=self.config.top_p, top_k=self.config.top_k,
+            max_tokens=self.config.max_tokens, stop=tuple(self.config.stop), seed=seed,
+        )  # fmt: skip
+
+    def note_missing(self, trajectories: list[Trajectory], step: int) -> None:
+        """Ends a run whose reward never answers."""
+        by_position = self.recipe.baseline in credit.PER_POSITION
+        if any(t.observed.any() if by_position else t.observed.all() for t in trajectories):
+            self.state["all_missing"] = 0
+            return
+        self.state["all_missing"] += 1
+        if self.state["all_missing"] >= 3 or step == 0:
+            self.run.stop(f"every reward was missing: {self.runner.explain()}", failed=True)
+
+
+def informative(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Those whose prompt's completions have different rewards."""
+    rewards, mask, valid = completion_axes(trajectories)
+    numbers: dict[str, int] = {}
+    groups = torch.tensor([numbers.setdefault(t.prompt.id, len(numbers)) for t in trajectories])
+    keep = credit.informative((rewards * mask).sum(1), groups, valid)
+    teaching = {t.prompt.id for t, yes in zip(trajectories, keep.tolist(), strict=True) if yes}
+    return [t for t in trajectories if t.prompt.id in teaching]
+
+
+def _groups(trajectories: list[Trajectory]) -> int:
+    return len({t.prompt.id for t in trajectories})

@@ -1,0 +1,93 @@
+"""The loss of every sampled token, from the table's pure functions: surrogate, KL, entropy, corrections, values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from operant import objectives
+from operant.algorithms import Recipe
+from operant.config import TrainConfig
+from operant.policy import Policy
+from operant.types import Batch
+
+
+class Surrogate:
+    """A `learner.TokenLoss` for the algorithm of a run. `state["kl_coef"]` is the KL's weight as it stands now."""
+
+    def __init__(self, config: TrainConfig, recipe: Recipe, state: dict[str, Any]) -> None:
+        self.config, self.recipe, self.state = config, recipe, state
+        state.setdefault("kl_coef", config.kl_coef)
+
+    def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of every token of a micro-batch, and sums of what is logged."""
+        config, mask = self.config, batch.action_mask
+        if batch.advantages is None:  # the supervised pairs of sft_coef
+            return config.sft_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
+        out = policy.logprobs(batch, entropy="differentiable" if config.entropy_coef else "measured")
+        old = out.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        stats: dict[str, Tensor] = {"approx_kl": (objectives.kl_k3(old, out.logprobs) * mask).sum()}
+        loss, clipped = self.policy_loss(batch, out.logprobs, old)
+        if clipped is not None:
+            stats["clipfrac"] = (clipped * mask).sum()
+        if batch.behavior_logprobs is not None and config.temperature > 0:
+            stats["sampler_gap"] = ((old - batch.behavior_logprobs) * mask).abs().sum()
+            if not self.recipe.algorithm.honours_stale:  # those have their own way with other distributions
+                loss = loss * self.correction(policy, batch, old, stats)
+        if out.entropy is not None:
+            stats["entropy"] = (out.entropy * mask).sum()
+            if config.entropy_coef:
+                loss = loss - config.entropy_coef * out.entropy
+        if batch.ref_logprobs is not None:
+            stats["kl_ref"] = (objectives.kl_k1(out.logprobs, batch.ref_logprobs) * mask).sum()
+            if config.kl_in == "loss":
+                loss = loss + self.state["kl_coef"] * self.divergence(policy, batch, out.logprobs)
+        if batch.values is not None and batch.returns is not None:
+            values = policy.values(batch)[:, :-1]
+            value_loss = objectives.value_loss(values, batch.values, batch.returns, config.vf_clip)
+            stats["value_loss"] = (value_loss.detach() * mask).sum()
+            loss = loss + config.vf_coef * value_loss
+        return loss, stats
+
+    def policy_loss(self, batch: Batch, logprobs: Tensor, old: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(loss per token, clipped as 0/1 float or None)."""
+        assert batch.advantages is not None
+        low, high = self.recipe.clip_low, self.recipe.clip_high
+        kind = self.recipe.algorithm.loss
+        if kind == "ppo_clip":
+            return objectives.ppo_clip(logprobs, old, batch.advantages, low, high)
+        if kind == "gspo":
+            return objectives.gspo(logprobs, old, batch.advantages, batch.action_mask, low, high)
+        if kind == "cispo":
+            return objectives.cispo(logprobs, old, batch.advantages, low, high)
+        if kind == "topr":
+            assert batch.behavior_logprobs is not None
+            return objectives.topr(logprobs, batch.behavior_logprobs, batch.advantages, batch.action_mask)
+        return objectives.reinforce(logprobs, batch.advantages), None
+
+    def correction(self, policy: Policy, batch: Batch, old: Tensor, stats: dict[str, Tensor]) -> Tensor | float:
+        """The weight for what was sampled from another distribution than the trainer's, by rounding or by age."""
+        weight: Tensor | float = 1.0
+        assert batch.behavior_logprobs is not None
+        if policy.dtype == "bf16" and self.config.correction_cap > 0:
+            weight = objectives.behavior_correction(old, batch.behavior_logprobs, self.config.correction_cap)
+        if self.config.correction_band > 0:
+            weight = weight * objectives.sequence_mask(
+                old, batch.behavior_logprobs, batch.action_mask, self.config.correction_band
+            ).expand_as(old)
+        if isinstance(weight, Tensor):
+            stats["correction"] = (weight * batch.action_mask).sum()
+        return weight
+
+    def divergence(self, policy: Policy, batch: Batch, logprobs: Tensor) -> Tensor:
+        assert batch.ref_logprobs is not None
+        if self.config.kl_estimator == "k2":
+            return objectives.kl_k2(logprobs, batch.ref_logprobs)
+        if self.config.kl_estimator == "k3":
+            return objectives.kl_k3(logprobs, batch.ref_logprobs)
+        assert batch.temperature is not None
+        temperature = batch.temperature[batch.segment_ids.clamp(min=0)][..., None]
+        with policy.as_reference():
+            reference = policy.logits(batch) / temperature
+        return objectives.full_kl(policy.logits(batch) / temperature, reference) * batch.action_mask
