@@ -5,7 +5,8 @@ python -m benchmarks.reward_models --cell NAME    measure one cell
 python -m benchmarks.reward_models --write        write what is there
 
 The data sets are found by name under the folder that OPERANT_DATA names. A cell trains on the training split less its
-last 15%, which choose the checkpoint and calibrate, and is measured on the dev split, which neither saw.
+last 15% (at most 100 rows), which choose the checkpoint and calibrate, and is measured on the dev split, which neither
+saw.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from benchmarks.cells import ROOT, Cell, Records, machine, markdown, run_cells, 
 CELLS = ROOT / "runs" / "reward-models"
 RECORDS = Records(CELLS)
 SEEDS = (0, 1, 2)
-HELD_BACK = 0.15
+HELD_BACK, MOST_HELD_BACK = 0.15, 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,10 @@ class Task:
 
 
 TASKS = {
-    "pandalm_preferences": Task("PandaLM, which answer is better", "comparison", "accuracy", 160, 16, 40),
-    "hh_rlhf_harmless": Task("HH harmless, which answer is better", "comparison", "accuracy", 160, 16, 40),
-    "mt_ratings_mqm_ende": Task("MQM English → German, errors", "regression", "rank_correlation", 160, 32, 40),
-    "sentiment_sentences": Task("Sentences, positive or negative", "regression", "accuracy", 64, 32, 150),
+    "pandalm_preferences": Task("PandaLM, which answer is better", "comparison", "accuracy", 256, 8, 40),
+    "hh_rlhf_harmless": Task("HH harmless, which answer is better", "comparison", "accuracy", 256, 8, 40),
+    "mt_ratings_mqm_ende": Task("MQM English → German, errors", "regression", "rank_correlation", 256, 8, 40),
+    "sentiment_sentences": Task("Sentences, positive or negative", "regression", "accuracy", 64, 16, 200),
 }
 
 
@@ -70,7 +71,7 @@ def config_of(name: str, seed: int, out: Path) -> Any:
     task = TASKS[name]
     label = {"label_field": "label"} if name == "pandalm_preferences" else {}
     return RewardModelConfig(
-        kind=task.kind, chosen_field="first", rejected_field="second", too_long="skip", vocab_size=2048,
+        kind=task.kind, chosen_field="first", rejected_field="second", too_long="skip", vocab_size=4096,
         max_length=task.max_length, batch_size=task.batch_size, steps=task.steps, lr=5e-4, warmup_steps=10,
         eval_every=task.steps // 2, patience=0, dropout=0.1, seed=seed, threads=1, device="cpu", tensorboard=False,
         tokens_per_microbatch=2048, out=str(out), overwrite=True, save_every=10_000, **label,
@@ -83,7 +84,7 @@ def measure(cell: str) -> None:
     from operant.stages.reward_model import baselines, measures, predicted, read_judgements, train_reward_model
 
     rows = rows_of(name, "train")
-    cut = int(len(rows) * (1 - HELD_BACK))
+    cut = len(rows) - min(MOST_HELD_BACK, int(len(rows) * HELD_BACK))
     out = CELLS / cell.replace("/", "-")
     config = config_of(name, int(seed), out)
     result = train_reward_model(config, rows=rows[:cut], dev_rows=rows[cut:], quiet=True)
@@ -130,7 +131,7 @@ def write() -> None:
     lead = (
         "`python -m benchmarks.reward_models`: a BERT `tiny` (about 1 M parameters) with its own tokenizer; median "
         "[lowest, highest] over seeds, on the dev split, which chose and calibrated nothing. Prompts lose their "
-        f"beginning beyond 160 tokens. {machine()}."
+        f"beginning where both are more than the model's 256 tokens (64 for sentences). {machine()}."
     )
     write_section("reward models", f"{lead}\n\n{table()}")
 

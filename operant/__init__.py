@@ -14,6 +14,7 @@ _HOME = {
     "Batch": "types",
     "Codec": "text",
     "Completion": "types",
+    "Encoder": "encoder",
     "EvalConfig": "config",
     "Feedback": "types",
     "Fields": "data",
@@ -26,6 +27,8 @@ _HOME = {
     "Prompt": "types",
     "Rating": "preferences",
     "Replay": "replay",
+    "RewardModel": "reward_model",
+    "RewardModelConfig": "config",
     "SampleConfig": "config",
     "Sampler": "sampler",
     "Sampling": "types",
@@ -44,9 +47,11 @@ _HOME = {
     "load_texts": "data",
     "prefer": "stages",
     "pretrain": "stages",
+    "pretrain_masked": "stages",
     "reward_by_name": "rewards",
     "sft": "stages",
     "train": "loop",
+    "train_reward_model": "stages",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -147,6 +147,11 @@ class Encoder:
         return 2**20
 
     @property
+    def room(self) -> int:
+        """Tokens of a text that fit between those around it."""
+        return self.max_length - len(self.first) - len(self.last)
+
+    @property
     def mask_id(self) -> int:
         """The token that hides another. Raises OperantError when the tokenizer has none."""
         mask = self.codec.tokenizer.mask_token_id
@@ -210,8 +215,7 @@ class Encoder:
         max_tokens: padded tokens that go through the model at once. A text that the model cannot hold is cut at its
         end, and its T says so.
         """
-        room = self.max_length - len(self.first) - len(self.last)
-        tokens = [row[:room] for row in self.codec.encode_batch(list(texts))]
+        tokens = [row[: self.room] for row in self.codec.encode_batch(list(texts))]
         out: list[tuple[Ints, np.ndarray]] = [(row, np.zeros((0, self.width), np.float32)) for row in tokens]
         training = self.model.training
         self.model.eval()

@@ -260,6 +260,7 @@ class _Loop:
             values = [t.parts[part] for t in seen if t.parts.get(part) is not None]
             metrics[f"train/reward/{part}"] = float(np.mean(values)) if values else math.nan  # type: ignore[arg-type]
         metrics |= {f"train/missing/{reason}": float(n) for reason, n in self.runner.counts.items()}
+        metrics |= {f"train/reward_spent/{name}": value for name, value in self.runner.spent().items()}
         if self.runner.reward.dense:
             for i, value in enumerate(potential_diagnostics(trajectories)):
                 if math.isfinite(value):

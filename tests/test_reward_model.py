@@ -193,6 +193,16 @@ def test_labels_of_two_columns_in_any_order(encoders: Callable[[str], Encoder]) 
     assert table["length"]["accuracy"] == pytest.approx(2 / 3)  # and is longer
 
 
+def test_chats_are_read_message_by_message(encoders: Callable[[str], Encoder]) -> None:
+    model = RewardModel(encoders("bert"), RewardFacts("comparison"))
+    chat = [{"role": "user", "content": "red"}, {"role": "user", "content": "cat"}]
+    row = {"prompt": chat, "chosen": [{"role": "assistant", "content": "dog"}], "rejected": "sun"}
+    plain = {"prompt": "red\ncat", "chosen": "dog", "rejected": "sun"}
+    (a, b), _ = read_judgements([row, plain], RewardModelConfig(), model, "training")
+    for x, y in zip(a.readings, b.readings, strict=True):
+        assert x.tokens.tolist() == y.tokens.tolist() and x.begin == y.begin
+
+
 def test_token_labels_from_spans_and_from_tokens(encoders: Callable[[str], Encoder]) -> None:
     model = RewardModel(encoders("bert"), RewardFacts("token"))
     config = RewardModelConfig(kind="token")

@@ -372,6 +372,7 @@ def test_the_cap_holds_and_outlives_the_process(
     assert 0 < len(paid) < 12 and len(endpoint.seen) == len(paid)
     assert runner.counts == {"judge budget": 12 - len(paid)}
     spent = limited.ledger.spent
+    assert runner.spent() == {f"judge/{name}": value for name, value in spent.items()}
     assert spent["tokens_in"] == 300 * len(paid) and spent["tokens_out"] == 20 * len(paid)
     assert spent["tokens_in"] + spent["tokens_out"] <= 2000
     again, runner = rewards(judge(cache=cache, max_total_tokens=spent["tokens_in"]), pair("answer 0"), pair("new"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +206,10 @@ def test_similarity_reads_the_encoder_alone(
     weighted = Similarity(path=str(tmp_path / "m"), device="cpu", idf=str(texts), by="recall")
     assert weighted(prompts, answers)[1] == pytest.approx(1.0)
     assert weighted(prompts, answers)[0] != pytest.approx(found[0])
+    long = reward_by_name(f"similarity({tmp_path}/m, device=cpu)")
+    with RewardRunner(long) as runner:
+        runner.run([(asked("x", "red " * 60), answers[0]), (prompts[0], answers[0])])
+    assert runner.counts == {"too_long": 1}
     with pytest.raises(OperantError, match="has none; add them"):
         weighted([asked()], answers[:1])
 
@@ -224,6 +229,16 @@ def test_a_policy_learns_from_a_reward_model_through_the_program(
         assert told.status == 0, told
         rows = read_rows(tmp_path / f"run-{kind}" / "metrics.jsonl")
         assert any("train/reward_mean" in row for row in rows)
+        assert any(row.get("train/reward_spent/model/completions", 0) > 5 for row in rows)
+    dense = program(
+        "score", "--reward", f"model({folder('token')}, device=cpu)", "--dense", "--json", "--data",
+        write_rows(tmp_path / "answers.jsonl", [{"prompt": "red", "completion": "cat dog"}]),
+    )  # fmt: skip
+    row = json.loads(dense.out)
+    assert len(row["rewards"]) == 2 and sum(row["rewards"]) == pytest.approx(row["reward"])
+    assert "pays whole completions" in program.fault(
+        "score", "--reward", f"model({folder('comparison')})", "--dense", "--data", tmp_path / "answers.jsonl"
+    )
     scored = program(
         "score", "--reward", f"model({path}, device=cpu)", "--data",
         write_rows(tmp_path / "answers.jsonl", [{"prompt": "red", "completion": "cat dog"}]), "--json",

@@ -138,6 +138,11 @@ class Judge(Metric):
         """Verdicts and what was spent."""
         return Ledger(self.cache)
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """Requests, tokens and cost over the life of the cache."""
+        return self.ledger.spent
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "ledger"}
 

@@ -77,6 +77,7 @@ class Learned(ModelReward):
     k: float = 0.0
 
     name: ClassVar[str] = "model"
+    answers_dense: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,9 +89,9 @@ class Learned(ModelReward):
                 f"reward 'model' of {self.path} pays whole completions; leave dense and potential out, "
                 "or train one with operant reward-model --kind token"
             )
-        if len({kind == "token" for kind in kinds.values()}) > 1:
+        if len(set(kinds.values())) > 1:
             listed = ", ".join(f"{path} is {kind}" for path, kind in kinds.items())
-            raise OperantError(f"an ensemble pays tokens or completions, not both ({listed}); take models of one kind")
+            raise OperantError(f"the members of an ensemble have different units ({listed}); take models of one kind")
         if not math.isfinite(self.k):
             raise OperantError(f"k of reward 'model' is {self.k}; give a finite number")
         # what the folders hold, so that nothing is asked for that they are not
@@ -150,7 +151,8 @@ class Similarity(ModelReward):
     model (BERT-like, decoder, or encoder-decoder, whose encoder reads). by: f1, precision or recall. idf: a data
     file or folder; each token weighs −log((M_w + 1)/(M + 1)), M_w of whose M texts hold it, otherwise all weigh 1.
     idf_field: the column of those texts. An empty completion scores 0. Not rescaled: values of
-    an encoder trained on little lie close together, so look at their spread before you train on them.
+    an encoder trained on little lie close together, so look at their spread before you train on them. Where a text is
+    more than the encoder can hold there is no reward (`too_long`).
 
     Raises OperantError for a missing folder or an unknown measure.
     """
@@ -198,9 +200,14 @@ class Similarity(ModelReward):
                     f"reward 'similarity' compares with references and prompt '{prompt.id}' has none; add them"
                 )
         texts = list(dict.fromkeys([c.text for c in completions] + [r for p in prompts for r in p.references]))
+        sizes = dict(zip(texts, map(len, self.encoder.codec.encode_batch(texts)), strict=True))
+        room = self.encoder.room
         read = dict(zip(texts, self.encoder.vectors(texts, self.max_tokens), strict=True))
         out: list[Any] = []
         for prompt, completion in zip(prompts, completions, strict=True):
+            if max(sizes[text] for text in (completion.text, *prompt.references)) > room:
+                out.append(Missing(f"too_long: completion or reference is more tokens than the encoder holds ({room})"))
+                continue
             scores = [greedy_match(*read[completion.text], *read[r], self.weights) for r in prompt.references]
             best = max(scores, key=lambda score: score[2])
             out.append(best[("precision", "recall", "f1").index(self.by)])

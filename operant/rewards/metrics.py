@@ -61,6 +61,8 @@ class Metric:
     streaming: ClassVar[bool] = False
     in_process: ClassVar[bool] = True
     needs_references: ClassVar[bool] = True
+    # `dense` may be asked of it although it has no potential: it pays tokens by nature, or says that it does not
+    answers_dense: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.potential is not None and not self.dense:

@@ -282,7 +282,8 @@ class _Parser:
                 raise OperantError(f"reward '{name}' has no option '{key}'; {hint}")
         shared = {}
         for key, value in self.options.items():
-            if key not in known or (key in ("dense", "potential") and not metric.potentials):
+            dense_as_it_is = key == "dense" and metric.answers_dense
+            if key not in known or (key in ("dense", "potential") and not metric.potentials and not dense_as_it_is):
                 continue
             self.used.add(key)
             shared[key] = value

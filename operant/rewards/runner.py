@@ -108,6 +108,14 @@ class RewardRunner:
                 self.details.setdefault(reason, trajectory.missing)
         return trajectories
 
+    def spent(self) -> dict[str, float]:
+        """What rewards that count their cost have spent so far: {"judge/tokens_in": …, "model/seconds": …}."""
+        return {
+            f"{leaf.name}/{name}": float(value)
+            for leaf in self._leaves
+            for name, value in getattr(leaf, "spent", {}).items()
+        }
+
     def explain(self) -> str:
         """One line on the missing rewards: how many, why, and the first message of the most frequent reason."""
         if not self.counts:

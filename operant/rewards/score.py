@@ -54,7 +54,7 @@ def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
                     out["rewards"] = [
                         float(r) if o else None for r, o in zip(trajectory.rewards, trajectory.observed, strict=True)
                     ]
-                    if seen and hasattr(reward, "measure"):
+                    if seen and len(getattr(reward, "potentials", [])):
                         out["reward"] = float(reward.measure(completion.text, prompt.references))
                 if trajectory.missing:
                     out["missing"] = trajectory.missing

@@ -22,7 +22,7 @@ from operant.calibration import (
     spearman,
 )
 from operant.config import RewardModelConfig
-from operant.data import ABSENT, Row, cell, find_column, text_of
+from operant.data import ABSENT, Row, cell, find_column, is_chat, text_of
 from operant.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts
 from operant.run import DataOrder, Run
 from operant.stages.masked import starting_encoder
@@ -146,8 +146,8 @@ def read_judgements(
     labels: list[tuple[Row, int, bool]] = []
     ties = 0
     for number, row in enumerate(rows, start=1):
-        asked = text_of(cell(row, prompt_field), prompt_field, number) if prompt_field else ""
-        answers = tuple(text_of(cell(row, field), field, number) for field in fields)
+        asked = _text(row, prompt_field, number) if prompt_field else ""
+        answers = tuple(_text(row, field, number) for field in fields)
         first_won = True
         if two and config.label_field:
             label = _number(row, config.label_field, number)
@@ -252,6 +252,13 @@ def _token_spans(row: Row, values: list[Any], number: int) -> list[tuple[int, in
             spans[-1] = (*spans[-1][:2], before + value)
         at = end
     return spans
+
+
+def _text(row: Row, field: str, number: int) -> str:
+    """A text, or of a chat its messages' texts, a line each, as a reward reads a chat prompt."""
+    value = cell(row, field)
+    turns = [turn.get("content") for turn in value] if is_chat(value) else [value]
+    return "\n".join(text_of(turn, field, number) for turn in turns)
 
 
 def _number(row: Row, field: str, number: int) -> float:
