@@ -507,7 +507,8 @@ class RewardModelConfig(RunConfig, StartConfig):
         schedule: what follows the warm-up.
         eval_every: steps between held-out measurements.
         patience: stop when the held-out measure has not improved for so many measurements; 0 never stops early.
-        best_by: what chooses the checkpoint: accuracy (comparison) or correlation (the others), or the held-out loss.
+        best_by: what chooses the checkpoint: accuracy (comparison) or correlation (the others), the loss where they are
+            equal; or the held-out loss alone.
     """
 
     kind: Literal["regression", "comparison", "token"] = "comparison"

@@ -33,7 +33,7 @@ Series = list[tuple[int, float]]
 
 #: Names as readers know them; any other metric is shown under its own name.
 LABELS = {
-    "accuracy": "Right side of the implicit reward (share)",
+    "accuracy": "Accuracy (share of right answers)",
     "approx_kl": "KL of the step (approx_kl)",
     "beta": "β",
     "bleu": "BLEU",

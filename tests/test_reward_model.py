@@ -294,6 +294,19 @@ def test_training_learns_beats_the_baselines_and_resumes_exactly(
     assert first.facts == second.facts
 
 
+def test_of_equally_right_checkpoints_the_surest_is_kept(program: Program, tmp_path: Path) -> None:
+    """Every longer answer is better, which a model with random weights may well say by chance."""
+    rows = [{"chosen": f"{word} good red", "rejected": word} for word in NOISE * 3]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    options = ("--data", data, "--dev_data", data, "--steps", 12, "--eval_every", 4, "--patience", 0)
+    assert program("reward-model", *options, *SMALL, "--out", tmp_path / "run").status == 0
+    looks = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval/accuracy" in row]
+    right = [row for row in looks if row["eval/accuracy"] == max(r["eval/accuracy"] for r in looks)]
+    assert len(right) > 1
+    surest = min(right, key=lambda row: row["eval/loss"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["best_step"] == surest["step"] > right[0]["step"]
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "told"),
     [

@@ -102,15 +102,18 @@ def train_reward_model(
         def batches(step: int) -> list[Batch]:
             return judgement_batches([known[i] for i in order.take(step)], model, config.tokens_per_microbatch)
 
-        def look() -> Measures:
-            return measures(held_out, predicted(model, held_out), config.kind, known)
-
         main = "accuracy" if config.kind == "comparison" else "correlation"
+
+        def look() -> Measures:
+            values = measures(held_out, predicted(model, held_out), config.kind, known)
+            # on a few dozen rows many checkpoints are equally right: of those the one with the least loss is kept
+            return values | {"quality": values[main] - 1e-6 * values["loss"]}
+
         fit(
             run, model, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
             schedule=config.schedule, batches=batches, dev=[], loss_of=reward_loss, eval_every=config.eval_every,
             patience=config.patience, held_out=look if held_out else None,
-            best_metric="loss" if config.best_by == "loss" else main,
+            best_metric="loss" if config.best_by == "loss" else "quality",
         )  # fmt: skip
         for note in [*notes, *more]:
             run.note(note)
