@@ -33,7 +33,8 @@ def names() -> list[str]:
     """The table's rows, and the dense form of those that honour it."""
     from operant.algorithms import ALGORITHMS
 
-    return [n for name, a in ALGORITHMS.items() for n in ([name, f"{name} dense"] if a.honours_dense else [name])]
+    learners = {name: a for name, a in ALGORITHMS.items() if a.learns_from == "rewards"}
+    return [n for name, a in learners.items() for n in ([name, f"{name} dense"] if a.honours_dense else [name])]
 
 
 def cells(given: list[str], seeds: list[int]) -> list[Cell]:

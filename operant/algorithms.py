@@ -11,7 +11,8 @@ from operant.config import TrainConfig
 from operant.credit import Baseline
 from operant.types import OperantError
 
-Loss = Literal["reinforce", "ppo_clip", "gspo", "cispo", "topr"]
+Loss = Literal["reinforce", "ppo_clip", "gspo", "cispo", "topr", "dpo", "ipo", "kto"]
+PREFERENCE_LOSSES = ("dpo", "ipo", "kto")
 
 GROUP_BASELINES = ("leave_one_out", "position_leave_one_out", "control_variate", "group_scaled", "group_centred")
 SUMMING_BASELINES = ("group_scaled", "group_centred")  # one number for all tokens of a completion
@@ -51,6 +52,11 @@ class Algorithm:
     honours_greedy: bool = False
 
     @property
+    def learns_from(self) -> Literal["rewards", "preferences"]:
+        """Whose it is: `operant train`'s or `operant prefer`'s."""
+        return "preferences" if self.loss in PREFERENCE_LOSSES else "rewards"
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Of: critic, group (several completions a prompt), greedy (a greedy one beside them), reference, pairs."""
         there = {
@@ -69,7 +75,7 @@ class Algorithm:
             "dense": self.honours_dense,
             "gamma": self.honours_gamma,
             "stale": self.honours_stale,
-            "single": self.baseline not in GROUP_BASELINES,
+            "single": self.baseline not in GROUP_BASELINES and not self.pairs,
             "greedy": self.honours_greedy,
             "passes": self.several_passes,
         }
@@ -135,6 +141,18 @@ ALGORITHMS = {
             "spo", "Xu & Ding 2025", "ppo_clip", "route", "route", "per_completion",
             whiten=True, clip=(0.2, 0.28), ratio=True,
         ),
+        Algorithm(
+            "dpo", "Rafailov et al. 2023", "dpo", "none", "none", "per_completion", pairs=True, reference=True,
+            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+        ),
+        Algorithm(
+            "ipo", "Azar et al. 2023", "ipo", "none", "none", "per_completion", pairs=True, reference=True,
+            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+        ),
+        Algorithm(
+            "kto", "Ethayarajh et al. 2024", "kto", "none", "none", "per_completion", reference=True,
+            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+        ),
     )
 }  # fmt: skip
 
@@ -147,14 +165,15 @@ def nearest(name: str, names: list[str]) -> str:
 
 def those_that(honour: str) -> str:
     """The algorithms that honour something, as the end of an error says them."""
-    return " or ".join(f"--algorithm {a.name}" for a in ALGORITHMS.values() if honour in a.honours)
+    able = [a.name for a in ALGORITHMS.values() if honour in a.honours and a.learns_from == "rewards"]
+    return " or ".join(f"--algorithm {name}" for name in able)
 
 
 def table() -> list[dict[str, Any]]:
     """Every row as plain data, in the table's order: what `operant algorithms --json` prints."""
     return [
         {
-            "name": a.name, "paper": a.paper, "loss": a.loss, "baseline": a.baseline,
+            "name": a.name, "paper": a.paper, "from": a.learns_from, "loss": a.loss, "baseline": a.baseline,
             "dense_baseline": a.dense_baseline if a.honours_dense else None, "normalisation": a.normalisation,
             "needs": list(a.needs), "honours": list(a.honours),
         }
@@ -235,10 +254,15 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
 
 
 def _named(config: TrainConfig) -> Algorithm:
-    if config.algorithm not in ALGORITHMS:
+    known = [a.name for a in ALGORITHMS.values() if a.learns_from == "rewards"]
+    if config.algorithm in ALGORITHMS and config.algorithm not in known:
         raise OperantError(
-            f"unknown algorithm {config.algorithm!r}{nearest(config.algorithm, list(ALGORITHMS))} "
-            f"(there are: {', '.join(ALGORITHMS)})"
+            f"{config.algorithm} learns from preferences, and here are only rewards; use operant prefer, "
+            "or --algorithm rloo"
+        )
+    if config.algorithm not in known:
+        raise OperantError(
+            f"unknown algorithm {config.algorithm!r}{nearest(config.algorithm, known)} (there are: {', '.join(known)})"
         )
     algorithm = ALGORITHMS[config.algorithm]
     for name, allowed in (("baseline", get_args(Baseline)), ("normalisation", get_args(Normalisation))):
@@ -338,8 +362,6 @@ def _check_sampling(config: TrainConfig, algorithm: Algorithm, baseline: Baselin
             f"greedy completions of one prompt are all the same, and group_size is {config.group_size}; "
             "give --group_size 1, or --temperature 1"
         )
-    if algorithm.pairs:
-        raise OperantError(f"{config.algorithm} learns from pairs, and there are only rewards; use --algorithm rloo")
 
 
 def _check_kl(config: TrainConfig, baseline: Baseline) -> None:

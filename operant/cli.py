@@ -370,7 +370,7 @@ def run_algorithms(config: configs.AlgorithmsConfig) -> None:
     if config.json:
         print(json.dumps(rows, ensure_ascii=False))
         return
-    names = ["name", "paper", "loss", "baseline", "needs", "honours"]
+    names = ["name", "paper", "from", "loss", "baseline", "needs", "honours"]
     cells = [[" ".join(row[n]) if isinstance(row[n], list) else row[n] for n in names] for row in rows]
     if sys.stdout.isatty():
         from rich.console import Console

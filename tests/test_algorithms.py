@@ -109,7 +109,7 @@ def works(name: str, dense: bool = False, **options: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", list(ALGORITHMS))
+@pytest.mark.parametrize("name", [a.name for a in ALGORITHMS.values() if a.learns_from == "rewards"])
 def test_what_the_table_says_is_what_is_refused_and_what_runs(name: str) -> None:
     row = ALGORITHMS[name]
     assert works(name) and row.name == name
@@ -142,6 +142,15 @@ def test_the_papers_numbers_are_what_auto_means_and_a_given_one_wins() -> None:
 def test_the_table_as_data_says_the_same() -> None:
     rows = {row["name"]: row for row in table()}
     assert list(rows) == list(ALGORITHMS)
+    assert rows["dpo"]["needs"] == ["reference", "pairs"] and rows["kto"]["needs"] == ["reference"]
+    assert "single" in rows["kto"]["honours"] and "single" not in rows["ipo"]["honours"]
+    assert [n for n, row in rows.items() if row["from"] == "preferences"] == ["dpo", "ipo", "kto"]
     assert rows["ppo"]["needs"] == ["critic"] and rows["grpo"]["needs"] == ["group"]
     assert rows["remax"]["needs"] == ["greedy"] and rows["topr"]["honours"] == ["stale", "single", "greedy", "passes"]
     assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "kto"])
+def test_rewards_alone_are_no_preferences(name: str) -> None:
+    with pytest.raises(OperantError, match=f"{name} learns from preferences.*operant prefer"):
+        resolve(TrainConfig(algorithm=name), dense=False)

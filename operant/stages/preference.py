@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant.algorithms import nearest
+from operant.algorithms import ALGORITHMS, nearest
 from operant.batch import from_sequences, microbatches, to_device
 from operant.config import PreferConfig
 from operant.data import Fields, load_rows
@@ -24,7 +24,7 @@ from operant.stages.sft import load_split_rows
 from operant.stages.supervised import StageResult, fit, split_rows
 from operant.types import Batch, Floats, Ints, OperantError, Prompt
 
-METHODS = ("dpo", "ipo", "kto")
+METHODS = tuple(a.name for a in ALGORITHMS.values() if a.learns_from == "preferences")
 
 
 @dataclass(slots=True)
@@ -332,9 +332,9 @@ def _learn(
 def _as_needed(
     config: PreferConfig, examples: Sequence[Preference] | Sequence[Rating]
 ) -> Sequence[Preference] | Sequence[Rating]:
-    """Ratings for KTO, pairs for the others."""
+    """Pairs where the table says that they are needed, ratings elsewhere."""
     pairs = [e for e in examples if isinstance(e, Preference)]
-    if config.algorithm != "kto":
+    if ALGORITHMS[config.algorithm].pairs:
         if len(pairs) < len(examples):
             raise OperantError(f"{config.algorithm} learns from pairs, and ratings are given; use --algorithm kto")
         return pairs
