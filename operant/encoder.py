@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from operant.policy import EntropyMode, Policy, TokenLogprobs, resolve_device
+from operant.policy import EntropyMode, Policy, TokenLogprobs, is_masked, resolve_device
 from operant.text import Codec, looks_like_path
 from operant.types import Batch, Bools, Ints, OperantError
 
@@ -275,14 +275,4 @@ def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         yield piece
 
 
-def is_masked(config: Any) -> bool:
-    """Whether a Transformers configuration is of a BERT-like model, which is trained by masking."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
-
-    kind = config.model_type
-    decodes = kind in CAUSAL and (kind not in MASKED or bool(getattr(config, "is_decoder", False)))
-    return kind in MASKED and not config.is_encoder_decoder and not decodes
-
-
-__all__ = ["ENCODER_SIZES", "Encoder", "by_length", "hide_tokens", "is_masked", "masked_tokenizer", "right_padded"]
+__all__ = ["ENCODER_SIZES", "Encoder", "by_length", "hide_tokens", "masked_tokenizer", "right_padded"]

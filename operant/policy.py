@@ -146,6 +146,11 @@ class Policy:
                 codec = Codec.load(path) if (path / "tokenizer_config.json").exists() else plain.codec
             else:
                 config = AutoConfig.from_pretrained(source)
+                if is_masked(config):  # Transformers would load it as a decoder that sees what comes after
+                    raise OperantError(
+                        f"{source} is a {config.model_type}, which reads and does not write; use it with "
+                        "operant reward-model, or give a decoder or encoder-decoder"
+                    )
                 auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
                 model = auto.from_pretrained(source, dtype=torch.float32)
                 codec = Codec.load(source)
@@ -644,6 +649,16 @@ def settle_adapter(folder: Path, final: Path) -> None:
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
         settings["base_model_name_or_path"] = str((final / "base").resolve())
         settings_file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def is_masked(config: Any) -> bool:
+    """Whether a Transformers configuration is of a BERT-like model, which is trained by masking."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    kind = config.model_type
+    decodes = kind in CAUSAL and (kind not in MASKED or bool(getattr(config, "is_decoder", False)))
+    return kind in MASKED and not config.is_encoder_decoder and not decodes
 
 
 def _upcast(logits: Tensor) -> Tensor:

@@ -175,6 +175,8 @@ def test_a_decoder_cannot_be_pretrained_by_masking(
     )  # fmt: skip
     assert "bert reads and does not write" in line
     bert.save(tmp_path / "bert")
+    with pytest.raises(OperantError, match="is a bert, which reads and does not write"):
+        Policy.load(tmp_path / "bert", device="cpu")
     settings = json.loads((tmp_path / "bert" / "config.json").read_text())
     (tmp_path / "bert" / "config.json").write_text(json.dumps(settings | {"vocab_size": "many"}))
     with pytest.raises(OperantError, match="cannot load a model"):

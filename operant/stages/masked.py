@@ -107,7 +107,7 @@ def wants_masked(config: PretrainConfig) -> bool:
 def _masked_folder(path: str) -> bool:
     from transformers import AutoConfig
 
-    from operant.encoder import is_masked
+    from operant.policy import is_masked
 
     try:
         return is_masked(AutoConfig.from_pretrained(path))
