@@ -369,7 +369,7 @@ class TrainConfig(RunConfig, PairFields):
         whiten: bring the advantages of a step to mean 0 and deviation 1.
         lam: λ of the critic's advantage estimate: 1 trusts returns alone, 0 the critic's next value alone.
         critic: separate gives it a copy of the model as its own trunk, shared a head on the policy's.
-        critic_lr: its learning rate; 0 takes the policy's.
+        critic_lr: its learning rate; 0 takes five times the policy's.
         vf_coef: weight of its loss.
         vf_clip: clip range of its change within a step; 0 for none.
         bootstrap: the critic's value follows a completion that the length limit cut off; auto does so for dense

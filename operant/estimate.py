@@ -39,7 +39,8 @@ class Estimator:
 
     def __init__(self, policy: Policy, config: TrainConfig, recipe: Recipe, state: dict[str, Any]) -> None:
         self.policy, self.config, self.recipe, self.state = policy, config, recipe, state
-        for name, begin in (("running", 0.0), ("running_weight", 0.0), ("routes", {})):
+        begun = {"running": 0.0, "running_weight": 0.0, "routes": {}, "kl_coef": config.kl_coef}
+        for name, begin in begun.items():
             state.setdefault(name, begin)
 
     def __call__(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:

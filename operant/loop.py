@@ -38,6 +38,8 @@ from operant.sampler import Sampler
 from operant.surrogate import Surrogate
 from operant.types import Batch, OperantError, Prompt, StepStats
 
+CRITIC_RATE = 5.0  # a critic begins knowing nothing: its learning rate over the policy's, unless it is given
+
 # (step, metrics of the step) → True to stop; called after every step
 Callback = Callable[[int, dict[str, float]], bool | None]
 
@@ -135,7 +137,7 @@ class _Loop:
         self.learner = Learner(
             policy, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps * passes, total_steps=config.steps * passes, schedule=config.schedule,
-            critic_lr=config.critic_lr or None,
+            critic_lr=config.critic_lr or CRITIC_RATE * config.lr,
         )  # fmt: skip
         self.state: dict[str, Any] = {"rewards": {}}
         run.attach(policy, self.learner, self.state)
