@@ -130,8 +130,8 @@ def table() -> str:
 def write() -> None:
     lead = (
         "`python -m benchmarks.reward_models`: a BERT `tiny` (at most 1.4 M parameters) with its own tokenizer;\n"
-        "median [lowest, highest] over seeds, on the dev split, which chose and calibrated nothing. Prompts lose their\n"
-        f"beginning where both are more than the model's 256 tokens (64 for sentences). {machine()}."
+        "median [lowest, highest] over seeds, on the dev split, which chose and calibrated nothing. Prompts lose\n"
+        f"their beginning where both are more than the model's 256 tokens (64 for sentences). {machine()}."
     )
     write_section("reward models", f"{lead}\n\n{table()}")
 
