@@ -31,7 +31,8 @@ from benchmarks.cells import RECORDS, ROOT, Cell, Records, markdown, run_cells, 
 RUNS = ROOT / "runs" / "learning"
 RECORD = Records(RECORDS / "learning")
 REGIMES = ("few", "all")
-RATES = ("1e-4", "3e-4")  # tried on the first seed; the better one on the selection set is used on the others
+RATES = ("1e-4", "3e-4")  # tried on the first seed; the better one on the selection set is every seed's
+SWEEP_MINUTES = 3.0
 REWARD = "bleu + chrf"
 FEW = 0.1
 JUDGE_MINUTES = 2.5  # of pretraining for the language model that says how fluent answers are
@@ -60,8 +61,8 @@ class Task:
 TASKS = {
     t.name: t
     for t in (
-        Task("tatoeba", "tatoeba_ende", "en", "de", 500, "mbart", 2000, 128, 40, 64, 6, {"few": 4, "all": 6}, 3),
-        Task("e2e", "e2e_nlg", "mr", "refs", 200, "llama", 1000, 256, 80, 32, 3, {"few": 4, "all": 6}, 3),
+        Task("tatoeba", "tatoeba_ende", "en", "de", 500, "mbart", 2000, 128, 40, 64, 6, {"few": 4, "all": 6}, 6),
+        Task("e2e", "e2e_nlg", "mr", "refs", 200, "llama", 1000, 256, 80, 32, 3, {"few": 4, "all": 6}, 6),
     )
 }
 
@@ -76,34 +77,28 @@ ARMS = {
 
 
 def cells(tasks: Sequence[str], regimes: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
-    """All cells in the order in which they are worth having; the learning rates of later seeds hang on the first."""
+    """All cells in the order in which they are worth having: the arms of every seed hang on the first seed's sweep."""
     out = []
     for task in tasks:
         out += [Cell(f"{task}/pretrain"), Cell(f"{task}/judge")]
     for regime in regimes:
-        for seed in seeds:
-            for task in tasks:
+        for task in tasks:
+            first = f"{task}/{regime}/{seeds[0]}"
+            out.append(Cell(f"{first}/base", (f"{task}/pretrain", f"{task}/judge")))
+            out.append(Cell(f"{first}/variance", (f"{first}/base",)))
+            sweep = [f"{first}/{arm}@{rate}" for arm in ARMS for rate in RATES]
+            out += [Cell(name, (f"{first}/base", f"{first}/variance")) for name in sweep]
+            for seed in seeds:
                 base = f"{task}/{regime}/{seed}/base"
                 out.append(Cell(base, (f"{task}/pretrain", f"{task}/judge")))
-                if seed == seeds[0]:
-                    out.append(Cell(f"{task}/{regime}/{seed}/variance", (base,)))
-                for arm in ARMS:
-                    for rate in rates(task, regime, arm, seed, seeds[0]):
-                        needs = [base]
-                        if arm == "dense":
-                            needs.append(f"{task}/{regime}/{seeds[0]}/variance")
-                        out.append(Cell(f"{task}/{regime}/{seed}/{arm}@{rate}", tuple(needs)))
-    return out
+                out += [Cell(f"{task}/{regime}/{seed}/{arm}", (base, *sweep)) for arm in ARMS]
+    return list({cell.name: cell for cell in out}.values())
 
 
-def rates(task: str, regime: str, arm: str, seed: int, first: int) -> tuple[str, ...]:
-    """The learning rates of an arm: all for the first seed, then the one whose BLEU on the selection set was higher."""
-    if seed == first:
-        return RATES
-    tried = {rate: f"{task}/{regime}/{first}/{arm}@{rate}" for rate in RATES}
-    if not all(RECORD.has(name) for name in tried.values()):
-        return ()
-    return (max(RATES, key=lambda rate: RECORD.get(tried[rate])["select_bleu"]),)
+def chosen_rate(task: str, regime: str, arm: str) -> str:
+    """The learning rate whose BLEU on the selection set was higher in the first seed's sweep."""
+    first = first_seed(task, regime)
+    return max(RATES, key=lambda rate: RECORD.get(f"{task}/{regime}/{first}/{arm}@{rate}")["select_bleu"])
 
 
 def done(cell: Cell) -> bool:
@@ -214,8 +209,9 @@ def stage_command(task: Task, regime: str, seed: int, cell: str, data: Path) -> 
     if cell == "base":
         # until the BLEU of held-out completions, which rises longer than the dev loss falls, has stopped rising
         return [*tune, *flags(model=model, lr="1e-3", eval_every=50, patience=8, max_minutes=task.base_minutes[regime])]
-    arm, rate = cell.split("@")
-    start = flags(model=RUNS / task.name / regime / str(seed) / "base" / "model", lr=rate, max_minutes=task.arm_minutes)
+    arm, _, tried = cell.partition("@")
+    rate, minutes = (tried, SWEEP_MINUTES) if tried else (chosen_rate(task.name, regime, arm), task.arm_minutes)
+    start = flags(model=RUNS / task.name / regime / str(seed) / "base" / "model", lr=rate, max_minutes=minutes)
     if arm == "continued":
         return [*tune, *start, *flags(eval_every=50, patience=0)]
     command = ["train", *COMMON, *fields, *start, *flags(
@@ -224,7 +220,7 @@ def stage_command(task: Task, regime: str, seed: int, cell: str, data: Path) -> 
     )]  # fmt: skip
     if arm == "dense":
         choice = RECORD.get(f"{task.name}/{regime}/{first_seed(task.name, regime)}/variance")["choice"]
-        command += flags(dense="true", potential=choice, beta="auto")
+        command += flags(dense="true", potential=choice["potential"], beta=choice["beta"])
     return command
 
 
@@ -373,12 +369,18 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
         spread_ = (squares[arm] - batches * float(mean @ mean)) / (batches - 1)
         # |mean|² of few batches holds variance/batches of noise
         found[arm] = {"variance": spread_, "signal": max(0.0, float(mean @ mean) - spread_ / batches)}
-    quarters = {p: [statistics.fmean(x) for x in zip(*rows)] for p, rows in foretold.items()}
-    best = min(runners, key=lambda p: found[f"{p} fitted"]["variance"])
+    tenths = {
+        p: [average([v for v in column if math.isfinite(v)]) for column in zip(*rows)] for p, rows in foretold.items()
+    }
+    potential, beta = min(arms[1:], key=lambda arm: found[arm]["variance"]).split()
     return {
-        "arms": found, "beta": {p: statistics.fmean(b) for p, b in betas.items()}, "correlation": quarters,
-        "batches": batches, "choice": best,
+        "arms": found, "beta": {p: statistics.fmean(b) for p, b in betas.items()}, "correlation": tenths,
+        "batches": batches, "choice": {"potential": potential, "beta": "auto" if beta == "fitted" else float(beta)},
     }  # fmt: skip
+
+
+def average(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -394,9 +396,8 @@ def seeds_of(task: str, regime: str) -> list[int]:
 
 
 def arm_record(task: str, regime: str, seed: int, arm: str) -> dict[str, Any] | None:
-    """The arm's record at the learning rate that the selection set prefers."""
-    there = [n for rate in RATES if RECORD.has(n := f"{task}/{regime}/{seed}/{arm}@{rate}")]
-    return max((RECORD.get(n) for n in there), key=lambda r: r["select_bleu"], default=None)
+    name = f"{task}/{regime}/{seed}/{arm}"
+    return RECORD.get(name) if RECORD.has(name) else None
 
 
 def dev_row(title: str, records: Sequence[dict[str, Any]]) -> list[str]:
@@ -463,25 +464,93 @@ def variance_table(tasks: Sequence[str]) -> str:
                 plain = record["arms"]["terminal"]["variance"]
                 for arm, values in record["arms"].items():
                     potential = arm.split()[0]
-                    quarters = record["correlation"].get(potential)
+                    tenths = record["correlation"].get(potential)
                     rows.append([
                         f"{task}, {regime}: {arm}", f"{values['variance'] / plain:.2f}",
                         f"{values['signal'] / values['variance']:.3f}",
                         f"{record['beta'][potential]:.2f}" if "fitted" in arm else "",
-                        " ".join(f"{q:.2f}" for q in quarters) if quarters else "",
+                        " ".join(f"{tenths[i]:.2f}" for i in (2, 5, 8)) if tenths else "",
                     ])  # fmt: skip
-    head = ["", "variance, of terminal's", "signal / variance", "β", "correlation of Φ with the reward, by quarter"]
+    head = [
+        "",
+        "variance, of terminal's",
+        "signal / variance",
+        "β",
+        "correlation of Φ with the reward at 0.2, 0.5, 0.8 of the length",
+    ]
     return markdown(head, rows) if rows else ""
+
+
+def levels(task: str, regime: str) -> str:
+    """Completions and minutes until BLEU on the selection set first stood at a level, for the arms that get there."""
+    seeds = seeds_of(task, regime)
+    arms = {arm: [r for s in seeds if (r := arm_record(task, regime, s, arm))] for arm in ARMS}
+    begin = statistics.median(r["curve"][0]["bleu"] for r in arms["terminal"])
+    top = statistics.median(best_of(r) for rs in arms.values() for r in rs)
+    marks = [round(begin + (top - begin) * share) for share in (1 / 3, 2 / 3, 1)]
+    rows = []
+    for arm, title in ARMS.items():
+        row = [title]
+        for mark in marks:
+            points = [next((p for p in r["curve"] if p["bleu"] >= mark), None) for r in arms[arm]]
+            there = [p for p in points if p is not None]
+            told = f"{spread([p['minutes'] for p in there])} min" if there else "never"
+            if there and arm != "continued":
+                told += f", {spread([p['completions'] / 1000 for p in there])} k"
+            row.append(told + (f" ({len(there)} of {len(points)})" if 0 < len(there) < len(points) else ""))
+        rows.append(row)
+    head = ["minutes and thousands of completions to BLEU", *map(str, marks)]
+    return markdown(head, rows)
+
+
+def plot(path: Path) -> None:
+    """BLEU on the selection set over minutes, one line a seed and arm, one panel a table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(t, r) for t in TASKS for r in REGIMES if seeds_of(t, r)]
+    if not panels:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.0), squeeze=False)
+    for axis, (task, regime) in zip(axes.flat, panels):
+        for arm, color in zip(ARMS, ("#8a8a8a", "#d9822b", "#1f6feb")):
+            for number, seed in enumerate(seeds_of(task, regime)):
+                record = arm_record(task, regime, seed, arm)
+                points = record["curve"] if record else []
+                label = ARMS[arm] if number == 0 else None
+                axis.plot([p["minutes"] for p in points], [p["bleu"] for p in points], color=color, label=label, lw=1.3)
+        axis.set_title(
+            f"{task}, {'a tenth of the labels' if regime == 'few' else 'all labels'}", fontsize=9, loc="left"
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.set_xlabel("minutes", fontsize=8)
+    axes.flat[0].set_ylabel("BLEU on the selection set", fontsize=8)
+    axes.flat[0].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def write() -> None:
     """The tables of what is there, into docs/results.md."""
+    plot(ROOT / "docs" / "images" / "learning.png")
     lines = []
     for task in TASKS:
         for regime in REGIMES:
             if text := table(task, regime):
                 share = "a tenth of the labels" if regime == "few" else "all labels"
-                lines += [f"### {task}, {share}, seeds {', '.join(map(str, seeds_of(task, regime)))}", "", text, ""]
+                lines += [
+                    f"### {task}, {share}, seeds {', '.join(map(str, seeds_of(task, regime)))}",
+                    "",
+                    text,
+                    "",
+                    levels(task, regime),
+                    "",
+                ]
     if text := variance_table(list(TASKS)):
         lines += ["### The gradient's variance", "", text, ""]
     text = "\n".join(lines).strip()
