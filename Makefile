@@ -49,6 +49,8 @@ bench: install
 results: install
 	$(BIN)/python -m benchmarks.quickstart $(ARGS)
 	$(BIN)/python -m benchmarks.dense $(ARGS)
+	$(BIN)/python -m benchmarks.algorithms $(ARGS)
+	$(BIN)/python -m benchmarks.reward_models $(ARGS)
 	$(BIN)/python -m benchmarks.learning $(ARGS)
 
 # docs/reference.md, written by the program itself.

@@ -33,8 +33,11 @@ def names() -> list[str]:
     """The table's rows, and the dense form of those that honour it."""
     from operant.algorithms import ALGORITHMS
 
-    learners = {name: a for name, a in ALGORITHMS.items() if a.learns_from == "rewards"}
-    return [n for name, a in learners.items() for n in ([name, f"{name} dense"] if a.honours_dense else [name])]
+    return [n for name, a in ALGORITHMS.items() for n in ([name, f"{name} dense"] if dense_too(a) else [name])]
+
+
+def dense_too(algorithm: Any) -> bool:
+    return algorithm.learns_from == "rewards" and algorithm.honours_dense
 
 
 def cells(given: list[str], seeds: list[int]) -> list[Cell]:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import ROOT, Cell, Records, machine, markdown, run_cells, spread, write_section
+from benchmarks.cells import RECORDS, ROOT, Cell, Records, machine, markdown, run_cells, spread, write_section
 
-CELLS = ROOT / "runs" / "reward-models"
-RECORDS = Records(CELLS)
+RUNS = ROOT / "runs" / "reward-models"
+RECORD = Records(RECORDS / "reward_models")
 SEEDS = (0, 1, 2)
 HELD_BACK, MOST_HELD_BACK = 0.15, 100
 
@@ -85,7 +85,7 @@ def measure(cell: str) -> None:
 
     rows = rows_of(name, "train")
     cut = len(rows) - min(MOST_HELD_BACK, int(len(rows) * HELD_BACK))
-    out = CELLS / cell.replace("/", "-")
+    out = RUNS / cell.replace("/", "-")
     config = config_of(name, int(seed), out)
     result = train_reward_model(config, rows=rows[:cut], dev_rows=rows[cut:], quiet=True)
     trained = RewardModel.load(out / "model", device="cpu")
@@ -97,7 +97,7 @@ def measure(cell: str) -> None:
     raw = measures(test, predicted(trained, test), kind, known)
     values = {"raw": raw, "calibrated": calibrated} | baselines(test, kind, known)
     facts = {"training": len(known), "test": len(test), "left_out": left_out, "seconds": result.seconds}
-    RECORDS.put(cell, {"measures": values} | facts)
+    RECORD.put(cell, {"measures": values} | facts)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
@@ -112,7 +112,7 @@ def table() -> str:
         wanted = (
             ["accuracy", "ece", "brier"] if task.main == "accuracy" else ["rank_correlation", "correlation", "rmse"]
         )
-        records = [RECORDS.get(c) for seed in SEEDS if RECORDS.has(c := f"{name}/{seed}")]
+        records = [RECORD.get(c) for seed in SEEDS if RECORD.has(c := f"{name}/{seed}")]
         if not records:
             continue
         for state, title in (("raw", "reward model"), ("calibrated", "reward model, calibrated")):
@@ -141,12 +141,15 @@ def main() -> None:
     parser.add_argument("--cell", help="measure this one and stop")
     parser.add_argument("--write", action="store_true", help="write what is there and stop")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once")
+    parser.add_argument("--fresh", action="store_true", help="throw away what was measured before, and measure here")
     given = parser.parse_args()
     if given.cell:
         measure(given.cell)
         return
+    if given.fresh:
+        shutil.rmtree(RECORD.folder, ignore_errors=True)
     if not given.write:
-        failed = run_cells("benchmarks.reward_models", cells, lambda cell: RECORDS.has(cell.name), given.jobs)
+        failed = run_cells("benchmarks.reward_models", cells, lambda cell: RECORD.has(cell.name), given.jobs)
         if failed:
             print("failed:", ", ".join(failed))
     write()
