@@ -514,7 +514,7 @@ def plot(path: Path) -> None:
     if not panels:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.0), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(5.0, 3.6 * len(panels)), 3.2), squeeze=False)
     for axis, (task, regime) in zip(axes.flat, panels):
         for arm, color in zip(ARMS, ("#8a8a8a", "#d9822b", "#1f6feb")):
             for number, seed in enumerate(seeds_of(task, regime)):
