@@ -27,7 +27,7 @@ from typing import Any
 
 from operant.types import OperantError
 
-__all__ = ["Checkpoint", "clean", "latest", "list_checkpoints", "prune", "read", "save", "verify"]
+__all__ = ["Checkpoint", "clean", "latest", "list_checkpoints", "prune", "read", "replace_file", "save", "verify"]
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def save(
         os.rename(staging, target)
         _sync(folder)
         if healthy:
-            _write_pointer(folder, target.name)
+            replace_file(folder / POINTER, target.name + "\n")
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         reason = _storage_fault(error, folder)
@@ -292,16 +292,26 @@ def _pointer(folder: Path) -> str | None:
     return None
 
 
-def _write_pointer(folder: Path, name: str) -> None:
-    fresh = folder / f"{STAGING}{POINTER}-{os.getpid()}"
+def replace_file(file: Path, text: str) -> None:
+    """Write a small file so that a crash leaves the old text or the new one, on the disk when this returns.
+
+    Raises:
+        OperantError: the disk is full or the place cannot be written. The old text stands.
+    """
+    fresh = file.parent / f"{STAGING}{file.name}-{os.getpid()}"
     try:
-        fresh.write_text(name + "\n", encoding="utf-8")
+        _make_folder(file.parent)
+        fresh.write_text(text, encoding="utf-8")
         _sync(fresh)
-        os.replace(fresh, folder / POINTER)
-        _sync(folder)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
+        os.replace(fresh, file)
+        _sync(file.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        reason = _storage_fault(error, file.parent)
+        if reason is None:
+            raise
+        raise OperantError(f"{reason} while writing {file}; free some space there, or make it writable") from error
 
 
 def _make_folder(folder: Path) -> None:

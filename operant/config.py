@@ -15,6 +15,7 @@ from operant.types import OperantError
 __all__ = [
     "AlgorithmsConfig",
     "EvalConfig",
+    "LiveConfig",
     "PreferConfig",
     "PretrainConfig",
     "QuickstartConfig",
@@ -23,6 +24,7 @@ __all__ = [
     "ScoreConfig",
     "SftConfig",
     "TrainConfig",
+    "VersionsConfig",
     "check_numbers",
     "to_yaml",
 ]
@@ -35,12 +37,14 @@ def to_yaml(config: Any) -> str:
 
 _COUNTS = (
     "accumulate batch_size batch_tokens dynamic_rounds epochs eval_every group_size keep limit max_rows max_sick_steps "
-    "max_tokens minibatches n prompts_per_step save_every sft_batch_size steps tokens_per_microbatch vocab_size"
+    "max_tokens min_sources minibatches n prompts_per_step save_every sft_batch_size steps tokens_per_microbatch "
+    "vocab_size"
 ).split()
 _AMOUNTS = (
-    "clip_high clip_low correction_band correction_cap critic_lr entropy_coef eval_prompts kl_coef kl_target "
-    "log_samples lora_rank lr max_minutes max_prompt_tokens overlong_buffer overlong_penalty patience sft_coef "
-    "temperature threads top_k vf_clip vf_coef warmup_steps weight_decay"
+    "anchor_coef clip_high clip_low correction_band correction_cap critic_lr drift_budget entropy_coef eval_prompts "
+    "kl_coef kl_target likelihood_drop log_samples lora_rank lr max_minutes max_prompt_tokens overlong_buffer "
+    "overlong_penalty patience replay_events sft_coef temperature threads top_k vf_clip vf_coef warmup_steps "
+    "weight_decay"
 ).split()
 _SHARES = ("audit_fraction", "baseline_rate", "gamma", "lam", "top_p")
 # what a setting must be, in words, and the test of it
@@ -49,13 +53,16 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("0 or more", lambda x: 0 <= x < math.inf) for name in _AMOUNTS},
     **{name: ("between 0 and 1", lambda x: 0 <= x <= 1) for name in _SHARES},
     **{name: ("0 or more and below 1", lambda x: 0 <= x < 1) for name in ("dropout", "label_smoothing")},
-    **{name: ("more than 0", lambda x: 0 < x < math.inf) for name in ("max_grad_norm", "minutes", "reward_seconds")},
+    **{
+        name: ("more than 0", lambda x: 0 < x < math.inf)
+        for name in ("kl_budget", "max_grad_norm", "minutes", "reward_seconds")
+    },
     **dict.fromkeys(("baseline_shift", "reward_midpoint"), ("a finite number", math.isfinite)),
     **{
         name: ("0 or more", lambda x: 0 <= x < math.inf)
         for name in ("desirable_weight", "undesirable_weight", "half_life")
     },
-    "midpoint": ("a finite number", math.isfinite),
+    **dict.fromkeys(("midpoint", "score_high", "score_low"), ("a finite number", math.isfinite)),
     "block": ("0, or at least 2", lambda x: x == 0 or x >= 2),
     # different phrases of the built-in task grow rare beyond
     **{name: ("between 1 and 100000", lambda x: 1 <= x <= 100_000) for name in ("labelled", "prompts")},
@@ -671,4 +678,77 @@ class AlgorithmsConfig:
         json: print one JSON array.
     """
 
+    json: bool = False
+
+
+@dataclass(kw_only=True)
+class LiveConfig:
+    """How the live learner turns feedback into steps. Every number is written into the record of each step.
+
+    Args:
+        lr: the learning rate before the KL budget scales the step back.
+        kl_budget: nats per token that one step may move the policy on the anchor answers.
+        drift_budget: nats per token that a version may lie from the anchor version, on the same answers.
+        likelihood_drop: nats per token that the anchor answers may lose against the anchor version.
+        correction_band: a bad rating is left out when the geometric mean of the ratio to the weights that wrote the
+            text is below 1/(1 + band).
+        baseline_rate: how fast a route's baseline follows its ratings.
+        beta: of DPO, which learns edits and comparisons.
+        sft_coef: weight of an edit's likelihood, per token, beside its pair.
+        anchor_coef: weight of the anchor answers' likelihood, per token, in every step.
+        score_low: the worst score.
+        score_high: the best score; thumbs are the two ends.
+        batch_size: events that one step takes at most.
+        min_sources: different sources that a step needs before it begins; with more than one, all weigh the same.
+        replay_events: earlier events that every step learns again.
+        half_life: hours after which an event is half as likely to be learned again; 0 draws uniformly.
+        max_grad_norm: gradients are scaled down to this norm.
+        tokens_per_microbatch: padded tokens that go through the model at once.
+        keep: versions kept on disk besides those in use.
+        seed: of everything random.
+    """
+
+    lr: float = 2e-4
+    kl_budget: float = 0.02
+    drift_budget: float = 0.5
+    likelihood_drop: float = 0.5
+    correction_band: float = 1.0
+    baseline_rate: float = 0.1
+    beta: float = 0.1
+    sft_coef: float = 1.0
+    anchor_coef: float = 0.0
+    score_low: float = 0.0
+    score_high: float = 1.0
+    batch_size: int = 16
+    min_sources: int = 1
+    replay_events: int = 0
+    half_life: float = 0.0
+    max_grad_norm: float = 1.0
+    tokens_per_microbatch: int = 8192
+    keep: int = 5
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class VersionsConfig:
+    """List the versions that the live loop has published; compare, promote, roll back and pin them.
+
+    Args:
+        root: the folder that the live loop writes.
+        compare: two versions to measure against each other on the anchor answers.
+        promote: let this version serve.
+        roll_back: serve the parent of the current version again, its optimizer included.
+        pin: a user who is served `version` whatever is published.
+        unpin: a user who follows the current version again.
+        version: of `pin`.
+        json: print one JSON object.
+    """
+
+    root: str = "runs/live"
+    compare: list[int] = dataclasses.field(default_factory=list)
+    promote: int | None = None
+    roll_back: bool = False
+    pin: str | None = None
+    unpin: str | None = None
+    version: int | None = None
     json: bool = False

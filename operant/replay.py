@@ -20,7 +20,7 @@ from operant.preferences import Preference, Rating, good_or_bad
 from operant.text import Codec
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
-__all__ = ["Replay", "draw", "line_of"]
+__all__ = ["Replay", "draw", "line_of", "subject"]
 
 Record = Prompt | Completion | Feedback
 
@@ -162,7 +162,7 @@ class Replay:
                 for key in gone:
                     del last[key]
             else:
-                key = _subject(event)
+                key = subject(event)
                 last.pop(key, None)
                 last[key] = event
         return list(last.values())
@@ -241,7 +241,7 @@ def _body(event: Feedback) -> tuple[Any, ...]:
     return event.completion_id, event.kind, event.value, event.span
 
 
-def _subject(event: Feedback) -> tuple[Any, ...]:
+def subject(event: Feedback) -> tuple[Any, ...]:
     """What an event is an opinion on: a later one of the same source and subject replaces it."""
     if event.kind in ("score", "thumb"):
         return event.source, "rating", event.completion_id

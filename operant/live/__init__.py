@@ -1,0 +1,1 @@
+"""The live loop: what people say about answers becomes weights that serve seconds later."""

@@ -1,0 +1,172 @@
+"""What a version must show before it serves, and what it would be worth: KL on anchors, metrics, SNIPS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from operant.batch import from_sequences, microbatches, to_device
+from operant.evaluate import evaluate
+from operant.objectives import full_kl
+from operant.policy import LanguagePolicy, Policy
+from operant.sampler import Sampler
+from operant.types import Batch, Completion, Ints, OperantError, Prompt, Sampling
+
+__all__ = ["Anchors", "Verdict", "fast_gate", "off_policy_value", "slow_gate", "slow_metrics"]
+
+# metrics of `evaluate` that fall when a policy gets worse; the others only describe
+_HIGHER_IS_BETTER = ("bleu", "chrf", "rougeL", "exact", "reward", "distinct2")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a version may serve, why not, and what was measured."""
+
+    passed: bool
+    reason: str
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+class Anchors:
+    """Prompts with answers on which every version is measured: what must not change much while one answer is rated.
+
+    prompts, answers (int64[T] each): the same number of each; `ids` name them in the records.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], answers: Sequence[Ints], *, encoder: bool, pad_id: int) -> None:
+        if not prompts or not any(len(a) for a in answers):
+            raise OperantError("there are no anchor answers to measure a step by; give --anchors with some prompts")
+        kept = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a)]
+        self.prompts = [p for p, _ in kept]
+        self.answers = [a for _, a in kept]
+        self.ids = [p.id for p in self.prompts]
+        self.batch: Batch = from_sequences(
+            [p.tokens for p in self.prompts], self.answers, encoder=encoder, pad_id=pad_id, normalisation="per_token"
+        )
+
+    @classmethod
+    def of(cls, policy: Policy, prompts: Sequence[Prompt], *, max_tokens: int = 32, seed: int = 0) -> Anchors:
+        """The policy's own answers to these prompts, sampled at temperature 1."""
+        groups = Sampler(policy).sample(prompts, Sampling(max_tokens=max_tokens, seed=seed))
+        return cls(
+            prompts, [g[0].tokens for g in groups], encoder=policy.family == "encoder-decoder",
+            pad_id=policy.codec.pad_id,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def logits(self, policy: Policy, max_tokens: int) -> Tensor:
+        """Logits that predict the answers' K tokens, float32[K, V] on the CPU, always in the same order."""
+        pieces = []
+        for piece in microbatches(self.batch, max_tokens):
+            micro = to_device(piece, policy.device)
+            pieces.append(policy.logits(micro)[micro.action_mask].cpu())
+        return torch.cat(pieces)
+
+    def tokens(self, max_tokens: int) -> Tensor:
+        """The answers' tokens, int64[K], in the order of `logits`."""
+        return torch.cat([piece.tokens[piece.action_mask] for piece in microbatches(self.batch, max_tokens)])
+
+
+def divergence(logits: Tensor, ref_logits: Tensor) -> float:
+    """Mean over tokens of KL(π‖π_ref) in nats: float32[K, V] each. In float64: a small one is rounding in float32."""
+    return float(full_kl(logits.double(), ref_logits.double()).mean())
+
+
+def likelihood(logits: Tensor, tokens: Tensor) -> float:
+    """Mean log π of the tokens int64[K] in nats."""
+    return float(logits.log_softmax(-1).gather(-1, tokens[:, None]).mean())
+
+
+def fast_gate(
+    logits: Tensor,
+    parent_logits: Tensor,
+    anchor_logits: Tensor,
+    tokens: Tensor,
+    *,
+    kl_budget: float,
+    drift_budget: float,
+    likelihood_drop: float,
+) -> Verdict:
+    """The gate of every publication, from logits float32[K, V] on the anchor answers tokens int64[K].
+
+    Passes when KL(π‖π_parent) ≤ kl_budget, KL(π‖π_anchor) ≤ drift_budget (so that small steps cannot drift) and the
+    answers' mean log-probability has lost at most likelihood_drop against the anchor version.
+    """
+    step, drift = divergence(logits, parent_logits), divergence(logits, anchor_logits)
+    lost = likelihood(anchor_logits, tokens) - likelihood(logits, tokens)
+    numbers = {"kl_parent": step, "kl_anchor": drift, "likelihood_lost": lost}
+    reasons = [
+        f"{what} is {value:.4g}, over {limit:g}"
+        for what, value, limit in (
+            ("the KL to the parent", step, kl_budget),
+            ("the KL to the anchor version", drift, drift_budget),
+            ("the likelihood that the anchor answers lost", lost, likelihood_drop),
+        )
+        if not value <= limit  # so that NaN does not pass
+    ]
+    return Verdict(not reasons, "; ".join(reasons), numbers)
+
+
+def slow_metrics(
+    policy: LanguagePolicy, prompts: Sequence[Prompt], *, max_tokens: int = 64
+) -> tuple[dict[str, float], list[Completion]]:
+    """Greedy answers to held-out prompts, measured by `evaluate`: references' metrics where there are references."""
+    return evaluate(policy, prompts, sampling=Sampling(temperature=0.0, max_tokens=max_tokens), max_rows=32)
+
+
+def slow_gate(measured: Mapping[str, float], anchor: Mapping[str, float], tolerance: float = 0.1) -> Verdict:
+    """Whether generation got worse than the anchor version's: each metric that should be high may lose at most this
+    share of its value there. A metric that can no longer be measured fails."""
+    reasons = []
+    for name in _HIGHER_IS_BETTER:
+        if name in anchor and math.isfinite(anchor[name]):
+            floor = anchor[name] - tolerance * abs(anchor[name])
+            if not measured.get(name, math.nan) >= floor:
+                reasons.append(f"{name} is {measured.get(name, math.nan):.4g}, under {floor:.4g}")
+    return Verdict(not reasons, "; ".join(reasons), dict(measured))
+
+
+def off_policy_value(
+    rewards: Sequence[float] | Tensor,
+    logprobs: Sequence[float] | Tensor,
+    behavior_logprobs: Sequence[float] | Tensor,
+    *,
+    counts: Sequence[float] | Tensor | None = None,
+) -> dict[str, float]:
+    """What a candidate would be paid, from what others wrote and how it was rated: SNIPS (Swaminathan & Joachims 2015).
+
+        snips = Σ w r / Σ w,  w = π(y|x) / μ(y|x);   ips = Σ w r / N;   ess = (Σ w)² / Σ w²  (Kong 1992)
+
+    SNIPS is consistent and bounded by the rewards; its bias is of order 1/N. With a small effective sample size neither
+    number says anything: read it first. `std_error` is SNIPS's by the delta method.
+
+    Args:
+        rewards: float[N], of each logged completion.
+        logprobs: float[N], log π(y|x) under the candidate, summed over tokens, at the temperature of sampling.
+        behavior_logprobs: float[N], log μ(y|x) as it was logged. Greedy completions have none and do not belong here.
+        counts: float[N], how often each was logged; ones when not given.
+
+    Raises OperantError when there is nothing to learn from.
+    """
+    r, ours, theirs = (torch.as_tensor(x, dtype=torch.float64) for x in (rewards, logprobs, behavior_logprobs))
+    n = torch.ones_like(r) if counts is None else torch.as_tensor(counts, dtype=torch.float64)
+    if not len(r) or not float(n.sum()) > 0:
+        raise OperantError(
+            "no rated completion with a propensity is there to judge the candidate by; collect some first"
+        )
+    log_ratio = ours - theirs
+    top = log_ratio.max()  # a shift that cancels everywhere but in ips, where it is put back
+    weight = (log_ratio - top).exp()
+    total = (n * weight).sum()
+    value = (n * weight * r).sum() / total
+    error = (n * (weight * (r - value)) ** 2).sum().sqrt() / total
+    return {
+        "snips": float(value),
+        "ips": float((n * weight * r).sum() * top.exp() / n.sum()),
+        "ess": float(total**2 / (n * weight**2).sum()),
+        "std_error": float(error),
+    }

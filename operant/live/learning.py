@@ -1,0 +1,656 @@
+"""From what people said about answers to one step of the weights: the recipe for a handful of ratings, or for one.
+
+    thumb, score   reward r in [−1, 1], advantage A = r − b with b the exponential mean of the route's earlier ratings,
+                   begun at 0, the scale's midpoint, and updated after use
+    span           its value is the advantage of the tokens it marks; all others get no gradient
+    edit           a DPO pair, the edited text over the original, and the edited text's likelihood
+    comparison     a DPO pair
+    retract        takes events back that are not learned yet, and says which version has learned the others
+
+Good tokens (A ≥ 0) are learned at full weight, whoever wrote them; bad ones weigh min(π/μ, 1) per token, and not at
+all once the geometric mean of π/μ over the text is below 1/(1 + band) (TOPR, Le Roux et al. 2025, per token; the mask
+of Liu et al. 2025, on its lower side: a text that is said more than when it was written may always be pushed down).
+DPO's reference is the version that the step begins with. The step is scaled back until the mean KL on the anchor
+answers is within its budget and what was just said is followed: so a rating moves its text in the right direction, or
+nothing moves and it is told. The optimizer has no momentum (β₁ = 0): a rating is not paid with the direction of
+earlier ones.
+
+Nothing here reads a clock, a file or a network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from operant import credit, objectives
+from operant.batch import from_sequences, from_trajectories, microbatches, place, to_device
+from operant.config import LiveConfig, PreferConfig
+from operant.learner import Adam, Learner, logprobs_of
+from operant.live.gate import Anchors, divergence
+from operant.live.versions import Outcome
+from operant.policy import Policy
+from operant.preferences import Preference, good_or_bad
+from operant.replay import Replay, draw, subject
+from operant.stages.preference import preference_loss
+from operant.text import Codec, chars_to_tokens
+from operant.types import Batch, Bools, Completion, Feedback, Ints, OperantError, Prompt, StepStats, Trajectory
+
+__all__ = [
+    "EventSource", "LearnerState", "Lesson", "StoredCompletion", "Taught", "fingerprint", "new_learner", "prepare",
+    "rating_loss", "take_step",
+]  # fmt: skip
+
+MEMORY = 256  # learned events that may be drawn again
+HALVINGS = 24  # of a step, before it is given up
+_FAR = "the policy has moved too far from this text to push it down"
+_GREEDY = "greedy completion has no propensity"
+
+
+class StoredCompletion(Protocol):
+    """What learning needs of a stored interaction; `completion` is None while there are no tokens."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+
+    @property
+    def completion(self) -> Completion | None: ...
+
+
+class EventSource(Protocol):
+    """What learning needs of the store. Offsets are those of an append-only log, ascending and never used again."""
+
+    def completion(self, completion_id: str) -> StoredCompletion | None: ...
+
+    def events_after(self, offset: int, limit: int) -> Sequence[tuple[int, Feedback]]: ...
+
+
+@dataclass(slots=True)
+class LearnerState:
+    """What outlives a step beside weights and optimizer: each route's baseline, and learned events that may come again.
+
+    An entry of `memory` is {"offset", "event", "advantage"}.
+    """
+
+    baselines: dict[str, float] = field(default_factory=dict)
+    memory: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Rated:
+    """A text to say more or less often. marked: bool[T], the tokens that learn; advantage is theirs."""
+
+    event: Feedback
+    prompt: Prompt
+    completion: Completion
+    advantage: float
+    marked: Bools
+    weight: float = 1.0
+    fresh: bool = True
+
+
+@dataclass(slots=True)
+class Paired:
+    """A text preferred to another; `likelihood` says whether it is also simply made likelier."""
+
+    event: Feedback
+    pair: Preference
+    likelihood: bool
+    weight: float = 1.0
+    fresh: bool = True
+
+
+@dataclass(slots=True)
+class Lesson:
+    """What a step will learn, and what became of the events that it will not.
+
+    state: after the step. replayed, forgotten: ids of earlier events that are learned again, or never again.
+    """
+
+    rated: list[Rated]
+    paired: list[Paired]
+    outcomes: dict[str, Outcome]
+    state: LearnerState
+    replayed: list[str]
+    forgotten: list[str]
+
+    @property
+    def taught(self) -> list[Rated | Paired]:
+        """What is to be learned from the new events."""
+        rows: list[Rated | Paired] = [*self.rated, *self.paired]
+        return [row for row in rows if row.fresh]
+
+
+@dataclass(slots=True)
+class Taught:
+    """What a step did. scale: the share of the optimizer's step that was kept, 0 if the weights are as they were."""
+
+    outcomes: dict[str, Outcome]
+    stats: StepStats | None
+    scale: float
+    kl: float
+
+    @property
+    def moved(self) -> bool:
+        return self.scale > 0
+
+
+def fingerprint(policy: Policy) -> dict[str, str]:
+    """What has to be the same for the same record to give the same weights to the last bit."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "machine": platform.machine(),
+        "device": policy.device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "dtype": policy.dtype,
+    }
+
+
+def new_learner(policy: Policy, config: LiveConfig) -> Learner:
+    """The live learner's optimizer: Adam without momentum and without weight decay."""
+    rule = Adam(policy.trainable_parameters(), config.lr, betas=(0.0, 0.99), max_grad_norm=config.max_grad_norm)
+    return Learner(policy, lr=config.lr, rule=rule)
+
+
+# --- events → what is taught -----------------------------------------------------------------------------------------
+
+
+def prepare(
+    events: Sequence[tuple[int, Feedback]],
+    look: Callable[[str], StoredCompletion | None],
+    codec: Codec,
+    state: LearnerState,
+    config: LiveConfig,
+    *,
+    encoder: bool,
+    max_length: int,
+    seed: int,
+    learned: Mapping[str, int] | None = None,
+) -> Lesson:
+    """Read the events of a step, in the order of their offsets.
+
+    Args:
+        look: a completion by its id, or None.
+        encoder, max_length: of the policy.
+        seed: of the step, which draws the replayed events.
+        learned: event id → the version that has learned from it.
+
+    Returns the lesson; its `state` is the one after the step, and has the new baselines.
+    """
+    if not config.score_low < config.score_high:
+        raise OperantError(
+            f"score_low is {config.score_low} and score_high {config.score_high}: correct --score_low or --score_high"
+        )
+    offsets = {event.id: offset for offset, event in events}
+    # what is later is what was appended later, whatever the clocks of its writers said
+    ordered = Replay()
+    ordered.add(*(dataclasses.replace(e, time=float(offset)) for offset, e in events))
+    standing = {e.id for e in ordered.standing()}
+    taken_back = _taken_back([e for _, e in events])
+    outcomes: dict[str, Outcome] = {}
+    rated: list[Rated] = []
+    paired: list[Paired] = []
+    for _, event in events:
+        if event.kind == "retract":
+            outcomes[event.id] = Outcome("unused", _told_of(event, events, taken_back, state, learned or {}))
+        elif event.id not in standing:
+            gone = event.id in taken_back
+            outcomes[event.id] = Outcome("unused", "retracted") if gone else Outcome("superseded", "a later one stands")
+        else:
+            row = _understood(event, look, codec, config, encoder, max_length)
+            if isinstance(row, str):
+                outcomes[event.id] = Outcome("unused", row)
+            elif isinstance(row, Paired):
+                paired.append(row)
+            else:
+                rated.append(row)
+    baselines = _against_baselines(rated, state.baselines, config)
+    for row in list(rated):
+        reason = _fault(row)
+        if reason:
+            outcomes[row.event.id] = Outcome("unused", reason, advantage=row.advantage)
+            rated.remove(row)
+    memory = _remembered(state.memory, [e for _, e in events])
+    replayed = _recalled(memory, look, codec, config, encoder, max_length, seed) if rated or paired else []
+    rows: list[Rated | Paired] = [*rated, *paired]
+    forgotten = sorted({m["event"]["id"] for m in state.memory} - {m["event"]["id"] for m in memory})
+    memory = memory + [
+        {
+            "offset": offsets[r.event.id], "event": dataclasses.asdict(r.event),
+            "advantage": r.advantage if isinstance(r, Rated) else None,
+        }
+        for r in rows
+    ]  # fmt: skip
+    if config.min_sources > 1:
+        _weigh_sources_alike(rows)
+    return Lesson(
+        rated=rated + [r for r in replayed if isinstance(r, Rated)],
+        paired=paired + [r for r in replayed if isinstance(r, Paired)],
+        outcomes=outcomes,
+        state=LearnerState(baselines, sorted(memory, key=lambda m: m["offset"])[-MEMORY:]),
+        replayed=[r.event.id for r in replayed],
+        forgotten=forgotten,
+    )
+
+
+def _understood(
+    event: Feedback,
+    look: Callable[[str], StoredCompletion | None],
+    codec: Codec,
+    config: LiveConfig,
+    encoder: bool,
+    max_length: int,
+) -> Rated | Paired | str:
+    """What an event teaches, with the reward as its advantage; or why it teaches nothing."""
+    if event.kind == "comment":
+        return "comment teaches nothing"
+    found = look(event.completion_id)
+    if found is None:
+        return "completion unknown"
+    completion = found.completion
+    if completion is None or not len(completion.tokens):
+        return "tokens missing"
+    if completion.tokenizer_hash not in ("", codec.hash):
+        return "completion of another tokenizer"
+    if event.kind in ("edit", "comparison"):
+        return _pair(event, found.prompt, completion, look, codec, encoder, max_length)
+    if completion.behavior_logprobs is None:
+        return "log-probs missing"
+    if _length(found.prompt, completion.tokens, encoder) > max_length:
+        return "longer than the model holds"
+    everything = np.ones(len(completion.tokens), np.bool_) if completion.sampled is None else completion.sampled
+    if event.kind == "span":
+        marked = _marked(event, completion)
+        if isinstance(marked, str):
+            return marked
+        value = _number(event.value)
+        if value is None or not -1 <= value <= 1:
+            return "span value outside -1 to 1"
+        if not (marked & everything).any():
+            return "the span marks no token that the policy wrote"
+        return Rated(event, found.prompt, completion, value, marked & everything)
+    if not everything.any():
+        return "no token that the policy wrote"
+    if event.kind == "thumb":
+        good = good_or_bad(event.value)
+        if good is None:
+            return "thumb is neither up nor down"
+        reward = 1.0 if good else -1.0
+    else:
+        score = _number(event.value)
+        if score is None or not config.score_low <= score <= config.score_high:
+            return f"score outside {config.score_low:g} to {config.score_high:g}"
+        reward = 2 * (score - config.score_low) / (config.score_high - config.score_low) - 1
+    return Rated(event, found.prompt, completion, reward, everything)
+
+
+def _pair(
+    event: Feedback,
+    prompt: Prompt,
+    completion: Completion,
+    look: Callable[[str], StoredCompletion | None],
+    codec: Codec,
+    encoder: bool,
+    max_length: int,
+) -> Paired | str:
+    """An edit or a comparison, as `Replay.preferences` reads it."""
+    replay = Replay()
+    sides = [(prompt, completion)]
+    if event.kind == "comparison":
+        other = look(str(event.value))
+        if other is None:
+            return "the other completion is unknown"
+        if other.completion is None or not len(other.completion.tokens):
+            return "tokens of the other completion missing"
+        sides.append((other.prompt, other.completion))
+    for asked, answer in sides:
+        # two requests with the same words are one prompt, whatever ids they had
+        name = asked.tokens.tobytes().hex()
+        replay.add(dataclasses.replace(asked, id=name), dataclasses.replace(answer, prompt_id=name))
+    replay.add(event)
+    pairs = replay.preferences(codec, encoder=encoder)
+    if not pairs:
+        return next(iter(replay.left_out))
+    pair = dataclasses.replace(pairs[0], prompt=prompt)
+    if max(_length(prompt, tokens, encoder) for tokens in (pair.chosen, pair.rejected)) > max_length:
+        return "longer than the model holds"
+    return Paired(event, pair, event.kind == "edit")
+
+
+def _length(prompt: Prompt, tokens: Ints, encoder: bool) -> int:
+    """Places that are taken: of an encoder-decoder, on the longer side."""
+    return max(len(prompt.tokens), len(tokens)) if encoder else len(prompt.tokens) + len(tokens)
+
+
+def _marked(event: Feedback, completion: Completion) -> Bools | str:
+    if event.span is None:
+        return "span without characters"
+    start, end = event.span
+    if not 0 <= start < end <= len(completion.text):
+        return "span outside the text"
+    first, last = chars_to_tokens(completion.text_ends, start, end, completion.text_reach)
+    marked = np.zeros(len(completion.tokens), np.bool_)
+    marked[first:last] = True
+    return marked
+
+
+def _number(value: Any) -> float | None:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _against_baselines(rated: Sequence[Rated], table: Mapping[str, float], config: LiveConfig) -> dict[str, float]:
+    """Turn rewards of whole answers into advantages, in place; the baselines after that. Spans have no baseline."""
+    whole = [row for row in rated if row.event.kind != "span"]
+    if not whole:
+        return dict(table)
+    routes = [row.prompt.task for row in whole]
+    rewards = torch.tensor([row.advantage for row in whole], dtype=torch.float64)
+    given = credit.route_baselines(table, routes, 0.0)
+    for row, advantage in zip(whole, (rewards - given).tolist(), strict=True):
+        row.advantage = advantage
+    valid = torch.ones(len(whole), dtype=torch.bool)
+    return credit.updated_routes(table, routes, rewards, valid, midpoint=0.0, rate=config.baseline_rate)
+
+
+def _fault(row: Rated) -> str:
+    """Why a rating that was understood teaches nothing all the same."""
+    if row.advantage == 0:
+        return "advantage 0: the rating equals the baseline"
+    sampling = row.completion.sampling
+    if row.advantage < 0 and sampling is not None and sampling.temperature == 0:
+        return _GREEDY  # to push a text down one must know how likely it was
+    return ""
+
+
+def _takes_back(retraction: Feedback, event: Feedback) -> bool:
+    """Whether a retraction is about that event (see `Replay.standing`)."""
+    return (
+        event.kind != "retract" and event.source == retraction.source
+        and event.completion_id == retraction.completion_id and retraction.value in (None, "", event.id)
+    )  # fmt: skip
+
+
+def _taken_back(events: Sequence[Feedback]) -> dict[str, str]:
+    """Event id → the later retraction, among these events, that takes it back."""
+    found: dict[str, str] = {}
+    for at, event in enumerate(events):
+        if event.kind == "retract":
+            found.update((e.id, event.id) for e in events[:at] if _takes_back(event, e))
+    return found
+
+
+def _told_of(
+    retraction: Feedback,
+    events: Sequence[tuple[int, Feedback]],
+    taken_back: Mapping[str, str],
+    state: LearnerState,
+    learned: Mapping[str, int],
+) -> str:
+    """What a retraction came to."""
+    now = [name for name, by in taken_back.items() if by == retraction.id]
+    names = [str(retraction.value)] if retraction.value not in (None, "") else [
+        e.id for e in map(_event_of, state.memory) if _takes_back(retraction, e)
+    ]  # fmt: skip
+    versions = sorted({learned[name] for name in names if name in learned})
+    if versions:
+        listed = ", ".join(map(str, versions))
+        return f"taken back after version {listed} had learned from it; roll back to before that to forget it"
+    return f"takes back {', '.join(now)}" if now else "there is nothing to take back"
+
+
+def _event_of(entry: Mapping[str, Any]) -> Feedback:
+    values = dict(entry["event"])
+    if values["span"] is not None:
+        values["span"] = tuple(values["span"])
+    return Feedback(**values)
+
+
+def _remembered(memory: Sequence[dict[str, Any]], events: Sequence[Feedback]) -> list[dict[str, Any]]:
+    """The memory without what the new events take back or replace."""
+    replaced = {subject(e) for e in events if e.kind != "retract"}
+    retractions = [e for e in events if e.kind == "retract"]
+    kept = []
+    for entry in memory:
+        event = _event_of(entry)
+        if subject(event) not in replaced and not any(_takes_back(r, event) for r in retractions):
+            kept.append(entry)
+    return kept
+
+
+def _recalled(
+    memory: Sequence[dict[str, Any]],
+    look: Callable[[str], StoredCompletion | None],
+    codec: Codec,
+    config: LiveConfig,
+    encoder: bool,
+    max_length: int,
+    seed: int,
+) -> list[Rated | Paired]:
+    """Earlier events to learn again, with the advantage that they had. One whose completion is gone is passed over."""
+    if not config.replay_events or not memory:
+        return []
+    times = [float(entry["event"]["time"]) for entry in memory]
+    rows = []
+    for i in draw(times, config.replay_events, seed=seed, step=0, half_life=3600 * config.half_life):
+        row = _understood(_event_of(memory[i]), look, codec, config, encoder, max_length)
+        if isinstance(row, str):
+            continue
+        if isinstance(row, Rated):
+            row.advantage = float(memory[i]["advantage"])
+        row.fresh = False
+        rows.append(row)
+    return rows
+
+
+def _weigh_sources_alike(rows: Sequence[Rated | Paired]) -> None:
+    """In place: each source weighs the same in a step, however often it spoke; the sum stays the number of rows."""
+    count = Counter(row.event.source for row in rows)
+    for row in rows:
+        row.weight = len(rows) / (len(count) * count[row.event.source])
+
+
+# --- what is taught → weights ----------------------------------------------------------------------------------------
+
+
+def rating_loss(logprobs: Tensor, batch: Batch, band: float) -> tuple[Tensor, Tensor]:
+    """−w A log π per token, with the weight w of this module's head; and, per row, whether π/μ is not below the band.
+
+    batch: has `advantages`, `old_logprobs` (π as the step began) and `behavior_logprobs` (μ), float[B, S]; w reads
+    the last two alone, so that the loss of one batch is one function of the weights.
+    Returns (float[B, S], float[B, 1]).
+    """
+    assert batch.advantages is not None and batch.old_logprobs is not None and batch.behavior_logprobs is not None
+    ratio = objectives.sequence_mean(batch.old_logprobs - batch.behavior_logprobs, batch.action_mask)
+    near = (ratio >= -math.log1p(band)).to(logprobs.dtype)
+    down = objectives.behavior_correction(batch.old_logprobs, batch.behavior_logprobs, cap=1.0) * near
+    weight = torch.where(batch.advantages < 0, down, torch.ones_like(down))
+    return weight * objectives.reinforce(logprobs, batch.advantages), near
+
+
+def take_step(policy: Policy, learner: Learner, lesson: Lesson, anchors: Anchors, config: LiveConfig) -> Taught:
+    """One step of the weights, in place, and what became of each new event.
+
+    The weights are as they were, bit for bit, when nothing is taught, when the step is sick, or when no share of it
+    keeps the KL budget and follows what was said; the reason is then told for each event.
+    """
+    outcomes = dict(lesson.outcomes)
+    if not lesson.taught:
+        return Taught(outcomes, None, 0.0, 0.0)
+    policy.model.eval()  # dropout would make the ratio and the replay of a record another one
+    room = config.tokens_per_microbatch
+    ratings = _rating_batch(policy, lesson.rated, config) if lesson.rated else None
+    if ratings is not None:
+        _leave_out_the_far(ratings, lesson, outcomes, config)
+    if not lesson.taught:
+        return Taught(outcomes, None, 0.0, 0.0)
+    before = _told_logprobs(policy, lesson.taught, room)
+    fresh = _batches(policy, [r for r in lesson.rated if r.fresh], [p for p in lesson.paired if p.fresh], config)
+    everything = _batches(policy, lesson.rated, lesson.paired, config) if lesson.replayed else fresh
+    if config.anchor_coef:
+        everything = [*everything, anchors.batch]
+    reference = anchors.logits(policy, room)
+    said = _loss(policy, fresh, config)
+    parameters = policy.trainable_parameters()
+    start = [p.detach().clone() for p in parameters]
+    stats = learner.step([m for batch in everything for m in microbatches(batch, room)], _loss_of(config))
+    scale, kl = 0.0, 0.0
+    reason = stats.reason
+    if not reason:
+        scale, kl = _scaled_back(policy, start, lambda: _loss(policy, fresh, config) < said, anchors, reference, config)
+        reason = "" if scale else "no step within the KL budget moved the text the right way"
+    after = _told_logprobs(policy, lesson.taught, room) if scale else before
+    for row, was, now in zip(lesson.taught, before, after, strict=True):
+        advantage = row.advantage if isinstance(row, Rated) else None
+        outcomes[row.event.id] = Outcome("unused" if reason else "used", reason, advantage, was, now)
+    return Taught(outcomes, stats, scale, kl)
+
+
+def _leave_out_the_far(batch: Batch, lesson: Lesson, outcomes: dict[str, Outcome], config: LiveConfig) -> None:
+    """Drop bad ratings whose text is below the band, so that a step does not wait for what it cannot move."""
+    assert batch.old_logprobs is not None
+    near = rating_loss(batch.old_logprobs, batch, config.correction_band)[1][:, 0].tolist()
+    far = [row for row, inside in zip(lesson.rated, near, strict=True) if row.advantage < 0 and not inside]
+    for row in far:
+        lesson.rated.remove(row)
+        if row.fresh:
+            outcomes[row.event.id] = Outcome("unused", _FAR, advantage=row.advantage)
+        else:
+            lesson.replayed.remove(row.event.id)
+    gone = {row.event.id for row in far}
+    lesson.state.memory = [entry for entry in lesson.state.memory if entry["event"]["id"] not in gone]
+
+
+def _scaled_back(
+    policy: Policy,
+    start: Sequence[Tensor],
+    follows: Callable[[], bool],
+    anchors: Anchors,
+    reference: Tensor,
+    config: LiveConfig,
+) -> tuple[float, float]:
+    """Halve the step from `start` until it keeps the budget and follows; (the share that is left, its KL)."""
+    parameters = policy.trainable_parameters()
+    whole = [p.detach() - s for p, s in zip(parameters, start, strict=True)]
+    for halving in range(HALVINGS):
+        scale = 0.5**halving
+        with torch.no_grad():
+            for p, s, d in zip(parameters, start, whole, strict=True):
+                p.copy_(s + scale * d)
+        kl = divergence(anchors.logits(policy, config.tokens_per_microbatch), reference)
+        if kl <= config.kl_budget and follows():
+            return scale, kl
+    with torch.no_grad():
+        for p, s in zip(parameters, start, strict=True):
+            p.copy_(s)
+    return 0.0, 0.0
+
+
+def _batches(policy: Policy, rated: Sequence[Rated], paired: Sequence[Paired], config: LiveConfig) -> list[Batch]:
+    """All rows, in batches with one denominator: the number of rows."""
+    batches = [_rating_batch(policy, rated, config)] if rated else []
+    for likelihood in (True, False):
+        rows = [p for p in paired if p.likelihood == likelihood]
+        if rows:
+            batches.append(_pair_batch(policy, rows, config))
+    for batch in batches:
+        batch.denominator = float(len(rated) + len(paired))
+    return batches
+
+
+def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) -> Batch:
+    """Ratings as rows; only marked tokens have a weight."""
+    trajectories = [
+        Trajectory(r.prompt, r.completion, np.zeros(len(r.marked)), np.ones(len(r.marked), np.bool_)) for r in rated
+    ]
+    batch = from_trajectories(
+        trajectories, encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id,
+        normalisation="per_completion",
+    )  # fmt: skip
+    width = max(len(r.marked) for r in rated)
+    marked = torch.zeros(len(rated), width)
+    for i, row in enumerate(rated):
+        marked[i, : len(row.marked)] = torch.from_numpy(row.marked)
+    advantages = torch.tensor([[r.advantage] for r in rated])
+    batch.advantages = place(batch, marked * advantages, trajectories)
+    batch.weights = batch.weights * place(batch, marked, trajectories) * torch.tensor([[r.weight] for r in rated])
+    batch.old_logprobs = logprobs_of(policy, batch, config.tokens_per_microbatch)
+    return batch
+
+
+def _pair_batch(policy: Policy, paired: Sequence[Paired], config: LiveConfig) -> Batch:
+    """Pairs as neighbouring rows, with this step's beginning as the reference."""
+    rows = [(p.pair.prompt, tokens) for p in paired for tokens in (p.pair.chosen, p.pair.rejected)]
+    batch = _plain_batch(policy, rows)
+    batch.is_chosen = torch.arange(len(rows)) % 2 == 0
+    batch.pair_ids = torch.arange(len(rows)) // 2
+    batch.weights = batch.weights * torch.tensor([[p.weight] for p in paired for _ in range(2)])
+    batch.route = torch.full((len(rows),), int(paired[0].likelihood))
+    batch.ref_logprobs = logprobs_of(policy, batch, config.tokens_per_microbatch)
+    return batch
+
+
+def _plain_batch(policy: Policy, rows: Sequence[tuple[Prompt, Ints]]) -> Batch:
+    return from_sequences(
+        [prompt.tokens for prompt, _ in rows], [tokens for _, tokens in rows],
+        encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id, normalisation="per_completion",
+    )  # fmt: skip
+
+
+def _loss_of(config: LiveConfig) -> Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]:
+    """The `learner.TokenLoss` of ratings, pairs and anchor answers."""
+    settings = {
+        likelihood: PreferConfig(algorithm="dpo", beta=config.beta, sft_coef=config.sft_coef if likelihood else 0.0)
+        for likelihood in (True, False)
+    }
+
+    def loss_of(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        logprobs = policy.logprobs(batch).logprobs
+        if batch.pair_ids is not None:
+            assert batch.route is not None
+            return preference_loss(settings[bool(batch.route[0])], logprobs, batch)[0], {}
+        if batch.advantages is None:
+            return config.anchor_coef * objectives.negative_log_likelihood(logprobs), {}
+        return rating_loss(logprobs, batch, config.correction_band)[0], {}
+
+    return loss_of
+
+
+@torch.no_grad()
+def _loss(policy: Policy, batches: Sequence[Batch], config: LiveConfig) -> float:
+    """The loss that a step on these batches would lower."""
+    total, loss_of = 0.0, _loss_of(config)
+    for batch in batches:
+        for piece in microbatches(batch, config.tokens_per_microbatch):
+            micro = to_device(piece, policy.device)
+            total += float((loss_of(policy, micro)[0] * micro.weights).sum()) / micro.denominator
+    return total
+
+
+def _told_logprobs(policy: Policy, rows: Sequence[Rated | Paired], room: int) -> list[float]:
+    """log π of what each event is about, at temperature 1 (see `Outcome`)."""
+    texts = [(r.prompt, r.completion.tokens) if isinstance(r, Rated) else (r.pair.prompt, r.pair.chosen) for r in rows]
+    logprobs = logprobs_of(policy, _plain_batch(policy, texts), room)
+    told = []
+    for i, (row, (prompt, tokens)) in enumerate(zip(rows, texts, strict=True)):
+        first = 0 if policy.family == "encoder-decoder" else len(prompt.tokens)
+        own = logprobs[i, first : first + len(tokens)].double()
+        told.append(float(own[torch.from_numpy(row.marked)].sum() if isinstance(row, Rated) else own.sum()))
+    return told

@@ -1,0 +1,378 @@
+"""Versions of the served policy on disk: where each came from, which one serves, and the record of every step.
+
+    root/
+      versions/step-00000042/   model/, learner.pt, record.json, gate.json; a whole checkpoint or none (checkpoint.py)
+      records/00000041.json     the record of a step that published nothing, or whose weights are gone
+      pending/00000043.json     what the step under way will use, written before it begins
+      current                   {"version", "moves", "anchor"}: what serves, how often that has moved, the last version
+                                that the slow gate has passed
+      pins.json                 {user: version}
+
+A record is written before its step, so that a step which a crash cut off is executed again on the same events and
+comes to the same weights. A version's folder is the truth about what it consumed; `finish` completes what a crash left.
+Pointers move under a lock, so the program, the server and the learner may all move them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from operant import checkpoint
+from operant.types import OperantError, PolicyVersion
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Moved", "Outcome", "Pointer", "StepRecord", "Versions"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one event. `logprob_before`, `logprob_after`: log π(y|x) in nats at temperature 1 of the text that
+    was rated (of an edit, the edited text; of a comparison, the preferred one; of a span, its tokens)."""
+
+    state: Literal["used", "superseded", "unused"]
+    reason: str = ""
+    advantage: float | None = None
+    logprob_before: float | None = None
+    logprob_after: float | None = None
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """One step of the live learner, wholly determined by these fields and the weights of `parent`.
+
+    begin_offset, consumed_offset: the events of the step are those of the store in (begin_offset, consumed_offset].
+    moves: how often the current version had moved when the step began; a step is published only if it has not since.
+    state: "pending"; "published" (there is a version of this number); "refused" (by the gate); "nothing" (no event
+        taught anything, or the step moved nothing). Every state but the first consumes the events.
+    """
+
+    version: int
+    parent: int
+    moves: int
+    begin_offset: int
+    consumed_offset: int
+    events: list[str]
+    seed: int
+    coefficients: dict[str, float]
+    fingerprint: dict[str, str]
+    state: Literal["pending", "published", "refused", "nothing"] = "pending"
+    reason: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    replayed: list[str] = field(default_factory=list)
+    anchors: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    baselines: dict[str, float] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> StepRecord:
+        values = json.loads(text)
+        values["outcomes"] = {name: Outcome(**outcome) for name, outcome in values["outcomes"].items()}
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """What the file `current` says."""
+
+    version: int
+    moves: int
+    anchor: int
+
+
+class Moved(Exception):
+    """The current version has changed since the step began: the step has to begin again on the new one."""
+
+
+class Versions:
+    """The versions under `root`. `keep`: how many of the newest stay on disk besides those in use (see `prune`)."""
+
+    def __init__(self, root: str | Path, keep: int = 5) -> None:
+        if keep < 1:
+            raise OperantError(f"keep is {keep}; at least 1 version must stay on disk: correct --keep")
+        self.root, self.keep = Path(root), keep
+        self.folder = self.root / "versions"
+        self._records: dict[Path, StepRecord] = {}  # finished records never change
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def pointer(self) -> Pointer:
+        """Which version serves. Raises OperantError when there is none."""
+        try:
+            return Pointer(**json.loads((self.root / "current").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise OperantError(
+                f"{self.root} serves no version yet; start it with operant.live.worker --model"
+            ) from error
+
+    def exists(self) -> bool:
+        return (self.root / "current").exists()
+
+    def current(self) -> PolicyVersion:
+        return self.get(self.pointer().version)
+
+    def serving(self, user: str) -> PolicyVersion:
+        """The version that this user is pinned to, else the current one."""
+        return self.get(self.pins().get(user, self.pointer().version))
+
+    def all(self) -> list[PolicyVersion]:
+        """Every version whose weights are on disk, oldest first."""
+        return [self._version(c) for c in self._folders().values()]
+
+    def get(self, version: int) -> PolicyVersion:
+        """One version. Raises OperantError when its weights are not there, or are broken."""
+        found = self._folders().get(version)
+        if found is None:
+            there = ", ".join(map(str, self._folders())) or "none"
+            raise OperantError(f"the weights of version {version} are not on disk; choose one of those there: {there}")
+        fault = checkpoint.verify(found.path)
+        if fault is not None:
+            raise OperantError(f"version {version} is broken ({fault}); roll back with operant versions --promote N")
+        return self._version(found)
+
+    def records(self) -> list[StepRecord]:
+        """The record of every finished step, oldest first, also of those without weights: the whole lineage."""
+        found: dict[int, StepRecord] = {}
+        for file in sorted((self.root / "records").glob("[0-9]*.json")):
+            record = self._finished(file)
+            found[record.version] = record
+        for number, c in self._folders().items():
+            found[number] = self._finished(c.path / "record.json")
+        return [found[number] for number in sorted(found)]
+
+    def record(self, version: int) -> StepRecord:
+        """Raises OperantError when no step had this number."""
+        found = {record.version: record for record in self.records()}
+        if version not in found:
+            raise OperantError(f"there is no version {version}; operant versions lists them")
+        return found[version]
+
+    def gate(self, version: int) -> dict[str, Any]:
+        """What the gate measured of a version on disk."""
+        path = Path(self.get(version).path)
+        values: dict[str, Any] = json.loads((path / "gate.json").read_text(encoding="utf-8"))
+        return values
+
+    def consumed(self) -> int:
+        """The offset up to which events were consumed, whatever became of them and whatever was rolled back since."""
+        return max((r.consumed_offset for r in self.records()), default=0)
+
+    def next_version(self) -> int:
+        return 1 + max((r.version for r in self.records()), default=-1)
+
+    def ancestors(self, version: int) -> list[int]:
+        """`version`, its parent, and so on to the first."""
+        parents = {r.version: r.parent for r in self.records()}
+        line = [version]
+        while parents.get(line[-1], -1) >= 0:
+            line.append(parents[line[-1]])
+        return line
+
+    def pins(self) -> dict[str, int]:
+        try:
+            pins: dict[str, int] = json.loads((self.root / "pins.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        return pins
+
+    # --- moving pointers -----------------------------------------------------------------------------------------
+
+    def promote(self, version: int) -> PolicyVersion:
+        """Let a version serve. What learns next starts from it, with its optimizer."""
+        with self._lock():
+            chosen = self.get(version)
+            before = self.pointer()
+            if version != before.version:
+                self._write_pointer(Pointer(version, before.moves + 1, before.anchor))
+        return chosen
+
+    def roll_back(self, to: int | None = None) -> PolicyVersion:
+        """Serve an earlier version again: `to`, or the nearest ancestor of the current one that is on disk.
+
+        The optimizer goes back with the weights; events stay consumed, and what they taught since is forgotten.
+        Raises OperantError when there is nothing to go back to.
+        """
+        if to is not None:
+            return self.promote(to)
+        now = self.pointer().version
+        there = self._folders()
+        for ancestor in self.ancestors(now)[1:]:
+            if ancestor in there:
+                return self.promote(ancestor)
+        raise OperantError(f"version {now} has no ancestor on disk to roll back to; choose one with --promote N")
+
+    def pass_anchor(self, version: int) -> None:
+        """The slow gate has passed this version: from now on drift is measured from it."""
+        with self._lock():
+            self.get(version)
+            now = self.pointer()
+            self._write_pointer(dataclasses.replace(now, anchor=version))
+
+    def pin(self, user: str, version: int | None) -> None:
+        """Serve this user that version whatever is published; None lets them follow again."""
+        with self._lock():
+            pins = self.pins()
+            if version is None:
+                pins.pop(user, None)
+            else:
+                self.get(version)
+                pins[user] = version
+            checkpoint.replace_file(self.root / "pins.json", json.dumps(pins, ensure_ascii=False, indent=1))
+
+    # --- a step, from its record to its publication --------------------------------------------------------------
+
+    def begin(self, write: Callable[[Path], None], fingerprint: Mapping[str, str]) -> PolicyVersion:
+        """Version 0, the model as it comes in. write: fills a folder with model/ and learner.pt."""
+        with self._lock():
+            if self.exists():
+                raise OperantError(f"{self.root} serves already; choose another --root, or leave --model out")
+            record = StepRecord(
+                version=0, parent=-1, moves=0, begin_offset=0, consumed_offset=0, events=[], seed=0, coefficients={},
+                fingerprint=dict(fingerprint), state="published",
+            )  # fmt: skip
+            if 0 not in self._folders():  # else a crash came between the folder and the pointer
+                self._save(record, write, {"passed": True, "reason": "the first version"})
+            self._write_pointer(Pointer(0, 0, 0))
+        return self.get(0)
+
+    def announce(self, record: StepRecord) -> None:
+        """Write down durably what the step will use, before it begins."""
+        checkpoint.replace_file(self._pending_file(record.version), record.to_json())
+
+    def pending(self) -> StepRecord | None:
+        """The step that a crash cut off, if there is one."""
+        for file in sorted((self.root / "pending").glob("[0-9]*.json")):
+            return StepRecord.from_json(file.read_text(encoding="utf-8"))
+        return None
+
+    def publish(self, record: StepRecord, write: Callable[[Path], None], gate: Mapping[str, Any]) -> PolicyVersion:
+        """Save the version of a finished step and let it serve.
+
+        write: fills a folder with model/ and learner.pt. Raises Moved when another version serves than the step began
+        with, before anything is written; OperantError when the disk is full, with the old version still serving.
+        """
+        with self._lock():
+            if self.pointer().moves != record.moves:
+                raise Moved
+            record.state = "published"
+            self._save(record, write, gate)
+            self._write_pointer(Pointer(record.version, record.moves + 1, self.pointer().anchor))
+            self._forget_pending(record.version)
+            try:
+                self.prune()
+            except (OperantError, OSError) as error:
+                log.warning(
+                    "old versions stay on disk: %s", error
+                )  # the new one serves; the next publication tries again
+        return self.get(record.version)
+
+    def settle(self, record: StepRecord) -> None:
+        """Keep the record of a finished step that publishes nothing."""
+        if record.state not in ("refused", "nothing"):
+            raise ValueError(f"a {record.state} step is not settled so")
+        checkpoint.replace_file(self._record_file(record.version), record.to_json())
+        self._forget_pending(record.version)
+
+    def finish(self) -> StepRecord | None:
+        """Complete what a crash left; returns the step that has to be executed again, if any.
+
+        Call it at start, with no other learner at work.
+        """
+        with self._lock():
+            if self.folder.is_dir():
+                checkpoint.clean(self.folder)
+            record = self.pending()
+            if record is None:
+                return None
+            if record.version in self._folders():
+                now = self.pointer()
+                if now.moves == record.moves:  # saved but not served yet
+                    self._write_pointer(Pointer(record.version, now.moves + 1, now.anchor))
+            elif not self._record_file(record.version).exists():
+                return record
+            self._forget_pending(record.version)
+        return None
+
+    def prune(self) -> list[int]:
+        """Drop the weights of old versions and return their numbers; their records stay.
+
+        Kept are the `keep` newest, the current one and its nearest ancestor on disk (one roll-back is always possible),
+        the anchor and whatever a user is pinned to.
+        """
+        there, now = self._folders(), self.pointer()
+        ancestor = next((a for a in self.ancestors(now.version)[1:] if a in there), now.version)
+        held = {now.version, now.anchor, ancestor, *self.pins().values()}
+        for number, c in there.items():
+            if not self._record_file(number).exists():
+                checkpoint.replace_file(
+                    self._record_file(number), (c.path / "record.json").read_text(encoding="utf-8")
+                )  # the folder's own goes with it
+        gone = checkpoint.prune(self.folder, self.keep, [there[n].path for n in held if n in there])
+        paths = {c.path: number for number, c in there.items()}
+        return sorted(paths[path] for path in gone)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def _save(self, record: StepRecord, write: Callable[[Path], None], gate: Mapping[str, Any]) -> None:
+        def fill(folder: Path) -> None:
+            write(folder)
+            (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
+            (folder / "gate.json").write_text(json.dumps(dict(gate), indent=1), encoding="utf-8")
+
+        try:
+            checkpoint.save(self.folder, record.version, fill, meta={"stage": "live"})
+        except OperantError as error:
+            cause = str(error).split(" while saving")[0]
+            raise OperantError(
+                f"version {record.version} could not be saved in {self.folder} ({cause}): the version before it serves "
+                "on; free some space there, and the step is made again"
+            ) from error
+
+    def _folders(self) -> dict[int, checkpoint.Checkpoint]:
+        found = {c.step: c for c in checkpoint.list_checkpoints(self.folder)}
+        return {number: found[number] for number in sorted(found)}
+
+    def _finished(self, file: Path) -> StepRecord:
+        if file not in self._records:
+            self._records[file] = StepRecord.from_json(file.read_text(encoding="utf-8"))
+        return self._records[file]
+
+    def _version(self, saved: checkpoint.Checkpoint) -> PolicyVersion:
+        record = self._finished(saved.path / "record.json")
+        gate = json.loads((saved.path / "gate.json").read_text(encoding="utf-8"))
+        return PolicyVersion(
+            version=record.version, parent=record.parent if record.parent >= 0 else None, step=record.version,
+            path=str(saved.path), sha256=saved.sha256, consumed=tuple(record.events),
+            verdict="passed" if gate.get("passed") else str(gate.get("reason", "")),
+        )  # fmt: skip
+
+    def _record_file(self, version: int) -> Path:
+        return self.root / "records" / f"{version:08d}.json"
+
+    def _pending_file(self, version: int) -> Path:
+        return self.root / "pending" / f"{version:08d}.json"
+
+    def _forget_pending(self, version: int) -> None:
+        self._pending_file(version).unlink(missing_ok=True)
+
+    def _write_pointer(self, pointer: Pointer) -> None:
+        checkpoint.replace_file(self.root / "current", json.dumps(dataclasses.asdict(pointer)))
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / "versions.lock"):
+            yield
