@@ -62,6 +62,11 @@ EXAMPLES = {
         "print what each algorithm needs and honours",
         "operant algorithms --json true",
     ),
+    "versions": (
+        configs.VersionsConfig,
+        "what the live loop has published: list, compare, promote, roll back, pin",
+        "operant versions --root runs/live --roll_back true",
+    ),
     "quickstart": (
         configs.QuickstartConfig,
         "the whole circle on a built-in task, offline, in minutes",
@@ -386,6 +391,52 @@ def run_algorithms(config: configs.AlgorithmsConfig) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def run_versions(config: configs.VersionsConfig) -> None:
+    from operant.live.versions import Versions
+
+    asked = {
+        "--compare": bool(config.compare), "--promote": config.promote is not None, "--roll_back": config.roll_back,
+        "--pin": config.pin is not None, "--unpin": config.unpin is not None,
+    }  # fmt: skip
+    chosen = [flag for flag, given in asked.items() if given]
+    if len(chosen) > 1:
+        raise OperantError(f"{' and '.join(chosen)} are two things; give one of them at a time")
+    versions = Versions(config.root)
+    if config.compare:
+        from operant.live.worker import compare
+
+        if len(config.compare) != 2:
+            raise OperantError("--compare takes two versions, such as [3, 5]")
+        told = compare(versions, config.compare[0], config.compare[1])
+        print(json.dumps(told) if config.json else "\n".join(f"{name:18} {value}" for name, value in told.items()))
+        return
+    if config.promote is not None:
+        versions.promote(config.promote)
+    elif config.roll_back:
+        versions.roll_back()
+    elif config.pin is not None:
+        if config.version is None:
+            raise OperantError("--pin needs --version, the one that the user is served")
+        versions.pin(config.pin, config.version)
+    elif config.unpin is not None:
+        versions.pin(config.unpin, None)
+    told = versions.overview()
+    if config.json:
+        print(json.dumps(told, ensure_ascii=False))
+        return
+    for row in told["versions"]:
+        marks = [word for word in ("current", "anchor") if told[word] == row["version"]]
+        marks += [f"pinned by {user}" for user, number in told["pins"].items() if number == row["version"]]
+        if not row["on_disk"] and row["state"] == "published":
+            marks.append("weights gone")
+        parent = "" if row["parent"] is None else f"from {row['parent']}"
+        events = f"{row['used']}/{row['events']} events"
+        print(
+            f"{row['version']:6}  {row['state']:9}  {parent:9}  {events:14}  "
+            f"{', '.join(marks)} {row['reason']}".rstrip()
+        )
+
+
 COMMANDS: dict[str, Callable[[Any], None]] = {
     "pretrain": run_pretrain,
     "sft": run_sft,
@@ -396,6 +447,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "score": run_score,
     "sample": run_sample,
     "algorithms": run_algorithms,
+    "versions": run_versions,
     "quickstart": run_quickstart,
 }
 

@@ -25,6 +25,7 @@ __all__ = [
     "SftConfig",
     "TrainConfig",
     "VersionsConfig",
+    "WorkerConfig",
     "check_numbers",
     "to_yaml",
 ]
@@ -36,9 +37,9 @@ def to_yaml(config: Any) -> str:
 
 
 _COUNTS = (
-    "accumulate batch_size batch_tokens dynamic_rounds epochs eval_every group_size keep limit max_rows max_sick_steps "
-    "max_tokens min_sources minibatches n prompts_per_step save_every sft_batch_size steps tokens_per_microbatch "
-    "vocab_size"
+    "accumulate anchor_rows anchor_tokens batch_size batch_tokens dynamic_rounds epochs eval_every group_size "
+    "heldout_rows keep limit max_rows max_sick_steps max_tokens min_sources minibatches n prompts_per_step save_every "
+    "sft_batch_size steps tokens_per_microbatch vocab_size"
 ).split()
 _AMOUNTS = (
     "anchor_coef clip_high clip_low correction_band correction_cap critic_lr drift_budget entropy_coef eval_prompts "
@@ -46,7 +47,7 @@ _AMOUNTS = (
     "overlong_penalty patience replay_events sft_coef temperature threads top_k vf_clip vf_coef warmup_steps "
     "weight_decay"
 ).split()
-_SHARES = ("audit_fraction", "baseline_rate", "gamma", "lam", "top_p")
+_SHARES = ("audit_fraction", "baseline_rate", "gamma", "lam", "tolerance", "top_p")
 # what a setting must be, in words, and the test of it
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("at least 1", lambda x: x >= 1) for name in _COUNTS},
@@ -55,7 +56,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("0 or more and below 1", lambda x: 0 <= x < 1) for name in ("dropout", "label_smoothing")},
     **{
         name: ("more than 0", lambda x: 0 < x < math.inf)
-        for name in ("kl_budget", "max_grad_norm", "minutes", "reward_seconds")
+        for name in ("kl_budget", "max_grad_norm", "minutes", "poll_seconds", "reward_seconds")
     },
     **dict.fromkeys(("baseline_shift", "reward_midpoint"), ("a finite number", math.isfinite)),
     **{
@@ -727,6 +728,50 @@ class LiveConfig:
     tokens_per_microbatch: int = 8192
     keep: int = 5
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class WorkerConfig(LiveConfig):
+    """The learner process of the live loop: reads feedback, makes steps, publishes versions.
+
+    Args:
+        root: the folder of the versions.
+        store: where completions and feedback are read from: a file of JSON Lines as operant.replay writes it.
+        model: the first version, a folder or hub id; only to begin a new root.
+        anchors: rows with prompts, on whose answers every step is measured; empty samples from the bare model. Only to
+            begin a new root.
+        anchor_rows: so many anchor answers.
+        anchor_tokens: tokens of an anchor answer, at most.
+        heldout: rows with prompts and maybe references for the slow gate; empty leaves it out.
+        heldout_rows: use only the first rows.
+        tolerance: the share of a held-out metric that a version may lose before it is rolled back.
+        prompt_field: column of the prompt.
+        reference_field: column of the references.
+        device: auto, cpu, cuda or mps.
+        dtype: float32, or bf16 for autocast.
+        threads: CPU threads for the matrix work; 0 leaves torch's default.
+        poll_seconds: wait before the store is looked at again.
+        once: learn what is there and leave.
+        watch_stdin: look at the store when a line comes in, and leave when the input ends, as its parent then has.
+    """
+
+    root: str = "runs/live"
+    store: str = ""
+    model: str = ""
+    anchors: str = ""
+    anchor_rows: int = 8
+    anchor_tokens: int = 32
+    heldout: str = ""
+    heldout_rows: int = 32
+    tolerance: float = 0.1
+    prompt_field: str | None = None
+    reference_field: str | None = None
+    device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    threads: int = 0
+    poll_seconds: float = 0.05
+    once: bool = False
+    watch_stdin: bool = False
 
 
 @dataclass(kw_only=True)

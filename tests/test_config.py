@@ -13,7 +13,8 @@ from operant.types import OperantError
 
 STAGES = [
     configs.PretrainConfig, configs.SftConfig, configs.PreferConfig, configs.TrainConfig, configs.EvalConfig,
-    configs.ScoreConfig, configs.SampleConfig, configs.QuickstartConfig,
+    configs.ScoreConfig, configs.SampleConfig, configs.QuickstartConfig, configs.LiveConfig, configs.WorkerConfig,
+    configs.VersionsConfig,
 ]  # fmt: skip
 
 

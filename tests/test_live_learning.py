@@ -302,10 +302,11 @@ def test_a_rating_is_not_paid_with_the_direction_of_earlier_ones(make_policy: Ma
         assert (total(policy, store.interactions["c1"]) - before) * value > 0
 
 
-def test_scores_need_a_scale() -> None:
-    with pytest.raises(OperantError, match="--score_low"):
+@pytest.mark.parametrize(("options", "flag"), [({"score_low": 1.0}, "--score_low"), ({"beta": -0.1}, "--beta")])
+def test_settings_that_turn_opinions_round_are_refused(options: dict[str, float], flag: str) -> None:
+    with pytest.raises(OperantError, match=flag):
         prepare(
-            [], lambda name: None, None, LearnerState(), LiveConfig(score_low=1, score_high=1), encoder=False,  # type: ignore[arg-type]
+            [], lambda name: None, None, LearnerState(), LiveConfig(**options), encoder=False,  # type: ignore[arg-type]
             max_length=8, seed=0,
         )  # fmt: skip
 

@@ -16,7 +16,9 @@ from operant.policy import LanguagePolicy, Policy
 from operant.sampler import Sampler
 from operant.types import Batch, Completion, Ints, OperantError, Prompt, Sampling
 
-__all__ = ["Anchors", "Verdict", "fast_gate", "off_policy_value", "slow_gate", "slow_metrics"]
+__all__ = [
+    "Anchors", "Verdict", "divergence", "fast_gate", "likelihood", "off_policy_value", "slow_gate", "slow_metrics",
+]  # fmt: skip
 
 # metrics of `evaluate` that fall when a policy gets worse; the others only describe
 _HIGHER_IS_BETTER = ("bleu", "chrf", "rougeL", "exact", "reward", "distinct2")

@@ -195,6 +195,8 @@ def prepare(
         raise OperantError(
             f"score_low is {config.score_low} and score_high {config.score_high}: correct --score_low or --score_high"
         )
+    if not 0 < config.beta < math.inf:
+        raise OperantError(f"beta is {config.beta}; it must be more than 0: correct --beta")
     offsets = {event.id: offset for offset, event in events}
     # what is later is what was appended later, whatever the clocks of its writers said
     ordered = Replay()

@@ -3,6 +3,7 @@
     root/
       versions/step-00000042/   model/, learner.pt, record.json, gate.json; a whole checkpoint or none (checkpoint.py)
       records/00000041.json     the record of a step that published nothing, or whose weights are gone
+      slow/00000042.json        what the slow gate found
       pending/00000043.json     what the step under way will use, written before it begins
       current                   {"version", "moves", "anchor"}: what serves, how often that has moved, the last version
                                 that the slow gate has passed
@@ -166,6 +167,31 @@ class Versions:
         values: dict[str, Any] = json.loads((path / "gate.json").read_text(encoding="utf-8"))
         return values
 
+    def overview(self) -> dict[str, Any]:
+        """Everything at a glance, as plain data: {"current", "anchor", "pins", "versions": [one for each step]}."""
+        now, there = self.pointer(), self._folders()
+        rows = [
+            {
+                "version": r.version, "parent": r.parent if r.parent >= 0 else None, "state": r.state,
+                "reason": r.reason, "events": len(r.events), "on_disk": r.version in there,
+                "used": sum(o.state == "used" for o in r.outcomes.values()), "slow": self.slow(r.version),
+            }
+            for r in self.records()
+        ]  # fmt: skip
+        return {"current": now.version, "anchor": now.anchor, "pins": self.pins(), "versions": rows}
+
+    def slow(self, version: int) -> dict[str, Any] | None:
+        """What the slow gate found of a version, or None while it has not looked."""
+        file = self._slow_file(version)
+        if not file.exists():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+    def note_slow(self, version: int, found: Mapping[str, Any]) -> None:
+        """Keep what the slow gate found, beside the version, whose folder never changes."""
+        checkpoint.replace_file(self._slow_file(version), json.dumps(dict(found), indent=1))
+
     def consumed(self) -> int:
         """The offset up to which events were consumed, whatever became of them and whatever was rolled back since."""
         return max((r.consumed_offset for r in self.records()), default=0)
@@ -289,11 +315,9 @@ class Versions:
     def finish(self) -> StepRecord | None:
         """Complete what a crash left; returns the step that has to be executed again, if any.
 
-        Call it at start, with no other learner at work.
+        Call it with no other learner at work.
         """
         with self._lock():
-            if self.folder.is_dir():
-                checkpoint.clean(self.folder)
             record = self.pending()
             if record is None:
                 return None
@@ -305,6 +329,12 @@ class Versions:
                 return record
             self._forget_pending(record.version)
         return None
+
+    def clean(self) -> None:
+        """Remove the half-written files of killed processes. Call it at start, with no other learner at work."""
+        with self._lock():
+            for folder in (self.root, self.folder, *(self.root / name for name in ("records", "pending", "slow"))):
+                checkpoint.clean(folder)
 
     def prune(self) -> list[int]:
         """Drop the weights of old versions and return their numbers; their records stay.
@@ -361,6 +391,9 @@ class Versions:
 
     def _record_file(self, version: int) -> Path:
         return self.root / "records" / f"{version:08d}.json"
+
+    def _slow_file(self, version: int) -> Path:
+        return self.root / "slow" / f"{version:08d}.json"
 
     def _pending_file(self, version: int) -> Path:
         return self.root / "pending" / f"{version:08d}.json"

@@ -1,0 +1,529 @@
+"""The learner as a process of its own, so that the server answers while it learns and serves on when it dies.
+
+    python -m operant.live.worker --root runs/live --store feedback.jsonl --model runs/train/model
+
+It tells what it does in lines of JSON on standard output: {"version": 3, …} when a version serves, {"step": 4, "state":
+"nothing" | "refused", …} when a step published nothing, {"rolled_back": 5, "version": 2, …} by the slow gate, and
+{"error": …} for a fault, after which it tries again. What it has consumed is in the version folders, nowhere else.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from operant import checkpoint
+from operant.config import LiveConfig, WorkerConfig, check_numbers
+from operant.data import Fields, load_prompts, load_rows
+from operant.learner import Adam, Learner
+from operant.live.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
+from operant.live.learning import (
+    EventSource,
+    LearnerState,
+    Lesson,
+    Taught,
+    fingerprint,
+    new_learner,
+    prepare,
+    take_step,
+)
+from operant.live.versions import Moved, Outcome, StepRecord, Versions
+from operant.policy import Policy
+from operant.replay import Replay, line_of
+from operant.run import mixed_seed
+from operant.types import Completion, Feedback, OperantError, Prompt
+
+__all__ = ["FeedbackLog", "Worker", "compare", "main", "replayed"]
+
+log = logging.getLogger(__name__)
+
+EVERYTHING = 10_000  # events that are looked at while several sources are waited for
+LONGEST_PAUSE = 30.0  # seconds between tries after faults in a row
+
+_NUMBERS = [f.name for f in dataclasses.fields(LiveConfig)]
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Interaction:
+    prompt: Prompt
+    completion: Completion | None
+
+
+class FeedbackLog:
+    """An `EventSource` over a growing file of prompts, completions and feedback (`replay.line_of`).
+
+    Offsets are line numbers. A last line without an end is not read yet: somebody is writing it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if self.path.suffix != ".jsonl":
+            raise OperantError(f"{path} is no file of JSON Lines; give --store FILE.jsonl")
+        self._replay = Replay()
+        self._events: list[tuple[int, Feedback]] = []
+        self._read = self._lines = 0
+
+    def completion(self, completion_id: str) -> _Interaction | None:
+        self._refresh()
+        completion = self._replay.completions.get(completion_id)
+        prompt = self._replay.prompts.get(completion.prompt_id) if completion is not None else None
+        return None if prompt is None else _Interaction(prompt, completion)
+
+    def events_after(self, offset: int, limit: int) -> Sequence[tuple[int, Feedback]]:
+        self._refresh()
+        first = bisect.bisect_right(self._events, offset, key=lambda pair: pair[0])
+        return self._events[first : first + limit]
+
+    def _refresh(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    one = Replay.from_lines([line.decode()])
+                except (OperantError, UnicodeDecodeError) as error:
+                    raise OperantError(
+                        f"line {self._lines + 1} of {self.path} is no prompt, completion or feedback; mend that line"
+                    ) from error
+                self._read += len(line)
+                self._lines += 1
+                for event in one.events.values():
+                    if event.id not in self._replay.events:
+                        self._replay.add(event)
+                        self._events.append((self._lines, event))
+                self._replay.add(*one.prompts.values(), *one.completions.values())
+
+
+# --- a version, and a step from it ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Learning:
+    """A version in memory with what learning goes on with."""
+
+    version: int
+    moves: int
+    policy: Policy
+    learner: Learner
+    state: LearnerState
+
+    @classmethod
+    def load(cls, versions: Versions, version: int, moves: int, config: WorkerConfig) -> Learning:
+        path = Path(versions.get(version).path)
+        policy = Policy.load(path / "model", device=config.device, dtype=config.dtype)
+        policy.model.eval()
+        learner = new_learner(policy, config)
+        saved = torch.load(path / "learner.pt", map_location=policy.device, weights_only=True)
+        learner.load_state_dict(saved["learner"])
+        state = LearnerState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+        return cls(version, moves, policy, learner, state)
+
+    def save(self, folder: Path) -> None:
+        self.policy.save(folder / "model")
+        torch.save({"learner": self.learner.state_dict()}, folder / "learner.pt")
+        (folder / "state.json").write_text(json.dumps(dataclasses.asdict(self.state)), encoding="utf-8")
+
+
+def run_record(
+    record: StepRecord, at: Learning, source: EventSource, versions: Versions, config: LiveConfig
+) -> tuple[Lesson, LiveConfig]:
+    """The lesson of a record on the version that it begins with, a function of these alone.
+
+    Raises OperantError when the store no longer holds the events that the record names.
+    """
+    coefficients: dict[str, Any] = dict(record.coefficients)
+    config = dataclasses.replace(config, **coefficients)
+    events = source.events_after(record.begin_offset, len(record.events))
+    if [event.id for _, event in events] != record.events:
+        raise OperantError(
+            f"the store does not hold the events of step {record.version} in their order; give the --store that it "
+            "began with"
+        )
+    earlier = [r for r in versions.records() if r.version < record.version]
+    forgotten = {name for r in earlier for name in r.forgotten}
+    line = set(versions.ancestors(at.version))
+    learned = {
+        name: r.version for r in earlier if r.version in line and r.state == "published"
+        for name, outcome in r.outcomes.items() if outcome.state == "used"
+    }  # fmt: skip
+    memory = [entry for entry in at.state.memory if entry["event"]["id"] not in forgotten]
+    lesson = prepare(
+        events, source.completion, at.policy.codec, LearnerState(at.state.baselines, memory), config,
+        encoder=at.policy.family == "encoder-decoder", max_length=at.policy.max_length, seed=record.seed,
+        learned=learned,
+    )  # fmt: skip
+    return lesson, config
+
+
+def make_step(record: StepRecord, at: Learning, lesson: Lesson, anchors: Anchors, config: LiveConfig) -> Taught:
+    """`take_step` with the record's coefficients and seed, whatever the learner in memory was made with."""
+    at.learner.lr = at.learner.critic_lr = config.lr
+    if isinstance(at.learner.rule, Adam):
+        at.learner.rule.max_grad_norm = config.max_grad_norm
+    torch.manual_seed(record.seed)
+    return take_step(at.policy, at.learner, lesson, anchors, config)
+
+
+def replayed(versions: Versions, version: int, source: EventSource, config: WorkerConfig) -> Policy:
+    """The weights of a version, made again from its record and its parent: with the same fingerprint the same bits.
+
+    Raises OperantError when the version was not published, its parent is not on disk, or the store has changed.
+    """
+    record = versions.record(version)
+    if record.state != "published" or record.parent < 0:
+        raise OperantError(f"version {version} was not made by a step; choose one that was")
+    at = Learning.load(versions, record.parent, record.moves, config)
+    lesson, used = run_record(record, at, source, versions, config)
+    if lesson.replayed != record.replayed:
+        raise OperantError(f"the store lacks what step {version} learned again; give the --store that it began with")
+    make_step(record, at, lesson, _load_anchors(versions.root, at.policy), used)
+    return at.policy
+
+
+@torch.no_grad()
+def compare(versions: Versions, one: int, other: int) -> dict[str, Any]:
+    """Two versions on the anchor answers: KL(other‖one) and mean log-probability per token, and their common ancestor.
+
+    Raises OperantError when one of them is not on disk.
+    """
+    policies = [Policy.load(Path(versions.get(v).path) / "model", device="cpu") for v in (one, other)]
+    for policy in policies:
+        policy.model.eval()
+    anchors, room = _load_anchors(versions.root, policies[0]), LiveConfig().tokens_per_microbatch
+    first, second = (anchors.logits(policy, room) for policy in policies)
+    tokens, line = anchors.tokens(room), versions.ancestors(one)
+    return {
+        "versions": [one, other],
+        "common_ancestor": next(v for v in versions.ancestors(other) if v in line),
+        "kl": divergence(second, first),
+        "likelihood": [likelihood(first, tokens), likelihood(second, tokens)],
+    }
+
+
+def _anchor_file(root: Path) -> Path:
+    return root / "anchors.jsonl"
+
+
+def _load_anchors(root: Path, policy: Policy) -> Anchors:
+    with _anchor_file(root).open(encoding="utf-8") as file:
+        kept = Replay.from_lines(file)
+    answers = list(kept.completions.values())
+    return Anchors(
+        [kept.prompts[a.prompt_id] for a in answers], [a.tokens for a in answers],
+        encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id,
+    )  # fmt: skip
+
+
+# --- the process ------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """Learns from a store into a folder of versions. `say` gets one dictionary for each thing that happened."""
+
+    def __init__(
+        self, config: WorkerConfig, source: EventSource, say: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        check_numbers(config)
+        self.config, self.source = config, source
+        self.say = say or (lambda told: print(json.dumps(told, ensure_ascii=False), flush=True))
+        self.versions = Versions(config.root, config.keep)
+        self.at: Learning | None = None
+        self._anchors: Anchors | None = None
+        self._anchor_logits: tuple[int, Tensor] | None = None
+        self._anchor_metrics: tuple[int, dict[str, float]] | None = None
+        self._heldout: list[Prompt] | None = None
+
+    def start(self) -> None:
+        """Begin a new root or complete what a crash left in this one.
+
+        Raises OperantError when there is neither a version nor a model to begin with.
+        """
+        self.versions.clean()
+        if not self.versions.exists():
+            if not self.config.model:
+                raise OperantError(f"{self.config.root} holds no version yet; give --model to begin with")
+            policy = Policy.load(self.config.model, device=self.config.device, dtype=self.config.dtype)
+            policy.model.eval()
+            if not _anchor_file(self.versions.root).exists():
+                self._write_anchors(policy)
+            first = Learning(0, 0, policy, new_learner(policy, self.config), LearnerState())
+            self.versions.begin(first.save, fingerprint(policy))
+        self.versions.finish()
+        self.current()
+
+    def current(self) -> Learning:
+        """The version that serves now, loaded anew if it is another than the one in memory."""
+        pointer = self.versions.pointer()
+        if self.at is None or self.at.moves != pointer.moves:
+            self.at = None
+            self.at = Learning.load(self.versions, pointer.version, pointer.moves, self.config)
+        return self.at
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def once(self) -> bool:
+        """Make the step that a crash or fault left, or one of new events; False when there was nothing to do."""
+        record = self.versions.finish() or self._next()
+        if record is None:
+            return False
+        try:
+            while not self._execute(record):
+                pass
+        except OperantError:
+            self.at = None  # weights in memory may be half-way
+            raise
+        except Exception as error:
+            # the same events would fail again after every restart, and nothing would be learned any more
+            log.exception("step %d failed", record.version)
+            reason = f"the step failed: {type(error).__name__}: {error}"
+            record.outcomes = {name: Outcome("unused", reason) for name in record.events}
+            self._publish_nothing(record, "nothing", reason, reload=True)
+        return True
+
+    def _next(self) -> StepRecord | None:
+        begin = self.versions.consumed()
+        several = self.config.min_sources > 1
+        events = self.source.events_after(begin, EVERYTHING if several else self.config.batch_size)
+        if not events or len({event.source for _, event in events}) < self.config.min_sources:
+            return None
+        version = self.versions.next_version()
+        at = self.current()
+        return StepRecord(
+            version=version, parent=at.version, moves=at.moves, begin_offset=begin, consumed_offset=events[-1][0],
+            events=[event.id for _, event in events], seed=mixed_seed(self.config.seed, "live", version),
+            coefficients={name: getattr(self.config, name) for name in _NUMBERS}, fingerprint=fingerprint(at.policy),
+            times={"queued": time.time()},
+        )  # fmt: skip
+
+    def _execute(self, record: StepRecord) -> bool:
+        """Announce, step, gate, publish. False when another version serves by now and the step has to begin again."""
+        at = self.current()
+        record.parent, record.moves, record.fingerprint = at.version, at.moves, fingerprint(at.policy)
+        lesson, config = run_record(record, at, self.source, self.versions, self.config)
+        anchors = self._measured_on()
+        record.replayed, record.forgotten, record.anchors = lesson.replayed, lesson.forgotten, list(anchors.ids)
+        record.baselines = dict(at.state.baselines)
+        record.times["begun"] = time.time()
+        self.versions.announce(record)
+        before = anchors.logits(at.policy, config.tokens_per_microbatch) if lesson.taught else None
+        taught = make_step(record, at, lesson, anchors, config)
+        record.outcomes = taught.outcomes
+        record.times["stepped"] = time.time()
+        if not taught.moved or before is None:
+            return self._publish_nothing(record, "nothing", _why(taught), reload=taught.stats is not None)
+        after = anchors.logits(at.policy, config.tokens_per_microbatch)
+        verdict = fast_gate(
+            after, before, self._logits_of_anchor(at), anchors.tokens(config.tokens_per_microbatch),
+            kl_budget=config.kl_budget, drift_budget=config.drift_budget, likelihood_drop=config.likelihood_drop,
+        )  # fmt: skip
+        record.times["gated"] = time.time()
+        if not verdict.passed:
+            for name, outcome in list(taught.outcomes.items()):
+                if outcome.state == "used":
+                    record.outcomes[name] = Outcome(
+                        "unused", f"the gate refused the version: {verdict.reason}", outcome.advantage,
+                        outcome.logprob_before, outcome.logprob_before,
+                    )  # fmt: skip
+            return self._publish_nothing(record, "refused", verdict.reason, reload=True)
+        at.state = lesson.state
+        gate = {"passed": True, "scale": taught.scale, **verdict.numbers}
+        try:
+            self.versions.publish(record, at.save, gate)
+        except Moved:
+            self.at = None
+            record.outcomes = {}
+            return False
+        at.version, at.moves = record.version, record.moves + 1
+        self.say({"version": record.version, "parent": record.parent, "events": record.events, "gate": gate})
+        return True
+
+    def _publish_nothing(self, record: StepRecord, state: Any, reason: str, *, reload: bool) -> bool:
+        if reload:
+            self.at = None  # the optimizer has seen a step that is not kept
+        record.state, record.reason = state, reason
+        self.versions.settle(record)
+        self.say({"step": record.version, "state": state, "events": record.events, "reason": reason})
+        return True
+
+    # --- what versions are measured on --------------------------------------------------------------------------------
+
+    def _measured_on(self) -> Anchors:
+        if self._anchors is None:
+            self._anchors = _load_anchors(self.versions.root, self.current().policy)
+        return self._anchors
+
+    def _logits_of_anchor(self, at: Learning) -> Tensor:
+        """The anchor version's logits on the anchor answers."""
+        anchor = self.versions.pointer().anchor
+        if self._anchor_logits is None or self._anchor_logits[0] != anchor:
+            policy = self._policy_of(anchor)
+            logits = self._measured_on().logits(policy, self.config.tokens_per_microbatch)
+            self._anchor_logits = anchor, logits
+        return self._anchor_logits[1]
+
+    def _policy_of(self, version: int) -> Policy:
+        path = Path(self.versions.get(version).path)
+        policy = Policy.load(path / "model", device=self.config.device, dtype=self.config.dtype)
+        policy.model.eval()
+        return policy
+
+    def _write_anchors(self, policy: Policy) -> None:
+        config = self.config
+        encoder = policy.family == "encoder-decoder"
+        if config.anchors:
+            rows = load_rows(config.anchors, split="train", limit=config.anchor_rows)
+            prompts = load_prompts(
+                rows, policy.codec, Fields(prompt=config.prompt_field, references=config.reference_field),
+                encoder=encoder, max_prompt_tokens=max(1, policy.max_length - config.anchor_tokens), too_long="skip",
+            )  # fmt: skip
+        else:  # what the model says of itself: an end of text is what stands before a text
+            bare = np.array([policy.codec.eos_id], np.int64)
+            prompts = [Prompt(id=f"anchor-{i}", tokens=bare) for i in range(config.anchor_rows)]
+        anchors = Anchors.of(policy, prompts, max_tokens=config.anchor_tokens, seed=config.seed)
+        lines = []
+        for i, (prompt, answer) in enumerate(zip(anchors.prompts, anchors.answers, strict=True)):
+            kept = Completion(f"anchor-answer-{i}", prompt.id, "", answer, np.zeros(len(answer), np.int64))
+            lines += [line_of(dataclasses.replace(prompt, references=())), line_of(kept)]
+        checkpoint.replace_file(_anchor_file(self.versions.root), "".join(lines))
+
+    # --- the slow gate ------------------------------------------------------------------------------------------------
+
+    def judge(self) -> bool:
+        """Let the slow gate look at the version that serves, if it has not yet; False when there is nothing to judge.
+
+        One that lost too much is rolled back to the anchor version; one that lost nothing is the new anchor, so that
+        what is lost in small steps adds up.
+        """
+        pointer = self.versions.pointer()
+        if not self.config.heldout or pointer.version == pointer.anchor:
+            return False
+        if self.versions.slow(pointer.version) is not None:
+            return False
+        prompts = self._heldout_prompts()
+        if self._anchor_metrics is None or self._anchor_metrics[0] != pointer.anchor:
+            self._anchor_metrics = pointer.anchor, slow_metrics(self._policy_of(pointer.anchor), prompts)[0]
+        measured = slow_metrics(self.current().policy, prompts)[0]
+        verdict = slow_gate(measured, self._anchor_metrics[1], self.config.tolerance)
+        self.versions.note_slow(pointer.version, {"anchor": pointer.anchor, **dataclasses.asdict(verdict)})
+        if not verdict.passed:
+            if self.versions.pointer().moves == pointer.moves:
+                self.versions.roll_back(pointer.anchor)
+                self.say({"rolled_back": pointer.version, "version": pointer.anchor, "reason": verdict.reason})
+        elif slow_gate(measured, self._anchor_metrics[1], 0.0).passed:
+            self.versions.pass_anchor(pointer.version)
+        return True
+
+    def _heldout_prompts(self) -> list[Prompt]:
+        if self._heldout is None:
+            config, policy = self.config, self.current().policy
+            self._heldout = load_prompts(
+                load_rows(config.heldout, split="dev", limit=config.heldout_rows), policy.codec,
+                Fields(prompt=config.prompt_field, references=config.reference_field),
+                encoder=policy.family == "encoder-decoder", max_prompt_tokens=policy.max_length // 2, too_long="skip",
+            )  # fmt: skip
+        return self._heldout
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Learn until told to stop: by SIGTERM, by the end of a watched standard input, or, once, when all is done."""
+        stopping = False
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            nonlocal stopping
+            stopping = True
+
+        signal.signal(signal.SIGTERM, stop)
+        pause = 0.0
+        while not stopping:
+            try:
+                busy = self.once() or self.judge()
+                pause = 0.0
+            except OperantError as error:
+                if self.config.once:
+                    raise
+                self.say({"error": " ".join(str(error).split())})
+                pause = min(LONGEST_PAUSE, max(2 * pause, 0.5))
+                busy = False
+            if busy:
+                continue
+            if self.config.once or not self._wait(max(pause, self.config.poll_seconds)):
+                return
+
+    def _wait(self, seconds: float) -> bool:
+        """Until something may have come; False when the parent is gone."""
+        if not self.config.watch_stdin:
+            time.sleep(seconds)
+            return True
+        ready, _, _ = select.select([sys.stdin], [], [], seconds)
+        return not ready or bool(os.read(sys.stdin.fileno(), 1 << 16))
+
+
+def _why(taught: Taught) -> str:
+    """Why a step published nothing, in the words of its events."""
+    reasons = dict.fromkeys(o.reason for o in taught.outcomes.values() if o.reason)
+    return "; ".join(reasons)
+
+
+def open_store(name: str) -> EventSource:
+    if not name:
+        raise OperantError("--store is missing; give the file of JSON Lines that feedback is written to")
+    return FeedbackLog(name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the learner. Exit status 1, with one line on stderr, for a fault that the user can mend."""
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(prog="python -m operant.live.worker", exit_on_error=False)
+    parser.add_class_arguments(WorkerConfig, as_group=False)
+    try:
+        try:
+            config = WorkerConfig(**parser.parse_args(arguments).as_dict())
+        except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+            raise OperantError(
+                f"{' '.join(str(error).split())[:400]} (see python -m operant.live.worker --help)"
+            ) from None
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        worker = Worker(config, open_store(config.store))
+        lock = FileLock(Path(config.root) / "learner.lock", timeout=0)
+        Path(config.root).mkdir(parents=True, exist_ok=True)
+        try:
+            with lock:
+                worker.start()
+                worker.run()
+        except Timeout:
+            raise OperantError(
+                f"another learner is at work in {config.root}; stop that one, or give another --root"
+            ) from None
+    except OperantError as error:
+        print("operant:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,482 @@
+"""The learner process: from events to versions, roll-backs, gates, faults, kills at every durable write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live import MemoryStore, answered, logprob
+from program import Program
+
+from operant import checkpoint
+from operant.config import WorkerConfig
+from operant.live.versions import Versions
+from operant.live.worker import FeedbackLog, Learning, Worker, main, replayed
+from operant.policy import Policy
+from operant.replay import line_of
+from operant.types import OperantError
+
+Make = Callable[..., Policy]
+# a process of its own imports what the tests import
+SAME_PACKAGE = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+
+
+@dataclasses.dataclass
+class Loop:
+    """A worker on a tiny model, its store, and what it told."""
+
+    store: MemoryStore
+    worker: Worker
+    told: list[dict[str, Any]]
+
+    @property
+    def versions(self) -> Versions:
+        return self.worker.versions
+
+    def rate(self, *arguments: Any, **options: Any) -> str:
+        """Add an event and learn it."""
+        event = self.store.add(*arguments, **options)
+        assert self.worker.once()
+        return event.id
+
+    def again(self) -> Loop:
+        """Another process on the same folder."""
+        told: list[dict[str, Any]] = []
+        worker = Worker(self.worker.config, self.store, told.append)
+        worker.start()
+        return Loop(self.store, worker, told)
+
+    def total(self, name: str) -> float:
+        stored = self.store.interactions[name]
+        assert stored.completion is not None
+        return float(logprob(self.worker.current().policy, stored.prompt, stored.completion.tokens).sum())
+
+
+@pytest.fixture
+def make_loop(tmp_path: Path, make_policy: Make) -> Callable[..., Loop]:
+    def make(family: str = "gpt2", **options: Any) -> Loop:
+        policy = make_policy(family)
+        policy.save(tmp_path / "model")
+        settings: dict[str, Any] = {
+            "root": str(tmp_path / "live"), "model": str(tmp_path / "model"), "device": "cpu", "anchor_rows": 3,
+            "anchor_tokens": 6, "lr": 1e-3,
+        }  # fmt: skip
+        store, told = answered(policy), list[dict[str, Any]]()
+        worker = Worker(WorkerConfig(**(settings | options)), store, told.append)
+        worker.start()
+        return Loop(store, worker, told)
+
+    return make
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str]) -> Program:
+    return Program(capsys)
+
+
+def weights(policy: Policy) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in policy.trainable_parameters()]
+
+
+def same(one: Policy, other: Policy) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+def as_saved(loop: Loop, version: int) -> Learning:
+    return Learning.load(loop.versions, version, 0, loop.worker.config)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_each_rating_publishes_a_version_that_has_learned_it(family: str, make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop(family)
+    before = loop.total("c1")
+    name = loop.rate("c1", "thumb", 1)
+    assert loop.total("c1") > before
+    assert loop.told[-1]["version"] == 1 and loop.told[-1]["events"] == [name] and loop.told[-1]["gate"]["passed"]
+    record = loop.versions.record(1)
+    assert record.outcomes[name].state == "used" and record.anchors and record.coefficients["kl_budget"] == 0.02
+    assert record.fingerprint["torch"] == torch.__version__
+    assert list(record.times) == ["queued", "begun", "stepped", "gated"]
+    assert not loop.worker.once()  # nothing is learned twice
+    assert same(as_saved(loop, 1).policy, loop.worker.current().policy)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_process_that_starts_anew_learns_what_one_that_ran_on_would(
+    family: str, make_loop: Callable[..., Loop], tmp_path: Path
+) -> None:
+    loop = make_loop(family, replay_events=2)
+    events = [("c0", "thumb", 1), ("c1", "edit", "the cat"), ("c2", "score", 0.1), ("c3", "thumb", -1)]
+    for event in events[:2]:
+        loop.rate(*event)
+    shutil.copytree(tmp_path / "live", tmp_path / "copy")
+    for event in events[2:]:
+        loop.rate(*event)
+    ran_on = weights(loop.worker.current().policy)
+    other = Worker(dataclasses.replace(loop.worker.config, root=str(tmp_path / "copy"), batch_size=1), loop.store)
+    other.say = lambda told: None
+    other.start()
+    assert other.once() and other.once() and not other.once()
+    assert all(torch.equal(a, b) for a, b in zip(ran_on, weights(other.current().policy), strict=True))
+
+
+def test_the_replay_of_a_record_gives_the_same_bits(make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop(replay_events=2)
+    loop.rate("c0", "thumb", 1)
+    loop.rate("c1", "thumb", 1)
+    loop.rate("c0", "retract", None)  # later, and must not change what version 2 was
+    loop.rate("c2", "edit", "one two")
+    # a learner with other settings replays with the record's
+    config = dataclasses.replace(loop.worker.config, lr=0.5, max_grad_norm=9.0, replay_events=0, beta=3.0)
+    for version in (1, 2, 4):
+        again = replayed(loop.versions, version, loop.store, config)
+        assert same(again, as_saved(loop, version).policy)
+        assert not same(again, as_saved(loop, loop.versions.record(version).parent).policy)
+    assert loop.versions.record(2).replayed == ["e1"] and loop.versions.record(4).replayed == ["e2"]
+    with pytest.raises(OperantError, match="not made by a step"):
+        replayed(loop.versions, 3, loop.store, config)
+    loop.store.log[0] = dataclasses.replace(loop.store.log[0], id="swapped")
+    with pytest.raises(OperantError, match="does not hold the events of step 1"):
+        replayed(loop.versions, 1, loop.store, config)
+
+
+def test_rolling_back_forgets_what_was_learned_since_and_brings_the_optimizer_back(
+    make_loop: Callable[..., Loop],
+) -> None:
+    loop = make_loop()
+    loop.rate("c0", "thumb", 1)
+    first = weights(loop.worker.current().policy)
+    optimizer = loop.worker.current().learner.state_dict()["rule"]["state"][0]["exp_avg_sq"].clone()
+    loop.rate("c1", "thumb", -1)
+    loop.versions.roll_back()
+    assert not loop.worker.once()  # what was consumed stays so
+    now = loop.worker.current()
+    assert all(torch.equal(a, b) for a, b in zip(first, weights(now.policy), strict=True))
+    assert torch.equal(now.learner.state_dict()["rule"]["state"][0]["exp_avg_sq"], optimizer)
+    loop.rate("c2", "thumb", 1)
+    assert loop.versions.current().version == 3 and loop.versions.current().parent == 1
+
+
+def test_a_roll_back_during_a_step_begins_the_step_again(
+    make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_loop()
+    loop.rate("c0", "thumb", 1)
+    from operant.live import worker
+
+    real, calls = worker.take_step, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            loop.versions.roll_back(0)
+        return real(*arguments)
+
+    monkeypatch.setattr(worker, "take_step", interrupted)
+    loop.rate("c1", "thumb", 1)
+    assert len(calls) == 2
+    record = loop.versions.record(2)
+    assert record.parent == 0 and loop.versions.current().version == 2
+    assert same(replayed(loop.versions, 2, loop.store, loop.worker.config), loop.worker.current().policy)
+
+
+def test_a_step_that_teaches_nothing_publishes_nothing_and_says_so(make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop()
+    before = weights(loop.worker.current().policy)
+    name = loop.rate("c0", "comment", "hm")
+    assert loop.told == [{"step": 1, "state": "nothing", "events": [name], "reason": "comment teaches nothing"}]
+    assert loop.versions.current().version == 0 and loop.versions.record(1).outcomes[name].state == "unused"
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(loop.worker.current().policy), strict=True))
+    loop.rate("c0", "thumb", 1)
+    assert loop.versions.current().version == 2 and loop.versions.current().parent == 0
+
+
+def test_what_is_taken_back_without_a_step_is_not_learned_again(make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop(replay_events=4)
+    loop.rate("c0", "thumb", 1)
+    name = loop.rate("c0", "retract", None)
+    assert "version 1 had learned" in loop.versions.record(2).outcomes[name].reason
+    loop.versions.promote(0)
+    loop.versions.promote(1)
+    loop.rate("c1", "thumb", 1)
+    assert loop.versions.record(3).replayed == []
+
+
+def test_the_gate_refuses_drift_from_the_anchor_and_the_old_version_serves_on(make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop(kl_budget=0.02, drift_budget=0.03, lr=0.01)
+    for turn in range(12):
+        loop.rate(f"c{turn % 4}", "thumb", 1 if turn % 2 else -1, source=f"s{turn}")
+        if loop.told[-1].get("state") == "refused":
+            break
+    refused = loop.told[-1]
+    assert refused["state"] == "refused" and "KL to the anchor version" in refused["reason"]
+    record = loop.versions.record(refused["step"])
+    (result,) = record.outcomes.values()
+    assert result.state == "unused" and "the gate refused" in result.reason
+    assert result.logprob_after == result.logprob_before
+    now = loop.versions.current().version
+    assert now < refused["step"] and now > 0
+    assert same(loop.worker.current().policy, as_saved(loop, now).policy)  # not the refused weights
+    assert loop.worker.current().learner.steps == as_saved(loop, now).learner.steps
+    loop.versions.pass_anchor(now)  # measured from here there is room again
+    loop.rate("c0", "thumb", 1, source="late")
+    assert loop.told[-1].get("version")
+
+
+def test_several_sources_are_waited_for_where_they_are_asked_for(make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop(min_sources=2, batch_size=1)
+    for name in ("c0", "c1", "c2"):
+        loop.store.add(name, "thumb", 1, source="loud")
+    assert not loop.worker.once()
+    loop.store.add("c3", "thumb", -1, source="quiet")
+    assert loop.worker.once()
+    assert loop.told[-1]["events"] == ["e1", "e2", "e3", "e4"]
+
+
+def test_a_full_disk_is_told_and_the_step_is_made_when_there_is_room(
+    make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_loop()
+    real = Policy.save
+
+    def full(self: Policy, path: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Policy, "save", full)
+    loop.store.add("c0", "thumb", 1)
+    with pytest.raises(OperantError, match="the disk is full"):
+        loop.worker.once()
+    assert loop.versions.current().version == 0
+    monkeypatch.setattr(Policy, "save", real)
+    assert loop.worker.once() and not loop.worker.once()
+    assert loop.versions.current().version == 1 and loop.versions.record(1).outcomes["e1"].state == "used"
+    assert same(replayed(loop.versions, 1, loop.store, loop.worker.config), loop.worker.current().policy)
+
+
+def test_an_event_on_which_the_step_fails_is_told_and_does_not_stop_the_others(
+    make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_loop(batch_size=1)
+    from operant.live import worker
+
+    def failing(*arguments: Any) -> Any:
+        raise RuntimeError("shapes differ")
+
+    before = weights(loop.worker.current().policy)
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "take_step", failing)
+        name = loop.rate("c0", "thumb", 1)
+    assert loop.versions.record(1).outcomes[name].reason == "the step failed: RuntimeError: shapes differ"
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(loop.worker.current().policy), strict=True))
+    loop.rate("c0", "thumb", 1)
+    assert loop.versions.current().version == 2
+
+
+def test_a_new_process_finishes_the_step_of_a_dead_one_with_its_settings(make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop()
+    event = loop.store.add("c0", "thumb", 1)
+    record = loop.worker._next()
+    assert record is not None
+    loop.versions.announce(record)
+    loop.store.add("c1", "thumb", 1)
+    loop.worker.config = dataclasses.replace(loop.worker.config, lr=1e-5)
+    other = loop.again()
+    assert other.worker.once()
+    assert other.told[-1]["version"] == 1 and other.told[-1]["events"] == [event.id]
+    assert other.versions.record(1).coefficients["lr"] == 1e-3
+    assert other.worker.once() and other.told[-1]["events"] == ["e2"]
+
+
+def test_the_slow_gate_rolls_back_what_lost_too_much_and_moves_the_anchor_for_what_lost_nothing(
+    make_loop: Callable[..., Loop], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": text, "reference": "the cat"} for text in ("the cat", "a dog")]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loop = make_loop(heldout=str(tmp_path / "held.jsonl"), reference_field="reference")
+    assert not loop.worker.judge()  # the anchor itself
+    from operant.live import worker
+
+    values = {0: 40.0, 1: 41.0, 2: 39.0, 3: 30.0}
+    asked: list[int] = []
+
+    def measured(policy: Policy, prompts: Any) -> Any:
+        assert [p.references for p in prompts] == [("the cat",)] * 2
+        number = next(v.version for v in loop.versions.all() if same(as_saved(loop, v.version).policy, policy))
+        asked.append(number)
+        return {"bleu": values[number]}, []
+
+    monkeypatch.setattr(worker, "slow_metrics", measured)
+    loop.rate("c0", "thumb", 1)
+    assert loop.worker.judge() and not loop.worker.judge()
+    assert loop.versions.pointer().anchor == 1
+    loop.rate("c1", "thumb", 1)
+    assert loop.worker.judge()
+    assert loop.versions.pointer().anchor == 1 and loop.versions.pointer().version == 2  # within the tolerance
+    loop.rate("c2", "thumb", 1)
+    assert loop.worker.judge()
+    assert loop.versions.pointer().version == 1
+    assert loop.told[-1]["rolled_back"] == 3 and "bleu is 30" in loop.told[-1]["reason"]
+    found = loop.versions.slow(3)
+    assert found is not None and not found["passed"]
+    assert same(loop.worker.current().policy, as_saved(loop, 1).policy)
+
+
+def test_the_slow_gate_measures_generation(make_loop: Callable[..., Loop], tmp_path: Path) -> None:
+    (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "the cat", "reference": "sat"}) + "\n")
+    loop = make_loop(heldout=str(tmp_path / "held.jsonl"), reference_field="reference", tolerance=1.0)
+    loop.rate("c0", "thumb", 1)
+    assert loop.worker.judge()
+    found = loop.versions.slow(1)
+    assert found is not None and {"bleu", "chrf", "length", "distinct2"} <= set(found["numbers"])
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+def log_of(store: MemoryStore, path: Path) -> None:
+    with path.open("a") as file:
+        for stored in store.interactions.values():
+            assert stored.completion is not None
+            file.write(line_of(stored.prompt) + line_of(stored.completion))
+        for event in store.log:
+            file.write(line_of(event))
+
+
+def test_a_growing_file_is_read_as_far_as_it_is_written(make_policy: Make, tmp_path: Path) -> None:
+    store = answered(make_policy("gpt2"))
+    path = tmp_path / "log.jsonl"
+    log = FeedbackLog(path)
+    assert log.events_after(0, 5) == [] and log.completion("c0") is None
+    log_of(store, path)
+    found = log.completion("c1")
+    assert found is not None and found.completion is not None and found.prompt.id == "p1"
+    line = line_of(store.add("c0", "thumb", 1))
+    with path.open("a") as file:
+        file.write(line[:20])
+    assert log.events_after(0, 5) == []
+    with path.open("a") as file:
+        file.write(line[20:] + line + line_of(store.add("c1", "edit", "猫")))
+    first, second = log.events_after(0, 5)
+    assert (first[1], second[1]) == tuple(store.log) and second[0] == first[0] + 2  # the repeated line is no event
+    assert log.events_after(first[0], 5) == [second] and log.events_after(0, 1) == [first]
+    assert FeedbackLog(path).events_after(0, 5) == [first, second]
+    with path.open("a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(OperantError, match=r"line \d+ of .*log.jsonl is no prompt"):
+        log.events_after(0, 5)
+    with pytest.raises(OperantError, match=r"--store FILE.jsonl"):
+        FeedbackLog(tmp_path / "db.sqlite")
+
+
+# --- the process and the program --------------------------------------------------------------------------------------
+
+
+def test_killed_at_every_durable_write_it_loses_no_event_and_learns_none_twice(
+    make_loop: Callable[..., Loop], tmp_path: Path
+) -> None:
+    loop = make_loop()
+    loop.store.add("c0", "thumb", 1)
+    loop.store.add("c1", "comment", "hm")
+    loop.store.add("c2", "comment", "so")
+    loop.store.add("c3", "comment", "la")
+    loop.store.add("c1", "edit", "the cat")
+    log_of(loop.store, tmp_path / "log.jsonl")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("live_kills.py")), loop.worker.config.root,
+         str(tmp_path / "log.jsonl")],
+        capture_output=True, text=True, check=False, env=SAME_PACKAGE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    clean = result["undisturbed"]
+    assert [state[2] for state in clean["states"]] == ["published", "published", "nothing", "published"]
+    assert [name for name, *_ in clean["outcomes"]] == ["e2", "e1", "e3", "e4", "e5"] and clean["left"] == []
+    assert clean["current"] == 3
+    assert len(result["killed"]) > 40
+    for number, outcome in enumerate(result["killed"], start=1):
+        assert outcome == clean, f"killed at write {number}"
+
+
+def start(loop: Loop, store: Path, *flags: str) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-m", "operant.live.worker", "--root", loop.worker.config.root, "--store", str(store)]
+    return subprocess.Popen(
+        [*arguments, "--device", "cpu", "--lr", "0.001", *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env=SAME_PACKAGE,
+    )  # fmt: skip
+
+
+def test_the_process_wakes_tells_and_leaves_with_its_parent(make_loop: Callable[..., Loop], tmp_path: Path) -> None:
+    loop = make_loop()
+    path = tmp_path / "log.jsonl"
+    log_of(loop.store, path)
+    with start(loop, path, "--watch_stdin", "true", "--poll_seconds", "60") as process:
+        assert process.stdin is not None and process.stdout is not None
+        with path.open("a") as file:
+            file.write(line_of(loop.store.add("c0", "thumb", 1)))
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert select.select([process.stdout], [], [], 60)[0]
+        assert json.loads(process.stdout.readline())["version"] == 1
+        with pytest.raises(SystemExit):  # one learner at a time
+            main(["--root", loop.worker.config.root, "--store", str(path), "--once", "true"])
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+    assert loop.versions.current().version == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--root", "new", "--store", "log.jsonl", "--once", "true"], "give --model to begin with"),
+        (["--root", "new", "--once", "true"], "--store is missing"),
+        (["--root", "new", "--store", "log.jsonl", "--lr", "-1"], "lr is -1.0; it must be 0 or more"),
+        (["--sotre", "x"], "sotre"),
+    ],
+)
+def test_faults_of_the_process_are_one_line(
+    flags: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and told in error and error.count("\n") == 1
+
+
+def test_the_program_lists_compares_promotes_rolls_back_and_pins(
+    make_loop: Callable[..., Loop], program: Program
+) -> None:
+    loop = make_loop()
+    loop.rate("c0", "thumb", 1)
+    loop.rate("c1", "comment", "hm")
+    loop.rate("c1", "thumb", -1)
+    root = ["versions", "--root", loop.worker.config.root]
+    listed = json.loads(program(*root, "--json").out)
+    assert listed["current"] == 3 and [row["state"] for row in listed["versions"]] == [
+        "published", "published", "nothing", "published",
+    ]  # fmt: skip
+    lines = program(*root).out.splitlines()
+    assert len(lines) == 4 and "current" in lines[3] and "anchor" in lines[0] and "comment teaches nothing" in lines[2]
+    assert json.loads(program(*root, "--roll_back", "--json").out)["current"] == 1
+    assert json.loads(program(*root, "--promote", "3", "--json").out)["current"] == 3
+    assert json.loads(program(*root, "--pin", "ann", "--version", "1", "--json").out)["pins"] == {"ann": 1}
+    assert "pinned by ann" in program(*root).out.splitlines()[1]
+    assert json.loads(program(*root, "--unpin", "ann", "--json").out)["pins"] == {}
+    compared = json.loads(program(*root, "--compare", "[1, 3]", "--json").out)
+    assert compared["kl"] > 0 and compared["common_ancestor"] == 1
+    assert json.loads(program(*root, "--compare", "[1, 1]", "--json").out)["kl"] == 0
+    assert "give one of them" in program.fault(*root, "--roll_back", "--promote", "1")
+    assert "--pin needs --version" in program.fault(*root, "--pin", "ann")
+    assert "takes two versions" in program.fault(*root, "--compare", "[1]")
+    assert "not on disk" in program.fault(*root, "--promote", "8")
+    assert "serves no version yet" in program.fault("versions", "--root", "nowhere")
