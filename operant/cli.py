@@ -396,6 +396,7 @@ def run_versions(config: configs.VersionsConfig) -> None:
 
     asked = {
         "--compare": bool(config.compare), "--promote": config.promote is not None, "--roll_back": config.roll_back,
+        "--anchor": config.anchor is not None,
         "--pin": config.pin is not None, "--unpin": config.unpin is not None,
     }  # fmt: skip
     chosen = [flag for flag, given in asked.items() if given]
@@ -414,6 +415,8 @@ def run_versions(config: configs.VersionsConfig) -> None:
         versions.promote(config.promote)
     elif config.roll_back:
         versions.roll_back()
+    elif config.anchor is not None:
+        versions.pass_anchor(config.anchor)
     elif config.pin is not None:
         if config.version is None:
             raise OperantError("--pin needs --version, the one that the user is served")

@@ -689,7 +689,8 @@ class LiveConfig:
     Args:
         lr: the learning rate before the KL budget scales the step back.
         kl_budget: nats per token that one step may move the policy on the anchor answers.
-        drift_budget: nats per token that a version may lie from the anchor version, on the same answers.
+        drift_budget: nats per token that a version may lie from the anchor version, on the same answers. The anchor
+            moves by the slow gate or by operant versions --anchor.
         likelihood_drop: nats per token that the anchor answers may lose against the anchor version.
         correction_band: a bad rating is left out when the geometric mean of the ratio to the weights that wrote the
             text is below 1/(1 + band).
@@ -783,6 +784,7 @@ class VersionsConfig:
         compare: two versions to measure against each other on the anchor answers.
         promote: let this version serve.
         roll_back: serve the parent of the current version again, its optimizer included.
+        anchor: measure drift from this version on, which gives learning new room when the gate refuses for drift.
         pin: a user who is served `version` whatever is published.
         unpin: a user who follows the current version again.
         version: of `pin`.
@@ -793,6 +795,7 @@ class VersionsConfig:
     compare: list[int] = dataclasses.field(default_factory=list)
     promote: int | None = None
     roll_back: bool = False
+    anchor: int | None = None
     pin: str | None = None
     unpin: str | None = None
     version: int | None = None

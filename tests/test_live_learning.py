@@ -292,7 +292,7 @@ def test_a_rating_is_not_paid_with_the_direction_of_earlier_ones(make_policy: Ma
     config = LiveConfig(lr=1e-3)
     learner, anchors = new_learner(policy, config), anchors_of(policy)
     state = LearnerState()
-    for value in (1, 1, 1, 1, -1):
+    for value in (*[1] * 12, -1, 1):
         before = total(policy, store.interactions["c1"])
         store.add("c1", "thumb", value)
         lesson = read(policy, store, config, events=store.events_after(len(store.log) - 1, 1), state=state)
@@ -312,6 +312,12 @@ def test_settings_that_turn_opinions_round_are_refused(options: dict[str, float]
 
 
 # --- the gates and the value of a candidate --------------------------------------------------------------------------
+
+
+def test_the_divergence_is_that_of_the_new_policy_from_the_old() -> None:
+    new, old = torch.tensor([[0.9, 0.1]]), torch.tensor([[0.5, 0.5]])
+    expected = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    assert divergence(new.log(), old.log()) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_fast_gate_names_each_limit_that_is_broken_and_nan_does_not_pass() -> None:

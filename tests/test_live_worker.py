@@ -469,6 +469,7 @@ def test_the_program_lists_compares_promotes_rolls_back_and_pins(
     assert len(lines) == 4 and "current" in lines[3] and "anchor" in lines[0] and "comment teaches nothing" in lines[2]
     assert json.loads(program(*root, "--roll_back", "--json").out)["current"] == 1
     assert json.loads(program(*root, "--promote", "3", "--json").out)["current"] == 3
+    assert json.loads(program(*root, "--anchor", "1", "--json").out)["anchor"] == 1
     assert json.loads(program(*root, "--pin", "ann", "--version", "1", "--json").out)["pins"] == {"ann": 1}
     assert "pinned by ann" in program(*root).out.splitlines()[1]
     assert json.loads(program(*root, "--unpin", "ann", "--json").out)["pins"] == {}

@@ -578,7 +578,7 @@ def _batches(policy: Policy, rated: Sequence[Rated], paired: Sequence[Paired], c
 
 
 def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) -> Batch:
-    """Ratings as rows; only marked tokens have a weight."""
+    """Ratings as rows; only marked tokens have an advantage."""
     trajectories = [
         Trajectory(r.prompt, r.completion, np.zeros(len(r.marked)), np.ones(len(r.marked), np.bool_)) for r in rated
     ]
@@ -592,7 +592,7 @@ def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) ->
         marked[i, : len(row.marked)] = torch.from_numpy(row.marked)
     advantages = torch.tensor([[r.advantage] for r in rated])
     batch.advantages = place(batch, marked * advantages, trajectories)
-    batch.weights = batch.weights * place(batch, marked, trajectories) * torch.tensor([[r.weight] for r in rated])
+    batch.weights = batch.weights * torch.tensor([[r.weight] for r in rated])
     batch.old_logprobs = logprobs_of(policy, batch, config.tokens_per_microbatch)
     return batch
 

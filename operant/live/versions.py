@@ -241,7 +241,7 @@ class Versions:
         raise OperantError(f"version {now} has no ancestor on disk to roll back to; choose one with --promote N")
 
     def pass_anchor(self, version: int) -> None:
-        """The slow gate has passed this version: from now on drift is measured from it."""
+        """The slow gate, or a person, has passed this version: from now on drift is measured from it."""
         with self._lock():
             self.get(version)
             now = self.pointer()
