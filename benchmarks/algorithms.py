@@ -10,7 +10,6 @@ python -m benchmarks.algorithms --write                  only write the table an
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -19,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import RECORDS, ROOT, Cell, Records, markdown, run_cells, spread, write_section
+from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_line, markdown, spread, write_section
 
 RUNS = ROOT / "runs" / "algorithms"
 RECORD = Records(RECORDS / "algorithms")
@@ -153,7 +152,10 @@ def judged(folder: Path, model: Path) -> dict[str, float]:
 
 
 def found(name: str) -> list[dict[str, Any]]:
-    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(RECORD.folder.glob(f"*.{name}.json"))]
+    return [
+        json.loads(p.read_text(encoding="utf-8"))
+        for p in sorted(RECORD.folder.glob(f"*.{name.replace(' ', '-')}.json"))
+    ]
 
 
 def write() -> None:
@@ -215,27 +217,13 @@ def line(record: dict[str, Any]) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--names", nargs="+", help="which algorithms; all when left out")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
-    parser.add_argument("--fresh", action="store_true", help="throw away what was measured before, and measure here")
-    parser.add_argument("--write", action="store_true", help="only write the table and the plot")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.cell:
-        measure(given.cell)
-        return
-    if given.fresh:
-        shutil.rmtree(RUNS, ignore_errors=True)
-        shutil.rmtree(RECORD.folder, ignore_errors=True)
-    wanted = given.names or names()
-    failed = [] if given.write else run_cells(
-        "benchmarks.algorithms", lambda: cells(wanted, given.seeds), done, given.jobs
+    carry_out(
+        given, "benchmarks.algorithms", cells=lambda: cells(given.names or names(), given.seeds), done=done,
+        measure=measure, write=write, records=RECORD, runs=RUNS,
     )  # fmt: skip
-    write()
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}; the logs stand under {RUNS}")
 
 
 if __name__ == "__main__":

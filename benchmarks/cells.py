@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,13 +37,18 @@ class Records:
         self.folder = folder
 
     def path(self, name: str) -> Path:
-        return self.folder / (name.replace("/", ".") + ".json")
+        return self.folder / (name.replace("/", ".").replace(" ", "-") + ".json")
 
     def has(self, name: str) -> bool:
         return self.path(name).exists()
 
     def get(self, name: str) -> dict[str, Any]:
         return json.loads(self.path(name).read_text(encoding="utf-8"))
+
+    def machines(self) -> str:
+        """Where they were measured."""
+        files = sorted(self.folder.glob("*.json"))
+        return "; ".join(sorted({json.loads(file.read_text(encoding="utf-8"))["machine"] for file in files}))
 
     def put(self, name: str, values: dict[str, Any]) -> None:
         """Written whole or not at all: a cell that was interrupted is measured again."""
@@ -50,6 +57,49 @@ class Records:
         staged = path.with_suffix(".part")
         staged.write_text(json.dumps(values | {"machine": machine()}, indent=1) + "\n", encoding="utf-8")
         os.replace(staged, path)
+
+
+def command_line(description: str | None, seeds: Sequence[int] = (0, 1, 2)) -> argparse.ArgumentParser:
+    """The flags of every benchmark that is made of cells."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
+    parser.add_argument("--fresh", action="store_true", help="throw away what was measured before, and measure here")
+    parser.add_argument("--list", action="store_true", help="say which cells are there")
+    parser.add_argument("--write", action="store_true", help="only write the tables")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser
+
+
+def carry_out(
+    given: argparse.Namespace,
+    module: str,
+    *,
+    cells: Callable[[], Sequence[Cell]],
+    done: Callable[[Cell], bool],
+    measure: Callable[[str], None],
+    write: Callable[[], None],
+    records: Records,
+    runs: Path,
+) -> None:
+    """Do what the command line asks of a benchmark. runs: the folder of its runs, where their logs are.
+
+    Exits with 1 and the names when cells failed; what was measured is written all the same.
+    """
+    if given.cell:
+        measure(given.cell)
+        return
+    if given.list:
+        for cell in cells():
+            print("there  " if done(cell) else "missing", cell.name)
+        return
+    if given.fresh:
+        shutil.rmtree(runs, ignore_errors=True)
+        shutil.rmtree(records.folder, ignore_errors=True)
+    failed = [] if given.write else run_cells(module, cells, done, given.jobs)
+    write()
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; their runs stand under {runs}")
 
 
 def run_cells(module: str, cells: Callable[[], Sequence[Cell]], done: Callable[[Cell], bool], jobs: int) -> list[str]:

@@ -5,18 +5,17 @@ that breaks the syntax −1 at once, and what is left open at the end −1 for e
 by token, with discounts γ, and summed up and paid at the end. Same weights to start from, same prompts, same seeds.
 
 python -m benchmarks.dense                       three seeds, about 15 minutes on one core
-python -m benchmarks.dense --seeds 0 --steps 40
+python -m benchmarks.dense --seeds 0 --fresh
 python -m benchmarks.dense --write               only write the table into docs/results.md
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 from typing import Any
 
-from benchmarks.cells import RECORDS, ROOT, Cell, Records, markdown, run_cells, spread, write_section
+from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_line, markdown, spread, write_section
 from operant.types import Prompt
 
 RUNS = ROOT / "runs" / "dense"
@@ -119,7 +118,7 @@ def done(cell: Cell) -> bool:
     return RECORD.has(cell.name) and (not cell.name.endswith("base") or (RUNS / cell.name / "model").exists())
 
 
-def measure(name: str, steps: int) -> None:
+def measure(name: str) -> None:
     import torch
 
     from operant import PretrainConfig, TrainConfig, train
@@ -146,7 +145,7 @@ def measure(name: str, steps: int) -> None:
         RECORD.put(name, {"dev_loss": result.dev_loss, "seconds": result.seconds})
         return
     policy = Policy.load(RUNS / f"{seed}/base/model")
-    prompts = [Prompt(id=str(i), text=(t := prefix(rng)), tokens=policy.codec.encode(t)) for i in range(steps * 16)]
+    prompts = [Prompt(id=str(i), text=(t := prefix(rng)), tokens=policy.codec.encode(t)) for i in range(STEPS * 16)]
     dev = [Prompt(id=f"dev-{i}", text=(t := prefix(rng)), tokens=policy.codec.encode(t)) for i in range(100)]
     syntax, gamma = ListSyntax(policy.codec.eos_id), ARMS[arm]
     points: list[dict[str, float]] = []
@@ -160,8 +159,8 @@ def measure(name: str, steps: int) -> None:
         return float(replay(syntax, prompt, completion)[0].sum())
 
     config = TrainConfig(
-        out=str(out), seed=seed, steps=steps, prompts_per_step=16, group_size=4, max_tokens=TOKENS, lr=3e-4,
-        gamma=1.0 if gamma is None else gamma, eval_every=steps, eval_prompts=100, overwrite=True, tensorboard=False,
+        out=str(out), seed=seed, steps=STEPS, prompts_per_step=16, group_size=4, max_tokens=TOKENS, lr=3e-4,
+        gamma=1.0 if gamma is None else gamma, eval_every=STEPS, eval_prompts=100, overwrite=True, tensorboard=False,
         log_samples=4, reward_workers=0,
         baseline="leave_one_out" if gamma is None else "position_leave_one_out",
     )  # fmt: skip
@@ -214,24 +213,11 @@ def until(points: list[dict[str, float]], level: float) -> int | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
-    parser.add_argument("--fresh", action="store_true", help="throw away what was measured before, and measure here")
-    parser.add_argument("--write", action="store_true", help="only write the table")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.cell:
-        measure(given.cell, given.steps)
-        return
-    if given.fresh:
-        shutil.rmtree(RUNS, ignore_errors=True)
-        shutil.rmtree(RECORD.folder, ignore_errors=True)
-    failed = [] if given.write else run_cells("benchmarks.dense", lambda: cells(given.seeds), done, given.jobs)
-    write(given.seeds)
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}")
+    given = command_line(__doc__).parse_args()
+    carry_out(
+        given, "benchmarks.dense", cells=lambda: cells(given.seeds), done=done, measure=measure,
+        write=lambda: write(given.seeds), records=RECORD, runs=RUNS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

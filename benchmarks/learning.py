@@ -13,7 +13,6 @@ python -m benchmarks.learning --write                         only write the tab
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import RECORDS, ROOT, Cell, Records, markdown, run_cells, spread, write_section
+from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_line, markdown, spread, write_section
 
 RUNS = ROOT / "runs" / "learning"
 RECORD = Records(RECORDS / "learning")
@@ -557,34 +556,14 @@ def write() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once, one thread each")
-    parser.add_argument("--fresh", action="store_true", help="throw away what was measured before, and measure here")
-    parser.add_argument("--list", action="store_true", help="say which cells are there")
-    parser.add_argument("--write", action="store_true", help="only write the tables")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.cell:
-        measure(given.cell)
-        return
-
-    def wanted() -> list[Cell]:
-        return cells(given.tasks, given.regimes, given.seeds)
-
-    if given.list:
-        for cell in wanted():
-            print("there  " if done(cell) else "missing", cell.name)
-        return
-    if given.fresh:
-        shutil.rmtree(RUNS, ignore_errors=True)
-        shutil.rmtree(RECORD.folder, ignore_errors=True)
-    failed = [] if given.write else run_cells("benchmarks.learning", wanted, done, given.jobs)
-    write()
-    if failed:
-        raise SystemExit(f"failed: {', '.join(failed)}; the logs stand beside their folders under {RUNS}")
+    carry_out(
+        given, "benchmarks.learning", cells=lambda: cells(given.tasks, given.regimes, given.seeds), done=done,
+        measure=measure, write=write, records=RECORD, runs=RUNS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The quickstart on several seeds, as a user runs it.
+"""The quickstart on several seeds, as a user runs it; one at a time, since it ends by the clock.
 
 python -m benchmarks.quickstart                    seeds 0, 1 and 2; those that are recorded are skipped
 python -m benchmarks.quickstart --seeds 3 4
@@ -7,14 +7,12 @@ python -m benchmarks.quickstart --fresh            measure on this machine, what
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.cells import RECORDS, ROOT, Cell, Records, markdown, run_cells, spread, write_section
+from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_line, markdown, spread, write_section
 
 RUNS = ROOT / "runs" / "quickstarts"
 RECORD = Records(RECORDS / "quickstart")
@@ -44,10 +42,9 @@ def write() -> None:
     results = [r["results"] for r in records.values()]
     gains = [r["rewarded"]["bleu"] - max(r["finetuned"]["bleu"], r["continued"]["bleu"]) for r in results]
     rows = [[title, *(spread([r[row][m] for r in results]) for m in METRICS)] for row, title in ROWS.items()]
-    machines = "; ".join(sorted({r["machine"] for r in records.values()}))
     lines = [
         f"`python -m benchmarks.quickstart`, seeds {', '.join(records)}; median [lowest, highest] on the held-out test "
-        f"set. {machines}.",
+        f"set. {RECORD.machines()}.",
         "",
         markdown(["", *METRICS.values()], rows),
         "",
@@ -60,25 +57,11 @@ def write() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--fresh", action="store_true", help="throw away what was measured before, and measure here")
-    parser.add_argument("--write", action="store_true", help="only write the table")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.cell:
-        measure(given.cell)
-        return
-    if given.fresh:
-        shutil.rmtree(RECORD.folder, ignore_errors=True)
-    failed = []
-    if not given.write:  # one at a time: a quickstart ends by the clock
-        failed = run_cells(
-            "benchmarks.quickstart", lambda: [Cell(s) for s in given.seeds], lambda c: RECORD.has(c.name), 1
-        )
-    write()
-    if failed:
-        raise SystemExit(f"failed: seed {', '.join(failed)}")
+    given = command_line(__doc__).parse_args()
+    carry_out(
+        given, "benchmarks.quickstart", cells=lambda: [Cell(str(seed)) for seed in given.seeds],
+        done=lambda cell: RECORD.has(cell.name), measure=measure, write=write, records=RECORD, runs=RUNS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Reward models from nothing on small public sets, beside what length and the majority foretell.
 
 python -m benchmarks.reward_models                measure what is missing, then write the tables into docs/results.md
-python -m benchmarks.reward_models --cell NAME    measure one cell
 python -m benchmarks.reward_models --write        write what is there
 
 The data sets are found by name under the folder that OPERANT_DATA names. A cell trains on the training split less its
@@ -11,13 +10,13 @@ saw.
 
 from __future__ import annotations
 
-import argparse
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import RECORDS, ROOT, Cell, Records, machine, markdown, run_cells, spread, write_section
+from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_line, markdown, spread, write_section
 
 RUNS = ROOT / "runs" / "reward-models"
 RECORD = Records(RECORDS / "reward_models")
@@ -101,8 +100,8 @@ def measure(cell: str) -> None:
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-def cells() -> list[Cell]:
-    return [Cell(f"{name}/{seed}") for seed in SEEDS for name in TASKS]
+def cells(seeds: Sequence[int]) -> list[Cell]:
+    return [Cell(f"{name}/{seed}") for seed in seeds for name in TASKS]
 
 
 def table() -> str:
@@ -131,28 +130,17 @@ def write() -> None:
     lead = (
         "`python -m benchmarks.reward_models`: a BERT `tiny` (at most 1.4 M parameters) with its own tokenizer;\n"
         "median [lowest, highest] over seeds, on the dev split, which chose and calibrated nothing. Prompts lose\n"
-        f"their beginning where both are more than the model's 256 tokens (64 for sentences). {machine()}."
+        f"their beginning where both are more than the model's 256 tokens (64 for sentences). {RECORD.machines()}."
     )
     write_section("reward models", f"{lead}\n\n{table()}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cell", help="measure this one and stop")
-    parser.add_argument("--write", action="store_true", help="write what is there and stop")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once")
-    parser.add_argument("--fresh", action="store_true", help="throw away what was measured before, and measure here")
-    given = parser.parse_args()
-    if given.cell:
-        measure(given.cell)
-        return
-    if given.fresh:
-        shutil.rmtree(RECORD.folder, ignore_errors=True)
-    if not given.write:
-        failed = run_cells("benchmarks.reward_models", cells, lambda cell: RECORD.has(cell.name), given.jobs)
-        if failed:
-            print("failed:", ", ".join(failed))
-    write()
+    given = command_line(__doc__, SEEDS).parse_args()
+    carry_out(
+        given, "benchmarks.reward_models", cells=lambda: cells(given.seeds), done=lambda cell: RECORD.has(cell.name),
+        measure=measure, write=write, records=RECORD, runs=RUNS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
