@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from operant.policy import EntropyMode, Policy, TokenLogprobs, is_masked, resolve_device
+from operant.policy import EntropyMode, Policy, TokenLogprobs, is_masked, resolve_device, told_in_one_line
 from operant.text import Codec, looks_like_path
 from operant.types import Batch, Bools, Ints, OperantError
 
@@ -64,18 +64,11 @@ class Encoder:
         folder = Path(source)
         readable = (folder / "config.json").exists() or not (folder.exists() or looks_like_path(str(source)))
         if readable and not (folder / "adapter_config.json").exists():
-            try:
+            with told_in_one_line(source):
                 config = AutoConfig.from_pretrained(source)
                 if is_masked(config):
                     model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32)
                     return cls(model, Codec.load(source), device=device, dtype=dtype)
-            except OperantError:
-                raise
-            except Exception as error:  # of many types: Transformers', safetensors', the hub client's
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise OperantError(
-                    f"cannot load a model from {source} ({first}); give a folder that a stage or Transformers saved"
-                ) from error
         policy = Policy.load(source, device="cpu")
         model = policy.model.merge_and_unload() if policy.is_lora else policy.model
         return cls(model, policy.codec, device=device, dtype=dtype)

@@ -133,7 +133,7 @@ class Policy:
             raise OperantError(
                 f"{source} holds no model (no config.json); give a folder that a stage or Transformers saved"
             )
-        try:
+        with told_in_one_line(source):
             if (path / "adapter_config.json").exists():
                 from peft import PeftConfig, PeftModel
 
@@ -154,13 +154,6 @@ class Policy:
                 auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
                 model = auto.from_pretrained(source, dtype=torch.float32)
                 codec = Codec.load(source)
-        except OperantError:
-            raise
-        except Exception as error:  # of many types: Transformers', safetensors', PEFT's, the hub client's
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OperantError(
-                f"cannot load a model from {source} ({first}); give a folder that a stage or Transformers saved"
-            ) from error
         return cls(model, codec, device=device, dtype=dtype)
 
     @classmethod
@@ -632,6 +625,20 @@ class Policy:
             ):
                 return value
         raise OperantError(f"the config of {config.model_type!r} does not say how many decoder layers there are")
+
+
+@contextlib.contextmanager
+def told_in_one_line(source: str | Path) -> Iterator[None]:
+    """Inside, whatever goes wrong while a model is loaded becomes an OperantError of one line."""
+    try:
+        yield
+    except OperantError:
+        raise
+    except Exception as error:  # of many types: Transformers', safetensors', PEFT's, the hub client's
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OperantError(
+            f"cannot load a model from {source} ({first}); give a folder that a stage or Transformers saved"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -144,7 +144,10 @@ def test_resume_allows_free_keys_and_keeps_the_new_values(tmp_path: Path) -> Non
 
 def test_a_free_key_is_free_in_any_section(tmp_path: Path) -> None:
     RunFolder.open(tmp_path, "stage: {steps: 1}\n").close()
-    RunFolder.open(tmp_path, "stage: {steps: 2}\n", resume=True).close()
+    with RunFolder.open(tmp_path, "stage: {steps: 2}\n", resume=True) as folder:
+        assert folder.resumed
+    assert "steps: 2" in (tmp_path / "config.yaml").read_text()
+    fails("steps: was 2, now 3", tmp_path, "stage: {steps: 3}\n", resume=True, free_keys=())
 
 
 def test_discard_takes_back_what_open_made_and_nothing_else(tmp_path: Path) -> None:
@@ -227,7 +230,8 @@ os.kill(os.getpid(), signal.SIGKILL)
     orphan = int(run.stdout)
     try:
         os.kill(orphan, 0)
-        RunFolder.open(tmp_path / "run", "a: 1", resume=True).close()
+        with RunFolder.open(tmp_path / "run", "a: 1", resume=True) as folder:
+            assert folder.resumed
     finally:
         os.kill(orphan, signal.SIGKILL)
 
@@ -236,7 +240,9 @@ def test_the_lock_within_one_process(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "a: 1") as folder:
         fails("already in use", tmp_path, "a: 1", resume=True)
         folder.close()
-        RunFolder.open(tmp_path, "a: 1", resume=True).close()
+        with RunFolder.open(tmp_path, "a: 1", resume=True) as again:
+            assert again.resumed
+            fails("already in use", tmp_path, "a: 1", resume=True)
 
 
 def test_a_full_disk_at_the_start_is_one_line_and_frees_the_lock(
