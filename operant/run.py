@@ -230,7 +230,8 @@ class Run:
         """Step numbers from where the run stands to `total`. Seeds torch for each, so a resumed one is the same."""
         if self.step >= total:
             self.stop(f"all {total} steps {'were already done' if self.folder.finished else 'done'}")
-        with self.log.progress(total, self.stage, start=self.step) as progress:
+        limit = 60 * self.config.max_minutes - self.seconds if self.config.max_minutes else None
+        with self.log.progress(total, self.stage, start=self.step, seconds=limit) as progress:
             self._progress = progress
             while self.step < total and not self.stop_reason:
                 torch.manual_seed(mixed_seed(self.config.seed, self.stage, self.step))

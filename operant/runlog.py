@@ -259,7 +259,14 @@ class RunLog:
 
     @contextlib.contextmanager
     def progress(
-        self, total: int | None, description: str, *, start: int = 0, stream: TextIO | None = None, every: float = 10.0
+        self,
+        total: int | None,
+        description: str,
+        *,
+        start: int = 0,
+        seconds: float | None = None,
+        stream: TextIO | None = None,
+        every: float = 10.0,
     ) -> Iterator[Progress]:
         """Show progress on stderr while the block runs: a live line on a terminal, else a plain line every few seconds.
 
@@ -267,10 +274,11 @@ class RunLog:
             total: steps in all, or None when unknown.
             description: what is going on, such as "train".
             start: steps that an earlier process has already done.
+            seconds: the time limit, if there is one.
             stream: where to write instead of stderr.
             every: seconds between plain lines.
         """
-        bar = Progress(total, description, start=start, stream=stream, every=every)
+        bar = Progress(total, description, start=start, seconds=seconds, stream=stream, every=every)
         try:
             yield bar
         finally:
@@ -309,9 +317,16 @@ class Progress:
     """
 
     def __init__(
-        self, total: int | None, description: str, *, start: int = 0, stream: TextIO | None = None, every: float = 10.0
+        self,
+        total: int | None,
+        description: str,
+        *,
+        start: int = 0,
+        seconds: float | None = None,
+        stream: TextIO | None = None,
+        every: float = 10.0,
     ) -> None:
-        self.total, self.description, self.done = total, description, start
+        self.total, self.description, self.done, self._seconds = total, description, start, seconds
         self._stream = sys.stderr if stream is None else stream
         self._every = every
         self._begun = self._printed = time.monotonic()
@@ -339,7 +354,7 @@ class Progress:
         if missing is not None:
             self._missing = {reason: n for reason, n in missing.items() if n}
         if self._live is not None:
-            self._live.update(self._task, completed=self.done, rest=self._rest())
+            self._live.update(self._task, completed=self.done, total=self._expected()[0], rest=self._rest())
         elif time.monotonic() - self._printed >= self._every or self.done == self.total:
             self._print()
 
@@ -352,14 +367,11 @@ class Progress:
 
     def line(self) -> str:
         """Return the line that a plain log would show now."""
-        share = "" if self.total is None else f"/{self.total} ({self.done / max(self.total, 1):.0%})"
-        parts = [f"{self.description} {self.done}{share}"]
-        elapsed = time.monotonic() - self._begun
-        fresh = self.done - self._first
-        if fresh > 0 and self.total is not None and self.done < self.total:
-            parts.append(f"ETA {_clock(elapsed / fresh * (self.total - self.done))}")
-        else:
-            parts.append(f"elapsed {_clock(elapsed)}")
+        total, left = self._expected()
+        about = "" if total == self.total else "~"
+        share = "" if total is None else f"/{about}{total} ({self.done / max(total, 1):.0%})"
+        ending = f"ETA {_clock(left)}" if left else f"elapsed {_clock(time.monotonic() - self._begun)}"
+        parts = [f"{self.description} {self.done}{share}", ending]
         rest = self._rest()
         return " · ".join([*parts, rest] if rest else parts)
 
@@ -370,6 +382,17 @@ class Progress:
             self._live = None
         elif self.done != self._first and self.done != self.total:
             self._print()
+
+    def _expected(self) -> tuple[int | None, float | None]:
+        """(steps in all, seconds left), as far as can be told: a time limit may come before the last step."""
+        elapsed, fresh = max(time.monotonic() - self._begun, 1e-9), self.done - self._first
+        if fresh <= 0:
+            return self.total, None
+        left = None if self.total is None else elapsed / fresh * (self.total - self.done)
+        clock = None if self._seconds is None else max(0.0, self._seconds - elapsed)
+        if clock is None or (left is not None and left <= clock):
+            return self.total, left
+        return self.done + round(clock * fresh / elapsed), clock
 
     def _rest(self) -> str:
         elapsed = max(time.monotonic() - self._begun, 1e-9)

@@ -374,6 +374,26 @@ def test_plain_progress_lines(tmp_path: Path) -> None:
     assert lines[3].startswith("train 4/4 (100%) · elapsed")
 
 
+@pytest.mark.parametrize(
+    ("limit", "line"),
+    [
+        (100.0, "train 20/~50 (40%) · ETA 1:00"),  # half a step a second: the clock ends it before step 1000
+        (1e6, "train 20/1000 (2%) · ETA 32:40"),
+        (30.0, "train 20/~20 (100%) · elapsed 0:40"),
+        (None, "train 20/1000 (2%) · ETA 32:40"),
+    ],
+)
+def test_the_time_left_is_that_of_what_ends_the_run(
+    limit: float | None, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: now[0])
+    bar = runlog.Progress(1000, "train", seconds=limit, stream=io.StringIO(), every=1e9)
+    now[0] = 40.0
+    bar.advance(20)
+    assert bar.line() == line
+
+
 def test_a_broken_off_run_prints_where_it_was_once(tmp_path: Path) -> None:
     stream = io.StringIO()
 

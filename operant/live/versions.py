@@ -116,7 +116,8 @@ class Versions:
             return Pointer(**json.loads((self.root / "current").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise OperantError(
-                f"{self.root} serves no version yet; start it with operant.live.worker --model"
+                f"{self.root} serves no version yet; start with python -m operant.live.worker --root {self.root} "
+                "--model DIR --store FILE"
             ) from error
 
     def exists(self) -> bool:
