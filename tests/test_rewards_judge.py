@@ -379,8 +379,9 @@ def test_the_cap_holds_and_outlives_the_process(
     assert again[0] == paid[0] and again[1] is None and runner.counts == {"judge budget": 1}
     costly = judge(max_cost=0.001, price_in=1.0, price_out=2.0, max_tokens=50)
     found, runner = rewards(costly, *[pair(f"answer {i}") for i in range(12)])
-    assert None in found and found[0] is not None and set(runner.counts) == {"judge budget"}
-    assert costly.ledger.spent["cost"] == pytest.approx((300 * 1.0 + 20 * 2.0) / 1e6 * (12 - found.count(None)))
+    refused = found.count(None)  # which of those asked at once came first, nobody promises
+    assert 0 < refused < 12 and runner.counts == {"judge budget": refused}
+    assert costly.ledger.spent["cost"] == pytest.approx((300 * 1.0 + 20 * 2.0) / 1e6 * (12 - refused))
     assert costly.ledger.spent["cost"] <= 0.001
 
 
