@@ -112,7 +112,7 @@ class Span:
 class Feedback:
     """One append-only event about a completion. `time` is seconds since the epoch.
 
-    `value` of a score is a number, of a thumb 1 or 0 (up or down), of an edit the edited text, of a comparison the id
+    `value` of a score is a number, of a thumb 1 or −1 (up or down), of an edit the edited text, of a comparison the id
     of the completion that this one is preferred to, of a retraction the id of the event that is taken back (None: all
     of the source's about the completion).
     """

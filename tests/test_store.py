@@ -1,0 +1,511 @@
+"""The durable store, on SQLite and on PostgreSQL alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from postgres import binaries, server
+
+from operant.live import store as module
+from operant.live.store import (
+    REVISION,
+    TABLES,
+    Conflict,
+    Store,
+    StoredCompletion,
+    StoreFault,
+    UnknownCompletion,
+    journal_mode,
+)
+from operant.live.versions import Outcome, StepRecord
+from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
+
+SAMPLING = Sampling(temperature=0.7, stop=("end", "。"), banned=(3, 4), seed=2**62)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Callable[[], str]]:
+    if binaries() is None:
+        pytest.skip("PostgreSQL's server programs are not installed")
+    with server() as url:
+        numbers = itertools.count()
+
+        def new() -> str:
+            name = f"t{next(numbers)}"
+            engine = sa.create_engine(
+                url.format(name="postgres").replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT"
+            )
+            with engine.connect() as connection:
+                connection.exec_driver_sql(f"CREATE DATABASE {name}")
+            engine.dispose()
+            return url.format(name=name)
+
+        yield new
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return str(tmp_path / "live.db")
+    return request.getfixturevalue("postgres")()
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    with Store(url) as opened:
+        yield opened
+
+
+def prompt(name: str = "p", **options: Any) -> Prompt:
+    return Prompt(id=name, tokens=np.array([1, 2, 70000]), text=f"say {name}", **options)
+
+
+def completion(name: str, **options: Any) -> Completion:
+    values: dict[str, Any] = {
+        "text": "ab", "tokens": np.array([5, 6]), "text_ends": np.array([1, 2]), "sampling": SAMPLING,
+        "behavior_logprobs": np.array([-0.5, -1.25], np.float32), "model_logprobs": np.array([-1, -2], np.float32),
+        "sampled": np.array([True, True]), "policy_version": np.array([0, 1]),
+    }  # fmt: skip
+    return Completion(id=name, prompt_id="p", **(values | options))
+
+
+def converse(store: Store, *names: str, **options: Any) -> None:
+    for name in names:
+        store.begin(name, prompt(), SAMPLING, **options)
+        store.complete(completion(name))
+
+
+def event(name: str, about: str = "c", kind: Any = "thumb", value: Any = 1, **options: Any) -> Feedback:
+    values: dict[str, Any] = {"source": "ann", "idempotency_key": f"key {name}", "time": 5.0}
+    return Feedback(id=name, completion_id=about, kind=kind, value=value, **(values | options))
+
+
+def rate(store: Store, name: str, *arguments: Any, **options: Any) -> int:
+    return store.add_feedback(event(name, *arguments, **options), body_hash=name).offset
+
+
+def record(version: int, events: dict[str, Outcome], consumed: int, **options: Any) -> StepRecord:
+    values: dict[str, Any] = {
+        "version": version, "parent": version - 1, "moves": version, "begin_offset": 0, "consumed_offset": consumed,
+        "events": list(events), "seed": 0, "coefficients": {}, "fingerprint": {}, "state": "published",
+        "outcomes": events, "times": {"queued": 1.0, "begun": 2.0, "stepped": 3.0, "gated": 4.0},
+    }  # fmt: skip
+    return StepRecord(**(values | options))
+
+
+def same(one: Completion, other: Completion) -> bool:
+    for entry in dataclasses.fields(Completion):
+        a, b = getattr(one, entry.name), getattr(other, entry.name)
+        if isinstance(a, np.ndarray):
+            if a.dtype != b.dtype or not np.array_equal(a, b):
+                return False
+        elif a != b:
+            return False
+    return True
+
+
+# --- interactions -----------------------------------------------------------------------------------------------------
+
+
+def test_an_interaction_comes_back_as_it_was_written(store: Store, url: str) -> None:
+    asked = prompt(
+        "q",
+        messages=({"role": "user", "content": "你好 \x00 \ud800 😀"},),
+        references=("r",),
+        task="talk",
+        meta={"n": [1]},
+    )
+    store.begin(
+        "c", asked, SAMPLING, route="talk", user="ann\x00", model_version=3, request={"n": 1, "x": "\ud83d"},
+        metadata={"a": "b"}, created=9.0,
+    )  # fmt: skip
+    begun = store.completion("c")
+    assert begun is not None and begun.status == "begun" and begun.completion is None
+    written = completion(
+        "c", text="a\x00\udc80b", text_reach=np.array([2, 2]), stream_rewards=np.array([0.5, 0], np.float32),
+        stop_reason="stop", truncated=True, tokenizer_hash="t", template_hash="u", meta={"k": 1.5},
+    )  # fmt: skip
+    written.prompt_id = "q"
+    store.complete(written, "partial")
+    with Store(url, read_only=True) as reader:
+        for source in (store, reader):
+            found = source.completion("c")
+            assert found is not None and found.completion is not None
+            assert same(written, found.completion)
+            assert np.array_equal(found.prompt.tokens, asked.tokens) and found.prompt.tokens.dtype == np.int64
+            assert dataclasses.replace(found.prompt, tokens=asked.tokens) == asked
+            assert found.completion.tokens.flags.writeable
+            rest = dataclasses.replace(found, prompt=asked, completion=None)
+            assert rest == StoredCompletion(
+                "c", asked, None, "partial", "talk", "ann\x00", 3, {"a": "b"}, {"n": 1, "x": "\ud83d"}, 9.0
+            )
+    assert store.completion("other") is None
+
+
+def test_arrays_that_are_not_there_stay_so(store: Store) -> None:
+    store.begin("c", prompt(), None)
+    bare = Completion("c", "p", "", np.array([], np.int64), np.array([], np.int64), stop_reason="cancelled")
+    store.complete(bare, "failed")
+    found = store.completion("c")
+    assert found is not None and found.completion is not None and same(bare, found.completion)
+
+
+def test_a_prompt_is_kept_once_and_others_of_the_same_id_apart(store: Store) -> None:
+    converse(store, "a", "b")
+    store.begin("c", prompt(task="other"), SAMPLING)
+    tasks = [store.completion(name).prompt.task for name in "abc"]  # type: ignore[union-attr]
+    assert tasks == ["", "", "other"]
+    with store._reading() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(module.PROMPTS)) == 2
+
+
+def test_what_was_not_begun_or_is_written_already_is_refused(store: Store) -> None:
+    with pytest.raises(UnknownCompletion, match="c was not begun"):
+        store.complete(completion("c"))
+    converse(store, "c")
+    with pytest.raises(OperantError, match="c is written already"):
+        store.complete(completion("c"))
+    with pytest.raises(OperantError, match="a completion c already"):
+        store.begin("c", prompt(), SAMPLING)
+    with pytest.raises(OperantError, match="inputs beside its text"):
+        store.begin("d", prompt(inputs=1), SAMPLING)
+
+
+def test_completions_are_listed_by_metadata_in_pages(store: Store) -> None:
+    for number in range(6):
+        converse(store, f"c{number}", metadata={"odd": str(number % 2), 'a"b': "x"})
+
+    def names(**options: Any) -> list[str]:
+        return [found.id for found in store.list_completions(**options)]
+
+    assert names() == ["c0", "c1", "c2", "c3", "c4", "c5"]
+    assert names(limit=2, order="desc") == ["c5", "c4"]
+    assert names(after="c1", limit=2, metadata={"odd": "1"}) == ["c3", "c5"]
+    assert names(after="c3", order="desc", metadata={'a"b': "x", "odd": "0"}) == ["c2", "c0"]
+    assert names(metadata={"odd": "2"}) == [] and names(prefix="c3") == ["c3"] and names(prefix="%") == []
+    with pytest.raises(UnknownCompletion):
+        names(after="nothing")
+    assert store.set_metadata("c0", {"new": "1"}) == {"new": "1"}
+    assert names(metadata={"new": "1"}) == ["c0"] and names(metadata={"odd": "0"}) == ["c2", "c4"]
+    with pytest.raises(UnknownCompletion):
+        store.set_metadata("nothing", {})
+
+
+def test_deleting_leaves_the_facts_without_the_words(store: Store) -> None:
+    converse(store, "c", "d")
+    rate(store, "e1", "c", "edit", "secret")
+    rate(store, "e2", "c", "thumb", -1)
+    assert store.delete("c") and not store.delete("c") and not store.delete("nothing")
+    assert store.completion("c") is None and store.completion("d") is not None
+    assert [(e.value, e.kind) for _, e in store.events_after(0, 9)] == [(None, "edit"), (-1, "thumb")]
+    assert store.counts()["events"] == 2 and store.counts()["completions"] == 1
+    assert [found.id for found in store.list_completions()] == ["d"]
+    with pytest.raises(UnknownCompletion):
+        rate(store, "e3", "c")
+    with pytest.raises(UnknownCompletion):
+        store.set_metadata("c", {})
+    store.delete("d")
+    with store._reading() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(module.PROMPTS)) == 0
+
+
+# --- feedback ---------------------------------------------------------------------------------------------------------
+
+
+def test_feedback_comes_back_in_the_order_of_its_offsets(store: Store) -> None:
+    converse(store, "c", "d")
+    given = [
+        event("e1", "c", "score", 0.25), event("e2", "d", "span", -1, span=(3, 9)), event("e3", "c", "edit", "好\x00"),
+        event("e4", "c", "comparison", "d", time=1.0), event("e5", "d", "retract", None),
+    ]  # fmt: skip
+    for one in given:
+        store.add_feedback(one, body_hash="h", tags={"from": "test"})
+    assert store.events_after(0, 10) == list(enumerate(given, start=1))
+    assert store.events_after(2, 2) == [(3, given[2]), (4, given[3])]
+    told = store.story("e2")
+    assert told is not None and told.event == given[1] and told.tags == {"from": "test"} and told.offset == 2
+    assert told.state == "pending" and list(told.times) == ["received"] and store.story("nothing") is None
+    assert [s.event.id for s in store.events(completion_id="c", after=1, limit=2)] == ["e3", "e4"]
+    assert [s.event.id for s in store.events(kind="span", source="ann")] == ["e2"] and store.events(source="bob") == []
+
+
+def test_a_key_gives_the_first_receipt_again_and_belongs_to_its_source(store: Store) -> None:
+    converse(store, "c")
+    first = store.add_feedback(event("e1", idempotency_key="k"), body_hash="h")
+    assert (first.id, first.state, first.duplicate, first.offset) == ("e1", "pending", False, 1)
+    again = store.add_feedback(event("e2", idempotency_key="k"), body_hash="h")
+    assert (again.id, again.duplicate, again.offset) == ("e1", True, 1)
+    with pytest.raises(Conflict, match="'k'"):
+        store.add_feedback(event("e3", idempotency_key="k"), body_hash="other")
+    assert not store.add_feedback(event("e4", idempotency_key="k", source="bob"), body_hash="other").duplicate
+    store.reconcile([record(1, {"e1": Outcome("used")}, 1)])
+    assert store.add_feedback(event("e5", idempotency_key="k"), body_hash="h").state == "used"
+    with pytest.raises(UnknownCompletion, match="no stored completion x"):
+        rate(store, "e6", "x")
+    assert [e.id for _, e in store.events_after(0, 9)] == ["e1", "e4"]
+
+
+def test_without_a_key_only_the_last_word_can_be_repeated(store: Store) -> None:
+    converse(store, "c", "d")
+
+    def say(about: str, kind: Any, value: Any, **options: Any) -> bool:
+        said = f"{kind} {value} {options}"
+        name = f"e{store.counts()['events']}"
+        feedback = event(name, about, kind, value, idempotency_key="", **options)
+        return not store.add_feedback(feedback, body_hash=said).duplicate
+
+    assert say("c", "thumb", 1) and not say("c", "thumb", 1)
+    assert say("c", "comment", "x") and not say("c", "comment", "x")
+    assert not say("c", "thumb", 1)  # a comment says nothing of the thumb
+    assert say("c", "thumb", -1) and say("c", "thumb", 1) and say("d", "thumb", 1)
+    assert (
+        say("c", "span", 1, span=(0, 1)) and say("c", "span", 1, span=(1, 2)) and not say("c", "span", 1, span=(0, 1))
+    )
+    assert say("c", "retract", None) and not say("c", "retract", None) and say("c", "thumb", 1)
+    assert not say("c", "thumb", 1) and say("c", "thumb", 1, source="bob")
+
+
+def test_an_event_waits_until_its_completion_is_written(
+    store: Store, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converse(store, "a")
+    store.begin("b", prompt(), SAMPLING)
+    for name, about in (("e1", "a"), ("e2", "b"), ("e3", "a")):
+        rate(store, name, about)
+    assert [e.id for _, e in store.events_after(0, 9)] == ["e1"]
+    monkeypatch.setattr(module, "HELD_SECONDS", -1.0)  # as if it had been begun long ago
+    assert [e.id for _, e in store.events_after(0, 9)] == ["e1", "e2", "e3"]
+    monkeypatch.undo()
+    store.close()
+    with Store(url) as after:  # the process that was writing it is gone
+        assert after.completion("b").status == "failed"  # type: ignore[union-attr]
+        assert [e.id for _, e in after.events_after(0, 9)] == ["e1", "e2", "e3"]
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def test_every_event_can_be_asked_what_it_did(store: Store) -> None:
+    converse(store, "c")
+    for number in range(1, 6):
+        rate(store, f"e{number}", source=f"s{number % 2}")
+    records = [
+        record(0, {}, 0, parent=-1, times={}),
+        record(1, {"e1": Outcome("used", "", 0.5, -3.0, -2.0), "e2": Outcome("superseded", "a later one")}, 2),
+        record(2, {"e3": Outcome("unused", "comment teaches nothing")}, 3, state="nothing", parent=1),
+        record(3, {"e4": Outcome("unused")}, 4, outcomes={}, state="refused", parent=1),
+        record(4, {"e5": Outcome("used")}, 5, state="pending"),
+    ]
+    for _ in range(2):  # the second time changes nothing
+        store.reconcile(records)
+        told = store.story("e1")
+        assert told is not None
+        assert (told.state, told.version, told.advantage) == ("used", 1, 0.5)
+        assert (told.logprob_before, told.logprob_after) == (-3.0, -2.0)
+        assert told.times == {"received": told.times["received"], "queued": 1, "begun": 2, "stepped": 3, "gated": 4}
+        assert store.counts() == {
+            "completions": 1, "events": 5, "pending": 1, "used": 1, "superseded": 1, "unused": 2,
+            "reasons": {"comment teaches nothing": 1, "its step says nothing of it": 1},
+        }  # fmt: skip
+    assert [s.event.id for s in store.events(state="pending")] == ["e5"]
+    assert [s.event.id for s in store.events(state="unused", source="s1")] == ["e3"]
+
+
+def test_a_version_is_served_with_what_its_ancestors_learned(store: Store) -> None:
+    converse(store, "c")
+    for number in range(1, 5):
+        rate(store, f"e{number}")
+    parents = {1: 0, 2: 1, 3: 2, 4: 2}  # 3 was rolled back before anybody was served it
+    store.reconcile([record(n, {f"e{n}": Outcome("used")}, n, parent=p) for n, p in parents.items()])
+
+    def served() -> list[float | None]:
+        return [store.story(f"e{n}").times.get("served") for n in parents]  # type: ignore[union-attr]
+
+    store.served(9, 1.0)
+    assert served() == [None] * 4
+    store.served(1, 10.0)
+    store.served(4, 20.0)
+    store.served(1, 30.0)
+    assert served() == [10.0, 20.0, None, 20.0]
+
+
+def test_offsets_that_the_learner_has_consumed_are_not_given_again(store: Store) -> None:
+    converse(store, "c")
+    rate(store, "e1")
+    store.reconcile([record(1, {"e1": Outcome("used"), "lost": Outcome("used")}, 7)])  # this is an older copy
+    assert rate(store, "e2") == 8 and rate(store, "e3") == 9
+    assert store.counts()["pending"] == 2
+
+
+# --- one writer, many threads -----------------------------------------------------------------------------------------
+
+
+def test_calls_of_many_threads_share_commits_and_none_spoils_the_others(store: Store) -> None:
+    converse(store, "c")
+    gate, began = threading.Event(), threading.Event()
+
+    def hold(connection: sa.Connection) -> None:
+        began.set()
+        assert gate.wait(20)
+
+    commits: list[int] = []
+    real = store._commit
+    store._commit = lambda group: (commits.append(len(group)), real(group))[1]  # type: ignore[method-assign]
+    holder = threading.Thread(target=store._write, args=(hold,))
+    holder.start()
+    assert began.wait(20)
+    outcomes: dict[int, Any] = {}
+
+    def say(number: int) -> None:
+        try:
+            outcomes[number] = rate(store, f"e{number}", "nothing" if number % 5 == 0 else "c")
+        except UnknownCompletion as error:
+            outcomes[number] = error
+
+    threads = [threading.Thread(target=say, args=(n,)) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    while store._calls.qsize() < 20:
+        threading.Event().wait(0.01)
+    gate.set()
+    for thread in [*threads, holder]:
+        thread.join(20)
+    assert commits == [1, 20]
+    assert sorted(n for n, o in outcomes.items() if isinstance(o, UnknownCompletion)) == [0, 5, 10, 15]
+    assert sorted(o for o in outcomes.values() if isinstance(o, int)) == list(range(1, 17))
+    assert {(offset, e.id) for offset, e in store.events_after(0, 99)} == {
+        (o, f"e{n}") for n, o in outcomes.items() if isinstance(o, int)
+    }
+
+
+def test_one_process_writes_and_others_read(store: Store, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    with pytest.raises(OperantError, match="another process writes"):
+        Store(url)
+    with Store(url, read_only=True) as reader:
+        converse(store, "c")
+        assert reader.completion("c") is not None
+        with pytest.raises(OperantError, match="for reading only"):
+            rate(reader, "e1")
+        with pytest.raises(StoreFault, match="read"), reader._reading() as connection:
+            connection.execute(sa.delete(module.COMPLETIONS))
+    store.ready()
+    store.close()
+    store.close()
+    with pytest.raises(OperantError, match="closed"):
+        store.ready()
+    with pytest.raises(OperantError, match="closed"):
+        store.completion("c")
+    Store(url).close()
+
+
+# --- revisions --------------------------------------------------------------------------------------------------------
+
+
+def tables(url: str) -> sa.Engine:
+    return module._connect(module._address(url), read_only=False)
+
+
+def test_the_migrations_make_the_tables_that_the_store_uses(store: Store, url: str) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    folder = str(Path(module.__file__).parent / "migrations")
+    assert ScriptDirectory(folder, version_locations=[folder]).get_current_head() == REVISION
+    engine = tables(url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, TABLES) == []
+    engine.dispose()
+
+
+def test_a_store_of_revision_1_is_brought_up_to_date_with_its_data(url: str) -> None:
+    engine = tables(url)
+    with engine.begin() as connection:
+        module.upgrade(connection, "0001")
+        assert set(sa.inspect(connection).get_table_names()) == {"prompts", "completions", "events", "alembic_version"}
+        say = connection.exec_driver_sql
+        blob = "X'0100000002000000'" if engine.dialect.name == "sqlite" else "'\\x0100000002000000'"
+        body = {"id": "p", "text": "hi", "messages": None, "references": [], "task": "", "meta": {}}
+        answer = {
+            "text": "ab", "stop_reason": "eos", "truncated": False, "tokenizer_hash": "", "template_hash": "",
+            "meta": {},
+        }  # fmt: skip
+        say(f"INSERT INTO prompts VALUES ({blob}, {blob}, '{json.dumps(body)}')")
+        say(
+            'INSERT INTO completions (id, prompt, status, route, "user", model_version, created, sampling, request, '
+            f"metadata, answer, tokens, text_ends) VALUES ('c', {blob}, 'complete', '\"\"', '\"ann\"', 3, 1.5, 'null', "
+            f"'{{}}', '{{}}', '{json.dumps(answer)}', {blob}, {blob})"
+        )
+        say("INSERT INTO events VALUES (1, 'e1', 'c', 'thumb', '-1', NULL, NULL, 'ann', 'k', 'h', 2.5, 2.75, '{}')")
+    engine.dispose()
+    with pytest.raises(OperantError, match="older operant"):
+        Store(url, read_only=True)
+    with Store(url) as store:
+        found = store.completion("c")
+        assert found is not None and found.completion is not None and found.completion.tokens.tolist() == [1, 2]
+        assert found.user == "ann" and found.prompt.text == "hi"
+        assert store.events_after(0, 9) == [(1, Feedback("e1", "c", "thumb", -1, "ann", "k", 2.5))]
+        assert rate(store, "e2") == 2
+        store.reconcile([record(1, {"e1": Outcome("used")}, 1)])
+        assert store.counts()["used"] == 1
+
+
+def test_a_store_of_a_newer_operant_is_left_alone(url: str) -> None:
+    Store(url).close()
+    engine = tables(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    engine.dispose()
+    for read_only in (False, True):
+        with pytest.raises(OperantError, match="a newer operant; update this one"):
+            Store(url, read_only=read_only)
+
+
+@pytest.mark.parametrize(
+    "name", ["feedback.jsonl", "sqlite://", "sqlite:///:memory:", "mysql://u:secret@h/d", "", "a:b@c"]
+)
+def test_what_is_no_store_is_named_without_its_password(name: str) -> None:
+    with pytest.raises(OperantError, match="is no store; give --store") as caught:
+        Store(name)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_store_that_cannot_be_reached_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "broken.db").write_text("this is no database " * 100)
+    for name, words in (
+        (str(tmp_path / "file" / "live.db"), "cannot be opened"),
+        (str(tmp_path / "broken.db"), "not a database"),
+        (f"postgresql://nobody:secret@/x?host={tmp_path}", "cannot be opened"),
+    ):
+        with pytest.raises(OperantError, match=words) as caught:
+            Store(name)
+        assert "\n" not in str(caught.value) and "secret" not in str(caught.value)
+    with pytest.raises(OperantError, match="is not there"):
+        Store(tmp_path / "none.db", read_only=True)
+    sqlite3.connect(tmp_path / "empty.db").close()
+    with pytest.raises(OperantError, match="holds no store"):
+        Store(tmp_path / "empty.db", read_only=True)
+
+
+def test_the_journal_mode_follows_the_version_of_sqlite(tmp_path: Path) -> None:
+    fixed = [(3, 51, 3), (3, 52, 0), (4, 0, 0), (3, 50, 7), (3, 44, 6)]
+    broken = [(3, 51, 2), (3, 51, 0), (3, 50, 6), (3, 45, 0), (3, 44, 5), (3, 40, 1), (3, 7, 0)]
+    assert {journal_mode(v)[:2] for v in fixed} == {("WAL", "FULL")}
+    assert {journal_mode(v)[:2] for v in broken} == {("DELETE", "EXTRA")}
+    with Store(tmp_path / "live.db") as store, store._reading() as connection:
+        mode, synchronous, _ = journal_mode(sqlite3.sqlite_version_info)
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == mode.lower()
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == {"FULL": 2, "EXTRA": 3}[synchronous]
