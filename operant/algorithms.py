@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,10 +12,11 @@ from operant.config import TrainConfig
 from operant.credit import Baseline
 from operant.types import OperantError
 
-Loss = Literal["reinforce", "ppo_clip", "gspo", "cispo", "topr", "dpo", "ipo", "kto"]
+Loss = Literal["reinforce", "importance", "ppo_clip", "gspo", "cispo", "topr", "dpo", "ipo", "kto"]
 PREFERENCE_LOSSES = ("dpo", "ipo", "kto")
 
 GROUP_BASELINES = ("leave_one_out", "position_leave_one_out", "control_variate", "group_scaled", "group_centred")
+TRUST_REGION_SETTINGS = ("delta", "damping", "cg_steps", "backtracks")
 SUMMING_BASELINES = ("group_scaled", "group_centred")  # one number for all tokens of a completion
 
 
@@ -25,6 +27,7 @@ class Algorithm:
     baseline, dense_baseline: what a reward, and a dense one, is compared with when `--baseline` is auto.
     whiten, clip, lam, shift, dynamic, overlong: what `auto` means for the settings of these names; `overlong` is the
         share of the length limit over which the penalty grows.
+    rule: what takes the step: Adam, or the natural gradient within a trust region.
     ratio: the loss has a ratio to the policy that the batch began with, so several passes over a batch are allowed.
     pairs, reference: it learns from chosen and rejected completions, against a frozen policy.
     honours_dense: token rewards reach the tokens they belong to. honours_gamma: γ changes the returns.
@@ -43,6 +46,7 @@ class Algorithm:
     shift: float = 0.0
     dynamic: bool = False
     overlong: float = 0.0
+    rule: Literal["adam", "trust_region"] = "adam"
     ratio: bool = False
     pairs: bool = False
     reference: bool = False
@@ -95,6 +99,10 @@ ALGORITHMS = {
         Algorithm(
             "rloo", "Kool et al. 2019; Ahmadian et al. 2024", "reinforce", "leave_one_out", "control_variate",
             "per_completion",
+        ),
+        Algorithm(
+            "trpo", "Schulman et al. 2015", "importance", "leave_one_out", "control_variate", "per_completion",
+            rule="trust_region",
         ),
         Algorithm(
             "grpo", "Shao et al. 2024", "ppo_clip", "group_scaled", "group_scaled", "per_sequence_mean",
@@ -175,7 +183,7 @@ def table() -> list[dict[str, Any]]:
         {
             "name": a.name, "paper": a.paper, "from": a.learns_from, "loss": a.loss, "baseline": a.baseline,
             "dense_baseline": a.dense_baseline if a.honours_dense else None, "normalisation": a.normalisation,
-            "needs": list(a.needs), "honours": list(a.honours),
+            "rule": a.rule, "needs": list(a.needs), "honours": list(a.honours),
         }
         for a in ALGORITHMS.values()
     ]  # fmt: skip
@@ -219,6 +227,7 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
     _check_critic(config, baseline)
     _check_sampling(config, algorithm, baseline)
     _check_kl(config, baseline)
+    _check_rule(config, algorithm)
 
     def auto(given: Any, own: Any) -> Any:
         return own if given == "auto" else given
@@ -342,6 +351,11 @@ def _check_critic(config: TrainConfig, baseline: Baseline) -> None:
 
 
 def _check_sampling(config: TrainConfig, algorithm: Algorithm, baseline: Baseline) -> None:
+    if (config.epochs > 1 or config.minibatches > 1) and algorithm.rule == "trust_region":
+        raise OperantError(
+            f"{config.algorithm} takes one step a batch, as far as delta lets it go; set --epochs 1 --minibatches 1 "
+            "and a larger --delta, or use --algorithm ppo"
+        )
     if (config.epochs > 1 or config.minibatches > 1) and not algorithm.several_passes:
         raise OperantError(
             f"{config.algorithm} has no importance ratio, so it can learn from a batch once only; "
@@ -374,3 +388,19 @@ def _check_kl(config: TrainConfig, baseline: Baseline) -> None:
         raise OperantError(f"{config.algorithm} would sum the per-token KL reward into one number; use --kl_in loss")
     if config.kl_target > 0 and not config.kl_coef > 0:
         raise OperantError("kl_target adapts kl_coef, which is 0; give where it begins, such as --kl_coef 0.05")
+
+
+def _check_rule(config: TrainConfig, algorithm: Algorithm) -> None:
+    if algorithm.rule == "trust_region":
+        if config.weight_decay > 0:
+            raise OperantError(
+                f"{config.algorithm} has no weight decay, and weight_decay is {config.weight_decay}; "
+                "leave it out, or use --algorithm ppo"
+            )
+        return
+    for field in dataclasses.fields(TrainConfig):
+        if field.name in TRUST_REGION_SETTINGS and getattr(config, field.name) != field.default:
+            raise OperantError(
+                f"{field.name} is {getattr(config, field.name)}, and {config.algorithm} has no trust region; "
+                f"use --algorithm trpo, or leave --{field.name} out"
+            )

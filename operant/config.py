@@ -37,15 +37,15 @@ def to_yaml(config: Any) -> str:
 
 
 _COUNTS = (
-    "accumulate anchor_rows anchor_tokens batch_size batch_tokens dynamic_rounds epochs eval_every group_size "
-    "heldout_rows keep limit max_rows max_sick_steps max_tokens min_sources minibatches n prompts_per_step save_every "
-    "sft_batch_size steps tokens_per_microbatch vocab_size"
+    "accumulate anchor_rows anchor_tokens backtracks batch_size batch_tokens cg_steps dynamic_rounds epochs eval_every "
+    "group_size heldout_rows keep limit max_rows max_sick_steps max_tokens min_sources minibatches n prompts_per_step "
+    "save_every sft_batch_size steps tokens_per_microbatch vocab_size"
 ).split()
 _AMOUNTS = (
-    "anchor_coef clip_high clip_low correction_band correction_cap critic_lr drift_budget entropy_coef eval_prompts "
-    "kl_coef kl_target likelihood_drop log_samples lora_rank lr max_minutes max_prompt_tokens overlong_buffer "
-    "overlong_penalty patience replay_events sft_coef temperature threads top_k vf_clip vf_coef warmup_steps "
-    "weight_decay"
+    "anchor_coef clip_high clip_low correction_band correction_cap critic_lr damping drift_budget entropy_coef "
+    "eval_prompts kl_coef kl_target likelihood_drop log_samples lora_rank lr max_minutes max_prompt_tokens "
+    "overlong_buffer overlong_penalty patience replay_events sft_coef temperature threads top_k vf_clip vf_coef "
+    "warmup_steps weight_decay"
 ).split()
 _SHARES = ("audit_fraction", "baseline_rate", "gamma", "lam", "tolerance", "top_p")
 # what a setting must be, in words, and the test of it
@@ -56,7 +56,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("0 or more and below 1", lambda x: 0 <= x < 1) for name in ("dropout", "label_smoothing")},
     **{
         name: ("more than 0", lambda x: 0 < x < math.inf)
-        for name in ("kl_budget", "max_grad_norm", "minutes", "poll_seconds", "reward_seconds")
+        for name in ("delta", "kl_budget", "max_grad_norm", "minutes", "poll_seconds", "reward_seconds")
     },
     **dict.fromkeys(("baseline_shift", "reward_midpoint"), ("a finite number", math.isfinite)),
     **{
@@ -374,6 +374,11 @@ class TrainConfig(RunConfig, PairFields):
         minibatches: optimizer steps per pass.
         clip_low: the ratio's lower clip range.
         clip_high: the ratio's upper clip range.
+        delta: nats per token that a step of trpo may move the policy; takes the place of lr, its schedule and
+            max_grad_norm.
+        damping: added to the Fisher matrix's diagonal (trpo); more is nearer to the plain gradient's direction.
+        cg_steps: Fisher-vector products a step (trpo).
+        backtracks: lengths that its line search tries, each half of the one before, before it refuses the step.
         whiten: bring the advantages of a step to mean 0 and deviation 1.
         lam: λ of the critic's advantage estimate: 1 trusts returns alone, 0 the critic's next value alone.
         critic: separate gives it a copy of the model as its own trunk, shared a head on the policy's.
@@ -439,6 +444,10 @@ class TrainConfig(RunConfig, PairFields):
     minibatches: int = 1
     clip_low: float | Literal["auto"] = "auto"
     clip_high: float | Literal["auto"] = "auto"
+    delta: float = 0.01
+    damping: float = 0.1
+    cg_steps: int = 10
+    backtracks: int = 10
     whiten: bool | Literal["auto"] = "auto"
     lam: float | Literal["auto"] = "auto"
     critic: Literal["auto", "separate", "shared"] = "auto"

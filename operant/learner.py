@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -43,18 +43,53 @@ class Trainable(Protocol):
 
 @dataclass(slots=True)
 class ClosureResult:
-    """loss: of the whole step. sums: what is logged, over `counted` things. tokens: all action tokens."""
+    """loss: of the whole step. sums: what is logged, over `counted` things. tokens: all action tokens.
+
+    told: what the rule itself reports of the step. refused: the rule weighed finite numbers and kept the old weights,
+    which is its reason for skipping and no sickness.
+    """
 
     loss: float
     sums: dict[str, float]
     tokens: int
     counted: int
+    told: dict[str, float] = field(default_factory=dict)
+    refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoss:
+    """The loss of one optimizer step, Σ weights · loss / denominator over micro-batches that share one denominator."""
+
+    policy: Trainable
+    batches: Sequence[Batch]
+    loss_of: TokenLoss
+
+    def __call__(self, gradient: bool = True) -> ClosureResult:
+        """The loss as the weights are now; its gradient is added to theirs unless `gradient` is False."""
+        total, tokens, counted = 0.0, 0, 0
+        sums: dict[str, float] = {}
+        with torch.set_grad_enabled(gradient):
+            for batch in self.batches:
+                micro = to_device(batch, self.policy.device)
+                token_loss, stats = self.loss_of(self.policy, micro)
+                loss = (token_loss * micro.weights).sum() / micro.denominator
+                if gradient:
+                    loss.backward()
+                total += float(loss.detach())
+                acted = int(micro.action_mask.sum())
+                tokens += acted
+                # supervised pairs beside the completions report nothing
+                counted += int(stats.pop("count", acted)) if stats else 0
+                for name, value in stats.items():
+                    sums[name] = sums.get(name, 0.0) + float(value.detach())
+        return ClosureResult(total, sums, tokens, counted)
 
 
 class UpdateRule(Protocol):
     """How gradients become new weights. `step` returns (gradient norm before clipping, reason for skipping or '')."""
 
-    def step(self, closure: Callable[[], ClosureResult]) -> tuple[ClosureResult, float, str]: ...
+    def step(self, closure: StepLoss) -> tuple[ClosureResult, float, str]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -109,7 +144,7 @@ class Adam:
         for owner, group in zip(self._owners, self.optimizer.param_groups, strict=True):
             group["lr"] = lr if owner == "policy" or critic_lr is None else critic_lr
 
-    def step(self, closure: Callable[[], ClosureResult]) -> tuple[ClosureResult, float, str]:
+    def step(self, closure: StepLoss) -> tuple[ClosureResult, float, str]:
         self.optimizer.zero_grad(set_to_none=True)
         result = closure()
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
@@ -163,36 +198,22 @@ class Learner:
     def step(self, batches: Iterable[Batch], loss_of: TokenLoss) -> StepStats:
         """One optimizer step over micro-batches that share one denominator: Σ weights · loss / denominator.
 
-        A non-finite loss or gradient leaves weights and optimizer as they were and is counted.
+        A non-finite loss or gradient leaves weights and optimizer as they were and is counted; so does a step that the
+        rule refuses.
         """
         begun = time.perf_counter()
         lr = learning_rate(self.steps, self.lr, self.warmup_steps, self.total_steps, self.schedule)
+        coefficients = {}
         if isinstance(self.rule, Adam):
+            coefficients["lr"] = lr
             critic_lr = learning_rate(self.steps, self.critic_lr, self.warmup_steps, self.total_steps, self.schedule)
             self.rule.set_lr(lr, critic_lr)
 
-        def closure() -> ClosureResult:
-            total, tokens, counted = 0.0, 0, 0
-            sums: dict[str, float] = {}
-            for batch in batches:
-                micro = to_device(batch, self.policy.device)
-                token_loss, stats = loss_of(self.policy, micro)
-                loss = (token_loss * micro.weights).sum() / micro.denominator
-                loss.backward()
-                total += float(loss.detach())
-                acted = int(micro.action_mask.sum())
-                tokens += acted
-                # supervised pairs beside the completions report nothing
-                counted += int(stats.pop("count", acted)) if stats else 0
-                for name, value in stats.items():
-                    sums[name] = sums.get(name, 0.0) + float(value.detach())
-            return ClosureResult(total, sums, tokens, counted)
-
-        result, norm, reason = self.rule.step(closure)
+        result, norm, reason = self.rule.step(StepLoss(self.policy, list(batches), loss_of))
         self.steps += 1
         if reason:
             self.skipped += 1
-            self.skipped_in_row += 1
+            self.skipped_in_row += not result.refused
         else:
             self.skipped_in_row = 0
         means = {name: value / max(1, result.counted) for name, value in result.sums.items()}
@@ -207,8 +228,8 @@ class Learner:
             entropy=means.pop("entropy", 0.0),
             tokens=result.tokens,
             seconds=time.perf_counter() - begun,
-            coefficients={"lr": lr},
-            extra=means,
+            coefficients=coefficients,
+            extra=means | result.told,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -36,6 +37,7 @@ from operant.rollouts import Rollouts
 from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
+from operant.trust_region import TrustRegion
 from operant.types import Batch, OperantError, Prompt, StepStats
 
 CRITIC_RATE = 5.0  # a critic begins knowing nothing: its learning rate over the policy's, unless it is given
@@ -128,6 +130,7 @@ class _Loop:
         pairs: list[Pair],
     ) -> None:
         self.run, self.config, self.policy, self.runner, self.pairs = run, config, policy, runner, pairs
+        self.recipe = recipe
         policy.model.eval()  # dropout off: the sampler and the learner must be the same policy
         if config.kl_coef > 0 or dev_prompts:  # the held-out drift is against it too
             policy.freeze_reference()
@@ -137,7 +140,7 @@ class _Loop:
         self.learner = Learner(
             policy, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps * passes, total_steps=config.steps * passes, schedule=config.schedule,
-            critic_lr=config.critic_lr or CRITIC_RATE * config.lr,
+            critic_lr=config.critic_lr or CRITIC_RATE * config.lr, rule=trust_region(policy, config, recipe),
         )  # fmt: skip
         self.state: dict[str, Any] = {"rewards": {}}
         run.attach(policy, self.learner, self.state)
@@ -194,8 +197,10 @@ class _Loop:
         config = self.config
         rows = batch.tokens.shape[0]
         passes = config.epochs * config.minibatches
-        if passes > 1:
-            batch.old_logprobs = logprobs_of(self.policy, batch, config.tokens_per_microbatch)
+        region = self.recipe.algorithm.rule == "trust_region"
+        if passes > 1 or region:
+            with self.policy.full_precision() if region else contextlib.nullcontext():
+                batch.old_logprobs = logprobs_of(self.policy, batch, config.tokens_per_microbatch)
         if not config.sft_coef and not bool(batch.weights.any()):
             # no usable reward: Adam's momentum and weight decay must not move the weights either
             return StepStats(step=self.learner.steps, loss=0.0, grad_norm=0.0)
@@ -269,6 +274,15 @@ class _Loop:
                     metrics[f"train/phi_corr/{i}"] = value
         self.state["rewards"] = self.runner.state_dict()
         return metrics
+
+
+def trust_region(policy: Policy, config: TrainConfig, recipe: Recipe) -> TrustRegion | None:
+    """The update rule of an algorithm that has one of its own; None leaves the learner its Adam."""
+    if recipe.algorithm.rule == "adam":
+        return None
+    return TrustRegion(
+        policy, delta=config.delta, damping=config.damping, cg_steps=config.cg_steps, backtracks=config.backtracks
+    )
 
 
 def merged(taken: Sequence[StepStats]) -> StepStats:

@@ -18,6 +18,14 @@ def reinforce(logprobs: Tensor, advantages: Tensor) -> Tensor:
     return -advantages.detach() * logprobs
 
 
+def importance(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """TRPO's surrogate (Schulman et al. 2015, eq. 14), per token: −ρ_t A_t with ρ_t = π(y_t) / π_old(y_t).
+
+    Where π is π_old its gradient is REINFORCE's; how far it holds is the trust region's matter, not the loss's.
+    """
+    return -(logprobs - old_logprobs.detach()).exp() * advantages.detach()
+
+
 def ppo_clip(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,7 @@ class Policy:
                 f"the tokenizer has {codec.vocab_size} tokens but the model only {vocabulary}; "
                 "load the tokenizer that belongs to this model"
             )
+        self._full_precision = False
         self._attends_in_rows = True  # until a forward pass shows otherwise
         forward = inspect.signature(self._base().forward).parameters
         self._keeps_logits = "logits_to_keep" in forward
@@ -313,8 +314,17 @@ class Policy:
         return self.model.get_base_model() if self.is_lora else self.model
 
     @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Inside, nothing is computed in half precision."""
+        self._full_precision = True
+        try:
+            yield
+        finally:
+            self._full_precision = False
+
+    @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
-        if self.dtype == "bf16":
+        if self.dtype == "bf16" and not self._full_precision:
             with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 yield
         else:
@@ -430,10 +440,7 @@ class Policy:
         "measured" without a gradient, which saves two tensors of the vocabulary's size.
         """
         rows, columns = batch.action_mask.nonzero(as_tuple=True)
-        # only the tokens that act: the rest of a batch costs nothing from the last hidden state on
-        chosen = self._acting_logits(batch, rows, columns)
-        if batch.temperature is not None and bool((batch.temperature != 1.0).any()):
-            chosen = chosen / batch.temperature[batch.segment_ids[rows, columns]].clamp(min=1e-6)[:, None]
+        chosen = self.acting_logits(batch)
         acted = batch.tokens[rows, columns]
         out = torch.zeros(batch.tokens.shape, dtype=chosen.dtype, device=chosen.device)
         if entropy == "differentiable":
@@ -445,7 +452,18 @@ class Policy:
         logprobs = out.index_put((rows, columns), picked)
         return TokenLogprobs(logprobs, None if entropy == "none" else out.index_put((rows, columns), spread))
 
-    def _acting_logits(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+    def acting_logits(self, batch: Batch) -> Tensor:
+        """Logits float32[K, V] that predict the K action tokens, row by row, at their segment's temperature.
+
+        Only the tokens that act: the rest of a batch costs nothing from the last hidden state on.
+        """
+        rows, columns = batch.action_mask.nonzero(as_tuple=True)
+        chosen = self._logits_at(batch, rows, columns)
+        if batch.temperature is not None and bool((batch.temperature != 1.0).any()):
+            chosen = chosen / batch.temperature[batch.segment_ids[rows, columns]].clamp(min=1e-6)[:, None]
+        return chosen
+
+    def _logits_at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits float32[K, V] that predict tokens (rows, columns).
 
         A decoder computes each distinct prompt once and no padding: all tokens stand in one row, and attention alone

@@ -265,8 +265,9 @@ class Run:
         if self._progress is not None:
             self._progress.advance(tokens=stats.tokens, shown=shown, missing=missing)
             if stats.skipped:
+                sick = self.learner.skipped_in_row
                 self._progress.note(
-                    f"step {self.step} skipped: {stats.reason} ({self.learner.skipped_in_row} in a row)"
+                    f"step {self.step} skipped: {stats.reason}" + (f" ({sick} in a row)" if sick else "")
                 )
         if self.learner.skipped_in_row >= self.config.max_sick_steps:
             good = checkpoint.latest(self.folder.checkpoints)

@@ -57,6 +57,8 @@ class Surrogate:
         kind = self.recipe.algorithm.loss
         if kind == "ppo_clip":
             return objectives.ppo_clip(logprobs, old, batch.advantages, low, high)
+        if kind == "importance":
+            return objectives.importance(logprobs, old, batch.advantages), None
         if kind == "gspo":
             return objectives.gspo(logprobs, old, batch.advantages, batch.action_mask, low, high)
         if kind == "cispo":

@@ -20,6 +20,9 @@ OFTEN = {"group_size": 4}
         ({"algorithm": "rloo"}, False, "leave_one_out", "per_completion"),
         ({"algorithm": "rloo"}, True, "control_variate", "per_completion"),
         ({"algorithm": "rloo", "gamma": 0.9}, True, "position_leave_one_out", "per_completion"),
+        ({"algorithm": "trpo"}, False, "leave_one_out", "per_completion"),
+        ({"algorithm": "trpo", "baseline": "running", "group_size": 1}, False, "running", "per_completion"),
+        ({"algorithm": "trpo", "delta": 0.1}, True, "control_variate", "per_completion"),
         ({"algorithm": "grpo"}, False, "group_scaled", "per_sequence_mean"),
         ({"algorithm": "ppo", "epochs": 4}, False, "critic", "per_completion"),
         ({"algorithm": "ppo", "group_size": 1, "gamma": 0.9}, True, "critic", "per_completion"),
@@ -48,7 +51,7 @@ def test_auto_is_what_the_papers_say(options: dict[str, Any], dense: bool, basel
     ("options", "dense", "told"),
     [
         ({"algorithm": "rlo"}, False, "did you mean 'rloo'"),
-        ({"algorithm": "zzz"}, False, "there are: reinforce, rloo, grpo, dr_grpo,"),
+        ({"algorithm": "zzz"}, False, "there are: reinforce, rloo, trpo, grpo, dr_grpo,"),
         ({"baseline": "leave_one"}, False, "did you mean 'leave_one_out'"),
         ({"normalisation": "per_tokens"}, False, "did you mean 'per_token'"),
         ({"group_size": 1}, False, "--group_size 2"),
@@ -93,6 +96,11 @@ def test_auto_is_what_the_papers_say(options: dict[str, Any], dense: bool, basel
         ({"baseline_shift": 0.1, "algorithm": "ppo"}, False, "a critic would undo it"),
         ({"baseline_shift": 0.1, "whiten": True}, False, "--whiten false"),
         ({"kl_in": "reward", "kl_coef": 0.1, "kl_estimator": "k3"}, False, "kl_estimator"),
+        ({"algorithm": "trpo", "epochs": 2}, False, "one step a batch"),
+        ({"algorithm": "trpo", "weight_decay": 0.1}, False, "no weight decay"),
+        ({"algorithm": "trpo", "critic": "shared"}, False, "no critic"),
+        ({"algorithm": "ppo", "delta": 0.02}, False, "use --algorithm trpo, or leave --delta out"),
+        ({"cg_steps": 5}, False, "has no trust region"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(options: dict[str, Any], dense: bool, told: str) -> None:
