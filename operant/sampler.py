@@ -87,6 +87,23 @@ def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(index, last)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """One sampled token: its log-probabilities as in `Completion`, the text that it committed, and the version that
+    drew it.
+
+    alternatives: (token id, log-probability at temperature 1) of the likeliest tokens in its place, best first, as
+    many as were asked for.
+    """
+
+    token: int
+    text: str
+    behavior_logprob: float
+    model_logprob: float
+    version: int
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(slots=True)
 class _Row:
     id: str
@@ -97,6 +114,7 @@ class _Row:
     limit: int
     session: StreamSession | None
     audited: bool
+    alternatives: int
     tokens: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     behavior: list[float] = field(default_factory=list)
@@ -113,6 +131,7 @@ class _Request:
     ids: list[str]
     first: int
     stream: StreamingReward | None
+    alternatives: int = 0
 
 
 class Sampler:
@@ -122,7 +141,7 @@ class Sampler:
     with `meta["would_stop_at"]` and `meta["stop_reward"]` noted, to estimate what early stops lose.
     An audited row is paid what it would have been paid had it ended; the rewards it would have gathered after that are
     summed in `meta["audited_return"]`.
-    on_token: called with (completion id, token id, newly committed text) after each sampled token.
+    on_token: called with (completion id, the token) after each sampled token.
     """
 
     def __init__(
@@ -132,7 +151,7 @@ class Sampler:
         max_rows: int = 128,
         version: int = 0,
         audit_fraction: float = 0.0,
-        on_token: Callable[[str, int, str], None] | None = None,
+        on_token: Callable[[str, TokenInfo], None] | None = None,
     ) -> None:
         self.policy = policy
         self.version = version
@@ -158,8 +177,11 @@ class Sampler:
         stream: StreamingReward | None = None,
         first_sample: int = 0,
         ids: Sequence[str] | None = None,
+        alternatives: int = 0,
     ) -> list[str]:
         """Ask for n completions; their ids. Sample i is keyed `first_sample + i`.
+
+        alternatives: how many of the likeliest tokens `on_token` is told of at each place.
 
         Raises OperantError when the prompt is empty or leaves no room for a token.
         """
@@ -167,7 +189,7 @@ class Sampler:
             raise OperantError(
                 f"prompt {prompt.id!r} is empty, so nothing predicts its first token; give text or a separator"
             )
-        if self._room(prompt, sampling) < 1 or len(prompt.tokens) > self.policy.max_length:
+        if self.room(prompt, sampling) < 1:
             raise OperantError(
                 f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and the model's context "
                 f"{self.policy.max_length}; "
@@ -176,8 +198,14 @@ class Sampler:
         if ids is None:
             ids = [f"{prompt.id}#{self._sequence + i}" for i in range(n)]
             self._sequence += n
-        self._queue.append(_Request(prompt, sampling, list(ids), first_sample, stream))
+        self._queue.append(_Request(prompt, sampling, list(ids), first_sample, stream, alternatives))
         return list(ids)
+
+    def room(self, prompt: Prompt, sampling: Sampling) -> int:
+        """How many tokens a completion of this prompt may have; below 1 when the prompt does not fit."""
+        used = len(prompt.tokens) if self.policy.family == "decoder" else 1
+        fits = len(prompt.tokens) <= self.policy.max_length
+        return min(sampling.max_tokens, self.policy.max_length - used) if fits else 0
 
     def cancel(self, completion_id: str) -> Completion | None:
         """Drop one completion. Returns what was written of it, or None if it had not begun or is unknown."""
@@ -202,6 +230,16 @@ class Sampler:
         self.version = version
         self.policy = policy or self.policy
         self._stale = True
+
+    def absorb(self, other: Sampler) -> None:
+        """Take over all that is under way in `other`: from the next step on it is read again under this one's weights.
+        Call it between steps; the other one is idle after that."""
+        self._queue.extend(other._queue)
+        if other._rows:
+            self._rows += other._rows
+            self._stale = True
+        other._queue.clear()
+        other._rows, other._state = [], None
 
     def sample(
         self,
@@ -253,10 +291,6 @@ class Sampler:
             return []
         return self._draw(torch.cat(logits))
 
-    def _room(self, prompt: Prompt, sampling: Sampling) -> int:
-        used = len(prompt.tokens) if self.policy.family == "decoder" else 1
-        return min(sampling.max_tokens, self.policy.max_length - used)
-
     def _admit(self) -> tuple[DecodeState, Tensor] | None:
         """Prefill each admitted prompt once and share it among its completions."""
         prompts: list[Prompt] = []
@@ -277,9 +311,10 @@ class Sampler:
                         sampling=request.sampling,
                         key=key,
                         text=self.policy.codec.incremental(),
-                        limit=self._room(request.prompt, request.sampling),
+                        limit=self.room(request.prompt, request.sampling),
                         session=session,
                         meta=meta,
+                        alternatives=request.alternatives,
                         audited=uniform(key ^ 0xA0D17, 0) < self.audit_fraction,
                     )
                 )
@@ -324,6 +359,7 @@ class Sampler:
         tokens = draw(behavior, uniforms)
         behavior_list = behavior.gather(1, tokens[:, None])[:, 0].tolist()
         model_list = model.gather(1, tokens[:, None])[:, 0].tolist() if not plain else behavior_list
+        likeliest = self._likeliest(model)
         self.decoded_tokens += len(rows)
         finished: list[Completion] = []
         kept: list[int] = []
@@ -335,7 +371,8 @@ class Sampler:
             row.model.append(model_list[i])
             row.versions.append(self.version)
             if self.on_token:
-                self.on_token(row.id, token, piece)
+                told = likeliest[i] if likeliest else ()
+                self.on_token(row.id, TokenInfo(token, piece, row.behavior[-1], row.model[-1], self.version, told))
             reason = self._stop_reason(row, token, piece)
             if reason is None:
                 kept.append(i)
@@ -344,6 +381,17 @@ class Sampler:
         if len(kept) < len(rows):
             self._keep(kept)
         return finished
+
+    def _likeliest(self, model: Tensor) -> list[tuple[tuple[int, float], ...]]:
+        """For each row as many (token, log-prob) of `model`, float32[B, V], as it asked for; [] when none did."""
+        most = max(row.alternatives for row in self._rows)
+        if not most or self.on_token is None:
+            return []
+        values, tokens = model.topk(min(most, model.shape[-1]), -1)
+        return [
+            tuple(zip(ids[: row.alternatives], logprobs[: row.alternatives], strict=True))
+            for row, ids, logprobs in zip(self._rows, tokens.tolist(), values.tolist(), strict=True)
+        ]
 
     def _stop_reason(self, row: _Row, token: int, piece: str) -> StopReason | None:
         stopped = False
@@ -389,11 +437,12 @@ class Sampler:
 
     @torch.inference_mode()  # the cache was made in it
     def _keep(self, index: list[int]) -> None:
-        assert self._state is not None
-        order = self._state.keep(index) if index else []
-        self._rows = [self._rows[i] for i in order]
-        if not index:
+        if index and not self._stale:
+            assert self._state is not None
+            index = self._state.keep(index)
+        else:  # no row is left, or the next step reads them all again
             self._state = None
+        self._rows = [self._rows[i] for i in index]
 
     def _finish(self, row: _Row, reason: StopReason) -> Completion:
         text, ends, reach = row.text.text, np.array(row.ends, np.int64), np.array(row.text.reach, np.int64)

@@ -316,7 +316,7 @@ def test_audited_rows_run_on_past_the_stop(make_policy: Callable[..., Policy]) -
 def test_every_token_is_told_as_it_is_sampled(make_policy: Callable[..., Policy]) -> None:
     heard: dict[str, list[tuple[int, str]]] = {}
     sampler = Sampler(
-        make_policy("gpt2"), on_token=lambda i, token, text: heard.setdefault(i, []).append((token, text))
+        make_policy("gpt2"), on_token=lambda i, drawn: heard.setdefault(i, []).append((drawn.token, drawn.text))
     )
     for c in flat(sampler.sample(PROMPTS, FREE)):
         assert [token for token, _ in heard[c.id]] == c.tokens.tolist()
