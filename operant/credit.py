@@ -206,6 +206,44 @@ def overlong_penalty(lengths: Tensor, limit: int, buffer: int) -> Tensor:
     return ((limit - buffer - lengths).double() / buffer).clamp(-1.0, 0.0)
 
 
+def running_baseline(sums: Sequence[float], counts: Sequence[float]) -> Tensor:
+    """The mean return-to-go of earlier steps at each position, float64[W]; see `updated_running`.
+
+    A position that nobody has reached takes the number of the one before it, and 0 stands where nothing is known. It
+    depends on earlier steps only, so the gradient stays unbiased. A dense reward needs a number for each position:
+    what is left to be paid shrinks as a text goes on, and one number for all would punish its end for that.
+    """
+    out: list[float] = []
+    for total, count in zip(sums, counts, strict=True):
+        out.append(total / count if count > 0 else out[-1] if out else 0.0)
+    return torch.tensor(out or [0.0], dtype=torch.float64)
+
+
+def updated_running(
+    sums: Sequence[float], counts: Sequence[float], returns: Tensor, inside: Tensor, decay: float
+) -> tuple[list[float], list[float]]:
+    """Sums and counts of the returns-to-go by position, earlier ones weighing `decay` of what they did.
+
+    returns: float[N, T], inside: bool[N, T], the tokens whose return is known. To be called after `running_baseline`.
+    """
+    width = max(len(sums), returns.shape[1])
+    new = []
+    for earlier, now in ((sums, torch.where(inside, returns, 0.0).sum(0)), (counts, inside.sum(0))):
+        old = [*earlier, *[0.0] * (width - len(earlier))]
+        new.append([decay * a + b for a, b in zip(old, [*now.tolist(), *[0.0] * (width - now.shape[0])], strict=True)])
+    return new[0], new[1]
+
+
+def held(values: Tensor, width: int) -> Tensor:
+    """The last axis cut to `width`, or filled up to it with its last number."""
+    short = width - values.shape[-1]
+    return (
+        values[..., :width]
+        if short <= 0
+        else torch.cat([values, values[..., -1:].expand(*values.shape[:-1], short)], -1)
+    )
+
+
 def route_baselines(table: Mapping[str, float], routes: Sequence[str], midpoint: float) -> Tensor:
     """The persistent baseline of each row's route, `midpoint` for one that was never updated: float64[N].
 
@@ -241,7 +279,7 @@ def advantages(
     *,
     baseline: Baseline,
     gamma: float = 1.0,
-    running: float = 0.0,
+    running: Tensor | None = None,
     beta: float | Tensor = 1.0,
     given: Tensor | None = None,
     shift: float = 0.0,
@@ -252,12 +290,16 @@ def advantages(
     valid: bool[N]; or bool[N, T] (`known_returns`), which baselines outside `PER_POSITION` read row by row: a row with
     one unknown return is not valid, and `usable` is bool[N].
 
-    none: A = G_t. running: A = G_t − b with b from earlier steps only (unbiased). batch: the mean over the other
+    none: A = G_t. running: A = G_t − b_t with `running` float[W], the mean return-to-go of earlier steps at each
+    position (`running_baseline`, unbiased); positions beyond W take its last number, and None is no earlier step.
+    batch: the mean over the other
     prompts' completions in the batch (unbiased: a row's own group is left out, unless it is the only group).
     leave_one_out: the group's fellows' sequence returns. position_leave_one_out: their returns-to-go at the same
     position. control_variate: see `control_variate` (γ = 1). group_scaled, group_centred: see `group_centred`, with and
-    without the deviation, one number for all tokens of a row. greedy, route: `given` float[N], the reward of the
-    prompt's greedy completion (ReMax, Li et al. 2023) or `route_baselines`; a row whose number is NaN is not usable.
+    without the deviation, one number for all tokens of a row. greedy: `given`
+    float[N, W], the return-to-go of the prompt's greedy completion at the same position (ReMax, Li et al. 2023, whose
+    one number per prompt it is when the reward stands at the end), held at its last number beyond its end. route:
+    `given` float[N] of `route_baselines`. A row whose number is NaN is not usable.
     The critic's advantages are `gae`'s. `shift` lowers the baseline: off policy the update must push good completions
     up more than it pushes bad ones down (Arnal et al. 2025, δV = −shift); on policy any shift has the same mean.
     `discount_state` weighs token t with γ^t, the exact gradient; without it the usual, biased one (Thomas 2014).
@@ -271,7 +313,7 @@ def advantages(
     if baseline == "none":
         out = returns
     elif baseline == "running":
-        out = returns - running
+        out = returns if running is None else returns - held(running.to(returns.dtype), returns.shape[1])
     elif baseline == "batch":
         weight = valid.to(returns.dtype)
         own_sum, _ = group_sums(totals * weight, groups)
@@ -284,9 +326,10 @@ def advantages(
             out = returns - (totals - centred)[:, None]
     elif baseline in ("greedy", "route"):
         assert given is not None
-        known = given.isfinite()
-        usable = valid & (known[:, None] if valid.dim() == 2 else known)
-        out = returns - torch.where(known, given.to(returns.dtype), 0.0)[:, None]
+        given = held(given.to(returns.dtype).reshape(len(returns), -1), returns.shape[1])
+        known = given.isfinite().all(1, keepdim=True)
+        usable = valid & (known if valid.dim() == 2 else known[:, 0])
+        out = returns - torch.where(known, given, 0.0)
     elif baseline in ("group_scaled", "group_centred"):
         out = group_centred(totals, groups, valid, scale=baseline == "group_scaled")[:, None].expand_as(returns)
         usable = valid & (group_sums(valid.to(returns.dtype), groups)[0] >= 2)

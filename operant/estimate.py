@@ -16,12 +16,15 @@ from operant.learner import logprobs_of, whole_batch
 from operant.policy import Policy
 from operant.types import Batch, OperantError, Trajectory
 
+RUNNING_DECAY = 0.9  # of what earlier steps weigh in the running baseline
+
 
 @dataclass(slots=True)
 class Rollout:
     """A step's rewarded completions: those to learn from, and all that were seen on the way.
 
-    greedy: float64[N], the reward of each row's prompt's greedy completion, NaN where it is missing; None when nobody
+    greedy: float64[N, W], the returns-to-go of each row's prompt's greedy completion, held at the last one beyond its
+    end, NaN where the reward is missing; None when nobody
     asked. rounds: of sampling that it took.
     """
 
@@ -39,7 +42,7 @@ class Estimator:
 
     def __init__(self, policy: Policy, config: TrainConfig, recipe: Recipe, state: dict[str, Any]) -> None:
         self.policy, self.config, self.recipe, self.state = policy, config, recipe, state
-        begun = {"running": 0.0, "running_weight": 0.0, "routes": {}, "kl_coef": config.kl_coef}
+        begun = {"running": [], "running_weight": [], "routes": {}, "kl_coef": config.kl_coef}
         for name, begin in begun.items():
             state.setdefault(name, begin)
 
@@ -67,6 +70,12 @@ class Estimator:
         if recipe.whiten:
             advantages = credit.whiten(advantages, taught)
         self.remember(trajectories, (rewards * mask).sum(1), whole)
+        if recipe.baseline == "running":
+            known = mask & (usable if usable.dim() == 2 else usable[:, None])
+            sums = self.state["running"], self.state["running_weight"]
+            self.state["running"], self.state["running_weight"] = credit.updated_running(
+                *sums, returns, known, RUNNING_DECAY
+            )
         batch.advantages = place(batch, advantages, trajectories)
         batch.returns = place(batch, returns, trajectories)
         # missing rewards teach nothing; the denominator stays fixed
@@ -129,9 +138,10 @@ class Estimator:
                 self.state["routes"], self.routes(rollout.trajectories), self.config.reward_midpoint
             )
             metrics["train/route_baseline"] = float(given.mean())
+        running = credit.running_baseline(self.state["running"], self.state["running_weight"])
         return credit.advantages(
             rewards, mask, batch.group_ids, valid, baseline=self.recipe.baseline, gamma=self.config.gamma,
-            running=self.state["running"], beta=beta, given=given, shift=self.recipe.shift,
+            running=running, beta=beta, given=given, shift=self.recipe.shift,
             discount_state=self.config.discount_state,
         )  # fmt: skip
 
@@ -196,11 +206,6 @@ class Estimator:
 
     def remember(self, trajectories: list[Trajectory], totals: Tensor, valid: Tensor) -> None:
         """Exponential means, which this step has already read."""
-        if bool(valid.any()):
-            weight = 0.9 * self.state["running_weight"]
-            mean = float(totals[valid].mean())
-            self.state["running"] = (weight * self.state["running"] + 0.1 * mean) / (weight + 0.1)
-            self.state["running_weight"] = weight + 0.1
         if self.recipe.baseline == "route":
             self.state["routes"] = credit.updated_routes(
                 self.state["routes"], self.routes(trajectories), totals, valid,

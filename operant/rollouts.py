@@ -67,13 +67,18 @@ class Rollouts:
         return self.runner.run([(p, c) for p, group in zip(chosen, groups, strict=True) for c in group])
 
     def greedy(self, trajectories: list[Trajectory]) -> Tensor:
-        """Reward of each row's prompt's greedy completion, which is not learned from: float64[N], NaN if missing."""
+        """Returns-to-go of each row's prompt's greedy completion, which is not learned from: see `Rollout.greedy`."""
         prompts = list({t.prompt.id: t.prompt for t in trajectories}.values())
         sampling = dataclasses.replace(self.sampling(0), temperature=0.0)
         answers = self.sampler.sample(prompts, sampling, stream=self.stream)
         rewarded = self.runner.run([(p, a[0]) for p, a in zip(prompts, answers, strict=True)], update=False)
-        total = {t.prompt.id: float(t.rewards.sum()) if t.observed.all() else math.nan for t in rewarded}
-        return torch.tensor([total[t.prompt.id] for t in trajectories], dtype=torch.float64)
+        rewards, mask, whole = completion_axes(rewarded)
+        returns = credit.returns_to_go(torch.where(whole[:, None], rewards, math.nan), mask, self.config.gamma)
+        own = {
+            t.prompt.id: credit.held(row[: len(t.completion.tokens)], mask.shape[1])
+            for t, row in zip(rewarded, returns, strict=True)
+        }
+        return torch.stack([own[t.prompt.id] for t in trajectories])
 
     def sampling(self, seed: int) -> Sampling:
         return Sampling(

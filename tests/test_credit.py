@@ -113,14 +113,14 @@ def test_a_missing_reward_teaches_nothing_and_reaches_no_other_row(baseline: cre
     broken[1] = math.nan
     given = torch.tensor([0.1, 0.1, 0.1, 0.4, 0.4], dtype=torch.float64)
     out, returns, usable = credit.advantages(
-        broken, mask, groups, valid, baseline=baseline, running=0.3, beta=0.7, given=given
+        broken, mask, groups, valid, baseline=baseline, running=torch.tensor([0.3, 0.2]), beta=0.7, given=given
     )
     assert torch.isfinite(out).all() and torch.isfinite(returns[valid]).all()
     assert out[1].tolist() == [0, 0] and usable.tolist() == valid.tolist()
     keep = valid.nonzero()[:, 0]
     without, _, _ = credit.advantages(
-        rewards[keep], mask[keep], groups[keep], valid[keep], baseline=baseline, running=0.3, beta=0.7,
-        given=given[keep],
+        rewards[keep], mask[keep], groups[keep], valid[keep], baseline=baseline, running=torch.tensor([0.3, 0.2]),
+        beta=0.7, given=given[keep],
     )  # fmt: skip
     assert torch.allclose(out[keep], without, atol=1e-12)
 
@@ -151,7 +151,9 @@ def test_a_row_with_one_missing_reward_keeps_its_later_tokens_where_the_baseline
     groups, observed = torch.zeros(3, dtype=torch.long), ~rewards.isnan()
     valid = credit.known_returns(observed, mask)
     given = torch.full((3,), 0.5)
-    out, _, usable = credit.advantages(rewards, mask, groups, valid, baseline=baseline, running=0.5, given=given)
+    out, _, usable = credit.advantages(
+        rewards, mask, groups, valid, baseline=baseline, running=torch.tensor([0.5]), given=given
+    )
     assert torch.isfinite(out).all()
     if baseline == "position_leave_one_out":  # returns: [7 6 4], [? 8 3], [7 0 0]
         assert usable.int().tolist() == [[1, 1, 1], [0, 1, 1], [1, 1, 1]]
@@ -170,17 +172,40 @@ def test_padding_changes_nothing(baseline: credit.Baseline) -> None:
     rewards, mask = rows([1.0, 2.0], [4.0], [0.5, 0.25], [3.0])
     groups, valid = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
     options = {"baseline": baseline, "beta": 0.6, "given": torch.tensor([0.5, 0.5, 0.25, 0.25])}
+    options["running"] = torch.tensor([0.4, 0.1])
     narrow, _, _ = credit.advantages(rewards, mask, groups, valid, **options)
     pad = torch.nn.functional.pad
     wide, _, _ = credit.advantages(pad(rewards, (0, 3)), pad(mask, (0, 3)), groups, valid, **options)
     assert torch.equal(wide[:, :2], narrow) and not wide[:, 2:].any()
 
 
-def test_the_running_baseline_is_taken_off_every_return() -> None:
-    rewards, mask = rows([1.0, 2.0], [4.0])
+def test_the_running_baseline_is_taken_off_every_return_at_its_position() -> None:
+    rewards, mask = rows([1.0, 2.0, 1.0], [4.0])
     groups, valid = torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool)
-    out, returns, _ = credit.advantages(rewards, mask, groups, valid, baseline="running", running=0.5)
-    assert out.tolist() == [[2.5, 1.5], [3.5, 0]] and returns.tolist() == [[3, 2], [4, 0]]
+    running = torch.tensor([0.5, 0.25])
+    out, returns, _ = credit.advantages(rewards, mask, groups, valid, baseline="running", running=running)
+    assert out.tolist() == [[3.5, 2.75, 0.75], [3.5, 0, 0]] and returns.tolist() == [[4, 3, 1], [4, 0, 0]]
+
+
+def test_the_running_mean_is_kept_by_position_and_reads_earlier_steps_only() -> None:
+    assert credit.running_baseline([], []).tolist() == [0.0]
+    returns = torch.tensor([[4.0, 3.0, 9.0], [2.0, 0.0, 0.0]])
+    inside = torch.tensor([[True, True, False], [True, False, False]])
+    sums, counts = credit.updated_running([], [], returns, inside, 0.5)
+    assert (sums, counts) == ([6.0, 3.0, 0.0], [2.0, 1.0, 0.0])
+    assert credit.running_baseline(sums, counts).tolist() == [3.0, 3.0, 3.0]  # nobody came to the third
+    sums, counts = credit.updated_running(sums, counts, torch.tensor([[1.0]]), torch.tensor([[True]]), 0.5)
+    assert (sums, counts) == ([4.0, 1.5, 0.0], [2.0, 0.5, 0.0])
+    assert credit.running_baseline(sums, counts).tolist() == [2.0, 3.0, 3.0]
+
+
+def test_a_greedy_fellow_is_taken_off_at_its_position_and_held_beyond_its_end() -> None:
+    rewards, mask = rows([1.0, 2.0, 1.0], [0.0, 4.0])
+    given = torch.tensor([[3.0, 2.0], [1.0, 1.0]])  # a dense and a terminal one
+    out, _, _ = credit.advantages(
+        rewards, mask, torch.arange(2), torch.ones(2, dtype=torch.bool), baseline="greedy", given=given
+    )
+    assert out.tolist() == [[4 - 3, 3 - 2, 1 - 2], [4 - 1, 4 - 1, 0]]
 
 
 def test_a_given_baseline_is_taken_off_and_a_missing_one_leaves_its_row_out() -> None:
@@ -194,7 +219,9 @@ def test_a_given_baseline_is_taken_off_and_a_missing_one_leaves_its_row_out() ->
 def test_a_shift_lowers_the_baseline_of_taught_tokens_only() -> None:
     rewards, mask = rows([1.0, 2.0], [4.0])
     valid = torch.tensor([True, False])
-    out, _, _ = credit.advantages(rewards, mask, torch.arange(2), valid, baseline="running", running=0.5, shift=0.1)
+    out, _, _ = credit.advantages(
+        rewards, mask, torch.arange(2), valid, baseline="running", running=torch.tensor([0.5]), shift=0.1
+    )
     assert out.flatten().tolist() == pytest.approx([2.6, 1.6, 0, 0])
 
 

@@ -155,7 +155,7 @@ def test_with_discounted_states_the_mean_is_the_exact_gradient(
     def advantages(rows: Tensor, groups: Tensor) -> Tensor:
         return credit.advantages(
             rewards[rows], world.mask[rows], groups, everyone(rows),
-            baseline=baseline, gamma=gamma, running=0.37, discount_state=True,
+            baseline=baseline, gamma=gamma, running=torch.tensor([0.37, 0.21]), discount_state=True,
         )[0]  # fmt: skip
 
     assert close(of_groups(world, advantages), world.exact(rewards, gamma))
@@ -165,7 +165,13 @@ def test_with_discounted_states_the_mean_is_the_exact_gradient(
 def test_without_discounted_states_the_bias_is_the_documented_one(world: World, baseline: credit.Baseline) -> None:
     def advantages(rows: Tensor, groups: Tensor) -> Tensor:
         return credit.advantages(
-            world.rewards[rows], world.mask[rows], groups, everyone(rows), baseline=baseline, gamma=0.7, running=0.37
+            world.rewards[rows],
+            world.mask[rows],
+            groups,
+            everyone(rows),
+            baseline=baseline,
+            gamma=0.7,
+            running=torch.tensor([0.37, 0.21]),
         )[0]
 
     mean = of_groups(world, advantages)
@@ -188,8 +194,8 @@ def test_where_early_rewards_are_missing_later_positions_keep_their_exact_mean(
         rewards = torch.where(observed, world.rewards[rows], 0.0 if read_as_zero else torch.nan)
         valid = everyone(rows) if read_as_zero else credit.known_returns(observed, mask, gamma)
         return credit.advantages(
-            rewards, mask, groups, valid, baseline=baseline, gamma=gamma, running=0.37, discount_state=True,
-            given=torch.full((len(rows),), 0.37, dtype=torch.float64),
+            rewards, mask, groups, valid, baseline=baseline, gamma=gamma, running=torch.tensor([0.37, 0.21]),
+            discount_state=True, given=torch.full((len(rows),), 0.37, dtype=torch.float64),
         )[0]  # fmt: skip
 
     share = torch.tensor([2 / 3 if len(p) < 2 else 1.0 for p in prefixes(3)], dtype=torch.float64)[:, None]
