@@ -16,17 +16,10 @@ import pytest
 import sqlalchemy as sa
 from postgres import binaries, server
 
+from operant.live import database, migrations, tables
 from operant.live import store as module
-from operant.live.store import (
-    REVISION,
-    TABLES,
-    Conflict,
-    Store,
-    StoredCompletion,
-    StoreFault,
-    UnknownCompletion,
-    journal_mode,
-)
+from operant.live.database import address, connect, journal_mode
+from operant.live.store import Conflict, Store, StoredCompletion, StoreFault, UnknownCompletion
 from operant.live.versions import Outcome, StepRecord
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
@@ -165,8 +158,8 @@ def test_a_prompt_is_kept_once_and_others_of_the_same_id_apart(store: Store) -> 
     store.begin("c", prompt(task="other"), SAMPLING)
     tasks = [store.completion(name).prompt.task for name in "abc"]  # type: ignore[union-attr]
     assert tasks == ["", "", "other"]
-    with store._reading() as connection:
-        assert connection.scalar(sa.select(sa.func.count()).select_from(module.PROMPTS)) == 2
+    with store.database.reading() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(tables.PROMPTS)) == 2
 
 
 def test_what_was_not_begun_or_is_written_already_is_refused(store: Store) -> None:
@@ -215,8 +208,8 @@ def test_deleting_leaves_the_facts_without_the_words(store: Store) -> None:
     with pytest.raises(UnknownCompletion):
         store.set_metadata("c", {})
     store.delete("d")
-    with store._reading() as connection:
-        assert connection.scalar(sa.select(sa.func.count()).select_from(module.PROMPTS)) == 0
+    with store.database.reading() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(tables.PROMPTS)) == 0
 
 
 # --- feedback ---------------------------------------------------------------------------------------------------------
@@ -359,9 +352,9 @@ def test_calls_of_many_threads_share_commits_and_none_spoils_the_others(store: S
         assert gate.wait(20)
 
     commits: list[int] = []
-    real = store._commit
-    store._commit = lambda group: (commits.append(len(group)), real(group))[1]  # type: ignore[method-assign]
-    holder = threading.Thread(target=store._write, args=(hold,))
+    real = store.database._commit
+    store.database._commit = lambda group: (commits.append(len(group)), real(group))[1]  # type: ignore[method-assign]
+    holder = threading.Thread(target=store.database.write, args=(hold,))
     holder.start()
     assert began.wait(20)
     outcomes: dict[int, Any] = {}
@@ -375,7 +368,7 @@ def test_calls_of_many_threads_share_commits_and_none_spoils_the_others(store: S
     threads = [threading.Thread(target=say, args=(n,)) for n in range(20)]
     for thread in threads:
         thread.start()
-    while store._calls.qsize() < 20:
+    while store.database._calls.qsize() < 20:
         threading.Event().wait(0.01)
     gate.set()
     for thread in [*threads, holder]:
@@ -389,7 +382,7 @@ def test_calls_of_many_threads_share_commits_and_none_spoils_the_others(store: S
 
 
 def test_one_process_writes_and_others_read(store: Store, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(database, "LOCK_SECONDS", 0.1)
     with pytest.raises(OperantError, match="another process writes"):
         Store(url)
     with Store(url, read_only=True) as reader:
@@ -397,8 +390,8 @@ def test_one_process_writes_and_others_read(store: Store, url: str, monkeypatch:
         assert reader.completion("c") is not None
         with pytest.raises(OperantError, match="for reading only"):
             rate(reader, "e1")
-        with pytest.raises(StoreFault, match="read"), reader._reading() as connection:
-            connection.execute(sa.delete(module.COMPLETIONS))
+        with pytest.raises(StoreFault, match="read"), reader.database.reading() as connection:
+            connection.execute(sa.delete(tables.COMPLETIONS))
     store.ready()
     store.close()
     store.close()
@@ -412,8 +405,8 @@ def test_one_process_writes_and_others_read(store: Store, url: str, monkeypatch:
 # --- revisions --------------------------------------------------------------------------------------------------------
 
 
-def tables(url: str) -> sa.Engine:
-    return module._connect(module._address(url), read_only=False)
+def engine_of(url: str) -> sa.Engine:
+    return connect(address(url), read_only=False)
 
 
 def test_the_migrations_make_the_tables_that_the_store_uses(store: Store, url: str) -> None:
@@ -421,19 +414,19 @@ def test_the_migrations_make_the_tables_that_the_store_uses(store: Store, url: s
     from alembic.migration import MigrationContext
     from alembic.script import ScriptDirectory
 
-    folder = str(Path(module.__file__).parent / "migrations")
-    assert ScriptDirectory(folder, version_locations=[folder]).get_current_head() == REVISION
-    engine = tables(url)
+    folder = str(Path(migrations.__file__).parent)
+    assert ScriptDirectory(folder, version_locations=[folder]).get_current_head() == tables.REVISION
+    engine = engine_of(url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, TABLES) == []
+        assert compare_metadata(context, tables.TABLES) == []
     engine.dispose()
 
 
 def test_a_store_of_revision_1_is_brought_up_to_date_with_its_data(url: str) -> None:
-    engine = tables(url)
+    engine = engine_of(url)
     with engine.begin() as connection:
-        module.upgrade(connection, "0001")
+        migrations.upgrade(connection, "0001")
         assert set(sa.inspect(connection).get_table_names()) == {"prompts", "completions", "events", "alembic_version"}
         say = connection.exec_driver_sql
         blob = "X'0100000002000000'" if engine.dialect.name == "sqlite" else "'\\x0100000002000000'"
@@ -464,7 +457,7 @@ def test_a_store_of_revision_1_is_brought_up_to_date_with_its_data(url: str) -> 
 
 def test_a_store_of_a_newer_operant_is_left_alone(url: str) -> None:
     Store(url).close()
-    engine = tables(url)
+    engine = engine_of(url)
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
     engine.dispose()
@@ -505,7 +498,7 @@ def test_the_journal_mode_follows_the_version_of_sqlite(tmp_path: Path) -> None:
     broken = [(3, 51, 2), (3, 51, 0), (3, 50, 6), (3, 45, 0), (3, 44, 5), (3, 40, 1), (3, 7, 0)]
     assert {journal_mode(v)[:2] for v in fixed} == {("WAL", "FULL")}
     assert {journal_mode(v)[:2] for v in broken} == {("DELETE", "EXTRA")}
-    with Store(tmp_path / "live.db") as store, store._reading() as connection:
+    with Store(tmp_path / "live.db") as store, store.database.reading() as connection:
         mode, synchronous, _ = journal_mode(sqlite3.sqlite_version_info)
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == mode.lower()
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == {"FULL": 2, "EXTRA": 3}[synchronous]
