@@ -746,7 +746,8 @@ class WorkerConfig(LiveConfig):
 
     Args:
         root: the folder of the versions.
-        store: where completions and feedback are read from: a file of JSON Lines as operant.replay writes it.
+        store: where completions and feedback are read from: FILE.db, a database URL, or a file of JSON Lines as
+            operant.replay writes it.
         model: the first version, a folder or hub id; only to begin a new root.
         anchors: rows with prompts, on whose answers every step is measured; empty samples from the bare model. Only to
             begin a new root.

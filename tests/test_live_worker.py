@@ -20,8 +20,9 @@ from program import Program
 
 from operant import checkpoint
 from operant.config import WorkerConfig
+from operant.live.store import Store
 from operant.live.versions import Versions
-from operant.live.worker import FeedbackLog, Learning, Worker, main, replayed
+from operant.live.worker import FeedbackLog, Learning, Worker, main, open_store, replayed
 from operant.policy import Policy
 from operant.replay import line_of
 from operant.types import OperantError
@@ -374,8 +375,39 @@ def test_a_growing_file_is_read_as_far_as_it_is_written(make_policy: Make, tmp_p
         file.write("nonsense\n")
     with pytest.raises(OperantError, match=r"line \d+ of .*log.jsonl is no prompt"):
         log.events_after(0, 5)
-    with pytest.raises(OperantError, match=r"--store FILE.jsonl"):
-        FeedbackLog(tmp_path / "db.sqlite")
+    with pytest.raises(OperantError, match=r"--store FILE.db"):
+        open_store(str(tmp_path / "log.txt"))
+
+
+def test_it_learns_from_a_database_that_another_process_writes(
+    make_loop: Callable[..., Loop], tmp_path: Path
+) -> None:
+    loop = make_loop()
+    path = str(tmp_path / "live.db")
+    with pytest.raises(OperantError, match="is not there"):
+        open_store(path)
+    with Store(path) as written:
+        for name, found in loop.store.interactions.items():
+            assert found.completion is not None
+            written.begin(name, found.prompt, found.completion.sampling)
+            written.complete(found.completion)
+        read = open_store(path)
+        loop.worker.source = read
+        for kind, value in (("thumb", 1), ("edit", "the cat"), ("comment", "hm")):
+            written.add_feedback(loop.store.add("c1", kind, value), body_hash="")
+        assert loop.worker.once() and not loop.worker.once()
+        # what it learned is what it learns from the same events in memory
+        again = replayed(loop.versions, 1, loop.store, loop.worker.config)
+        assert same(again, loop.worker.current().policy) and not same(again, as_saved(loop, 0).policy)
+        assert written.counts()["pending"] == 3
+        written.reconcile(loop.versions.records())
+        told = [(s.state, s.version, s.reason) for s in written.events()]
+        assert told == [("used", 1, ""), ("used", 1, ""), ("unused", 1, "comment teaches nothing")]
+        first = written.story("e1")
+        assert first is not None and first.logprob_before is not None and first.logprob_after is not None
+        assert first.logprob_after > first.logprob_before and list(first.times)[0] == "received"
+        assert isinstance(read, Store)
+        read.close()
 
 
 # --- the process and the program --------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The learner as a process of its own, so that the server answers while it learns and serves on when it dies.
 
-    python -m operant.live.worker --root runs/live --store feedback.jsonl --model runs/train/model
+    python -m operant.live.worker --root runs/live --store feedback.db --model runs/train/model
 
 It tells what it does in lines of JSON on standard output: {"version": 3, …} when a version serves, {"step": 4, "state":
 "nothing" | "refused", …} when a step published nothing, {"rolled_back": 5, "version": 2, …} by the slow gate, and
@@ -77,8 +77,6 @@ class FeedbackLog:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if self.path.suffix != ".jsonl":
-            raise OperantError(f"{path} is no file of JSON Lines; give --store FILE.jsonl")
         self._replay = Replay()
         self._events: list[tuple[int, Feedback]] = []
         self._read = self._lines = 0
@@ -489,9 +487,14 @@ def _why(taught: Taught) -> str:
 
 
 def open_store(name: str) -> EventSource:
+    """A database (see `store.Store`), or a file of JSON Lines."""
     if not name:
-        raise OperantError("--store is missing; give the file of JSON Lines that feedback is written to")
-    return FeedbackLog(name)
+        raise OperantError("--store is missing; give the database, or the file of JSON Lines, that holds the feedback")
+    if name.endswith(".jsonl"):
+        return FeedbackLog(name)
+    from operant.live.store import Store
+
+    return Store(name, read_only=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
