@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -23,7 +24,7 @@ def binaries() -> Path | None:
 
 @contextmanager
 def server() -> Iterator[str]:
-    """A server without durable settings; gives the URL up to the name of a database, whose user may make databases."""
+    """A server without durable settings; gives the URL of its one database."""
     programs = binaries()
     assert programs is not None
     root = Path(tempfile.mkdtemp(prefix="operant-pg-", dir="/tmp"))  # a socket's path must be short
@@ -46,12 +47,21 @@ def server() -> Iterator[str]:
             **account, **quiet,
         )  # fmt: skip
         _wait_for(process, root, user)
-        yield f"postgresql://{user}@/{{name}}?host={root}"
+        yield f"postgresql://{user}@/postgres?host={root}"
     finally:
         if process is not None:
-            process.terminate()
+            process.send_signal(signal.SIGQUIT)  # waits for no client, and writes nothing that is thrown away
             process.wait(20)
         shutil.rmtree(root, ignore_errors=True)
+
+
+def empty(url: str) -> None:
+    """Throw everything in the database away."""
+    import psycopg
+
+    with psycopg.connect(url) as connection:
+        connection.execute("DROP SCHEMA public CASCADE")
+        connection.execute("CREATE SCHEMA public")
 
 
 def _wait_for(process: subprocess.Popen[bytes], root: Path, user: str) -> None:

@@ -379,9 +379,7 @@ def test_a_growing_file_is_read_as_far_as_it_is_written(make_policy: Make, tmp_p
         open_store(str(tmp_path / "log.txt"))
 
 
-def test_it_learns_from_a_database_that_another_process_writes(
-    make_loop: Callable[..., Loop], tmp_path: Path
-) -> None:
+def test_it_learns_from_a_database_that_another_process_writes(make_loop: Callable[..., Loop], tmp_path: Path) -> None:
     loop = make_loop()
     path = str(tmp_path / "live.db")
     with pytest.raises(OperantError, match="is not there"):
@@ -405,7 +403,7 @@ def test_it_learns_from_a_database_that_another_process_writes(
         assert told == [("used", 1, ""), ("used", 1, ""), ("unused", 1, "comment teaches nothing")]
         first = written.story("e1")
         assert first is not None and first.logprob_before is not None and first.logprob_after is not None
-        assert first.logprob_after > first.logprob_before and list(first.times)[0] == "received"
+        assert first.logprob_after > first.logprob_before and "received" in first.times
         assert isinstance(read, Store)
         read.close()
 

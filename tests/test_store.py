@@ -5,16 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import random
+import resource
 import sqlite3
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import sqlalchemy as sa
-from postgres import binaries, server
+from postgres import binaries, empty, server
 
 from operant.live import database, migrations, tables
 from operant.live import store as module
@@ -27,30 +34,20 @@ SAMPLING = Sampling(temperature=0.7, stop=("end", "。"), banned=(3, 4), seed=2*
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[Callable[[], str]]:
+def postgres() -> Iterator[str]:
     if binaries() is None:
         pytest.skip("PostgreSQL's server programs are not installed")
     with server() as url:
-        numbers = itertools.count()
-
-        def new() -> str:
-            name = f"t{next(numbers)}"
-            engine = sa.create_engine(
-                url.format(name="postgres").replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT"
-            )
-            with engine.connect() as connection:
-                connection.exec_driver_sql(f"CREATE DATABASE {name}")
-            engine.dispose()
-            return url.format(name=name)
-
-        yield new
+        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return str(tmp_path / "live.db")
-    return request.getfixturevalue("postgres")()
+    found: str = request.getfixturevalue("postgres")
+    empty(found)
+    return found
 
 
 @pytest.fixture
@@ -343,42 +340,50 @@ def test_offsets_that_the_learner_has_consumed_are_not_given_again(store: Store)
 # --- one writer, many threads -----------------------------------------------------------------------------------------
 
 
-def test_calls_of_many_threads_share_commits_and_none_spoils_the_others(store: Store) -> None:
-    converse(store, "c")
+def together(store: Store, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each call, all made while the writing thread is busy, returns or raises."""
     gate, began = threading.Event(), threading.Event()
 
     def hold(connection: sa.Connection) -> None:
         began.set()
         assert gate.wait(20)
 
-    commits: list[int] = []
-    real = store.database._commit
-    store.database._commit = lambda group: (commits.append(len(group)), real(group))[1]  # type: ignore[method-assign]
-    holder = threading.Thread(target=store.database.write, args=(hold,))
-    holder.start()
-    assert began.wait(20)
-    outcomes: dict[int, Any] = {}
+    outcomes: list[Any] = [None] * len(calls)
 
-    def say(number: int) -> None:
+    def make(number: int) -> None:
         try:
-            outcomes[number] = rate(store, f"e{number}", "nothing" if number % 5 == 0 else "c")
-        except UnknownCompletion as error:
+            outcomes[number] = calls[number]()
+        except OperantError as error:
             outcomes[number] = error
 
-    threads = [threading.Thread(target=say, args=(n,)) for n in range(20)]
-    for thread in threads:
+    threads = [threading.Thread(target=store.database.write, args=(hold,))]
+    threads += [threading.Thread(target=make, args=(n,)) for n in range(len(calls))]
+    threads[0].start()
+    assert began.wait(20)
+    for thread in threads[1:]:
         thread.start()
-    while store.database._calls.qsize() < 20:
-        threading.Event().wait(0.01)
+    while store.database._calls.qsize() < len(calls):
+        time.sleep(0.01)
     gate.set()
-    for thread in [*threads, holder]:
+    for thread in threads:
         thread.join(20)
+    return outcomes
+
+
+def test_calls_of_many_threads_share_commits_and_none_spoils_the_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converse(store, "c")
+    commits: list[int] = []
+    real = store.database._commit
+    monkeypatch.setattr(store.database, "_commit", lambda group: (commits.append(len(group)), real(group)))
+    calls = [lambda n=n: rate(store, f"e{n}", "nothing" if n % 5 == 0 else "c") for n in range(20)]
+    outcomes = together(store, calls)
     assert commits == [1, 20]
-    assert sorted(n for n, o in outcomes.items() if isinstance(o, UnknownCompletion)) == [0, 5, 10, 15]
-    assert sorted(o for o in outcomes.values() if isinstance(o, int)) == list(range(1, 17))
-    assert {(offset, e.id) for offset, e in store.events_after(0, 99)} == {
-        (o, f"e{n}") for n, o in outcomes.items() if isinstance(o, int)
-    }
+    assert [n for n, o in enumerate(outcomes) if isinstance(o, UnknownCompletion)] == [0, 5, 10, 15]
+    offsets = {o: f"e{n}" for n, o in enumerate(outcomes) if isinstance(o, int)}
+    assert sorted(offsets) == list(range(1, 17))
+    assert {offset: e.id for offset, e in store.events_after(0, 99)} == offsets
 
 
 def test_one_process_writes_and_others_read(store: Store, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,6 +405,193 @@ def test_one_process_writes_and_others_read(store: Store, url: str, monkeypatch:
     with pytest.raises(OperantError, match="closed"):
         store.completion("c")
     Store(url).close()
+
+
+def killed(url: str, rounds: int, seed: int) -> dict[str, int]:
+    script = Path(__file__).with_name("store_kills.py")
+    environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(script), url, str(rounds), str(seed)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_killed_while_it_writes_it_has_lost_nothing_that_it_acknowledged(url: str) -> None:
+    assert killed(url, 5, 1)["acknowledged"] > 20
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_has_lost_nothing_that_it_acknowledged(url: str) -> None:
+    result = killed(url, 100, 2)
+    assert result["acknowledged"] > 1000 and result["unacknowledged"] > 100
+    assert result["repeated"] > 0  # some had been committed and not acknowledged, and were not stored twice
+
+
+def test_a_full_disk_fails_the_call_and_the_store_goes_on(tmp_path: Path) -> None:
+    with Store(tmp_path / "live.db") as store:
+        converse(store, "c")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(tmp_path / "live.db"), hard))
+        try:
+            with pytest.raises(StoreFault, match="cannot be written") as caught:
+                rate(store, "e1", "c", "edit", "x" * 100_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(caught.value) and "disk" in str(caught.value)
+        assert rate(store, "e2") == 1 and [e.id for _, e in store.events_after(0, 9)] == ["e2"]
+
+
+def test_what_does_not_fit_on_the_disk_does_not_take_its_fellows_along(tmp_path: Path) -> None:
+    with Store(tmp_path / "live.db") as store:
+        converse(store, "c")
+        limit = "PRAGMA max_page_count={}"
+        pages = store.database.write(lambda c: c.exec_driver_sql("PRAGMA page_count").scalar())
+        store.database.write(lambda c: c.exec_driver_sql(limit.format(pages + 1)))
+        words = ["a", "b", "x" * 100_000, "c"]
+        outcomes = together(
+            store, [lambda n=n, word=word: rate(store, f"e{n}", "c", "edit", word) for n, word in enumerate(words)]
+        )
+        assert isinstance(outcomes[2], StoreFault) and "free some space" in str(outcomes[2])
+        assert sorted(o for n, o in enumerate(outcomes) if n != 2) == [1, 2, 3]
+        store.database.write(lambda c: c.exec_driver_sql(limit.format(2**30)))
+        assert rate(store, "e2", "c", "edit", "x" * 100_000) == 4
+
+
+def test_a_database_that_another_program_holds_is_told_and_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
+    with Store(tmp_path / "live.db") as store:
+        converse(store, "c")
+        other = sqlite3.connect(tmp_path / "live.db", isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StoreFault, match="locked"):
+            rate(store, "e1")
+        with pytest.raises(StoreFault, match="locked"):
+            store.ready()
+        other.execute("ROLLBACK")
+        other.close()
+        assert rate(store, "e1") == 1
+
+
+# --- care -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_backup_is_of_one_moment_while_others_write(store: Store, tmp_path: Path) -> None:
+    converse(store, "a")
+    rate(store, "e0", "a")
+    store.reconcile([record(1, {"e0": Outcome("used", "", 1.0)}, 1)])
+    ending = threading.Event()
+    failures: list[BaseException] = []
+
+    def talk() -> None:
+        try:
+            for number in itertools.count(1):
+                if ending.is_set():
+                    return
+                converse(store, f"c{number}")
+                rate(store, f"e{number}", f"c{number}")
+        except BaseException as error:
+            failures.append(error)
+
+    writer = threading.Thread(target=talk)
+    writer.start()
+    while store.counts()["events"] < 3:
+        time.sleep(0.01)
+    for number in range(2):
+        store.backup(tmp_path / f"copy{number}.db")
+    ending.set()
+    writer.join(20)
+    assert not failures
+    sizes = []
+    for number in range(2):
+        with Store(tmp_path / f"copy{number}.db") as copy:
+            found = copy.events_after(0, 10**6)
+            assert [offset for offset, _ in found] == list(range(1, len(found) + 1))
+            assert found == store.events_after(0, len(found))
+            for _, said in found[-10:]:
+                answer, original = copy.completion(said.completion_id), store.completion(said.completion_id)
+                assert answer is not None and answer.completion is not None
+                assert original is not None and original.completion is not None
+                assert same(answer.completion, original.completion)
+            assert copy.story("e0") == store.story("e0")
+            assert rate(copy, "new", "a") == len(found) + 1
+            converse(copy, "new")
+            sizes.append(len(found))
+    assert sizes[0] > 2 and sizes == sorted(sizes)
+    with pytest.raises(OperantError, match="is there already"):
+        store.backup(tmp_path / "copy0.db")
+    with pytest.raises(OperantError, match="cannot be"):
+        store.backup(tmp_path / "nowhere" / "copy.db")
+    assert not [f.name for f in tmp_path.iterdir() if f.name.startswith(".")]
+
+
+def test_what_is_old_goes_with_its_feedback_but_never_what_is_pending(store: Store) -> None:
+    now = time.time()
+    for number in range(8):
+        name = f"c{number}"
+        store.begin(name, prompt(f"p{number % 7}"), SAMPLING, created=now - 100 + number)
+        if number != 7:
+            store.complete(completion(name))
+    converse(store, "young")
+    rate(store, "e0", "c0")
+    rate(store, "e1", "c1")
+    rate(store, "e1b", "c1")
+    rate(store, "e2", "c2", "comparison", "c3")
+    store.reconcile([record(1, {"e0": Outcome("used"), "e1": Outcome("used")}, 2)])
+    assert store.prune() == {"completions": 0, "events": 0}
+    assert store.prune(max_age_s=1000) == {"completions": 0, "events": 0}
+    # c1 has a pending event, c2 and c3 are compared in one, c7 is being written
+    assert store.prune(max_age_s=50) == {"completions": 4, "events": 1}
+    assert [c.id for c in store.list_completions()] == ["c1", "c2", "c3", "c7", "young"]
+    assert store.story("e0") is None and store.counts()["used"] == 1 and store.counts()["pending"] == 2
+    assert [offset for offset, _ in store.events_after(0, 9)] == [2, 3, 4] and rate(store, "e5", "young") == 5
+    with store.database.reading() as connection:
+        assert connection.scalar(sa.select(sa.func.count()).select_from(tables.PROMPTS)) == 5
+    store.reconcile([record(2, {name: Outcome("unused", "x") for name in ("e1b", "e2", "e5")}, 5)])
+    assert store.prune(max_age_s=50)["completions"] == 3
+    assert [c.id for c in store.list_completions()] == ["c7", "young"]
+    assert rate(store, "e6", "young") == 6  # offsets go on, whatever is gone
+
+
+def test_the_oldest_go_until_the_rest_is_small_enough(store: Store, tmp_path: Path) -> None:
+    for number in range(10):
+        store.begin(f"c{number}", prompt(), SAMPLING)
+        store.complete(completion(f"c{number}", text="x" * 20_000))
+    rate(store, "e0", "c0")
+    assert store.prune(max_bytes=10**6)["completions"] == 0
+    file = tmp_path / "live.db"
+    before = file.stat().st_size if file.exists() else 0
+    assert store.prune(max_bytes=45_000)["completions"] == 8
+    assert [c.id for c in store.list_completions()] == ["c0", "c9"]
+    if before:
+        assert file.stat().st_size < before / 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_events_in_are_pending_used_superseded_and_unused_by_reason(seed: int, tmp_path: Path) -> None:
+    draw = random.Random(seed)
+    waiting: list[str] = []
+    told: Counter[tuple[str, str]] = Counter()
+    with Store(tmp_path / "live.db") as store:
+        converse(store, "a", "b")
+        for turn in range(40):
+            if draw.random() < 0.7:
+                rate(store, f"e{turn}", draw.choice("ab"), draw.choice(["thumb", "comment", "retract"]), None)
+                waiting.append(f"e{turn}")
+            else:
+                some, waiting = waiting[:2], waiting[2:]
+                possible: list[Any] = [("used", ""), ("superseded", "later"), ("unused", "x"), ("unused", "y")]
+                ends = [draw.choice(possible) for _ in some]
+                told.update(ends)
+                store.reconcile([record(turn, {n: Outcome(*end) for n, end in zip(some, ends)}, 0)])
+        counts = store.counts()
+        assert counts["pending"] == len(waiting) == len(store.events(state="pending"))
+        assert counts["used"] == told["used", ""] and counts["superseded"] == told["superseded", "later"]
+        assert counts["reasons"] == {r: n for (state, r), n in told.items() if state == "unused"}
+        assert counts["unused"] == sum(counts["reasons"].values())
+        assert counts["events"] == counts["pending"] + counts["used"] + counts["superseded"] + counts["unused"]
 
 
 # --- revisions --------------------------------------------------------------------------------------------------------

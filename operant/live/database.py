@@ -100,7 +100,7 @@ def connect(url: sa.URL, *, read_only: bool) -> sa.Engine:
 
 
 def _plain(connection: sa.Connection) -> sqlite3.Connection:
-    """The driver's own connection, outside of any transaction."""
+    """The driver's own connection, whose calls begin no transaction."""
     plain = connection.connection.driver_connection
     assert isinstance(plain, sqlite3.Connection)
     return plain
@@ -108,10 +108,11 @@ def _plain(connection: sa.Connection) -> sqlite3.Connection:
 
 def _cause(error: BaseException) -> str:
     """The first fault of a chain, in one line: that a rollback failed too is of no interest."""
-    while isinstance(error.__context__, exc.DBAPIError):
-        error = error.__context__
-    original = error.orig if isinstance(error, exc.DBAPIError) else error
-    return " ".join(str(original).split()) or type(error).__name__
+    first, link = error, error.__context__
+    while link is not None:
+        first, link = (link if isinstance(link, exc.DBAPIError) else first), link.__context__
+    original = first.orig if isinstance(first, exc.DBAPIError) else first
+    return " ".join(str(original).split()) or type(first).__name__
 
 
 _FAULTS = (exc.OperationalError, exc.InternalError, exc.InterfaceError)  # of the database, not of what is written
@@ -325,8 +326,14 @@ class Database:
 
     def shrink(self) -> None:
         """Give the pages that nothing uses back to the disk. PostgreSQL does so by itself."""
-        if self._sqlite:
-            self.write(lambda connection: connection.exec_driver_sql("PRAGMA incremental_vacuum").fetchall())
+        if not self._sqlite:
+            return
+
+        def run(connection: sa.Connection) -> None:
+            for _ in range(connection.exec_driver_sql("PRAGMA freelist_count").scalar() or 0):
+                connection.exec_driver_sql("PRAGMA incremental_vacuum")  # Python's driver takes one step: a page
+
+        self.write(run)
 
     def backup(self, path: str | Path) -> None:
         """Copy the store, as it is at one moment and while it is used, to an SQLite file that operant can open.
