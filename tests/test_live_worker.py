@@ -451,6 +451,7 @@ def test_the_process_wakes_tells_and_leaves_with_its_parent(make_loop: Callable[
     log_of(loop.store, path)
     with start(loop, path, "--watch_stdin", "true", "--poll_seconds", "60") as process:
         assert process.stdin is not None and process.stdout is not None
+        assert json.loads(process.stdout.readline()) == {"ready": 0}
         with path.open("a") as file:
             file.write(line_of(loop.store.add("c0", "thumb", 1)))
         process.stdin.write("\n")

@@ -204,15 +204,20 @@ class Engine:
 
     # --- versions ------------------------------------------------------------------------------------------------
 
-    def load(self, version: int, policy: LanguagePolicy) -> None:
+    def load(self, version: int, policy: LanguagePolicy | None = None) -> None:
         """From now on this version serves what begins; returns when that is so.
 
-        One that is resident keeps the weights that it has. When a third comes, one has to leave: an idle one, else one
+        One that is resident keeps the weights that it has, and needs no policy: without one, raises NotResident for
+        any other. When a third comes, one has to leave: an idle one, else one
         to which nothing is pinned, else the oldest; what it has under way goes on under this one.
         """
 
         def serve() -> None:
-            sampler = self._samplers.get(version) or self._sampler(policy, version)
+            sampler = self._samplers.get(version)
+            if sampler is None:
+                if policy is None:
+                    raise _not_resident(version)
+                sampler = self._sampler(policy, version)
             self._samplers = {v: s for v, s in self._samplers.items() if v != version} | {version: sampler}
             self._version = version
             self._leave()

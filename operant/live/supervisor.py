@@ -1,0 +1,317 @@
+"""Keeps the learner process running and serves what it publishes; a learner that dies stops no answer.
+
+The file `current` of the versions says what is to be served, whoever wrote it: the learner, `operant versions`, or the
+server's own route. A version is loaded beside the engine's thread, and what cannot be loaded is not served: the engine
+keeps what it has, and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, Literal, Protocol
+
+import operant
+from operant.config import WorkerConfig
+from operant.live.engine import Engine
+from operant.live.versions import StepRecord, Versions
+from operant.policy import Policy
+from operant.types import OperantError
+
+__all__ = ["Ledger", "Supervisor", "arguments_of"]
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2  # between looks at `current`, which other processes move too
+LEARNER_POLL_SECONDS = (
+    0.5  # the learner is told of feedback; it looks by itself for answers that end after their rating
+)
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a learner that died is started again, and before a load
+STEADY_SECONDS = 60.0  # after which a learner's death is the first one again
+STOP_SECONDS = 10.0  # for the learner to end its step
+NICENESS = 5
+
+State = Literal["starting", "up", "failing", "restarting", "stopped"]
+
+
+class Ledger(Protocol):
+    """What the supervisor writes into the store."""
+
+    def reconcile(self, records: Iterable[StepRecord]) -> None: ...
+
+    def served(self, version: int, at: float) -> None: ...
+
+
+def arguments_of(config: WorkerConfig) -> list[str]:
+    """The learner's command line: every setting that is not the default."""
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default and value is not None:
+            found.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
+    return found
+
+
+class _Backoff:
+    """Pauses that double with each failure in a row."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.pause, self.until = FIRST_PAUSE, 0.0
+
+    def failed(self) -> float:
+        """The seconds to wait now."""
+        pause = self.pause
+        self.until, self.pause = time.monotonic() + pause, min(LONGEST_PAUSE, 2 * pause)
+        return pause
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self.until
+
+
+class Supervisor:
+    """Runs `python -m operant.live.worker` and serves what `config.root` says is current, until it is closed.
+
+    config: the learner's settings. store: the ledger of what became of each event.
+    command: runs instead of the learner, with the same lines on standard output.
+    """
+
+    def __init__(
+        self, config: WorkerConfig, engine: Engine, store: Ledger, *, command: Sequence[str] | None = None
+    ) -> None:
+        self.config = dataclasses.replace(
+            config, watch_stdin=True, once=False, poll_seconds=max(config.poll_seconds, LEARNER_POLL_SECONDS)
+        )
+        learner = [sys.executable, "-m", "operant.live.worker", *arguments_of(self.config)]
+        self.command = learner if command is None else list(command)
+        self.versions = Versions(config.root, config.keep)
+        self.restarts = 0
+        self._engine, self._store = engine, store
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
+        self._faults = {"learner": "", "version": "", "ledger": ""}
+        self._entered: set[int] = set()  # steps that the ledger has
+        self._noted = -1  # the version that the ledger has as served
+        self._told = True  # records may have come
+        self._closing, self._look = threading.Event(), threading.Event()
+        self._pipe, self._adding = threading.Lock(), threading.Lock()
+        self._threads = [
+            threading.Thread(target=run, name=f"operant-{name}", daemon=True)
+            for name, run in (("learner", self._keep_running), ("versions", self._follow))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # --- from any thread ---------------------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        """Of the learner process, while there is one."""
+        process = self._process
+        return process.pid if process is not None and process.poll() is None else None
+
+    @property
+    def alive(self) -> bool:
+        return self.pid is not None
+
+    @property
+    def fault(self) -> str:
+        """What is wrong now with the learner, the version that should be served, or the ledger; or ""."""
+        return "; ".join(filter(None, self._faults.values()))
+
+    @property
+    def state(self) -> State:
+        """Of learning and of serving what was learned: "failing" is an attempt that `fault` tells of, made again."""
+        if self._closing.is_set():
+            return "stopped"
+        if self.alive and self._ready:
+            return "failing" if self.fault else "up"
+        return "restarting" if self._faults["learner"] else "starting"
+
+    def poke(self) -> None:
+        """Tell the learner, at once, that feedback was committed. Never waits and never fails."""
+        with self._pipe:
+            process = self._process
+            if process is not None and process.stdin is not None:
+                # a full pipe holds enough to wake it; a learner that is gone looks when it begins again
+                with contextlib.suppress(OSError, ValueError):
+                    os.write(process.stdin.fileno(), b"\n")
+
+    def make_resident(self, version: int) -> None:
+        """Load a version beside the current one, for requests that are pinned to it.
+
+        Raises OperantError when it is not on disk or broken, and `engine.Busy` while there is no room for it.
+        """
+        with self._adding:  # several requests of one user load it once
+            if version not in self._engine.resident():
+                self._engine.add(version, self._policy(version))
+
+    def close(self) -> None:
+        """Let the learner end its step, and leave the engine with what it serves."""
+        learner, following = self._threads
+        with self._pipe:
+            self._closing.set()
+            if self._process is not None:
+                self._process.terminate()
+        self.poke()  # it looks at once whether it was told to stop
+        self._look.set()
+        following.join()
+        learner.join(STOP_SECONDS)
+        if learner.is_alive() and self._process is not None:
+            self._process.kill()  # no harm: the next one makes the step again
+        learner.join()
+
+    # --- the learner process -----------------------------------------------------------------------------------------
+
+    def _keep_running(self) -> None:
+        backoff = _Backoff()
+        while not self._closing.is_set():
+            began = time.monotonic()
+            try:
+                fault = self._run_once()
+            except OSError as error:
+                fault = f"the learner cannot be started ({error})"
+            self._ready = False
+            if self._closing.is_set():
+                return
+            self._faults["learner"] = fault
+            if time.monotonic() - began > STEADY_SECONDS:
+                backoff.reset()
+            pause = backoff.failed()
+            log.warning("%s; it is started again in %g s", fault, pause)
+            self._closing.wait(pause)
+            self.restarts += 1
+
+    def _run_once(self) -> str:
+        """One life of the learner; how it ended."""
+        here = str(Path(operant.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH", ""))))
+        with self._pipe:
+            if self._closing.is_set():
+                return ""
+            process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl-C is for the server, which lets the learner end its step
+            )  # fmt: skip
+            assert process.stdin is not None and process.stdout is not None
+            os.set_blocking(process.stdin.fileno(), False)
+            with contextlib.suppress(OSError):  # it is gone already
+                os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+            self._process = process
+        try:
+            words = self._listen(process.stdout)
+            status = process.wait()
+        finally:
+            with self._pipe:
+                process.stdin.close()
+            process.stdout.close()
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        return f"the learner {how}" + (f": {words}" if words else "")
+
+    def _listen(self, output: IO[bytes]) -> str:
+        """Do as the learner's lines say until they end; its last words."""
+        words = ""
+        for line in output:
+            text = line.decode(errors="replace").strip()
+            try:
+                told = json.loads(text)
+            except ValueError:
+                told = text
+            if isinstance(told, dict):
+                fault = self._faults["learner"] = str(told.get("error", ""))
+                if fault:
+                    log.warning("learner: %s", fault)
+                self._ready = self._told = True
+                self._look.set()
+            elif text:
+                words = text
+                log.warning("learner: %s", text)
+        return words
+
+    # --- what is served ----------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Serve what `current` names, and tell the ledger; what serves goes on serving whatever fails here."""
+        loads, entries = _Backoff(), _Backoff()
+        wanted = -1
+        while not self._closing.is_set():
+            self._look.wait(POLL_SECONDS)
+            self._look.clear()
+            moves = self._moves()
+            if moves != wanted:  # somebody may have mended it
+                wanted = moves
+                loads.reset()
+            self._attempt("version", loads, self._serve_current)
+            self._attempt("ledger", entries, self._tell_ledger)
+
+    def _attempt(self, what: str, backoff: _Backoff, work: Callable[[], None]) -> None:
+        if not backoff.over:
+            return
+        try:
+            work()
+        except Exception as error:
+            fault = " ".join(str(error).split()) or type(error).__name__
+            if fault != self._faults[what]:
+                known = isinstance(error, OperantError)
+                log.warning("version %d serves on: %s", self._serving, fault, exc_info=None if known else error)
+            self._faults[what] = fault
+            backoff.failed()
+        else:
+            self._faults[what] = ""
+            backoff.reset()
+
+    @property
+    def _serving(self) -> int:
+        version: int = self._engine.stats()["version"]
+        return version
+
+    def _moves(self) -> int:
+        try:
+            return self.versions.pointer().moves
+        except OperantError:
+            return -1
+
+    def _serve_current(self) -> None:
+        version = self.versions.pointer().version
+        if version != self._serving:
+            self._engine.load(version, None if version in self._engine.resident() else self._policy(version))
+            self._told = True
+
+    def _tell_ledger(self) -> None:
+        """Enter the records that are new, and the version that serves."""
+        serving, at = self._serving, time.time()
+        if not self._told and self._noted == serving:
+            return
+        self._told = False
+        try:
+            new = [record for record in self.versions.records() if record.version not in self._entered]
+            if new:
+                self._store.reconcile(new)
+                self._entered.update(record.version for record in new)
+            if self._noted != serving:
+                self._store.served(serving, at)
+                self._noted = serving
+        except BaseException:
+            self._told = True
+            raise
+
+    def _policy(self, version: int) -> Policy:
+        """The weights of a version on disk, checked against their hashes."""
+        path = Path(self.versions.get(version).path) / "model"
+        policy = Policy.load(path, device=self.config.device, dtype=self.config.dtype)
+        policy.model.eval()
+        return policy
