@@ -67,6 +67,11 @@ EXAMPLES = {
         "what the live loop has published: list, compare, promote, roll back, pin",
         "operant versions --root runs/live --roll_back true",
     ),
+    "feedback": (
+        configs.FeedbackConfig,
+        "what people said of answers: look, export, import, back up, prune",
+        "operant feedback --store runs/live/store.db --export pairs/ --form pairs",
+    ),
     "quickstart": (
         configs.QuickstartConfig,
         "the whole circle on a built-in task, offline, in minutes",
@@ -440,6 +445,39 @@ def run_versions(config: configs.VersionsConfig) -> None:
         )
 
 
+def run_feedback(config: configs.FeedbackConfig) -> None:
+    from operant.live import exchange
+    from operant.live.store import Store
+
+    _need(config.store, "--store", "FILE.db or a database URL")
+    asked = {
+        "--event": bool(config.event), "--export": bool(config.export), "--load": bool(config.load),
+        "--backup": bool(config.backup), "--max_age_days or --max_bytes": bool(config.max_age_days or config.max_bytes),
+    }  # fmt: skip
+    chosen = [flag for flag, given in asked.items() if given]
+    if len(chosen) > 1:
+        raise OperantError(f"{' and '.join(chosen)} are two things; give one of them at a time")
+    told: dict[str, Any]
+    with Store(config.store, read_only=chosen not in (["--load"], ["--max_age_days or --max_bytes"])) as store:
+        if config.event:
+            story = store.story(config.event)
+            if story is None:
+                raise OperantError(f"there is no feedback {config.event} in {store.name}; its id is in its receipt")
+            told = dataclasses.asdict(story)
+        elif config.export:
+            told = {config.form: exchange.export(store, config.export, config.form, midpoint=config.midpoint)}
+        elif config.load:
+            told = dict(exchange.load(store, config.load, config.format, metric=config.metric))
+        elif config.backup:
+            store.backup(config.backup)
+            told = {"backup": config.backup}
+        elif chosen:
+            told = store.prune(config.max_age_days * 86_400, config.max_bytes)
+        else:
+            told = store.counts()
+    print(json.dumps(told, ensure_ascii=False) if config.json else "\n".join(f"{n:24} {v}" for n, v in told.items()))
+
+
 COMMANDS: dict[str, Callable[[Any], None]] = {
     "pretrain": run_pretrain,
     "sft": run_sft,
@@ -451,6 +489,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "sample": run_sample,
     "algorithms": run_algorithms,
     "versions": run_versions,
+    "feedback": run_feedback,
     "quickstart": run_quickstart,
 }
 

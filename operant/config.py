@@ -15,6 +15,7 @@ from operant.types import OperantError
 __all__ = [
     "AlgorithmsConfig",
     "EvalConfig",
+    "FeedbackConfig",
     "LiveConfig",
     "PreferConfig",
     "PretrainConfig",
@@ -809,4 +810,38 @@ class VersionsConfig:
     pin: str | None = None
     unpin: str | None = None
     version: int | None = None
+    json: bool = False
+
+
+@dataclass(kw_only=True)
+class FeedbackConfig:
+    """Look into a store of feedback; export, import, back up and prune it.
+
+    Args:
+        store: FILE.db or a database URL.
+        event: tell what became of the feedback with this id.
+        export: a file of JSON Lines to write, or, of any form but lines, a folder for a data set.
+        form: what is exported. lines: all, as operant prefer --replay reads it; events: one row each, with its texts;
+            pairs: prompt, chosen, rejected; ratings: prompt, completion, label.
+        midpoint: a score above it is a good rating, one below it a bad one.
+        load: a file of feedback to take in; nothing else may write the store meanwhile.
+        format: of that file. lines: operant's own; langfuse, langsmith, tensorzero: an export of that tool.
+        metric: take in only this metric of another tool.
+        backup: copy the store, also while it is used, to this SQLite file.
+        max_age_days: remove what was asked longer ago, with its feedback, but nothing that is pending.
+        max_bytes: remove the oldest until prompts and answers take no more.
+        json: print one JSON object.
+    """
+
+    store: str = ""
+    event: str = ""
+    export: str = ""
+    form: Literal["lines", "events", "pairs", "ratings"] = "lines"
+    midpoint: float = 0.5
+    load: str = ""
+    format: Literal["lines", "langfuse", "langsmith", "tensorzero"] = "lines"
+    metric: str = ""
+    backup: str = ""
+    max_age_days: float = 0.0
+    max_bytes: int = 0
     json: bool = False

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -348,7 +348,8 @@ class Database:
         try:
             with self.reading() as connection:
                 if self._sqlite:
-                    _plain(connection).execute("VACUUM INTO ?", (str(partial),))
+                    with closing(sqlite3.connect(partial)) as target:
+                        _plain(connection).backup(target)
                 else:
                     _copy(connection, partial)
             with partial.open("rb") as file:

@@ -232,6 +232,12 @@ class Store:
         found = {row.number: _stored(row) for row in rows}
         return [found[n] for n in numbers]
 
+    def names(self) -> list[tuple[str, dict[str, str]]]:
+        """The id and the metadata of every completion, oldest first."""
+        query = sa.select(COMPLETIONS.c.id, COMPLETIONS.c.metadata).where(COMPLETIONS.c.status != "deleted")
+        with self.database.reading() as connection:
+            return [(row.id, row.metadata) for row in connection.execute(query.order_by(COMPLETIONS.c.number))]
+
     def delete(self, completion_id: str) -> bool:
         """Empty a completion, its prompt and what people wrote about it, for good; False when there was none.
 
