@@ -228,6 +228,7 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
     _check_sampling(config, algorithm, baseline)
     _check_kl(config, baseline)
     _check_rule(config, algorithm)
+    _check_episodes(config, algorithm, baseline)
 
     def auto(given: Any, own: Any) -> Any:
         return own if given == "auto" else given
@@ -292,9 +293,14 @@ def _baseline(config: TrainConfig, algorithm: Algorithm, dense: bool) -> Baselin
     if config.baseline != "auto":
         return config.baseline  # type: ignore[return-value]
     baseline: Baseline = algorithm.dense_baseline if dense else algorithm.baseline
-    if baseline == "control_variate" and config.gamma != 1.0:
+    if baseline == "control_variate" and _discount(config):
         return "position_leave_one_out"  # past rewards are a control variate for undiscounted returns only
     return baseline
+
+
+def _discount(config: TrainConfig) -> str:
+    """The setting that discounts, or nothing."""
+    return "gamma" if config.gamma != 1.0 else "gamma_turn" if config.gamma_turn != 1.0 else ""
 
 
 def _check_baseline(config: TrainConfig, algorithm: Algorithm, baseline: Baseline, dense: bool) -> None:
@@ -308,19 +314,20 @@ def _check_baseline(config: TrainConfig, algorithm: Algorithm, baseline: Baselin
             f"{config.algorithm} (baseline {baseline}) would sum a dense reward into one number; "
             "use --algorithm rloo or ppo, or leave --dense out"
         )
-    if config.gamma != 1.0 and (baseline in SUMMING_BASELINES or not algorithm.honours_gamma):
+    discount = _discount(config)
+    if discount and (baseline in SUMMING_BASELINES or not algorithm.honours_gamma):
         raise OperantError(
-            f"{config.algorithm} ignores the discount, and gamma is {config.gamma}; "
-            "use --algorithm rloo or ppo, or --gamma 1"
+            f"{config.algorithm} ignores the discount, and {discount} is {getattr(config, discount)}; "
+            f"use --algorithm rloo or ppo, or --{discount} 1"
         )
     if baseline == "control_variate" and not dense:
         raise OperantError(
             "baseline control_variate works on the token rewards of a dense reward; add --dense, "
             "or use --baseline leave_one_out"
         )
-    if baseline == "control_variate" and config.gamma != 1.0:
+    if baseline == "control_variate" and discount:
         raise OperantError(
-            f"the control variate holds at gamma 1 only, and gamma is {config.gamma}; "
+            f"the control variate holds at gamma 1 only, and {discount} is {getattr(config, discount)}; "
             "use --baseline position_leave_one_out"
         )
     if config.beta != "auto" and baseline != "control_variate":
@@ -404,3 +411,26 @@ def _check_rule(config: TrainConfig, algorithm: Algorithm) -> None:
                 f"{field.name} is {getattr(config, field.name)}, and {config.algorithm} has no trust region; "
                 f"use --algorithm trpo, or leave --{field.name} out"
             )
+
+
+def _check_episodes(config: TrainConfig, algorithm: Algorithm, baseline: Baseline) -> None:
+    if not config.environment:
+        if config.gamma_turn != 1.0:
+            raise OperantError(
+                f"gamma_turn is {config.gamma_turn}, and a completion is one turn; give an --environment, "
+                "or discount its tokens with --gamma"
+            )
+        return
+    if baseline == "greedy":
+        raise OperantError(
+            f"{config.algorithm} compares with a prompt's greedy completion, and an environment has episodes; "
+            "use --algorithm rloo or ppo"
+        )
+    overlong = algorithm.overlong if config.overlong_buffer == "auto" else config.overlong_buffer
+    if overlong or (algorithm.dynamic if config.dynamic_sampling == "auto" else config.dynamic_sampling):
+        raise OperantError(
+            "an environment's episodes have no dynamic sampling and no penalty on length; "
+            "give --dynamic_sampling false --overlong_buffer 0, or use --algorithm rloo or ppo"
+        )
+    if config.sft_coef:
+        raise OperantError("an environment has no labelled pairs; leave --sft_coef out")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant.types import Batch, EncoderContext, Ints, Trajectory
+from operant.types import Batch, Bools, Completion, Doubles, EncoderContext, Ints, Trajectory
 
 SMALLEST_PIECE = 1024  # padded tokens: below, one more pass costs more than the padding that it saves
 
@@ -188,30 +188,68 @@ def from_trajectories(
     return batch
 
 
+def drawn(completion: Completion) -> Ints:
+    """Places of the tokens that the policy drew, int64[K]: the axis of `credit`. Others are context: they cost no
+    discount and are not taught."""
+    flags = completion.sampled
+    return np.arange(len(completion.tokens)) if flags is None else np.flatnonzero(flags)
+
+
+def drawn_rewards(trajectory: Trajectory) -> tuple[Doubles, Bools]:
+    """(rewards float64[K], observed bool[K]) of the drawn tokens. What stands on a token that the environment wrote was
+    earned by the drawn one before it, and is paid there; before the first one nothing was earned."""
+    places, rewards = drawn(trajectory.completion), np.where(trajectory.observed, trajectory.rewards, 0.0)
+    if len(places) == len(rewards):
+        return rewards, trajectory.observed
+    owner = np.searchsorted(places, np.arange(len(rewards)), side="right") - 1
+    earned, own = np.zeros(len(places)), owner >= 0
+    np.add.at(earned, owner[own], rewards[own])
+    seen = np.ones(len(places), np.bool_)
+    np.logical_and.at(seen, owner[own], trajectory.observed[own])
+    return earned, seen
+
+
+def turn_discounts(trajectories: Sequence[Trajectory], gamma: float, gamma_turn: float) -> float | Tensor:
+    """The discount from each drawn token to the next: γ, and γ·γ_turn from a turn's last to the next turn's first.
+
+    A turn ends where the environment's tokens stand between two drawn ones. Returns γ itself, or float64[N, T] on the
+    axis of `completion_axes` where turns are discounted too.
+    """
+    if gamma_turn == 1.0:
+        return gamma
+    places = [drawn(t.completion) for t in trajectories]
+    out = torch.full((len(places), max((len(p) for p in places), default=0)), gamma, dtype=torch.float64)
+    for i, at in enumerate(places):
+        ends = np.flatnonzero(np.diff(at) > 1)
+        out[i, torch.from_numpy(ends)] *= gamma_turn
+    return out
+
+
 def completion_axes(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
-    """(rewards float64[N, T], mask bool[N, T], valid bool[N]): trajectories on the completion's own axis, for `credit`.
+    """(rewards float64[N, T], mask bool[N, T], valid bool[N]): the drawn tokens of each trajectory, for `credit`.
 
     valid: every reward that the row's returns depend on is there, and the completion can be trained on.
     """
-    width = max((len(t.completion.tokens) for t in trajectories), default=0)
+    width = max((len(drawn(t.completion)) for t in trajectories), default=0)
     rewards = torch.zeros(len(trajectories), width, dtype=torch.float64)
     mask = torch.zeros(len(trajectories), width, dtype=torch.bool)
     valid = torch.zeros(len(trajectories), dtype=torch.bool)
     for i, t in enumerate(trajectories):
-        n = len(t.completion.tokens)
-        rewards[i, :n] = torch.from_numpy(np.where(t.observed, t.rewards, 0.0))
+        earned, _ = drawn_rewards(t)
+        n = len(earned)
+        rewards[i, :n] = torch.from_numpy(earned)
         mask[i, :n] = True
         valid[i] = bool(t.observed.all()) and n > 0 and t.completion.trainable
     return rewards, mask, valid
 
 
 def place(batch: Batch, values: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
-    """Values [N, T] on the completion's axis → float32[B, S] on the batch's columns."""
+    """Values [N, T] on the axis of `completion_axes` → float32[B, S] on the batch's columns."""
     out = torch.zeros(batch.tokens.shape, dtype=torch.float32)
     for i, t in enumerate(trajectories):
-        n = len(t.completion.tokens)
+        places = drawn(t.completion)
         start = 0 if batch.context is not None else len(t.prompt.tokens)
-        out[i, start : start + n] = values[i, :n].to(torch.float32)
+        out[i, start + places] = values[i, : len(places)].to(torch.float32)
     return out * batch.action_mask.cpu()
 
 

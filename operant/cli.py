@@ -251,7 +251,12 @@ def run_train(config: configs.TrainConfig) -> None:
     from operant.stages.sft import load_fitting_pairs, load_split_rows
 
     _need(config.model, "--model", "a model folder or hub id to start from")
-    rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, config.eval_prompts)
+    if config.environment and config.data:
+        raise OperantError("--environment asks and pays by itself; leave --data out, or --environment")
+    rows: list[dict[str, object]] = []
+    dev_rows: list[dict[str, object]] = []
+    if not config.environment:
+        rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, config.eval_prompts)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     if config.lora_rank:
         policy.add_lora(config.lora_rank, seed=config.seed)
@@ -264,14 +269,21 @@ def run_train(config: configs.TrainConfig) -> None:
     if config.sft_data:
         pair_fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
         pairs = load_fitting_pairs(load_rows(config.sft_data), policy, config, pair_fields)
-    result = train(policy, prompts, config.reward, config, dev_prompts=dev_prompts, pairs=pairs)
+    reward = None if config.environment else config.reward
+    result = train(policy, prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs)
     curve = [
         (r["step"], r["eval/reward"])
         for r in read_jsonl(result.out / "metrics.jsonl")
         if isinstance(r.get("eval/reward"), float)
     ]
     if len(curve) > 1:
-        print(terminal_curve([x for x, _ in curve], [y for _, y in curve], title=f"held-out reward ({config.reward})"))
+        print(
+            terminal_curve(
+                [x for x, _ in curve],
+                [y for _, y in curve],
+                title=f"held-out reward ({config.environment or config.reward})",
+            )
+        )
     for name in sorted(result.best):
         print(f"{name:16} {result.first.get(name, float('nan')):10.4f} -> {result.best[name]:10.4f}")
 

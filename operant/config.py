@@ -39,8 +39,8 @@ def to_yaml(config: Any) -> str:
 
 _COUNTS = (
     "accumulate anchor_rows anchor_tokens backtracks batch_size batch_tokens cg_steps dynamic_rounds epochs eval_every "
-    "group_size heldout_rows keep limit max_rows max_sick_steps max_tokens min_sources minibatches n prompts_per_step "
-    "save_every sft_batch_size steps tokens_per_microbatch vocab_size"
+    "group_size heldout_rows keep limit max_rows max_sick_steps max_tokens max_turns min_sources minibatches n "
+    "prompts_per_step save_every sft_batch_size steps tokens_per_microbatch vocab_size"
 ).split()
 _AMOUNTS = (
     "anchor_coef clip_high clip_low correction_band correction_cap critic_lr damping drift_budget entropy_coef "
@@ -48,7 +48,7 @@ _AMOUNTS = (
     "overlong_buffer overlong_penalty patience replay_events sft_coef temperature threads top_k vf_clip vf_coef "
     "warmup_steps weight_decay"
 ).split()
-_SHARES = ("audit_fraction", "baseline_rate", "gamma", "lam", "tolerance", "top_p")
+_SHARES = ("audit_fraction", "baseline_rate", "gamma", "gamma_turn", "lam", "tolerance", "top_p")
 # what a setting must be, in words, and the test of it
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("at least 1", lambda x: x >= 1) for name in _COUNTS},
@@ -358,6 +358,9 @@ class TrainConfig(RunConfig, PairFields):
         limit: use only the first rows.
         out: the run folder.
         reward: names with weights, such as "chrf" or "chrf + 0.1*length", or module:function.
+        environment: a Gymnasium environment whose observations and actions are texts, instead of data and a reward: its
+            id or module:Class. The policy then plays episodes of several turns and learns from what each turn pays.
+        max_turns: an episode that has not ended by then is cut off.
         dense: pay metric rewards token by token through a potential instead of at the end.
         potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
         reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
@@ -367,6 +370,7 @@ class TrainConfig(RunConfig, PairFields):
             control_variate, group_scaled, group_centred, greedy, route or critic.
         beta: coefficient of the potential as a control variate, or `auto` to fit it on the other prompts.
         gamma: discount per token.
+        gamma_turn: discount per turn of an environment, beside that per token; what the environment writes costs none.
         discount_state: weigh token t's term by γ^t, the exact gradient of the discounted objective.
         normalisation: auto takes the algorithm's own; else per_completion, per_token, per_sequence_mean or constant.
         group_size: completions per prompt.
@@ -429,6 +433,8 @@ class TrainConfig(RunConfig, PairFields):
     limit: int | None = None
     out: str = "runs/train"
     reward: str = "chrf"
+    environment: str | None = None
+    max_turns: int = 16
     dense: bool = False
     potential: Literal["auto", "prefix", "matched"] = "auto"
     reward_workers: int = -1
@@ -437,6 +443,7 @@ class TrainConfig(RunConfig, PairFields):
     baseline: str = "auto"
     beta: float | Literal["auto"] = "auto"
     gamma: float = 1.0
+    gamma_turn: float = 1.0
     discount_state: bool = False
     normalisation: str = "auto"
     group_size: int = 4

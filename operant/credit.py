@@ -22,23 +22,24 @@ Baseline = Literal[
 PER_POSITION: tuple[Baseline, ...] = ("none", "running", "position_leave_one_out", "greedy", "route")
 
 
-def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
     """Discounted return from each token on: G_t = Σ_{k ≥ t} γ^{k−t} r_k (Sutton & Barto 2018, eq. 3.8).
 
-    rewards: float[N, T], mask: bool[N, T]. Returns float[N, T], zero outside the mask.
+    rewards: float[N, T], mask: bool[N, T]. gamma: γ, or float[N, T], the discount from each token to the next.
+    Returns float[N, T], zero outside the mask.
     """
     rewards = rewards * mask
-    if gamma == 1.0:
+    if not isinstance(gamma, Tensor) and gamma == 1.0:
         return rewards.flip(1).cumsum(1).flip(1) * mask
     out = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])
     for t in range(rewards.shape[1] - 1, -1, -1):
-        running = rewards[:, t] + gamma * running
+        running = rewards[:, t] + (gamma[:, t] if isinstance(gamma, Tensor) else gamma) * running
         out[:, t] = running
     return out * mask
 
 
-def known_returns(observed: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
+def known_returns(observed: Tensor, mask: Tensor, gamma: float | Tensor = 1.0) -> Tensor:
     """Where the return-to-go depends on no missing reward: after the last unobserved one, bool[N, T].
 
     observed, mask: bool[N, T]. At γ = 0 a return is one reward, known where that is. A finished row's 0 is known, but a
@@ -46,13 +47,18 @@ def known_returns(observed: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
     position t has the exact mean times the share of rows that are taught there.
     """
     hidden = mask & ~observed
-    if gamma != 0.0:
+    if isinstance(gamma, Tensor) or gamma != 0.0:
         hidden = hidden.flip(1).cumsum(1).flip(1) > 0
     return ~hidden & (observed & mask).any(1, keepdim=True)
 
 
-def discount_weights(mask: Tensor, gamma: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """γ^t for token t: the weight of each term in the exact gradient of Σ γ^t r_t (Thomas 2014). float[N, T]."""
+def discount_weights(mask: Tensor, gamma: float | Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """γ^t for token t: the weight of each term in the exact gradient of Σ γ^t r_t (Thomas 2014). float[N, T].
+
+    gamma: γ, or float[N, T], whose product over the tokens before is then the weight."""
+    if isinstance(gamma, Tensor):
+        before = torch.nn.functional.pad(gamma.to(dtype)[:, :-1], (1, 0), value=1.0)
+        return before.cumprod(1) * mask
     steps = (mask.to(dtype).cumsum(1) - 1).clamp(min=0)
     return torch.pow(torch.as_tensor(gamma, dtype=dtype, device=mask.device), steps) * mask
 
@@ -152,7 +158,13 @@ def control_variate(
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, bootstrap: Tensor | None = None
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float | Tensor,
+    lam: float,
+    bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16).
 
@@ -278,7 +290,7 @@ def advantages(
     valid: Tensor,
     *,
     baseline: Baseline,
-    gamma: float = 1.0,
+    gamma: float | Tensor = 1.0,
     running: Tensor | None = None,
     beta: float | Tensor = 1.0,
     given: Tensor | None = None,

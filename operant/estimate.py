@@ -10,7 +10,7 @@ from torch import Tensor
 
 from operant import credit, objectives
 from operant.algorithms import SUMMING_BASELINES, Recipe
-from operant.batch import completion_axes, from_trajectories, place
+from operant.batch import completion_axes, drawn, drawn_rewards, from_trajectories, place, turn_discounts
 from operant.config import TrainConfig
 from operant.learner import logprobs_of, whole_batch
 from operant.policy import Policy
@@ -43,6 +43,7 @@ class Estimator:
     def __init__(self, policy: Policy, config: TrainConfig, recipe: Recipe, state: dict[str, Any]) -> None:
         self.policy, self.config, self.recipe, self.state = policy, config, recipe, state
         begun = {"running": [], "running_weight": [], "routes": {}, "kl_coef": config.kl_coef}
+        self.gamma: float | Tensor = config.gamma
         for name, begin in begun.items():
             state.setdefault(name, begin)
 
@@ -58,6 +59,7 @@ class Estimator:
         if recipe.overlong_buffer:
             rewards = rewards + self.overlong(mask, metrics)
         penalty = self.kl_penalty(batch, trajectories)
+        self.gamma = turn_discounts(trajectories, config.gamma, config.gamma_turn)
         valid = self.known(batch, trajectories, mask, whole)
         if recipe.baseline == "critic":
             advantages, returns, usable = self.against_critic(batch, trajectories, rewards + penalty, mask, valid)
@@ -108,7 +110,7 @@ class Estimator:
             with self.policy.as_reference():
                 batch.ref_logprobs = self.logprobs(batch)
         if batch.ref_logprobs is None or self.config.kl_in != "reward":
-            return torch.zeros(len(trajectories), max(len(t.completion.tokens) for t in trajectories)).double()
+            return torch.zeros(len(trajectories), max(len(drawn(t.completion)) for t in trajectories)).double()
         k1 = objectives.kl_k1(self.logprobs(batch), batch.ref_logprobs)
         return -self.state["kl_coef"] * self.on_completions(k1, trajectories)
 
@@ -117,10 +119,12 @@ class Estimator:
         partly = any(0 < t.observed.sum() < len(t.observed) for t in trajectories)
         if self.recipe.baseline not in credit.PER_POSITION or not partly:
             return valid
-        assert batch.observed is not None
-        observed = self.on_completions(batch.observed, trajectories) > 0
+        observed = torch.zeros_like(mask)
+        for i, t in enumerate(trajectories):
+            seen = drawn_rewards(t)[1]
+            observed[i, : len(seen)] = torch.from_numpy(seen)
         trainable = torch.tensor([[t.completion.trainable] for t in trajectories])
-        return credit.known_returns(observed, mask, self.config.gamma) & trainable
+        return credit.known_returns(observed, mask, self.gamma) & trainable
 
     # --- advantages ----------------------------------------------------------------------------------------------
 
@@ -140,7 +144,7 @@ class Estimator:
             metrics["train/route_baseline"] = float(given.mean())
         running = credit.running_baseline(self.state["running"], self.state["running_weight"])
         return credit.advantages(
-            rewards, mask, batch.group_ids, valid, baseline=self.recipe.baseline, gamma=self.config.gamma,
+            rewards, mask, batch.group_ids, valid, baseline=self.recipe.baseline, gamma=self.gamma,
             running=running, beta=beta, given=given, shift=self.recipe.shift,
             discount_state=self.config.discount_state,
         )  # fmt: skip
@@ -156,7 +160,7 @@ class Estimator:
         elif baseline in ("running", "greedy", "route"):
             baseline = "none"  # what they remember is of the task's reward
         return credit.advantages(
-            penalty, mask, batch.group_ids, valid, baseline=baseline, gamma=self.config.gamma,
+            penalty, mask, batch.group_ids, valid, baseline=baseline, gamma=self.gamma,
             discount_state=self.config.discount_state,
         )[0]  # fmt: skip
 
@@ -169,16 +173,16 @@ class Estimator:
         n, width = mask.shape
         of_row, after = torch.zeros(n, width, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
         for i, t in enumerate(trajectories):
-            start, length = self.start(t), len(t.completion.tokens)
-            of_row[i, :length] = values[i, start : start + length].double()
+            start, places = self.start(t), drawn(t.completion)
+            of_row[i, : len(places)] = values[i, start + places].double()
             if self.recipe.bootstrap and t.completion.truncated:
-                after[i] = values[i, start + length].double()
+                after[i] = values[i, start + len(t.completion.tokens)].double()
         advantages, returns = credit.gae(
             torch.where(valid[:, None], rewards, 0.0), of_row, mask,
-            gamma=self.config.gamma, lam=self.recipe.lam, bootstrap=after,
+            gamma=self.gamma, lam=self.recipe.lam, bootstrap=after,
         )  # fmt: skip
         if self.config.discount_state:
-            advantages = advantages * credit.discount_weights(mask, self.config.gamma)
+            advantages = advantages * credit.discount_weights(mask, self.gamma)
         return advantages * valid[:, None], returns, valid
 
     def coefficient(
@@ -227,11 +231,11 @@ class Estimator:
         return len(trajectory.prompt.tokens) if self.policy.family == "decoder" else 0
 
     def on_completions(self, values: Tensor, trajectories: list[Trajectory]) -> Tensor:
-        """[B, S] on the batch's columns → float64[N, T] on the completion's axis."""
-        out = torch.zeros(len(trajectories), max(len(t.completion.tokens) for t in trajectories), dtype=torch.float64)
+        """[B, S] on the batch's columns → float64[N, T] on the axis of `completion_axes`."""
+        out = torch.zeros(len(trajectories), max(len(drawn(t.completion)) for t in trajectories), dtype=torch.float64)
         for i, t in enumerate(trajectories):
-            start, n = self.start(t), len(t.completion.tokens)
-            out[i, :n] = values[i, start : start + n].double()
+            places = drawn(t.completion)
+            out[i, : len(places)] = values[i, self.start(t) + places].double()
         return out
 
 

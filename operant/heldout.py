@@ -40,9 +40,14 @@ class HeldOut:
         state.setdefault("first", {})
         self.best: dict[str, float] = state.setdefault("best", {})
 
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to measure."""
+        return bool(self.prompts)
+
     def measure(self) -> None:
         """Held-out evaluation; keeps the best weights and ends the run at the target."""
-        if not self.prompts:
+        if not self.active:
             return
         self.run.measured_step = self.run.step
         values = self.look()
@@ -57,7 +62,7 @@ class HeldOut:
 
     def last_look(self) -> None:
         """After an early stop: are the newest weights the best?"""
-        if self.prompts and self.run.measured_step != self.run.step:
+        if self.active and self.run.measured_step != self.run.step:
             values = self.look()
             value = values[self.config.best_metric]
             if math.isfinite(value) and value > self.run.best_value:

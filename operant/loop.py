@@ -17,15 +17,17 @@ import torch
 
 from operant import objectives
 from operant.algorithms import Recipe, resolve
-from operant.batch import from_sequences, microbatches, select_rows
+from operant.batch import drawn, from_sequences, microbatches, select_rows
 from operant.config import TrainConfig
 from operant.data import Pair
+from operant.episodes import Episodes, HeldOutEpisodes, check_episode_metric
 from operant.estimate import Estimator, Rollout
 from operant.evaluate import distinct
 from operant.heldout import HeldOut, check_metric, read_target
 from operant.learner import Learner, logprobs_of
 from operant.policy import Policy
 from operant.rewards import (
+    Reward,
     RewardRunner,
     as_reward,
     check_references,
@@ -38,7 +40,7 @@ from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
 from operant.trust_region import TrustRegion
-from operant.types import Batch, OperantError, Prompt, StepStats
+from operant.types import Batch, Completion, OperantError, Prompt, StepStats
 
 CRITIC_RATE = 5.0  # a critic begins knowing nothing: its learning rate over the policy's, unless it is given
 
@@ -62,8 +64,8 @@ class TrainResult:
 
 def train(
     policy: Policy,
-    prompts: Sequence[Prompt],
-    reward: Any,
+    prompts: Sequence[Prompt] = (),
+    reward: Any = None,
     config: TrainConfig | None = None,
     *,
     dev_prompts: Sequence[Prompt] = (),
@@ -75,6 +77,7 @@ def train(
     """Improve a policy by policy gradient on a reward.
 
     policy: changed in place; afterwards it has the best weights by `config.best_metric` on `dev_prompts`.
+        With `config.environment` the policy plays its episodes instead, and there are neither prompts nor a reward.
     reward: any `reward(prompt, completion) -> float | one per token | spans | None`, or a name such as "chrf", which
         `config.dense` and `config.potential` complete.
     config: a TrainConfig; `options` replace single fields of it, such as `steps=200, out="runs/mine"`.
@@ -84,7 +87,14 @@ def train(
     several steps in a row was missing.
     """
     config = dataclasses.replace(config or TrainConfig(), **options)
-    if isinstance(reward, str):
+    if config.environment:
+        if prompts or reward is not None or dev_prompts or pairs:
+            raise OperantError("an environment asks and pays by itself; leave prompts and reward out, or --environment")
+        reward = Reward(_paid_elsewhere, name=config.environment, dense=config.dense, in_process=True)
+        config = dataclasses.replace(config, reward=config.environment)
+    elif reward is None:
+        raise OperantError("there is no reward to learn from; give one, or an environment")
+    elif isinstance(reward, str):
         potential = None if config.potential == "auto" or not config.dense else config.potential
         config = dataclasses.replace(config, reward=reward)
         reward = reward_by_name(reward, dense=config.dense or None, potential=potential)
@@ -97,11 +107,15 @@ def train(
         recipe = resolve(config, dense=runner.reward.dense)
         check_references(runner.reward, prompts)
         read_target(config.target)
-        if not prompts:
+        if config.environment:
+            check_episode_metric("--best_metric", config.best_metric)
+            if config.target:
+                check_episode_metric("--target", re.split(r"[<>]", config.target)[0].strip())
+        elif not prompts:
             raise OperantError("there are no prompts to learn from; check --data and --limit")
         if config.sft_coef and not pairs:
             raise OperantError("sft_coef is set but there are no labelled pairs; give --sft_data, or --sft_coef 0")
-        if config.target and not dev_prompts:
+        if config.target and not dev_prompts and not config.environment:
             raise OperantError("a target needs held-out prompts; give --dev_data, or leave --target out")
         if dev_prompts:
             check_metric("--best_metric", config.best_metric, dev_prompts)
@@ -132,7 +146,7 @@ class _Loop:
         self.run, self.config, self.policy, self.runner, self.pairs = run, config, policy, runner, pairs
         self.recipe = recipe
         policy.model.eval()  # dropout off: the sampler and the learner must be the same policy
-        if config.kl_coef > 0 or dev_prompts:  # the held-out drift is against it too
+        if config.kl_coef > 0 or dev_prompts or config.environment:  # the held-out drift is against it too
             policy.freeze_reference()
         if recipe.critic is not None:
             policy.add_critic(separate=recipe.critic == "separate")
@@ -148,10 +162,18 @@ class _Loop:
             runner.load_state_dict(self.state["rewards"])
         self.sampler = Sampler(policy, max_rows=config.max_rows, version=run.step, audit_fraction=config.audit_fraction)
         self.sampler.saved_tokens = self.state.get("saved_tokens", 0)
-        self.rollouts = Rollouts(run, config, recipe, prompts, self.sampler, runner, self.state)
+        self.rollouts = (
+            Episodes(run, config, self.sampler, runner, self.state)
+            if config.environment
+            else Rollouts(run, config, recipe, prompts, self.sampler, runner, self.state)
+        )
         self.estimator = Estimator(policy, config, recipe, self.state)
         self.surrogate = Surrogate(config, recipe, self.state)
-        self.held_out = HeldOut(run, config, policy, dev_prompts, runner, self.state)
+        self.held_out = (
+            HeldOutEpisodes(run, config, policy, runner, self.state)
+            if config.environment
+            else HeldOut(run, config, policy, dev_prompts, runner, self.state)
+        )
         self.pair_order = DataOrder(max(1, len(pairs)), config.sft_batch_size, config.seed, "pairs")
         run.facts["optimises"] = optimised_metrics(runner.reward)
 
@@ -249,14 +271,16 @@ class _Loop:
             "train/approx_kl": stats.approx_kl,
             "train/clipfrac": stats.clipfrac,
             "train/entropy": stats.entropy,
-            "train/length": float(np.mean([len(c.tokens) for c in completions])),
-            "train/distinct2": distinct([c.tokens for c in completions]),
+            "train/length": float(np.mean([len(drawn(c)) for c in completions])),
+            "train/distinct2": distinct([c.tokens[drawn(c)] for c in completions]),
             "train/truncated": float(np.mean([c.truncated for c in completions])),
             "train/stopped": float(np.mean([c.stop_reason == "reward" for c in completions])),
             "train/completions": float(self.state["drawn"] * self.config.group_size),
             "train/rounds": float(rollout.rounds),
         }
         metrics |= {f"train/{name}": value for name, value in stats.extra.items()}
+        if self.config.environment:
+            metrics["train/turns"] = float(np.mean([c.meta["turns"] for c in completions]))
         audited = [c.meta["audited_return"] for c in completions if "audited_return" in c.meta]
         if self.rollouts.stream is not None:
             self.state["saved_tokens"] = self.sampler.saved_tokens
@@ -274,6 +298,10 @@ class _Loop:
                     metrics[f"train/phi_corr/{i}"] = value
         self.state["rewards"] = self.runner.state_dict()
         return metrics
+
+
+def _paid_elsewhere(prompt: Prompt, completion: Completion) -> None:
+    """The reward of episodes, which their environment has paid while they were played."""
 
 
 def trust_region(policy: Policy, config: TrainConfig, recipe: Recipe) -> TrustRegion | None:

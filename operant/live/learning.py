@@ -34,7 +34,7 @@ import transformers
 from torch import Tensor
 
 from operant import credit, objectives
-from operant.batch import from_sequences, from_trajectories, microbatches, place, to_device
+from operant.batch import drawn, from_sequences, from_trajectories, microbatches, place, to_device
 from operant.config import LiveConfig, PreferConfig
 from operant.learner import Adam, Learner, logprobs_of
 from operant.live.gate import Anchors, divergence
@@ -586,10 +586,10 @@ def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) ->
         trajectories, encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id,
         normalisation="per_completion",
     )  # fmt: skip
-    width = max(len(r.marked) for r in rated)
-    marked = torch.zeros(len(rated), width)
+    marked = torch.zeros(len(rated), max(len(r.marked) for r in rated))
     for i, row in enumerate(rated):
-        marked[i, : len(row.marked)] = torch.from_numpy(row.marked)
+        taught = row.marked[drawn(row.completion)]
+        marked[i, : len(taught)] = torch.from_numpy(taught)
     advantages = torch.tensor([[r.advantage] for r in rated])
     batch.advantages = place(batch, marked * advantages, trajectories)
     batch.weights = batch.weights * torch.tensor([[r.weight] for r in rated])

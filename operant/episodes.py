@@ -1,0 +1,320 @@
+"""Gymnasium environments over text as a source of completions: episodes of several turns, each paid as it is played."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from operant.algorithms import nearest
+from operant.batch import drawn, from_trajectories
+from operant.config import TrainConfig
+from operant.estimate import Rollout
+from operant.heldout import HeldOut
+from operant.learner import logprobs_of
+from operant.rewards import RewardRunner, reward_trajectory
+from operant.run import Run, mixed_seed
+from operant.sampler import Sampler
+from operant.types import Completion, OperantError, Prompt, Sampling, Span, Trajectory
+
+NAME = "environment"
+
+
+def environment_by_name(name: str, **options: Any) -> Any:
+    """A new environment from its Gymnasium id (`operant/HigherLower-v0`, `package:Id-v0`) or from `module:Class`.
+
+    Raises OperantError when Gymnasium or the environment is not there, or when its spaces are no texts.
+    """
+    try:
+        import gymnasium
+    except ImportError as error:
+        raise OperantError("environments need Gymnasium; pip install 'operant[gym]'") from error
+    import operant.environment  # noqa: F401  its ids are known after this
+
+    try:
+        module_name, _, path = name.partition(":")
+        if path and "/" not in path and not path.rpartition("-v")[2].isdecimal():
+            if os.getcwd() not in sys.path:  # an environment beside the data, as with rewards
+                sys.path.insert(0, os.getcwd())
+            made = getattr(importlib.import_module(module_name), path)(**options)
+        else:
+            made = gymnasium.make(name, **options)
+    except OperantError:
+        raise
+    except Exception as error:  # of the user's module, or Gymnasium's own for an unknown id
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise OperantError(
+            f"environment {name!r} cannot be made ({type(error).__name__}: {first}); give an id or module:Class"
+        ) from error
+    for which in ("observation_space", "action_space"):
+        space = getattr(made, which, None)
+        if not isinstance(space, gymnasium.spaces.Text):
+            raise OperantError(
+                f"environment {name!r} has {which} {space}, and a language model reads and writes texts; "
+                "give one whose spaces are gymnasium.spaces.Text"
+            )
+    return made
+
+
+@dataclass(slots=True)
+class _Episode:
+    """One game under way. tokens … rewards run along everything after the prompt, whoever wrote it."""
+
+    name: str
+    environment: Any
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    behavior: list[float] = field(default_factory=list)
+    model: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    turns: int = 0
+    ended: bool = False
+    truncated: bool = False
+    fault: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, tokens: Sequence[int]) -> None:
+        """What the environment says: context that nobody is taught."""
+        for values, value in ((self.sampled, False), (self.behavior, 0.0), (self.model, 0.0), (self.versions, -1)):
+            values += [value] * len(tokens)
+        self.rewards += [0.0] * len(tokens)
+        self.tokens += tokens
+
+
+class Player:
+    """Plays episodes with a policy, all of a call side by side.
+
+    A turn is what the policy writes up to its end-of-text, a stop string or `max_tokens`; its text, without these, is
+    the action. What `step` pays stands on the turn's last token; `info["spans"]`, a list of (start, end, value) on the
+    action's characters, is paid beside it, token by token. Then the observation follows, between line breaks, as
+    tokens that the policy did not draw. `truncated` is an episode that the environment, `max_turns` or the model's
+    context cut off.
+
+    An environment that raises costs the episode its reward, with the reason, and nothing else.
+    Raises OperantError for an encoder-decoder, whose decoder cannot be handed text to read.
+    """
+
+    def __init__(self, name: str, config: TrainConfig, sampler: Sampler, **options: Any) -> None:
+        if sampler.policy.family != "decoder":
+            raise OperantError(
+                "episodes need a decoder, which reads what it is answered; an encoder-decoder reads its prompt alone: "
+                "give another --model"
+            )
+        self.name, self.config, self.sampler, self.options = name, config, sampler, options
+        self.environments: list[Any] = []
+
+    def play(self, games: Sequence[tuple[str, int]], sampling: Sampling) -> list[Trajectory]:
+        """Episodes of (group, seed of the environment) each; equal groups must have equal seeds."""
+        while len(self.environments) < len(games):
+            self.environments.append(environment_by_name(self.name, **self.options))
+        copies: Counter[str] = Counter()
+        episodes = []
+        for environment, (group, seed) in zip(self.environments, games):
+            episodes.append(self._begin(environment, group, copies[group], seed))
+            copies[group] += 1
+        for turn in range(self.config.max_turns):
+            playing = [e for e in episodes if not e.ended]
+            if not playing:
+                break
+            prompts = [
+                Prompt(f"{e.name}/{turn}", np.concatenate([e.prompt.tokens, np.array(e.tokens, np.int64)]))
+                for e in playing
+            ]
+            answers = self.sampler.sample(prompts, sampling)
+            for episode, (answer,) in zip(playing, answers, strict=True):
+                self._turn(episode, answer)
+        return [self._finish(e, sampling) for e in episodes]
+
+    def close(self) -> None:
+        for environment in self.environments:
+            environment.close()
+        self.environments.clear()
+
+    def _begin(self, environment: Any, group: str, copy: int, seed: int) -> _Episode:
+        try:
+            observation, info = environment.reset(seed=seed % 2**31)
+        except Exception as error:
+            raise OperantError(
+                f"environment {self.name!r} cannot be reset ({type(error).__name__}: {error}); mend it"
+            ) from error
+        codec = self.sampler.policy.codec
+        tokens = codec.encode_prompt(f"{self.config.prefix}{observation}{self.config.separator}")
+        prompt = Prompt(group, tokens, text=str(observation), task=self.name)
+        if len(tokens) >= self.sampler.policy.max_length:
+            raise OperantError(
+                f"the first observation of {self.name!r} has {len(tokens)} tokens and the model's context "
+                f"{self.sampler.policy.max_length}; give a model with more, or a shorter observation"
+            )
+        return _Episode(f"{group}#{copy}", environment, prompt, info=dict(info))
+
+    def _turn(self, episode: _Episode, answer: Completion) -> None:
+        assert answer.behavior_logprobs is not None and answer.model_logprobs is not None
+        assert answer.policy_version is not None
+        episode.turns += 1
+        begun = len(episode.tokens)
+        episode.tokens += answer.tokens.tolist()
+        episode.sampled += [True] * len(answer.tokens)
+        episode.behavior += answer.behavior_logprobs.tolist()
+        episode.model += answer.model_logprobs.tolist()
+        episode.versions += answer.policy_version.tolist()
+        episode.rewards += [0.0] * len(answer.tokens)
+        try:
+            observation, reward, terminated, truncated, episode.info = episode.environment.step(answer.text)
+        except Exception as error:
+            episode.fault, episode.ended = f"raised: {type(error).__name__}: {error}", True
+            return
+        paid: list[Any] = [float(reward)]
+        if "spans" in episode.info:
+            paid.append([Span(int(a), int(b), float(value)) for a, b, value in episode.info["spans"]])
+        for value in paid:
+            placed = reward_trajectory(episode.prompt, answer, NAME, value)
+            if placed.missing is not None:
+                episode.fault, episode.ended = placed.missing, True
+                return
+            for t, amount in enumerate(placed.rewards.tolist()):
+                episode.rewards[begun + t] += amount
+        episode.ended, episode.truncated = bool(terminated or truncated), bool(truncated and not terminated)
+        if terminated:
+            return
+        said = self.sampler.policy.codec.encode(f"\n{observation}{self.config.separator}").tolist()
+        room = self.sampler.policy.max_length - len(episode.prompt.tokens) - len(episode.tokens)
+        if len(said) < room:
+            episode.write(said)
+        else:
+            episode.ended = episode.truncated = True
+
+    def _finish(self, episode: _Episode, sampling: Sampling) -> Trajectory:
+        codec = self.sampler.policy.codec
+        tokens = np.array(episode.tokens, np.int64)
+        text, ends = codec.text_and_ends(tokens)
+        cut = episode.truncated or not episode.ended
+        completion = Completion(
+            id=episode.name, prompt_id=episode.prompt.id, text=text, tokens=tokens, text_ends=ends,
+            text_reach=codec.reach(tokens),
+            behavior_logprobs=np.array(episode.behavior, np.float32),
+            model_logprobs=np.array(episode.model, np.float32),
+            sampled=np.array(episode.sampled, np.bool_), policy_version=np.array(episode.versions, np.int64),
+            stop_reason="length" if cut else "eos", truncated=cut, sampling=sampling,
+            tokenizer_hash=codec.hash, template_hash=codec.template_hash,
+            meta={"turns": episode.turns, "info": episode.info},
+        )  # fmt: skip
+        observed = np.full(len(tokens), not episode.fault)
+        total = None if episode.fault else float(sum(episode.rewards))
+        rewards = np.where(observed, np.array(episode.rewards, np.float64), np.nan)
+        return Trajectory(episode.prompt, completion, rewards, observed, {NAME: total}, episode.fault or None)
+
+
+class Episodes:
+    """Takes the place of `rollouts.Rollouts` where an environment asks and pays: a group for each starting state."""
+
+    stream = None
+
+    def __init__(
+        self, run: Run, config: TrainConfig, sampler: Sampler, runner: RewardRunner, state: dict[str, Any]
+    ) -> None:
+        assert config.environment is not None
+        self.run, self.config, self.runner, self.state = run, config, runner, state
+        self.player = Player(config.environment, config, sampler)
+        state.setdefault("drawn", run.step * config.prompts_per_step)
+        state.setdefault("all_missing", 0)
+
+    def take(self, step: int) -> Rollout:
+        """`group_size` episodes from each of `prompts_per_step` starting states, which depend on the step alone."""
+        config = self.config
+        games = [
+            (f"{step}.{i}", mixed_seed(config.seed, "start", step, i))
+            for i in range(config.prompts_per_step)
+            for _ in range(config.group_size)
+        ]
+        self.state["drawn"] += config.prompts_per_step
+        trajectories = self.player.play(games, sampling_of(config, mixed_seed(config.seed, "sample", step)))
+        for t in trajectories:
+            if t.missing is None:
+                self.runner.rewarded += 1
+            else:
+                reason = t.missing.split(":", 1)[0]
+                self.runner.counts[reason] += 1
+                self.runner.details.setdefault(reason, t.missing)
+        if all(t.missing for t in trajectories):
+            self.state["all_missing"] += 1
+            if self.state["all_missing"] >= 3 or step == 0:
+                self.run.stop(f"every reward was missing: {self.runner.explain()}", failed=True)
+        else:
+            self.state["all_missing"] = 0
+        return Rollout(trajectories, trajectories)
+
+
+class HeldOutEpisodes(HeldOut):
+    """Measures greedy episodes from the same `eval_prompts` starting states every time."""
+
+    def __init__(self, run: Run, config: TrainConfig, policy: Any, runner: RewardRunner, state: dict[str, Any]) -> None:
+        super().__init__(run, config, policy, (), runner, state)
+        assert config.environment is not None
+        self.player = Player(config.environment, config, Sampler(policy, max_rows=config.max_rows))
+        self.games = [(f"held-out.{i}", mixed_seed("held-out", i)) for i in range(config.eval_prompts)]
+
+    @property
+    def active(self) -> bool:
+        return bool(self.games)
+
+    def look(self) -> dict[str, float]:
+        trajectories = self.player.play(self.games, dataclasses.replace(sampling_of(self.config, 0), temperature=0.0))
+        values = measured(trajectories)
+        values["kl_ref"] = self.moved(trajectories[:64])
+        self.run.log.log(self.run.step, {f"eval/{name}": value for name, value in values.items()})
+        self.run.log.samples(self.run.step, [
+            {
+                "prompt": t.prompt.text, "text": t.completion.text, "references": [],
+                "stop_reason": t.completion.stop_reason,
+                "reward": float(t.rewards.sum()) if t.observed.all() else None,
+            }
+            for t in trajectories[: self.config.log_samples]
+        ])  # fmt: skip
+        self.run.note(f"step {self.run.step}: held-out reward {values['reward']:.4g}, turns {values['turns']:.3g}")
+        return values
+
+    def moved(self, trajectories: Sequence[Trajectory]) -> float:
+        """Mean log π/π_ref of the drawn tokens."""
+        batch = from_trajectories(trajectories, encoder=False, pad_id=self.policy.codec.pad_id)
+        batch.temperature = torch.ones(len(trajectories))
+        now = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
+        with self.policy.as_reference():
+            then = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
+        return float(((now - then) * batch.action_mask).sum() / batch.action_mask.sum().clamp(min=1))
+
+
+def check_episode_metric(flag: str, name: str) -> None:
+    """Refuse the name of a measure that held-out episodes do not have."""
+    names = ["reward", "reward_missing", "turns", "length", "truncated", "kl_ref"]
+    if name not in names:
+        raise OperantError(f"{flag} {name!r} is not measured{nearest(name, names)} (there are: {', '.join(names)})")
+
+
+def sampling_of(config: TrainConfig, seed: int) -> Sampling:
+    return Sampling(
+        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
+        stop=tuple(config.stop), seed=seed,
+    )  # fmt: skip
+
+
+def measured(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over episodes: reward (missing ones left out), turns, drawn tokens, and the share that was cut off."""
+    seen = [float(t.rewards.sum()) for t in trajectories if t.observed.all()]
+    return {
+        "reward": float(np.mean(seen)) if seen else math.nan,
+        "reward_missing": float(len(trajectories) - len(seen)),
+        "turns": float(np.mean([t.completion.meta["turns"] for t in trajectories])),
+        "length": float(np.mean([len(drawn(t.completion)) for t in trajectories])),
+        "truncated": float(np.mean([t.completion.truncated for t in trajectories])),
+    }
