@@ -292,8 +292,10 @@ def _pointer(folder: Path) -> str | None:
     return None
 
 
-def replace_file(file: Path, text: str) -> None:
+def replace_file(file: Path, text: str, *, private: bool = False) -> None:
     """Write a small file so that a crash leaves the old text or the new one, on the disk when this returns.
+
+    private: nobody but its owner may ever read it.
 
     Raises:
         OperantError: the disk is full or the place cannot be written. The old text stands.
@@ -301,6 +303,8 @@ def replace_file(file: Path, text: str) -> None:
     fresh = file.parent / f"{STAGING}{file.name}-{os.getpid()}"
     try:
         _make_folder(file.parent)
+        if private:
+            fresh.touch(mode=0o600)
         fresh.write_text(text, encoding="utf-8")
         _sync(fresh)
         os.replace(fresh, file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import sys
@@ -61,6 +62,16 @@ EXAMPLES = {
         configs.AlgorithmsConfig,
         "print what each algorithm needs and honours",
         "operant algorithms --json true",
+    ),
+    "serve": (
+        configs.ServeConfig,
+        "serve a model that learns from ratings of its answers, seconds later",
+        "operant serve --model runs/quickstart/model",
+    ),
+    "keys": (
+        configs.KeysConfig,
+        "who may talk to a live server: list, add and remove API keys",
+        "operant keys --add anna --roles [chat,rate]",
     ),
     "versions": (
         configs.VersionsConfig,
@@ -408,6 +419,37 @@ def run_algorithms(config: configs.AlgorithmsConfig) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
+def run_serve(config: configs.ServeConfig) -> None:
+    from operant.live.serve import serve
+
+    serve(config)
+
+
+def run_keys(config: configs.KeysConfig) -> None:
+    from operant.live.access import Keys
+
+    if config.add is not None and config.remove is not None:
+        raise OperantError("--add and --remove are two things; give one of them at a time")
+    keys = Keys(config.keys or Path(config.root) / "keys.json")
+    if config.add is not None:
+        key = keys.add(config.add, config.roles)
+        if config.json:
+            print(json.dumps({"name": config.add, "key": key, "roles": config.roles}))
+        else:
+            print(key)
+            print(f"the key of {config.add}; it is shown this once, {keys.path} keeps its hash only", file=sys.stderr)
+        return
+    if config.remove is not None:
+        keys.remove(config.remove)
+    rows = [{"name": key.name, "roles": list(key.roles), "created": key.created} for key in keys.all()]
+    if config.json:
+        print(json.dumps({"keys": rows}, ensure_ascii=False))
+        return
+    for one in keys.all():
+        made = datetime.datetime.fromtimestamp(one.created).strftime("%Y-%m-%d %H:%M")
+        print(f"{one.name:20}  {', '.join(one.roles):20}  {made}")
+
+
 def run_versions(config: configs.VersionsConfig) -> None:
     from operant.live.versions import Versions
 
@@ -500,6 +542,8 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "score": run_score,
     "sample": run_sample,
     "algorithms": run_algorithms,
+    "serve": run_serve,
+    "keys": run_keys,
     "versions": run_versions,
     "feedback": run_feedback,
     "quickstart": run_quickstart,

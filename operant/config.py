@@ -16,6 +16,8 @@ __all__ = [
     "AlgorithmsConfig",
     "EvalConfig",
     "FeedbackConfig",
+    "KeysConfig",
+    "LearnerConfig",
     "LiveConfig",
     "PreferConfig",
     "PretrainConfig",
@@ -23,6 +25,7 @@ __all__ = [
     "RewardModelConfig",
     "SampleConfig",
     "ScoreConfig",
+    "ServeConfig",
     "SftConfig",
     "TrainConfig",
     "VersionsConfig",
@@ -68,9 +71,14 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "block": ("0, or at least 2", lambda x: x == 0 or x >= 2),
     # different phrases of the built-in task grow rare beyond
     **{name: ("between 1 and 100000", lambda x: 1 <= x <= 100_000) for name in ("labelled", "prompts")},
+    "drain_seconds": ("0 or more", lambda x: 0 <= x < math.inf),
+    "link_days": ("more than 0", lambda x: 0 < x < math.inf),
+    "max_body": ("at least 1024", lambda x: x >= 1024),
     "max_length": ("at least 2", lambda x: x >= 2),
     "mean_span": ("at least 1", lambda x: 1 <= x < math.inf),
     "noise_density": ("between 0 and 1", lambda x: 0 < x < 1),
+    "port": ("between 0 and 65535", lambda x: 0 <= x <= 65535),
+    "queue": ("at least 1", lambda x: x >= 1),
     "reward_workers": ("-1 or more", lambda x: x >= -1),
     "seed": ("between 0 and 2^63 - 1", lambda x: 0 <= x < 2**63),
     "top_p": ("more than 0 and at most 1", lambda x: 0 < x <= 1),
@@ -749,12 +757,12 @@ class LiveConfig:
 
 
 @dataclass(kw_only=True)
-class WorkerConfig(LiveConfig):
-    """The learner process of the live loop: reads feedback, makes steps, publishes versions.
+class LearnerConfig(LiveConfig):
+    """What the live learner works on, whoever starts it.
 
     Args:
         root: the folder of the versions.
-        store: where completions and feedback are read from: FILE.db, a database URL, or a file of JSON Lines as
+        store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
             operant.replay writes it.
         model: the first version, a folder or hub id; only to begin a new root.
         anchors: rows with prompts, on whose answers every step is measured; empty samples from the bare model. Only to
@@ -769,9 +777,6 @@ class WorkerConfig(LiveConfig):
         device: auto, cpu, cuda or mps.
         dtype: float32, or bf16 for autocast.
         threads: CPU threads for the matrix work; 0 leaves torch's default.
-        poll_seconds: wait before the store is looked at again.
-        once: learn what is there and leave.
-        watch_stdin: look at the store when a line comes in, and leave when the input ends, as its parent then has.
     """
 
     root: str = "runs/live"
@@ -788,9 +793,81 @@ class WorkerConfig(LiveConfig):
     device: str = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
     threads: int = 0
+
+
+@dataclass(kw_only=True)
+class WorkerConfig(LearnerConfig):
+    """The learner process of the live loop: reads feedback, makes steps, publishes versions.
+
+    Args:
+        poll_seconds: wait before the store is looked at again.
+        once: learn what is there and leave.
+        watch_stdin: look at the store when a line comes in, and leave when the input ends, as its parent then has.
+    """
+
     poll_seconds: float = 0.05
     once: bool = False
     watch_stdin: bool = False
+
+
+@dataclass(kw_only=True)
+class ServeConfig(LearnerConfig):
+    """Serve a model that learns from what people say about its answers.
+
+    Args:
+        host: the address to listen on. Others than this machine's own need keys.
+        port: the port to listen on.
+        name: what the model is called; it also answers to "default".
+        mode: personal (each rating makes a version) or shared (a version needs several sources, all weigh the same).
+        keys: the file of keys; empty takes keys.json in `root`. While there are none nobody is asked for one.
+        public_url: where others reach the server, for the links in its answers.
+        link_days: days for which a link that rates an answer is good.
+        max_rows: completions decoded together.
+        queue: completions that may wait beside them; more are refused with 429.
+        max_tokens: longest answer to a chat that names no limit.
+        prefix: text put before every chat, for models without a chat template.
+        separator: text between such a chat and its answer, for decoder-only models.
+        implicit: module:function that reads a user's next message as a score of the answer before it, or as nothing.
+        max_body: bytes of a request, at most.
+        drain_seconds: how long answers under way may go on when the server is told to stop.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str = "operant"
+    mode: Literal["personal", "shared"] = "personal"
+    keys: str = ""
+    public_url: str = ""
+    link_days: float = 30.0
+    max_rows: int = 64
+    queue: int = 256
+    max_tokens: int = 256
+    prefix: str = ""
+    separator: str = "\n"
+    implicit: str = ""
+    max_body: int = 1 << 20
+    drain_seconds: float = 5.0
+
+
+@dataclass(kw_only=True)
+class KeysConfig:
+    """The API keys of a live server: list, add and remove them.
+
+    Args:
+        root: the folder that the live loop writes.
+        keys: the file of keys; empty takes keys.json in `root`.
+        add: make a key for this name and print it, once.
+        roles: what it may do: chat, rate (its own feedback), operate (everything).
+        remove: the name whose key is no longer good.
+        json: print one JSON object.
+    """
+
+    root: str = "runs/live"
+    keys: str = ""
+    add: str | None = None
+    roles: list[str] = dataclasses.field(default_factory=lambda: ["chat", "rate"])
+    remove: str | None = None
+    json: bool = False
 
 
 @dataclass(kw_only=True)

@@ -212,7 +212,8 @@ def _show(circle: Quickstart, config: QuickstartConfig, out: Path, report: Path,
         f'  operant sample --model {out}/model --prompt "Half past seven in the evening on the third of May"\n'
         f"  operant eval --model {out}/model --data {out}/data/test.jsonl\n"
         f"  operant train --model {out}/finetune/model --data {out}/data/prompts.jsonl --dev_data {out}/data/dev.jsonl "
-        f'--reward "bleu(tokenize=zh)" --max_tokens {MAX_TOKENS} --steps 100 --out runs/mine'
+        f'--reward "bleu(tokenize=zh)" --max_tokens {MAX_TOKENS} --steps 100 --out runs/mine\n'
+        f"  operant serve --model {out}/model"
     )
 
 

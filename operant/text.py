@@ -474,6 +474,14 @@ class Codec:
         kept = data.lstrip(b" ") if strip_left else data
         return data[min(strip_left, len(data) - len(kept)) :].decode("utf-8", errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """The UTF-8 bytes that a token stands for by itself, maybe a part of a character; b"" for special tokens."""
+        if not self.is_text(token):
+            return b""
+        if self._token_bytes is None:
+            return self.decode_with_tokenizer([token]).encode()
+        return self._token_bytes[0][token]
+
     def text_and_ends(self, tokens: Iterable[int]) -> tuple[str, Ints]:
         """The text, and int64[T] how many of its characters are committed after each token.
 

@@ -50,10 +50,11 @@ def test_it_writes_and_prints_what_it_promises(program: Program, tmp_path: Path)
 
     _, _, try_next = told.out.partition("Try next:\n")
     commands = [shlex.split(line.strip())[1:] for line in try_next.splitlines() if line.strip()]
-    assert [words[0] for words in commands] == ["sample", "eval", "train"]
+    assert [words[0] for words in commands] == ["sample", "eval", "train", "serve"]
     for words in commands[:2]:  # they work as printed
         assert program(*words, "--device", "cpu").status == 0
     assert program(*commands[2], "--steps", 1, "--out", tmp_path / "mine", "--device", "cpu").status == 0
+    assert "operant keys --add" in program.fault(*commands[3], "--root", tmp_path / "live", "--host", "0.0.0.0")
 
     assert "already holds a run" in program.fault(*command)
     assert json.loads((out / "results.json").read_text()) == results

@@ -293,7 +293,7 @@ class _Parser:
         return _make(maker, {**shared, **options}, metric)
 
     def imported(self, name: str, options: dict[str, Any]) -> Any:
-        target = _import(name)
+        target = import_object(name)
         if isinstance(target, type):
             target = target(**options)
         elif options:
@@ -318,7 +318,11 @@ def _make(maker: Callable[..., Metric], options: dict[str, Any], metric: type[Me
     return maker(**options)
 
 
-def _import(name: str) -> Any:
+def import_object(name: str, what: str = "reward") -> Any:
+    """What `module:attribute` names; the working folder is looked in too. what: it is for, for the fault's words.
+
+    Raises OperantError when there is no such thing.
+    """
     module_name, _, path = name.partition(":")
     if os.getcwd() not in sys.path:
         # A reward beside the data is found from the program as it is from `python -c`.
@@ -326,10 +330,10 @@ def _import(name: str) -> Any:
     try:
         target: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise OperantError(f"reward '{name}' cannot be imported: {error}; check the module's name and folder") from None
+        raise OperantError(f"{what} '{name}' cannot be imported: {error}; check the module's name and folder") from None
     except Exception as error:
         raise OperantError(
-            f"importing '{module_name}' for reward '{name}' raised {type(error).__name__}: {error}; mend it"
+            f"importing '{module_name}' for {what} '{name}' raised {type(error).__name__}: {error}; mend it"
         ) from error
     for part in path.split("."):
         if not hasattr(target, part):

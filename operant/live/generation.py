@@ -1,0 +1,237 @@
+"""Answers under way: asked of the engine, written down before the first byte and before the last, told piece by piece.
+
+The work belongs to the server and not to the request: a client that goes away frees its rows, and what was written by
+then is recorded all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from operant.live.engine import Busy, NotResident
+from operant.live.service import ApiError, Service
+from operant.sampler import TokenInfo
+from operant.types import Completion, OperantError, Prompt, Sampling
+
+__all__ = ["Ask", "Choice", "Generation", "Piece"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One prompt and how many answers are wanted of it."""
+
+    prompt: Prompt
+    n: int
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer. `completion` is there when it is written to its end."""
+
+    index: int
+    id: str
+    prompt: Prompt
+    future: Future[Completion]
+    text: str = ""
+    tokens: list[TokenInfo] = field(default_factory=list)
+    completion: Completion | None = None
+    fault: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a token added to a choice; `token` is None for text that came without one. `done`: it is written and
+    recorded, and nothing follows."""
+
+    choice: Choice
+    text: str
+    token: TokenInfo | None = None
+    done: bool = False
+
+
+class Generation:
+    """The choices of one request.
+
+    id: of the response; choice 0 has it too, choice i > 0 has f"{id}.{i}".
+    """
+
+    def __init__(
+        self, service: Service, id: str, sampling: Sampling, *, user: str, owner: str, stored: bool,
+        request: dict[str, Any], metadata: dict[str, str], top_logprobs: int | None = None, streamed: bool = False,
+    ) -> None:  # fmt: skip
+        self.service, self.id, self.sampling = service, id, sampling
+        self.user, self.owner, self.stored = user, owner, stored
+        self.request, self.metadata = request, metadata
+        self.top_logprobs, self.streamed = top_logprobs, streamed
+        self.created = time.time()
+        self.choices: list[Choice] = []
+        self.version = 0
+        self._pieces: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._begun: asyncio.Future[bool] = self._loop.create_future()  # whether the stubs are committed
+
+    # --- beginning ----------------------------------------------------------------------------------------------------
+
+    async def begin(self, asks: Sequence[Ask]) -> None:
+        """Ask the engine, and return when every answer's stub is committed.
+
+        Raises ApiError: 429 when too much is waiting, 400 for a prompt that does not fit, 503 when nothing can be
+        written down, with nothing left under way.
+        """
+        if self.service.stopping:
+            raise ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
+        try:
+            version = await self._pinned()
+            for ask in asks:
+                self._submit(ask, version)
+            if self.stored:
+                await asyncio.gather(*(self._stub(choice) for choice in self.choices))
+        except BaseException:
+            self._begun.set_result(False)
+            self.abandon()
+            raise
+        self._begun.set_result(True)
+
+    async def _pinned(self) -> int | None:
+        """The version that this user is pinned to, made resident; None when they follow what is current."""
+        service = self.service
+        self.version = service.version
+        pinned = service.versions.pins().get(self.user)
+        if pinned is None:
+            return None
+        if pinned not in service.engine.resident():
+            if service.supervisor is None:
+                raise ApiError(503, f"version {pinned}, to which {self.user} is pinned, is not in memory")
+            try:
+                await asyncio.to_thread(service.supervisor.make_resident, pinned)
+            except Busy as error:
+                raise _busy(error) from error
+            except OperantError as error:
+                raise ApiError(503, f"the version that {self.user} is pinned to cannot be served: {error}") from error
+        self.version = pinned
+        return pinned
+
+    def _submit(self, ask: Ask, version: int | None) -> None:
+        first = len(self.choices)
+        ids = [self.id if i == 0 else f"{self.id}.{i}" for i in range(first, first + ask.n)]
+        on_text = self._on_text if self.streamed or self.top_logprobs is not None else None
+        try:
+            futures = self.service.engine.submit(
+                ask.prompt, self.sampling, ids=ids, version=version, on_text=on_text,
+                top_logprobs=self.top_logprobs or 0,
+            )  # fmt: skip
+        except Busy as error:
+            self.service.metrics.refused.inc()
+            raise _busy(error) from error
+        except NotResident as error:
+            raise ApiError(503, str(error), headers={"Retry-After": "1"}) from error
+        except OperantError as error:
+            raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
+        for i, (name, future) in enumerate(zip(ids, futures)):
+            choice = Choice(first + i, name, ask.prompt, future)
+            self.choices.append(choice)
+            self.service.spawn(self._finish(choice))
+
+    async def _stub(self, choice: Choice) -> None:
+        await self.service.io(
+            self.service.store.begin, choice.id, choice.prompt, self.sampling, route=choice.prompt.task,
+            user=self.user, model_version=self.version, created=self.created, metadata=self.metadata,
+            request=self.request | {"owner": self.owner, "choice": choice.index, "choices": len(self.choices)},
+        )  # fmt: skip
+
+    # --- under way ----------------------------------------------------------------------------------------------------
+
+    def _on_text(self, id: str, text: str, token: TokenInfo) -> None:
+        # in the engine's thread; choices are looked up in the loop, as the first token may come before submit returns
+        self._loop.call_soon_threadsafe(self._take, id, text, token)
+
+    def _take(self, id: str, text: str, token: TokenInfo) -> None:
+        number = 0 if id == self.id else int(id.rpartition(".")[2])
+        choice = self.choices[number]
+        choice.text += text
+        choice.tokens.append(token)
+        if self.streamed:
+            self._pieces.put_nowait(Piece(choice, text, token))
+
+    async def _finish(self, choice: Choice) -> None:
+        """Wait for the engine and write the answer down, whatever became of the request."""
+        service = self.service
+        status = "complete"
+        try:
+            completion = await asyncio.wrap_future(choice.future)
+            status = "partial" if completion.stop_reason == "cancelled" else "complete"
+        except Exception as error:
+            log.error("%s: %s", choice.id, error)
+            choice.fault = f"the answer could not be written: {error}"
+            status, completion = "failed", _nothing(choice, self.sampling)
+        if not await self._begun:
+            return
+        if self.stored:
+            try:
+                await service.io(service.store.complete, completion, status)
+            except ApiError as error:
+                choice.fault = error.message
+                self._pieces.put_nowait(error)
+                return
+            except OperantError as error:  # it was never begun, or somebody has deleted it since
+                log.warning("%s: %s", choice.id, error)
+        if choice.fault is None:
+            choice.completion = completion
+        service.metrics.finished(completion, status, time.time() - self.created)
+        if choice.fault is not None:
+            self._pieces.put_nowait(ApiError(500, choice.fault, code="generation_failed"))
+            return
+        rest = completion.text[len(choice.text) :] if self.streamed else ""
+        self._pieces.put_nowait(Piece(choice, rest, done=True))
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """The pieces of all choices as they come, a done one last for each. Raises ApiError when one fails."""
+        left = len(self.choices)
+        try:
+            while left:
+                piece = await self._pieces.get()
+                if isinstance(piece, ApiError):
+                    raise piece
+                left -= piece.done
+                yield piece
+        finally:
+            if left:
+                self.abandon()
+
+    async def all(self) -> list[Choice]:
+        """All choices, written and recorded. Raises ApiError when one fails."""
+        async for _ in self.pieces():
+            pass
+        return self.choices
+
+    def abandon(self) -> None:
+        """Free the rows; what is written is recorded by the tasks that wait for it."""
+        for choice in self.choices:
+            if not choice.future.done():
+                self.service.engine.cancel(choice.id)
+
+
+def _busy(error: Busy) -> ApiError:
+    seconds = max(1, round(error.retry_after + 0.5))
+    return ApiError(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+
+
+def _nothing(choice: Choice, sampling: Sampling) -> Completion:
+    """What is recorded of an answer that failed: no tokens."""
+    none, zero = np.empty(0, np.int64), np.empty(0, np.float32)
+    return Completion(
+        choice.id, choice.prompt.id, "", none, none, behavior_logprobs=zero, model_logprobs=zero,
+        sampled=np.empty(0, np.bool_), policy_version=none, stop_reason="cancelled",
+        sampling=dataclasses.replace(sampling),
+    )  # fmt: skip

@@ -1,0 +1,286 @@
+"""OpenAI's chat and text completions: what a request may say, what it means to the sampler, what goes back.
+
+Whatever a model here cannot honour is refused by name; nothing that would change the answer is silently ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from operant.live.service import ApiError
+from operant.text import Codec
+from operant.types import Ints, OperantError, Prompt, Sampling
+
+__all__ = ["ChatRequest", "Message", "TextRequest", "chat_prompt", "check_metadata", "sampling_of", "text_prompts"]
+
+GREEDY_BELOW = 1e-3  # a temperature under this is greedy decoding in every digit, and would overflow the logits
+MAX_CHOICES = 128
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+
+
+def _content(value: Any) -> Any:
+    """The text of a message's content, which may also come as a list of text parts."""
+    if value is None:
+        raise ValueError("a message needs content, a text")
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise ValueError('a part of a message is an object such as {"type": "text", "text": "Hello"}')
+        if part["type"] != "text":
+            raise ValueError(f"this model reads text; it cannot read a part of type {part['type'][:40]!r}")
+        if not isinstance(part.get("text"), str):
+            raise ValueError('a text part needs its text, as in {"type": "text", "text": "Hello"}')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Asked(Body):
+    """The body of a request. Its texts can be written as UTF-8: a lone surrogate is half a character."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: Any) -> Any:
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half a character (a lone surrogate); send whole ones") from None
+        return body
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_content)]
+    name: str | None = None
+    refusal: None = None
+    annotations: list[Any] | None = None  # what an answer of OpenAI's client carries when it is sent back
+    audio: None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
+    function_call: None = None
+    completion_id: str | None = None
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class CompletionRequest(Asked):
+    """What both kinds of request have."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1, le=1 << 20)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, le=1 << 20)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: str | list[str] | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=256)
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    # of these the answer does not depend on the value: accepted, so that clients which always send them work
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: str | None = None
+
+
+class ChatRequest(CompletionRequest):
+    messages: list[Message] = Field(min_length=1, max_length=2048)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 20)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    prompt_cache_retention: str | None = None
+    verbosity: str | None = None
+    # read only to be refused by name
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    response_format: Any = None
+    modalities: list[Any] | None = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+
+
+class TextRequest(CompletionRequest):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=5)
+    best_of: int | None = Field(None, ge=1)
+    echo: bool | None = None
+    suffix: str | None = None
+
+
+# --- what cannot be honoured ------------------------------------------------------------------------------------------
+
+
+def refuse_unsupported(request: CompletionRequest) -> None:
+    """Raises ApiError 400 with the name of what this server cannot do."""
+
+    def refuse(name: str, why: str) -> None:
+        raise ApiError(400, f"{name} cannot be honoured: {why}", param=name, code="unsupported_parameter")
+
+    for name in ("frequency_penalty", "presence_penalty"):
+        if getattr(request, name):
+            refuse(name, "answers are drawn from the model's own distribution; leave it out or give 0")
+    if isinstance(request, ChatRequest):
+        for name in ("tools", "functions"):
+            if getattr(request, name):
+                refuse(name, "the models served here call no tools; leave it out")
+        for name in ("tool_choice", "function_call"):
+            if getattr(request, name) not in (None, "none", "auto"):
+                refuse(name, "the models served here call no tools; leave it out")
+        if request.response_format is not None and request.response_format != {"type": "text"}:
+            refuse("response_format", 'nothing makes the answer follow a format; leave it out or give {"type": "text"}')
+        if request.modalities is not None and request.modalities != ["text"]:
+            refuse("modalities", 'answers are text; leave it out or give ["text"]')
+        for name in ("audio", "prediction", "web_search_options"):
+            if getattr(request, name) is not None:
+                refuse(name, "leave it out")
+        if request.top_logprobs and not request.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+    if isinstance(request, TextRequest):
+        if request.echo:
+            refuse("echo", "the prompt is not sent back; leave it out")
+        if request.suffix:
+            refuse("suffix", "text is written forwards only; leave it out")
+        if request.best_of is not None and request.best_of != (request.n or 1):
+            refuse("best_of", "all that is written is returned; give n, and the same best_of or none")
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(
+            400, "stream_options is for streaming; give stream: true", param="stream_options", code="invalid_value"
+        )
+
+
+def check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
+    """OpenAI's limits: 16 pairs, keys of 64 and values of 512 characters. Raises ApiError 400 beyond."""
+    given = dict(metadata or {})
+    if len(given) > 16:
+        raise ApiError(400, f"metadata has {len(given)} entries; at most 16 are kept", param="metadata")
+    for name, value in given.items():
+        if len(name) > 64 or len(value) > 512:
+            raise ApiError(
+                400, f"metadata {name[:64]!r} is too long: names have at most 64 characters, values 512",
+                param="metadata",
+            )  # fmt: skip
+    return given
+
+
+# --- what the sampler is asked ----------------------------------------------------------------------------------------
+
+
+def sampling_of(request: CompletionRequest, default_max: int, vocab_size: int) -> Sampling:
+    """The request's settings. Without a seed one is drawn, so that what was sampled can always be sampled again."""
+    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
+    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= 256 for stop in stops):
+        raise ApiError(
+            400, f"stop is at most {MAX_STOPS} strings of 1 to 256 characters", param="stop", code="invalid_value"
+        )
+    temperature = 1.0 if request.temperature is None else request.temperature
+    limit = getattr(request, "max_completion_tokens", None) or request.max_tokens or default_max
+    return Sampling(
+        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=request.top_k or 0,
+        max_tokens=limit,
+        stop=tuple(dict.fromkeys(stops)),
+        banned=_banned(request.logit_bias or {}, vocab_size),
+        seed=secrets.randbits(53) if request.seed is None else request.seed,
+    )
+
+
+def _banned(bias: dict[str, float], vocab_size: int) -> tuple[int, ...]:
+    """The tokens that `logit_bias` bans, which is all that it can do here."""
+    banned = []
+    for name, value in bias.items():
+        if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab_size):
+            raise ApiError(
+                400, f"logit_bias names tokens by their ids, 0 to {vocab_size - 1}; {name[:20]!r} is none",
+                param="logit_bias", code="invalid_value",
+            )  # fmt: skip
+        if value == -100:
+            banned.append(int(name))
+        elif value != 0:
+            raise ApiError(
+                400, "logit_bias can only ban tokens (-100); other values cannot be honoured",
+                param="logit_bias", code="unsupported_parameter",
+            )  # fmt: skip
+    if len(banned) >= vocab_size:
+        raise ApiError(400, "logit_bias bans every token", param="logit_bias", code="invalid_value")
+    return tuple(sorted(banned))
+
+
+def chat_prompt(
+    messages: Sequence[Message], codec: Codec, *, encoder: bool, prefix: str, separator: str, route: str = ""
+) -> Prompt:
+    """The prompt of a chat: through the tokenizer's template, or, where it has none, the contents joined by newlines
+    between `prefix` and `separator` as fine-tuning saw prompts."""
+    chat = [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.content}
+        for message in messages
+    ]
+    try:
+        if codec.tokenizer.chat_template:
+            tokens, text = codec.encode_prompt(messages=chat, encoder=encoder), codec.render(chat)
+        else:
+            text = f"{prefix}{chr(10).join(message['content'] for message in chat)}{'' if encoder else separator}"
+            tokens = codec.encode_prompt(text, encoder=encoder)
+    except OperantError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+    return Prompt(id=content_id(chat), tokens=tokens, text=text, messages=tuple(chat), task=route)
+
+
+def text_prompts(request: TextRequest, codec: Codec, *, encoder: bool, route: str = "") -> list[Prompt]:
+    """The prompts of a text completion: texts exactly as given, or token ids."""
+    given = request.prompt
+    if isinstance(given, str):
+        several: list[Any] = [given]
+    elif given and isinstance(given[0], int):
+        several = [given]
+    else:
+        several = list(given)
+    if not 1 <= len(several) <= MAX_PROMPTS:
+        raise ApiError(400, f"prompt is 1 to {MAX_PROMPTS} texts", param="prompt", code="invalid_value")
+    prompts = []
+    for one in several:
+        if isinstance(one, str):
+            tokens, text = codec.encode_prompt(one, encoder=encoder), one
+        else:
+            tokens, text = _given_tokens(one, codec), codec.decode(one)
+        prompts.append(Prompt(id=content_id(one), tokens=tokens, text=text, task=route))
+    return prompts
+
+
+def _given_tokens(ids: Sequence[int], codec: Codec) -> Ints:
+    if not ids or not all(0 <= i < codec.vocab_size for i in ids):
+        raise ApiError(
+            400, f"a prompt of token ids has at least one, each from 0 to {codec.vocab_size - 1}",
+            param="prompt", code="invalid_value",
+        )  # fmt: skip
+    return np.asarray(ids, np.int64)
+
+
+def content_id(content: Any) -> str:
+    """16 hexadecimal digits of the content's SHA-256: the same prompt and seed give the same text."""
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,254 @@
+"""`operant serve`: the store, the engine, the learner and the HTTP server, started and stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+import json
+import logging
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from operant import checkpoint
+from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_numbers
+from operant.live.access import Keys, check_listening
+from operant.live.versions import Versions
+from operant.types import OperantError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from operant.live.engine import Engine
+    from operant.live.store import Store
+    from operant.live.supervisor import Supervisor
+
+__all__ = ["Live", "live", "serve", "server_of"]
+
+log = logging.getLogger(__name__)
+
+NEEDED = ("alembic", "fastapi", "itsdangerous", "prometheus_client", "sqlalchemy", "uvicorn")
+LOCK_SECONDS = 10.0  # for a learner whose server was killed to end its step
+
+
+@dataclass(slots=True)
+class Live:
+    """The parts of a live loop that runs."""
+
+    app: FastAPI
+    engine: Engine
+    store: Store
+    versions: Versions
+    supervisor: Supervisor
+    config: ServeConfig
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until Ctrl-C or SIGTERM, then let what is under way end and write everything down.
+
+    Raises OperantError, before anything is loaded, for an address that is taken or that others reach without keys, a
+    model that is not there, and an extra that is not installed.
+    """
+    check_numbers(config)
+    _check_installed()
+    check_listening(config.host, _keys(config))
+    bound = contextlib.closing(_bind(config.host, config.port))
+    with bound as listening, _interruptible(), live(config) as running:
+        server = server_of(running.app, config)
+        _say(running, listening)
+        with _signals_left_alone():
+            server.run(sockets=[listening])
+
+
+@contextlib.contextmanager
+def live(config: ServeConfig) -> Iterator[Live]:
+    """Everything but the socket: begin or take up the folder, reconcile the ledger, start engine and learner."""
+    from operant.live.engine import Engine
+    from operant.live.implicit import Implicit
+    from operant.live.server import create_app
+    from operant.live.store import Store
+    from operant.live.supervisor import Supervisor
+    from operant.policy import Policy
+
+    implicit = Implicit(config.implicit) if config.implicit else None
+    root = Path(config.root)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_only_one(root))
+        where = config.store or str(root / "store.db")
+        store = stack.enter_context(contextlib.closing(Store(where)))
+        learner = _learner_config(config, where)
+        versions = _versions(learner, store)
+        current = versions.current()
+        policy = Policy.load(Path(current.path) / "model", device=config.device, dtype=config.dtype)
+        policy.model.eval()
+        store.reconcile(versions.records())
+        store.served(current.version, time.time())
+        if implicit is not None:
+            implicit.recall(reversed(store.list_completions(limit=1000, order="desc", prefix="chatcmpl-")))
+        engine = Engine(policy, current.version, max_rows=config.max_rows, queue=config.queue, threads=config.threads)
+        stack.callback(engine.close)
+        supervisor = stack.enter_context(contextlib.closing(Supervisor(learner, engine, store)))
+        app = create_app(
+            engine, store, versions, supervisor, config, codec=policy.codec,
+            encoder=policy.family == "encoder-decoder", max_length=policy.max_length, keys=_keys(config),
+            implicit=implicit,
+        )  # fmt: skip
+        del policy  # the engine alone keeps weights, and lets old ones go
+        yield Live(app, engine, store, versions, supervisor, config)
+
+
+# --- before it serves -------------------------------------------------------------------------------------------------
+
+
+def _check_installed() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise OperantError(f"the server needs {', '.join(missing)}: pip install 'operant[live]'")
+
+
+def _keys(config: ServeConfig) -> Keys:
+    return Keys(config.keys or Path(config.root) / "keys.json")
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there from now on, so that a port which is taken is found before a model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError) as error:
+        raise OperantError(f"--host {host} is no address of this machine; 127.0.0.1 always is") from error
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(512)
+    except OSError as error:
+        listening.close()
+        reason = (error.strerror or str(error)).lower()
+        raise OperantError(f"cannot listen on {host} port {port} ({reason}); choose another --port") from error
+    return listening
+
+
+@contextlib.contextmanager
+def _only_one(root: Path) -> Iterator[None]:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperantError(f"{root} cannot be made ({error.strerror}); choose another --root") from error
+    try:
+        with FileLock(root / "server.lock", timeout=0):
+            yield
+    except Timeout:
+        raise OperantError(f"another server is at work in {root}; stop that one, or give another --root") from None
+
+
+def _learner_config(config: ServeConfig, store: str) -> WorkerConfig:
+    """The learner's part of the settings. It has one thread: the cores are the server's."""
+    values = {name: getattr(config, name) for name in LearnerConfig.__dataclass_fields__}
+    values |= {"store": store, "threads": 1, "watch_stdin": True}
+    if config.mode == "shared":
+        values["min_sources"] = max(2, config.min_sources)
+    return WorkerConfig(**values)
+
+
+def _versions(config: WorkerConfig, store: Any) -> Versions:
+    """The versions of the root, begun with the model when there are none."""
+    from operant.live.worker import Worker
+
+    versions, root = Versions(config.root, config.keep), Path(config.root)
+    origin = root / "origin.json"
+    if versions.exists():
+        begun = json.loads(origin.read_text(encoding="utf-8"))["model"] if origin.exists() else ""
+        if config.model and begun and begun != _place(config.model):
+            raise OperantError(
+                f"{config.root} goes on with what was begun from {begun}; leave --model out to serve that, or give "
+                "another --root"
+            )
+        return versions
+    if not config.model:
+        raise OperantError(f"--model is missing; give a model folder or hub id to begin with in {config.root}")
+    try:
+        with FileLock(root / "learner.lock", timeout=LOCK_SECONDS):
+            checkpoint.replace_file(origin, json.dumps({"model": _place(config.model)}))
+            Worker(config, store, lambda told: None).start()
+    except Timeout:
+        raise OperantError(f"a learner is at work in {root}; stop that one, or give another --root") from None
+    return versions
+
+
+def _place(model: str) -> str:
+    """A model's folder, wherever the program is called from; a hub id as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+# --- while it serves --------------------------------------------------------------------------------------------------
+
+
+def server_of(app: FastAPI, config: ServeConfig) -> Any:
+    """A uvicorn server of an application of `create_app`."""
+    import uvicorn
+
+    from operant.live.server import drain
+
+    class Server(uvicorn.Server):
+        """Cuts off answers that go on too long after the server was told to stop."""
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            draining = asyncio.ensure_future(drain(app.state.service))
+            await super().shutdown(sockets)
+            await draining
+
+    return Server(
+        uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, lifespan="on",
+            timeout_graceful_shutdown=int(config.drain_seconds) + 15,
+        )
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """While things are loaded, SIGTERM is as Ctrl-C."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _signals_left_alone() -> Iterator[None]:
+    """uvicorn raises the signals that stopped it once more when it has stopped; by then they have done their work."""
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(running: Live, listening: socket.socket) -> None:
+    """Where to talk to it, with a line to try."""
+    config = running.config
+    host, port = listening.getsockname()[:2]
+    name = f"[{host}]" if ":" in host else host
+    url = config.public_url.rstrip("/") or f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else name}:{port}"
+    version = running.engine.stats()["version"]
+    key = ' -H "Authorization: Bearer $OPERANT_KEY"' if _keys(config).needed else ""
+    print(
+        f"{config.name}, version {version}, learns at {url}/v1 ({config.mode}; everything is kept in {config.root})\n"
+        f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
+        """-d '{"model": "default", "messages": [{"role": "user", "content": "Hello"}]}'\n"""
+        "Ctrl-C stops it.",
+        flush=True,
+    )

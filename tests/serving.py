@@ -1,0 +1,140 @@
+"""A live server over real HTTP inside the test's process: a tiny model, and a store."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+from operant.config import ServeConfig
+from operant.live.engine import Engine
+from operant.live.serve import _learner_config, live, server_of
+from operant.live.server import create_app
+from operant.live.service import Service
+from operant.live.store import Store
+from operant.live.versions import Versions
+from operant.live.worker import Worker
+from operant.policy import Policy
+
+
+@dataclasses.dataclass
+class Served:
+    """A server that listens, what it works with, and clients for it."""
+
+    url: str
+    service: Service
+    http: httpx.Client
+    server: Any
+    clients: dict[Any, openai.OpenAI] = dataclasses.field(default_factory=dict)
+
+    @property
+    def store(self) -> Store:
+        return self.service.store
+
+    def client(self, key: str = "unused", **options: Any) -> openai.OpenAI:
+        """The stock client, with only base_url and key changed."""
+        if (key, *options) not in self.clients:
+            self.clients[key, *options] = openai.OpenAI(
+                base_url=f"{self.url}/v1", api_key=key, **({"max_retries": 0} | options)
+            )  # fmt: skip
+        return self.clients[key, *options]
+
+    def chat(self, text: str = "the cat sat", **options: Any) -> Any:
+        """The body of a chat's answer."""
+        given = {"model": "default", "messages": [{"role": "user", "content": text}], "max_tokens": 8}
+        response = self.http.post("/v1/chat/completions", json=given | options)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def rate(self, completion_id: str, kind: str, value: Any, **options: Any) -> Any:
+        body = {"completion_id": completion_id, "kind": kind, "value": value} | options
+        response = self.http.post("/v1/feedback", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def fault(self, method: str, path: str, status: int, **options: Any) -> Any:
+        """The error of a request that has to fail so, in OpenAI's form."""
+        response = self.http.request(method, path, **options)
+        assert response.status_code == status, (response.status_code, response.text)
+        error = response.json()["error"]
+        assert error.keys() == {"message", "type", "param", "code"} and error["message"]
+        assert "\n" not in error["message"]
+        return error
+
+
+@contextlib.contextmanager
+def listening(server: Any) -> Iterator[str]:
+    """Run a server on a free port in a thread; its address."""
+    server.config.port = 0
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the server did not start")
+        thread.join(0.005)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextlib.contextmanager
+def serving(
+    policy: Policy, folder: Path, *, keys: Any = None, implicit: Any = None, **settings: Any
+) -> Iterator[Served]:
+    """A server without a learner, on version 0 of this policy."""
+    config = ServeConfig(
+        **{"root": str(folder / "live"), "anchor_rows": 2, "anchor_tokens": 4, "drain_seconds": 2.0, "max_tokens": 16}
+        | settings
+    )
+    store = Store(folder / "store.db")
+    versions = Versions(config.root)
+    if not versions.exists():
+        policy.save(folder / "model")
+        worker_config = dataclasses.replace(_learner_config(config, ""), model=str(folder / "model"), device="cpu")
+        Worker(worker_config, store).start()
+    store.reconcile(versions.records())
+    engine = Engine(policy, versions.pointer().version, max_rows=config.max_rows, queue=config.queue)
+    app = create_app(
+        engine, store, versions, None, config, codec=policy.codec, encoder=policy.family == "encoder-decoder",
+        max_length=policy.max_length, keys=keys, implicit=implicit,
+    )  # fmt: skip
+    try:
+        server = server_of(app, config)
+        with listening(server) as url, httpx.Client(base_url=url, timeout=30) as http:
+            running = Served(url, app.state.service, http, server)
+            yield running
+            for client in running.clients.values():
+                client.close()
+    finally:
+        engine.close()
+        store.close()
+
+
+@contextlib.contextmanager
+def learning(policy: Policy, folder: Path, **settings: Any) -> Iterator[Served]:
+    """All of `operant serve` but its own process: the learner is a real one."""
+    if not (folder / "model").exists():
+        policy.save(folder / "model")
+    config = ServeConfig(
+        **{
+            "root": str(folder / "live"), "model": str(folder / "model"), "anchor_rows": 2, "anchor_tokens": 4,
+            "drain_seconds": 2.0, "device": "cpu", "threads": 1, "lr": 1e-3,
+        }
+        | settings
+    )  # fmt: skip
+    with live(config) as running:
+        server = server_of(running.app, config)
+        with listening(server) as url, httpx.Client(base_url=url, timeout=60) as http:
+            served = Served(url, running.app.state.service, http, server)
+            yield served
+            for client in served.clients.values():
+                client.close()
