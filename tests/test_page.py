@@ -1,0 +1,295 @@
+"""The page, driven in a real browser against `operant serve` with a learner."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from operant.live.page import STATIC
+from operant.policy import Policy
+
+WEB = Path(__file__).parents[1] / "web"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+
+needs_page = pytest.mark.skipif(not (STATIC / "index.html").exists(), reason="the page is not built: make page")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
+
+
+@pytest.fixture(scope="module")
+def served(
+    make_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[httpx.Client]:
+    """`operant serve` on a tiny model, as a process of its own."""
+    folder = tmp_path_factory.mktemp("page")
+    make_policy("gpt2").save(folder / "model")
+    command = [
+        str(Path(sys.executable).with_name("operant")), "serve", "--model", str(folder / "model"), "--root",
+        str(folder / "live"), "--port", "0", "--threads", "1", "--max_tokens", "12", "--anchor_rows", "2",
+        "--anchor_tokens", "4", "--score_low", "-1",
+    ]  # fmt: skip
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    try:
+        with httpx.Client(base_url=address(folder / "log", process), timeout=30) as http:
+            yield http
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def address(log: Path, process: subprocess.Popen[bytes]) -> str:
+    until = time.monotonic() + 90
+    while time.monotonic() < until and process.poll() is None:
+        found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
+        if found:
+            try:
+                if httpx.get(f"{found[0]}/ready").status_code == 200:
+                    return found[0]
+            except httpx.HTTPError:
+                pass
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    with api.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(served: httpx.Client, browser: Any) -> Iterator[Callable[..., Any]]:
+    """Open the page; at the end nothing was asked of another host, and nothing was complained about."""
+    contexts: list[Any] = []
+    asked: list[str] = []
+    complaints: list[str] = []
+
+    def go(view: str = "", **options: Any) -> Any:
+        context = browser.new_context(**({"locale": "en-GB", "viewport": {"width": 1000, "height": 800}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.goto(f"{served.base_url}/{view}")
+        return page
+
+    yield go
+    for context in contexts:
+        context.close()
+    assert [url for url in asked if not url.startswith(str(served.base_url))] == []
+    assert complaints == []
+
+
+def ask(page: Any, text: str = "the cat sat") -> Any:
+    """The article of the answer to a question, once it is whole. A random model may say nothing: it is asked again."""
+    for count in range(1, 10):
+        page.get_by_placeholder(re.compile("Say something|说点什么")).fill(text)
+        page.keyboard.press("Enter")
+        answer = page.locator("article.assistant").nth(count - 1)
+        answer.locator(".tools").wait_for()
+        if answer.locator(".said").inner_text().strip():
+            return answer
+    raise AssertionError("the model has nothing to say")
+
+
+def learned(answer: Any, kind: str) -> str:
+    """What the page tells of the newest click once it is learned."""
+    click = answer.locator(f".clicks li:has(.kind:text-is('{kind}'))").first
+    click.wait_for()
+    answer.page.wait_for_function("node => !node.classList.contains('pending')", arg=click.element_handle())
+    return click.inner_text()
+
+
+def events(served: httpx.Client, kind: str) -> list[dict[str, Any]]:
+    return served.get("/v1/feedback", params={"kind": kind, "limit": 1000}).json()["data"]
+
+
+@needs_page
+@needs_browser
+def test_a_thumb_is_recorded_and_the_page_tells_what_it_did(served: httpx.Client, opened: Callable[..., Any]) -> None:
+    page = opened()
+    answer = ask(page)
+    answer.get_by_role("button", name="Good answer").click()
+    told = learned(answer, "thumb")
+    event = events(served, "thumb")[-1]
+    assert event["value"] == 1 and event["state"] == "used"
+    assert re.search(rf"Learned in [\d.]+ s, version {event['version']}; log-probability of this answer: −", told), told
+    assert answer.get_by_role("button", name="Good answer").get_attribute("aria-pressed") == "true"
+    answer.get_by_role("button", name="Take back").click()
+    learned(answer, "take back")
+    assert events(served, "retract")[-1]["value"] == event["id"]
+
+
+@needs_page
+@needs_browser
+def test_stars_use_the_scale_that_the_server_has(served: httpx.Client, opened: Callable[..., Any]) -> None:
+    answer = ask(opened())
+    answer.get_by_role("button", name="2 of 5").click()
+    learned(answer, "score")
+    assert events(served, "score")[-1]["value"] == -0.5
+
+
+@needs_page
+@needs_browser
+def test_an_answer_is_edited_in_place(served: httpx.Client, opened: Callable[..., Any]) -> None:
+    page = opened()
+    answer = ask(page)
+    answer.get_by_role("button", name="Edit").click()
+    page.get_by_label("Your version of this answer").fill("the cat sat down")
+    page.get_by_role("button", name="Teach this version").click()
+    learned(answer, "edit")
+    assert events(served, "edit")[-1]["value"] == "the cat sat down"
+
+
+@needs_page
+@needs_browser
+def test_of_two_answers_the_better_one_is_chosen(served: httpx.Client, opened: Callable[..., Any]) -> None:
+    page = opened()
+    answer = ask(page)
+    answer.get_by_role("button", name="Try again").click()
+    second = page.locator(".pair article").nth(1)
+    second.get_by_role("button", name="This one is better").click()
+    learned(page.locator("article.assistant").last, "comparison")
+    event = events(served, "comparison")[-1]
+    assert event["value"] != event["completion_id"] and event["value"].startswith("chatcmpl-")
+
+
+@needs_page
+@needs_browser
+def test_selected_words_are_marked(served: httpx.Client, opened: Callable[..., Any]) -> None:
+    page = opened()
+    answer = ask(page)
+    text = answer.locator(".said").inner_text()
+    answer.locator(".said").evaluate(
+        """node => {
+            const range = document.createRange();
+            range.selectNodeContents(node);
+            document.getSelection().removeAllRanges();
+            document.getSelection().addRange(range);
+        }"""
+    )
+    page.get_by_role("button", name="Bad words").click()
+    learned(answer, "marked words")
+    event = events(served, "span")[-1]
+    assert event["value"] == -1
+    stored = served.get(f"/v1/chat/completions/{event['completion_id']}").json()["choices"][0]["message"]["content"]
+    marked = stored[event["span"]["start"] : event["span"]["end"]]
+    assert marked == stored.strip() and " ".join(marked.split()) == " ".join(text.split())
+
+
+@needs_page
+@needs_browser
+def test_the_watch_view_tells_of_versions_and_rolls_back(served: httpx.Client, opened: Callable[..., Any]) -> None:
+    page = opened()
+    answer = ask(page)
+    answer.get_by_role("button", name="Good answer").click()
+    learned(answer, "thumb")
+    page.get_by_role("link", name="Watch").click()
+    page.locator(".plot canvas").wait_for()
+    page.locator(".legend li").first.wait_for()
+    before = served.get("/v1/versions").json()["current"]
+    page.get_by_role("button", name="Roll back").click()
+    row = page.locator("tr.current", has_text="serves")
+    page.wait_for_function(
+        "now => document.querySelector('tr.current th')?.textContent !== `version ${now}`", arg=before
+    )
+    current = served.get("/v1/versions").json()["current"]
+    assert current < before and f"version {current}" in row.inner_text()
+    page.get_by_label("all kinds").select_option("thumb")
+    kinds = page.locator(".log .kind").all_inner_texts()
+    assert kinds and set(kinds) == {"thumb"}
+    page.locator(".log summary").first.click()
+    assert "log-probability" in page.locator(".log details[open] p").inner_text()
+
+
+@needs_page
+@needs_browser
+def test_it_speaks_chinese_and_fits_a_phone(opened: Callable[..., Any]) -> None:
+    page = opened(viewport={"width": 390, "height": 844}, locale="zh-CN", has_touch=True, is_mobile=True)
+    answer = ask(page, "你好")
+    answer.get_by_role("button", name="差回答").tap()
+    assert "版本" in learned(answer, "拇指")
+    for view in ("对话", "观察"):
+        page.get_by_role("link", name=view).tap()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.evaluate("document.documentElement.lang") == "zh"
+    page.get_by_role("button", name="English").tap()
+    page.get_by_role("link", name="Watch").wait_for()
+
+
+@needs_page
+@needs_browser
+def test_everything_is_reached_by_keyboard(opened: Callable[..., Any]) -> None:
+    page = opened()
+    ask(page)
+    reached = set()
+    for _ in range(25):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText"))
+    expected = {"Good answer", "Bad answer", "5 of 5", "Edit", "Try again", "Watch", "中文"}
+    assert expected <= {name.strip() for name in reached if name}
+
+
+@needs_page
+def test_the_page_forbids_itself_everything_it_does_not_need(served: httpx.Client) -> None:
+    page = served.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assets = re.findall(r'(?:src|href)="\.?/?(assets/[^"]+)"', page.text)
+    assert assets and all(served.get(f"/{name}").status_code == 200 for name in assets)
+    assert "immutable" in served.get(f"/{assets[0]}").headers["cache-control"]
+    for name in ("..%2fpage.py", "%2e%2e/page.py", "../index.html", "nothing.js", "index.html"):
+        assert served.get(f"/assets/{name}").status_code == 404
+
+
+def test_texts_can_be_read_on_their_grounds() -> None:
+    """WCAG 2.2, 1.4.3: a contrast of 4.5 at least, in light and in dark."""
+    style = (WEB / "src" / "style.css").read_text(encoding="utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    light = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[0]))
+    dark = light | dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[1]))
+    assert dark != light
+    for colors in (light, dark):
+        pairs = [(text, ground) for text in ("ink", "soft", "accent", "bad") for ground in ("paper", "tint")]
+        for text, ground in [*pairs, ("on-accent", "accent")]:
+            assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_both_languages_have_the_same_words() -> None:
+    """TypeScript checks the names; here, that every {place} of one language is in the other."""
+    source = (WEB / "src" / "i18n.ts").read_text(encoding="utf-8")
+    english, chinese = source.split("const zh")[0], source.split("const zh")[1]
+    places = [re.findall(r"(\w+):\s+\"([^\"]*)\"", half) for half in (english, chinese)]
+    table = [{name: sorted(re.findall(r"\{\w+\}", text)) for name, text in half} for half in places]
+    assert table[0] == table[1] and any(table[0].values())
+    assert json.loads((WEB / "package.json").read_text())["private"]

@@ -1,0 +1,184 @@
+/** The server's public API, and nothing else of it. */
+
+import { events } from "./text";
+
+export interface Message {
+  role: "user" | "assistant";
+  content: string;
+}
+
+export type Kind = "score" | "thumb" | "edit" | "comparison" | "span" | "comment" | "retract";
+export type State = "pending" | "used" | "superseded" | "unused";
+
+export interface Feedback {
+  completion_id: string;
+  kind: Kind;
+  value?: number | string | null;
+  span?: { start: number; end: number; text: string };
+}
+
+export interface Story {
+  id: string;
+  completion_id: string;
+  kind: Kind;
+  value: number | string | null;
+  span: { start: number; end: number } | null;
+  source: string;
+  offset: number;
+  state: State;
+  reason: string;
+  version: number | null;
+  advantage: number | null;
+  logprob_before: number | null;
+  logprob_after: number | null;
+  times: Record<string, number>;
+  seconds: number | null;
+}
+
+export interface Version {
+  version: number;
+  parent: number | null;
+  state: string;
+  reason: string;
+  events: number;
+  used: number;
+  on_disk: boolean;
+  slow: { passed: boolean; reason?: string } | null;
+}
+
+export interface Versions {
+  current: number;
+  anchor: number;
+  serving: number;
+  versions: Version[];
+}
+
+export interface Health {
+  model: string;
+  version: number;
+  learner: string;
+}
+
+export interface Scores {
+  low: number;
+  high: number;
+}
+
+/** A refusal by the server, in its words. */
+export class Refused extends Error {
+  constructor(
+    readonly status: number,
+    message: string,
+  ) {
+    super(message);
+  }
+}
+
+const KEY = "operant.key";
+
+export function key(): string {
+  return sessionStorage.getItem(KEY) ?? "";
+}
+
+/** Kept as long as the tab is open. */
+export function useKey(value: string): void {
+  sessionStorage.setItem(KEY, value.trim());
+}
+
+function headers(): Record<string, string> {
+  const given = key();
+  return { "Content-Type": "application/json", ...(given ? { Authorization: `Bearer ${given}` } : {}) };
+}
+
+async function refusal(response: Response): Promise<Refused> {
+  let message = `${response.status} ${response.statusText}`;
+  try {
+    message = (await response.json()).error.message;
+  } catch {
+    // not the server's own words: a proxy's, perhaps
+  }
+  return new Refused(response.status, message);
+}
+
+async function call<T>(method: string, path: string, body?: unknown): Promise<T> {
+  const response = await fetch(path, {
+    method,
+    headers: headers(),
+    ...(body === undefined ? {} : { body: JSON.stringify(body) }),
+  });
+  if (!response.ok) throw await refusal(response);
+  return (await response.json()) as T;
+}
+
+export interface Answer {
+  id: string;
+  text: string;
+  version: number | null;
+}
+
+/** Chat with streaming: `onText` gets what is there so far. */
+export async function chat(
+  messages: Message[],
+  onText: (answer: Answer) => void,
+  signal?: AbortSignal,
+): Promise<Answer> {
+  const response = await fetch("/v1/chat/completions", {
+    method: "POST",
+    headers: headers(),
+    body: JSON.stringify({ model: "default", messages, stream: true }),
+    ...(signal ? { signal } : {}),
+  });
+  if (!response.ok || response.body === null) throw await refusal(response);
+  const answer: Answer = { id: "", text: "", version: null };
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) break;
+    const found = events(buffer + value);
+    buffer = found.rest;
+    for (const data of found.data) {
+      if (data === "[DONE]") continue;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Refused(500, chunk.error.message);
+      answer.id ||= chunk.id;
+      answer.version ??= chunk.operant?.version ?? null;
+      answer.text += chunk.choices?.[0]?.delta?.content ?? "";
+    }
+    onText({ ...answer });
+  }
+  return answer;
+}
+
+export function say(feedback: Feedback): Promise<{ id: string; state: State; duplicate: boolean }> {
+  return call("POST", "/v1/feedback", { ...feedback, idempotency_key: crypto.randomUUID?.() ?? `${Math.random()}` });
+}
+
+/** What became of an event; waits up to `wait` seconds until that is known. */
+export function story(id: string, wait: number): Promise<Story> {
+  return call("GET", `/v1/feedback/${encodeURIComponent(id)}?wait=${wait}`);
+}
+
+export async function stories(after: number): Promise<Story[]> {
+  const all: Story[] = [];
+  for (;;) {
+    const page: { data: Story[]; has_more: boolean } = await call(
+      "GET",
+      `/v1/feedback?limit=1000&after=${all.at(-1)?.offset ?? after}`,
+    );
+    all.push(...page.data);
+    if (!page.has_more) return all;
+  }
+}
+
+export const versions = (): Promise<Versions> => call("GET", "/v1/versions");
+export const rollBack = (): Promise<unknown> => call("POST", "/v1/versions/rollback");
+export const promote = (version: number): Promise<unknown> => call("POST", `/v1/versions/${version}/promote`);
+export const health = (): Promise<Health> => call("GET", "/health");
+
+/** The ends of the scale of scores. */
+export async function scores(): Promise<Scores> {
+  const model: { operant?: { scores?: [number, number] } } = await call("GET", "/v1/models/default");
+  const [low, high] = model.operant?.scores ?? [0, 1];
+  return { low, high };
+}
