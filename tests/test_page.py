@@ -31,9 +31,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt in
 
 
 @pytest.fixture(scope="module")
-def served(
-    make_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[httpx.Client]:
+def served(make_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """`operant serve` on a tiny model, as a process of its own."""
     folder = tmp_path_factory.mktemp("page")
     make_policy("gpt2").save(folder / "model")
@@ -245,7 +243,9 @@ def test_everything_is_reached_by_keyboard(opened: Callable[..., Any]) -> None:
     reached = set()
     for _ in range(25):
         page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText"))
+        reached.add(
+            page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
+        )
     expected = {"Good answer", "Bad answer", "5 of 5", "Edit", "Try again", "Watch", "中文"}
     assert expected <= {name.strip() for name in reached if name}
 

@@ -327,7 +327,10 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 def _model(service: Service, name: str) -> dict[str, Any]:
     return {
         "id": name, "object": "model", "created": int(service.started), "owned_by": "operant",
-        "operant": {"version": service.version, "max_length": service.max_length},
+        "operant": {
+            "version": service.version, "max_length": service.max_length,
+            "scores": [service.config.score_low, service.config.score_high],
+        },
     }  # fmt: skip
 
 

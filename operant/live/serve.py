@@ -247,6 +247,7 @@ def _say(running: Live, listening: socket.socket) -> None:
     key = ' -H "Authorization: Bearer $OPERANT_KEY"' if _keys(config).needed else ""
     print(
         f"{config.name}, version {version}, learns at {url}/v1 ({config.mode}; everything is kept in {config.root})\n"
+        f"  in a browser: {url}/\n"
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
         """-d '{"model": "default", "messages": [{"role": "user", "content": "Hello"}]}'\n"""
         "Ctrl-C stops it.",
