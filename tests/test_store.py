@@ -204,6 +204,10 @@ def test_deleting_leaves_the_facts_without_the_words(store: Store) -> None:
         rate(store, "e3", "c")
     with pytest.raises(UnknownCompletion):
         store.set_metadata("c", {})
+    store.begin("e", prompt(), SAMPLING)
+    assert store.delete("e")
+    store.complete(completion("e"))  # it was being written
+    assert store.completion("e") is None
     store.delete("d")
     with store.database.reading() as connection:
         assert connection.scalar(sa.select(sa.func.count()).select_from(tables.PROMPTS)) == 0
@@ -473,6 +477,25 @@ def test_a_database_that_another_program_holds_is_told_and_waited_for(
         other.execute("ROLLBACK")
         other.close()
         assert rate(store, "e1") == 1
+
+
+def test_a_database_server_that_forgets_who_writes_is_told_again(
+    postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "LOCK_SECONDS", 0.1)
+    empty(postgres)
+    with Store(postgres) as store:
+        converse(store, "c")
+        engine = engine_of(postgres)
+        with engine.begin() as connection:  # what its clients see of a restart
+            connection.execute(
+                sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
+                        "AND backend_type = 'client backend'")
+            )  # fmt: skip
+        engine.dispose()
+        assert rate(store, "e1") == 1 and store.counts()["events"] == 1
+        with pytest.raises(OperantError, match="another process writes"):
+            Store(postgres)
 
 
 # --- care -------------------------------------------------------------------------------------------------------------

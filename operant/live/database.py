@@ -196,13 +196,20 @@ class Database:
             raise OperantError(f"{self.name} cannot be opened ({error.strerror}); give another --store") from error
 
     def _lock_server(self) -> None:
-        connection = self._held.enter_context(self._engine.connect())
-        connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+        guard = self._held.enter_context(self._engine.connect().execution_options(isolation_level="AUTOCOMMIT"))
         until = time.monotonic() + LOCK_SECONDS
-        while not connection.scalar(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY))):
+        while not guard.scalar(sa.select(sa.func.pg_try_advisory_lock(_LOCK_KEY))):
             if time.monotonic() > until:
                 raise self._taken()
             time.sleep(0.05)
+        self._guard = guard
+
+    def _keep_lock(self) -> None:
+        """A server that was started again has forgotten who writes."""
+        try:
+            self._guard.scalar(sa.select(1))
+        except exc.DBAPIError:
+            self._lock_server()
 
     def _taken(self) -> OperantError:
         return OperantError(f"another process writes {self.name}; stop that one, or give another --store")
@@ -262,6 +269,8 @@ class Database:
 
     @contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
+        if not self._sqlite:
+            self._keep_lock()
         with self._engine.connect().execution_options(begin="BEGIN IMMEDIATE") as connection, connection.begin():
             yield connection
 

@@ -176,9 +176,11 @@ class Store:
         def run(connection: sa.Connection) -> None:
             if connection.execute(sa.update(COMPLETIONS).where(under_way).values(**values)).rowcount:
                 return
-            if self._status(connection, completion.id) is None:
+            status = self._status(connection, completion.id)
+            if status is None:
                 raise UnknownCompletion(f"completion {completion.id} was not begun")
-            raise OperantError(f"completion {completion.id} is written already")
+            if status != "deleted":  # while it was written, somebody wanted it gone
+                raise OperantError(f"completion {completion.id} is written already")
 
         self.database.write(run)
 
