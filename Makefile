@@ -52,12 +52,13 @@ fmt: install
 	$(BIN)/ruff format .
 	if test -d web/node_modules; then $(WEB) run --silent fmt; fi
 
-# Speed and memory on this machine, alone and beside TRL. Finished runs are kept; ARGS=--fresh measures again.
+# Speed and memory on this machine, alone, beside TRL, and of the live loop. Finished runs are kept; ARGS=--fresh measures again.
 bench: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.throughput --arch t5
 	$(BIN)/python -m benchmarks.throughput --arch gpt2
 	$(BIN)/python -m benchmarks.trl $(ARGS)
+	$(BIN)/python -m benchmarks.live $(ARGS)
 
 # The learning tables of docs/results.md: hours on two cores, what is recorded already is skipped, ARGS=--fresh does it all
 # again. Needs OPERANT_DATA, the folder of the data sets.

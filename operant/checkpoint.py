@@ -228,8 +228,11 @@ def read(path: Path) -> Checkpoint:
         ) from error
 
 
-def verify(path: Path) -> str | None:
-    """Check every file of a checkpoint against its manifest. Return None when it is whole, else what is wrong."""
+def verify(path: Path, within: str = "") -> str | None:
+    """Check every file of a checkpoint against its manifest. Return None when it is whole, else what is wrong.
+
+    within: read only the files of this folder in it; of the others, that they are there in their sizes.
+    """
     try:
         checkpoint = read(path)
         fault = _sizes_fault(checkpoint)
@@ -238,7 +241,7 @@ def verify(path: Path) -> str | None:
         if _digest(checkpoint.files) != checkpoint.sha256:
             return f"{MANIFEST} has been changed"
         for name, entry in checkpoint.files.items():
-            if _hash(checkpoint.path / name) != entry["sha256"]:
+            if name.startswith(within) and _hash(checkpoint.path / name) != entry["sha256"]:
                 return f"{name} has been changed"
     except OperantError:
         return f"{MANIFEST} is missing or unreadable"

@@ -127,7 +127,7 @@ class Adam:
         self.parameters, self.critic = list(parameters), list(critic)
         if not self.parameters:
             raise OperantError("the policy has no trainable weights; unfreeze some or add LoRA with --lora_rank 8")
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.momentum = max_grad_norm, betas[0] > 0
         groups = [
             {
                 "params": [p for p in part if (p.dim() >= 2) == matrices],
@@ -162,9 +162,17 @@ class Adam:
         return result, norm, reason
 
     def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        """The optimizer's; with β₁ = 0 without the momentum, which is as large as the model and is overwritten next."""
+        whole = self.optimizer.state_dict()
+        if self.momentum:
+            return whole
+        kept = {i: {k: v for k, v in entry.items() if k != "exp_avg"} for i, entry in whole["state"].items()}
+        return whole | {"state": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not self.momentum:
+            zero = {i: {"exp_avg": torch.zeros_like(e["exp_avg_sq"])} | e for i, e in state["state"].items()}
+            state = state | {"state": zero}
         self.optimizer.load_state_dict(state)
 
 

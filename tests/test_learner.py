@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from operant.batch import from_sequences
-from operant.learner import Learner, learning_rate
+from operant.learner import Adam, Learner, learning_rate
 from operant.policy import Policy
 from operant.types import Batch, OperantError
 
@@ -156,6 +156,28 @@ def test_its_state_goes_on_bit_for_bit(make_policy: Callable[..., Policy]) -> No
     for _ in range(3):
         again.step([batch], likelihood)
     assert same(weights(policy), weights(third))
+
+
+def test_without_momentum_nothing_of_it_is_kept_and_it_goes_on_bit_for_bit(make_policy: Callable[..., Policy]) -> None:
+    def learner_of(policy: Policy) -> Learner:
+        return Learner(policy, lr=0.01, rule=Adam(policy.trainable_parameters(), 0.01, betas=(0.0, 0.99)))
+
+    through, first = make_policy("gpt2"), make_policy("gpt2")
+    whole, begun = learner_of(through), learner_of(first)
+    batch = batch_of(through)
+    for _ in range(4):
+        whole.step([batch], likelihood)
+    for _ in range(2):
+        begun.step([batch], likelihood)
+    state = begun.state_dict()
+    assert all(set(entry) == {"step", "exp_avg_sq"} for entry in state["rule"]["state"].values())
+    second = make_policy("gpt2")
+    second.model.load_state_dict(first.model.state_dict())
+    resumed = learner_of(second)
+    resumed.load_state_dict(copy.deepcopy(state))
+    for _ in range(2):
+        resumed.step([batch], likelihood)
+    assert same(weights(second), weights(through))
 
 
 def test_nothing_to_train_is_refused(make_policy: Callable[..., Policy]) -> None:

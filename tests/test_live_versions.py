@@ -44,6 +44,7 @@ def step(versions: Versions) -> int:
     record = record_of(versions)
     versions.announce(record)
     versions.publish(record, write(f"v{record.version}"), {"passed": True})
+    versions.tidy()
     return record.version
 
 
@@ -222,6 +223,7 @@ def test_broken_weights_do_not_serve(tmp_path: Path) -> None:
     versions = begun(tmp_path)
     step(versions)
     (Path(versions.current().path) / "learner.pt").write_text("optimizer of vX")
+    assert versions.model(1).is_dir()  # what serves is whole
     with pytest.raises(OperantError, match=r"version 1 is broken \(learner.pt has been changed\)"):
         versions.current()
     assert versions.roll_back().version == 0

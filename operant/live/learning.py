@@ -133,12 +133,16 @@ class Lesson:
 
 @dataclass(slots=True)
 class Taught:
-    """What a step did. scale: the share of the optimizer's step that was kept, 0 if the weights are as they were."""
+    """What a step did. scale: the share of the optimizer's step that was kept, 0 if the weights are as they were.
+
+    anchor_logits: on the anchor answers, before the step and after it, if it moved the weights.
+    """
 
     outcomes: dict[str, Outcome]
     stats: StepStats | None
     scale: float
     kl: float
+    anchor_logits: tuple[Tensor, Tensor] | None = None
 
     @property
     def moved(self) -> bool:
@@ -513,16 +517,18 @@ def take_step(policy: Policy, learner: Learner, lesson: Lesson, anchors: Anchors
     parameters = policy.trainable_parameters()
     start = [p.detach().clone() for p in parameters]
     stats = learner.step([m for batch in everything for m in microbatches(batch, room)], _loss_of(config))
-    scale, kl = 0.0, 0.0
+    scale, kl, logits = 0.0, 0.0, reference
     reason = stats.reason
     if not reason:
-        scale, kl = _scaled_back(policy, start, lambda: _loss(policy, fresh, config) < said, anchors, reference, config)
+        scale, kl, logits = _scaled_back(
+            policy, start, lambda: _loss(policy, fresh, config) < said, anchors, reference, config
+        )
         reason = "" if scale else "no step within the KL budget moved the text the right way"
     after = _told_logprobs(policy, lesson.taught, room) if scale else before
     for row, was, now in zip(lesson.taught, before, after, strict=True):
         advantage = row.advantage if isinstance(row, Rated) else None
         outcomes[row.event.id] = Outcome("unused" if reason else "used", reason, advantage, was, now)
-    return Taught(outcomes, stats, scale, kl)
+    return Taught(outcomes, stats, scale, kl, (reference, logits) if scale else None)
 
 
 def _leave_out_the_far(batch: Batch, lesson: Lesson, outcomes: dict[str, Outcome], config: LiveConfig) -> None:
@@ -547,8 +553,8 @@ def _scaled_back(
     anchors: Anchors,
     reference: Tensor,
     config: LiveConfig,
-) -> tuple[float, float]:
-    """Halve the step from `start` until it keeps the budget and follows; (the share that is left, its KL)."""
+) -> tuple[float, float, Tensor]:
+    """Halve the step from `start` until it keeps the budget and follows; the share that is left, its KL and logits."""
     parameters = policy.trainable_parameters()
     whole = [p.detach() - s for p, s in zip(parameters, start, strict=True)]
     for halving in range(HALVINGS):
@@ -556,13 +562,14 @@ def _scaled_back(
         with torch.no_grad():
             for p, s, d in zip(parameters, start, whole, strict=True):
                 p.copy_(s + scale * d)
-        kl = divergence(anchors.logits(policy, config.tokens_per_microbatch), reference)
+        logits = anchors.logits(policy, config.tokens_per_microbatch)
+        kl = divergence(logits, reference)
         if kl <= config.kl_budget and follows():
-            return scale, kl
+            return scale, kl, logits
     with torch.no_grad():
         for p, s in zip(parameters, start, strict=True):
             p.copy_(s)
-    return 0.0, 0.0
+    return 0.0, 0.0, reference
 
 
 def _batches(policy: Policy, rated: Sequence[Rated], paired: Sequence[Paired], config: LiveConfig) -> list[Batch]:

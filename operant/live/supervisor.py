@@ -311,7 +311,6 @@ class Supervisor:
 
     def _policy(self, version: int) -> Policy:
         """The weights of a version on disk, checked against their hashes."""
-        path = Path(self.versions.get(version).path) / "model"
-        policy = Policy.load(path, device=self.config.device, dtype=self.config.dtype)
+        policy = Policy.load(self.versions.model(version), device=self.config.device, dtype=self.config.dtype)
         policy.model.eval()
         return policy

@@ -138,12 +138,17 @@ class Versions:
         """One version. Raises OperantError when its weights are not there, or are broken."""
         found = self._folders().get(version)
         if found is None:
-            there = ", ".join(map(str, self._folders())) or "none"
-            raise OperantError(f"the weights of version {version} are not on disk; choose one of those there: {there}")
-        fault = checkpoint.verify(found.path)
-        if fault is not None:
-            raise OperantError(f"version {version} is broken ({fault}); roll back with operant versions --promote N")
+            raise self._absent(version)
+        _check(version, found.path)
         return self._version(found)
+
+    def model(self, version: int) -> Path:
+        """The folder of a version's weights, checked. Raises OperantError as `get` does, and looks at nothing else."""
+        found = self._folders().get(version)
+        if found is None:
+            raise self._absent(version)
+        _check(version, found.path, within="model")
+        return found.path / "model"
 
     def records(self) -> list[StepRecord]:
         """The record of every finished step, oldest first, also of those without weights: the whole lineage."""
@@ -286,7 +291,7 @@ class Versions:
         return None
 
     def publish(self, record: StepRecord, write: Callable[[Path], None], gate: Mapping[str, Any]) -> PolicyVersion:
-        """Save the version of a finished step and let it serve.
+        """Save the version of a finished step and let it serve; `tidy` then drops old ones.
 
         write: fills a folder with model/ and learner.pt. Raises Moved when another version serves than the step began
         with, before anything is written; OperantError when the disk is full, with the old version still serving.
@@ -298,13 +303,7 @@ class Versions:
             self._save(record, write, gate)
             self._write_pointer(Pointer(record.version, record.moves + 1, self.pointer().anchor))
             self._forget_pending(record.version)
-            try:
-                self.prune()
-            except (OperantError, OSError) as error:
-                log.warning(
-                    "old versions stay on disk: %s", error
-                )  # the new one serves; the next publication tries again
-        return self.get(record.version)
+        return self._version(self._folders()[record.version])
 
     def settle(self, record: StepRecord) -> None:
         """Keep the record of a finished step that publishes nothing."""
@@ -355,6 +354,14 @@ class Versions:
         paths = {c.path: number for number, c in there.items()}
         return sorted(paths[path] for path in gone)
 
+    def tidy(self) -> None:
+        """`prune` after a publication, when what is new serves already. A fault is told; the next one tries again."""
+        with self._lock():
+            try:
+                self.prune()
+            except (OperantError, OSError) as error:
+                log.warning("old versions stay on disk: %s", error)
+
     # --- files ---------------------------------------------------------------------------------------------------
 
     def _save(self, record: StepRecord, write: Callable[[Path], None], gate: Mapping[str, Any]) -> None:
@@ -371,6 +378,10 @@ class Versions:
                 f"version {record.version} could not be saved in {self.folder} ({cause}): the version before it serves "
                 "on; free some space there, and the step is made again"
             ) from error
+
+    def _absent(self, version: int) -> OperantError:
+        there = ", ".join(map(str, self._folders())) or "none"
+        return OperantError(f"the weights of version {version} are not on disk; choose one of those there: {there}")
 
     def _folders(self) -> dict[int, checkpoint.Checkpoint]:
         found = {c.step: c for c in checkpoint.list_checkpoints(self.folder)}
@@ -410,3 +421,9 @@ class Versions:
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / "versions.lock"):
             yield
+
+
+def _check(version: int, path: Path, within: str = "") -> None:
+    fault = checkpoint.verify(path, within)
+    if fault is not None:
+        raise OperantError(f"version {version} is broken ({fault}); roll back with operant versions --promote N")

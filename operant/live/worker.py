@@ -271,6 +271,7 @@ class Worker:
             first = Learning(0, 0, policy, new_learner(policy, self.config), LearnerState())
             self.versions.begin(first.save, fingerprint(policy))
         self.versions.finish()
+        self.versions.tidy()  # a crash may have come before it
         self.current()
 
     def current(self) -> Learning:
@@ -327,13 +328,12 @@ class Worker:
         record.baselines = dict(at.state.baselines)
         record.times["begun"] = time.time()
         self.versions.announce(record)
-        before = anchors.logits(at.policy, config.tokens_per_microbatch) if lesson.taught else None
         taught = make_step(record, at, lesson, anchors, config)
         record.outcomes = taught.outcomes
         record.times["stepped"] = time.time()
-        if not taught.moved or before is None:
+        if taught.anchor_logits is None:
             return self._publish_nothing(record, "nothing", _why(taught), reload=taught.stats is not None)
-        after = anchors.logits(at.policy, config.tokens_per_microbatch)
+        before, after = taught.anchor_logits
         verdict = fast_gate(
             after, before, self._logits_of_anchor(at), anchors.tokens(config.tokens_per_microbatch),
             kl_budget=config.kl_budget, drift_budget=config.drift_budget, likelihood_drop=config.likelihood_drop,
@@ -357,6 +357,7 @@ class Worker:
             return False
         at.version, at.moves = record.version, record.moves + 1
         self.say({"version": record.version, "parent": record.parent, "events": record.events, "gate": gate})
+        self.versions.tidy()
         return True
 
     def _publish_nothing(self, record: StepRecord, state: Any, reason: str, *, reload: bool) -> bool:
