@@ -170,14 +170,19 @@ def prune(folder: Path, keep: int = 2, protect: Iterable[str | Path] = ()) -> li
     gone = []
     for checkpoint in everything:
         if checkpoint.path.name not in kept:
-            # Hidden before it is emptied: a crash in between must not leave half a checkpoint under a real name.
-            grave = folder / f"{PRUNED}{checkpoint.path.name}-{os.getpid()}"
-            os.rename(checkpoint.path, grave)
-            shutil.rmtree(grave, ignore_errors=True)
+            delete(checkpoint.path)
             gone.append(checkpoint.path)
     if gone:
         _sync(folder)
     return gone
+
+
+def delete(path: Path) -> None:
+    """Delete one checkpoint. It is hidden before it is emptied: a crash in between must not leave half of one under a
+    real name."""
+    grave = path.parent / f"{PRUNED}{path.name}-{os.getpid()}"
+    os.rename(path, grave)
+    shutil.rmtree(grave, ignore_errors=True)
 
 
 def clean(folder: Path) -> int:

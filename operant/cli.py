@@ -83,6 +83,16 @@ EXAMPLES = {
         "what people said of answers: look, export, import, back up, prune",
         "operant feedback --store runs/live/store.db --export pairs/ --form pairs",
     ),
+    "replay": (
+        configs.ReplayConfig,
+        "make versions again from their records and compare every weight",
+        "operant replay --verify true --root runs/live",
+    ),
+    "forget": (
+        configs.ForgetConfig,
+        "forget a source: its feedback, and what the weights learned from it",
+        "operant forget --source anna --root runs/live",
+    ),
     "quickstart": (
         configs.QuickstartConfig,
         "the whole circle on a built-in task, offline, in minutes",
@@ -450,6 +460,76 @@ def run_keys(config: configs.KeysConfig) -> None:
         print(f"{one.name:20}  {', '.join(one.roles):20}  {made}")
 
 
+def run_replay(config: configs.ReplayConfig) -> None:
+    import torch
+
+    from operant.live.forget import verify
+    from operant.live.versions import Versions
+    from operant.live.worker import open_store
+
+    torch.set_num_threads(1)  # as the server's learner has them
+    versions = Versions(config.root)
+    there = {v.version for v in versions.all()}
+    found = [r for r in versions.records() if r.version in there and r.parent in there and r.state == "published"]
+    if config.version is not None:
+        found = [versions.record(config.version)]
+    if not config.verify:
+        print("\n".join(f"{record.version:6}  from {record.parent}" for record in found) or "nothing to verify")
+        return
+    worker = configs.WorkerConfig(root=config.root, device=config.device, dtype=config.dtype)
+    source = open_store(config.store or str(Path(config.root) / "store.db"))
+    told = []
+    with _progress(len(found), "replay") as advance:
+        for record in found:
+            told.append(verify(versions, record.version, source, worker))
+            advance(1)
+    wrong = [v for v in told if v.difference > (0.0 if v.same_fingerprint else config.tolerance)]
+    if config.json:
+        print(json.dumps({"versions": [dataclasses.asdict(v) | {"same": v.same} for v in told]}))
+    else:
+        for v in told:
+            how = "the same bits" if v.same else f"largest difference of a weight {v.difference:.3g}"
+            where = "" if v.same_fingerprint else " (made on another machine or with other libraries)"
+            print(f"{v.version:6}  {how}{where}")
+        if not told:
+            print("there is no version on disk whose parent is there too")
+    if wrong:
+        raise OperantError(
+            f"version {wrong[0].version} is not what its record makes; roll back to one that is, with operant versions"
+        )
+
+
+def run_forget(config: configs.ForgetConfig) -> None:
+    import torch
+    from filelock import FileLock, Timeout
+
+    from operant.live.forget import forget
+    from operant.live.store import Store
+
+    _need(config.source, "--source", "whom to forget")
+    torch.set_num_threads(config.threads)
+    worker = configs.WorkerConfig(root=config.root, device=config.device, dtype=config.dtype)
+    if not Path(config.root).is_dir():
+        raise OperantError(f"{config.root} is no folder; give --root, the one that operant serve writes")
+    try:
+        with (
+            FileLock(Path(config.root) / "learner.lock", timeout=0),
+            Store(config.store or Path(config.root) / "store.db") as store,
+            _steps("steps made again") as progress,
+        ):
+            told = forget(config.source, store, worker, progress)
+    except Timeout:
+        raise OperantError(f"a learner is at work in {config.root}; stop the server first") from None
+    if config.json:
+        print(json.dumps(dataclasses.asdict(told)))
+        return
+    print(f"{told.events} events of {config.source} are forgotten; version {told.current} serves")
+    if told.base is not None:
+        dropped = ", ".join(map(str, told.dropped)) or "none"
+        print(f"made again from version {told.base}: {told.redone} steps; weights deleted: {dropped}")
+    print("what was read, copied or backed up before is beyond this: nobody can unsample an answer")
+
+
 def run_versions(config: configs.VersionsConfig) -> None:
     from operant.live.versions import Versions
 
@@ -545,6 +625,8 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "serve": run_serve,
     "keys": run_keys,
     "versions": run_versions,
+    "replay": run_replay,
+    "forget": run_forget,
     "feedback": run_feedback,
     "quickstart": run_quickstart,
 }
@@ -577,6 +659,25 @@ def _progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
         yield lambda done: bar.advance(done)
     finally:
         bar.close()
+
+
+@contextlib.contextmanager
+def _steps(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar whose length is told with the first step."""
+    from operant.runlog import Progress
+
+    bars: list[Progress] = []
+
+    def advance(done: int, total: int) -> None:
+        if not bars:
+            bars.append(Progress(total, description))
+        bars[0].advance(done - bars[0].done)
+
+    try:
+        yield advance
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 if __name__ == "__main__":

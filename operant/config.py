@@ -898,6 +898,60 @@ class VersionsConfig:
 
 
 @dataclass(kw_only=True)
+class ReplayConfig:
+    """Prove versions: make each again from its record and its parent, and compare every weight.
+
+    With the fingerprint that is in the record (python, torch, transformers, processor, threads, dtype) the weights have
+    the same bits; with another they lie within `tolerance`.
+
+    Args:
+        root: the folder that the live loop writes.
+        store: where its feedback is; empty takes store.db in `root`.
+        verify: the only thing to do with a replay today; false lists what can be verified.
+        version: this one alone; otherwise each whose weights and whose parent's are on disk.
+        tolerance: the largest difference of a weight that another fingerprint may make.
+        device: auto, cpu, cuda or mps.
+        dtype: as the learner had it.
+        json: print one JSON object.
+    """
+
+    root: str = "runs/live"
+    store: str = ""
+    verify: bool = True
+    version: int | None = None
+    tolerance: float = 1e-4
+    device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    json: bool = False
+
+
+@dataclass(kw_only=True)
+class ForgetConfig:
+    """Forget a source: what it said, what it asked, and what the weights have learned from it.
+
+    The server has to be stopped. Steps are made again from the last version before the source's first use; what had
+    touched its feedback is deleted. What people have read in the meantime cannot be unsampled.
+
+    Args:
+        root: the folder that the live loop writes.
+        store: where its feedback is; empty takes store.db in `root`.
+        source: whom to forget: the name of their key, or the source that was given with their feedback.
+        device: auto, cpu, cuda or mps.
+        dtype: as the learner had it.
+        threads: CPU threads, which belong to the fingerprint; the server's learner has 1.
+        json: print one JSON object.
+    """
+
+    root: str = "runs/live"
+    store: str = ""
+    source: str = ""
+    device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+    threads: int = 1
+    json: bool = False
+
+
+@dataclass(kw_only=True)
 class FeedbackConfig:
     """Look into a store of feedback; export, import, back up and prune it.
 

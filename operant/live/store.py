@@ -30,6 +30,8 @@ from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 __all__ = ["Conflict", "EventStory", "Receipt", "Store", "StoreFault", "StoredCompletion", "UnknownCompletion"]
 
 HELD_SECONDS = 600.0  # an event waits for its completion to be written, but not for ever
+FORGOTTEN = ""  # the source of what a forgotten one said
+GONE = Outcome("unused", "forgotten: its source has taken everything back")
 
 Status = Literal["begun", "complete", "partial", "failed", "deleted"]
 State = Literal["pending", "used", "superseded", "unused"]
@@ -314,19 +316,56 @@ class Store:
     def events_after(self, offset: int, limit: int) -> list[tuple[int, Feedback]]:
         """At most `limit` events in the order of their offsets, from the first after `offset`.
 
-        They end before an event whose completion is still being written: its tokens would be missing.
+        They end before an event whose completion is still being written: its tokens would be missing. What a forgotten
+        source said is not among them.
         """
         query = sa.select(EVENTS, COMPLETIONS.c.status, COMPLETIONS.c.created).join(COMPLETIONS)
         with self.database.reading() as connection:
-            rows = connection.execute(
-                query.where(EVENTS.c.offset > offset).order_by(EVENTS.c.offset).limit(limit)
-            ).all()
+            there = EVENTS.c.offset > offset, EVENTS.c.source != FORGOTTEN
+            rows = connection.execute(query.where(*there).order_by(EVENTS.c.offset).limit(limit)).all()
         found, recent = [], time.time() - HELD_SECONDS
         for row in rows:
             if row.status == "begun" and row.created > recent:
                 break
             found.append((int(row.offset), _event(row)))
         return found
+
+    def asked_by(self, user: str) -> bool:
+        """Whether a completion of this user is stored."""
+        query = sa.select(COMPLETIONS.c.number).where(COMPLETIONS.c.user == user, COMPLETIONS.c.status != "deleted")
+        with self.database.reading() as connection:
+            return bool(user) and connection.execute(query.limit(1)).first() is not None
+
+    def forget(self, source: str) -> int:
+        """Empty everything that a source has said and, as a user, asked; the number of its events.
+
+        Events stay as facts: an offset, a kind and a time, of the source "", unused. Answers go as by `delete`.
+        """
+        asked = sa.select(COMPLETIONS.c.id).where(COMPLETIONS.c.user == source, COMPLETIONS.c.status != "deleted")
+        with self.database.reading() as connection:
+            names = list(connection.scalars(asked))
+        for name in names:
+            self.delete(name)
+
+        def run(connection: sa.Connection) -> int:
+            own = sa.select(EVENTS.c.offset).where(EVENTS.c.source == source)
+            offsets = list(connection.scalars(own))
+            connection.execute(sa.delete(OUTCOMES).where(OUTCOMES.c.offset.in_(own)))
+            for offset in offsets:
+                connection.execute(
+                    sa.update(EVENTS).where(EVENTS.c.offset == offset).values(
+                        source=FORGOTTEN, value=None, span_start=None, span_end=None, tags={}, body_hash="",
+                        idempotency_key=f"forgotten-{offset}",
+                    )
+                )  # fmt: skip
+            first = connection.scalar(sa.select(sa.func.min(STEPS.c.version)))
+            if first is not None and offsets:
+                gone = dataclasses.asdict(GONE)
+                connection.execute(sa.insert(OUTCOMES), [{"offset": o, "version": first, **gone} for o in offsets])
+            return len(offsets)
+
+        count: int = self.database.write(run)
+        return count
 
     def story(self, feedback_id: str) -> EventStory | None:
         """What became of an event; None when there is no such event."""
@@ -538,12 +577,17 @@ def _enter(connection: sa.Connection, record: StepRecord) -> None:
         )
     )  # fmt: skip
     untold = Outcome("unused", "its step says nothing of it")
-    query = sa.select(EVENTS.c.offset, EVENTS.c.id).where(EVENTS.c.id.in_(record.events))
+    query = sa.select(EVENTS.c.offset, EVENTS.c.id, EVENTS.c.source).where(EVENTS.c.id.in_(record.events))
     rows = [
-        {"offset": offset, "version": record.version, **dataclasses.asdict(record.outcomes.get(name, untold))}
-        for offset, name in connection.execute(query)
-    ]
+        {
+            "offset": offset, "version": record.version,
+            **dataclasses.asdict(GONE if source == FORGOTTEN else record.outcomes.get(name, untold)),
+        }
+        for offset, name, source in connection.execute(query)
+    ]  # fmt: skip
     if rows:
+        # a step that is made again says anew what became of them
+        connection.execute(sa.delete(OUTCOMES).where(OUTCOMES.c.offset.in_([row["offset"] for row in rows])))
         connection.execute(sa.insert(OUTCOMES), rows)
 
 

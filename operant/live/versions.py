@@ -20,7 +20,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ class StepRecord:
 
     begin_offset, consumed_offset: the events of the step are those of the store in (begin_offset, consumed_offset].
     moves: how often the current version had moved when the step began; a step is published only if it has not since.
+    again: the earlier step that this one makes again without the events of a source that is forgotten, or -1.
     state: "pending"; "published" (there is a version of this number); "refused" (by the gate); "nothing" (no event
         taught anything, or the step moved nothing). Every state but the first consumes the events.
     """
@@ -74,6 +75,7 @@ class StepRecord:
     forgotten: list[str] = field(default_factory=list)
     baselines: dict[str, float] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
+    again: int = -1
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
@@ -340,16 +342,12 @@ class Versions:
         """Drop the weights of old versions and return their numbers; their records stay.
 
         Kept are the `keep` newest, the current one and its nearest ancestor on disk (one roll-back is always possible),
-        the anchor and whatever a user is pinned to.
+        the anchor, whatever a user is pinned to, and the oldest, from which all others can be made again.
         """
         there, now = self._folders(), self.pointer()
         ancestor = next((a for a in self.ancestors(now.version)[1:] if a in there), now.version)
-        held = {now.version, now.anchor, ancestor, *self.pins().values()}
-        for number, c in there.items():
-            if not self._record_file(number).exists():
-                checkpoint.replace_file(
-                    self._record_file(number), (c.path / "record.json").read_text(encoding="utf-8")
-                )  # the folder's own goes with it
+        held = {now.version, now.anchor, ancestor, min(there), *self.pins().values()}
+        self._keep_records(there)
         gone = checkpoint.prune(self.folder, self.keep, [there[n].path for n in held if n in there])
         paths = {c.path: number for number, c in there.items()}
         return sorted(paths[path] for path in gone)
@@ -361,6 +359,29 @@ class Versions:
                 self.prune()
             except (OperantError, OSError) as error:
                 log.warning("old versions stay on disk: %s", error)
+
+    def drop(self, numbers: Sequence[int]) -> list[int]:
+        """Delete the weights of these versions, wherever they are on disk, and return their numbers; users who are
+        pinned to one follow again. The records stay. Raises ValueError for the one that serves."""
+        with self._lock():
+            if self.pointer().version in numbers:
+                raise ValueError(f"version {self.pointer().version} serves and cannot be dropped")
+            pins = self.pins()
+            if any(version in numbers for version in pins.values()):
+                kept = {user: version for user, version in pins.items() if version not in numbers}
+                checkpoint.replace_file(self.root / "pins.json", json.dumps(kept, ensure_ascii=False, indent=1))
+            there = {number: c for number, c in self._folders().items() if number in numbers}
+            self._keep_records(there)
+            for c in there.values():
+                checkpoint.delete(c.path)
+        return list(there)
+
+    def drop_pending(self) -> None:
+        """Leave the step that was announced and not finished: its events are still to be consumed."""
+        with self._lock():
+            record = self.pending()
+            if record is not None and record.version not in self._folders():
+                self._forget_pending(record.version)
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -382,6 +403,12 @@ class Versions:
     def _absent(self, version: int) -> OperantError:
         there = ", ".join(map(str, self._folders())) or "none"
         return OperantError(f"the weights of version {version} are not on disk; choose one of those there: {there}")
+
+    def _keep_records(self, there: Mapping[int, checkpoint.Checkpoint]) -> None:
+        """A copy of each version's record outside of its folder, which is about to go."""
+        for number, c in there.items():
+            if not self._record_file(number).exists():
+                checkpoint.replace_file(self._record_file(number), (c.path / "record.json").read_text(encoding="utf-8"))
 
     def _folders(self) -> dict[int, checkpoint.Checkpoint]:
         found = {c.step: c for c in checkpoint.list_checkpoints(self.folder)}

@@ -19,7 +19,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -317,6 +317,22 @@ class Worker:
             coefficients={name: getattr(self.config, name) for name in _NUMBERS}, fingerprint=fingerprint(at.policy),
             times={"queued": time.time()},
         )  # fmt: skip
+
+    def repeat(self, old: StepRecord, without: Set[str]) -> bool:
+        """Make an earlier step again, from the version that serves and without these of its events; False when none is
+        left. Its seed and coefficients stay what they were."""
+        names = [name for name in old.events if name not in without]
+        if not names:
+            return False
+        at = self.current()
+        record = dataclasses.replace(
+            old, version=self.versions.next_version(), parent=at.version, moves=at.moves, events=names,
+            again=old.version, state="pending", reason="", outcomes={}, replayed=[], forgotten=[],
+            times={"queued": time.time()},
+        )  # fmt: skip
+        while not self._execute(record):
+            pass
+        return True
 
     def _execute(self, record: StepRecord) -> bool:
         """Announce, step, gate, publish. False when another version serves by now and the step has to begin again."""

@@ -1,0 +1,246 @@
+"""Versions are proved from their records, and a source is forgotten as if it had never spoken."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from live import answered
+from program import Program
+
+from operant.config import WorkerConfig
+from operant.live import forget as forgetting
+from operant.live.forget import forget, verify
+from operant.live.store import Store
+from operant.live.versions import Versions
+from operant.live.worker import Learning, Worker
+from operant.policy import Policy
+from operant.types import Feedback, OperantError
+
+SAID = (
+    ("c0", "ann", "thumb", 1), ("c1", "ann", "thumb", -1), ("c2", "bob", "thumb", 1), ("c3", "ann", "edit", "a dog"),
+    ("c1", "bob", "edit", "one two"), ("c3", "bob", "comment", "why?"), ("c2", "ann", "score", 0.9),
+    ("c0", "bob", "retract", None), ("c1", "cat", "thumb", 1),
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class World:
+    """What people said to one tiny model, learned event by event."""
+
+    store: Store
+    config: WorkerConfig
+
+    @property
+    def versions(self) -> Versions:
+        return Versions(self.config.root, self.config.keep)
+
+    def serving(self) -> Learning:
+        pointer = self.versions.pointer()
+        return Learning.load(self.versions, pointer.version, pointer.moves, self.config)
+
+
+@pytest.fixture
+def world(make_policy: Callable[..., Policy], tmp_path: Path) -> Iterator[Callable[..., World]]:
+    """world(name, without=…): the same, without what these have said."""
+    stores: list[Store] = []
+    policy = make_policy("gpt2")
+    policy.save(tmp_path / "model")
+    answers = answered(policy, 4)
+
+    def make(name: str, without: str = "", **settings: Any) -> World:
+        root = tmp_path / name
+        root.mkdir()
+        store = Store(root / "store.db")
+        stores.append(store)
+        for number, (key, stored) in enumerate(answers.interactions.items()):
+            asker = "bob" if number == 3 else "ann"
+            store.begin(
+                key, stored.prompt, stored.completion.sampling, route="", user=asker, model_version=0, request={},
+                metadata={},
+            )  # fmt: skip
+            store.complete(stored.completion, "complete")
+        config = WorkerConfig(
+            **{"root": str(root), "model": str(tmp_path / "model"), "device": "cpu", "anchor_rows": 2,
+               "anchor_tokens": 4, "drift_budget": 1e3, "likelihood_drop": 1e3, "keep": 100} | settings
+        )  # fmt: skip
+        worker = Worker(config, store, lambda told: None)
+        worker.start()
+        for number, (completion_id, source, kind, value) in enumerate(SAID):
+            if source == without or (without and completion_id == "c3"):  # which bob has asked
+                continue
+            event = Feedback(f"e{number}", completion_id, kind, value, source, f"k{number}", float(number))
+            store.add_feedback(event, body_hash=str(number))
+            assert worker.once()
+        store.reconcile(worker.versions.records())
+        return World(store, config)
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def program(capsys: pytest.CaptureFixture[str]) -> Program:
+    return Program(capsys)
+
+
+def same(one: Learning, other: Learning) -> bool:
+    weights = zip(one.policy.model.parameters(), other.policy.model.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in weights)
+
+
+def moments(learning: Learning) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def collect(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict):
+            for one in value.values():
+                collect(one)
+        elif isinstance(value, list | tuple):
+            for one in value:
+                collect(one)
+
+    collect(learning.learner.state_dict())
+    return found
+
+
+def test_a_version_is_proved_from_its_record(world: Callable[..., World]) -> None:
+    here = world("live")
+    published = [r.version for r in here.versions.records() if r.state == "published" and r.version]
+    assert len(published) >= 4
+    for version in published:
+        assert verify(here.versions, version, here.store, here.config).same
+    last = here.versions.get(published[-1])
+    weights = Path(last.path) / "model"
+    policy = Policy.load(weights, device="cpu")
+    with torch.no_grad():
+        next(policy.model.parameters()).view(-1)[0] += 0.25
+    policy.model.save_pretrained(weights)
+    versions = here.versions
+    versions.get = lambda version: (
+        dataclasses.replace(last) if version == last.version else Versions.get(versions, version)
+    )  # type: ignore[method-assign]
+    assert verify(versions, last.version, here.store, here.config).difference == pytest.approx(0.25)
+
+
+def test_what_serves_after_a_forget_is_as_if_the_source_had_never_spoken(world: Callable[..., World]) -> None:
+    here, never = world("live"), world("never", without="bob")
+    assert not same(here.serving(), never.serving())
+    before = here.versions.pointer().version
+    told = forget("bob", here.store, here.config)
+    now, other = here.serving(), never.serving()
+    assert same(now, other) and now.state.baselines == other.state.baselines
+    assert len(moments(now)) == len(moments(other)) > 2
+    assert all(torch.equal(a, b) for a, b in zip(moments(now), moments(other), strict=True))
+    # the versions that had learned from bob are gone, and those from before are not
+    assert before in told.dropped and told.current > before and told.base is not None
+    there = {v.version for v in here.versions.all()}
+    assert not there & set(told.dropped) and {0, told.base} <= there
+    with pytest.raises(OperantError, match="not on disk"):
+        here.versions.promote(before)
+    # and each that was made again is proved by its own record
+    for record in here.versions.records():
+        if record.again >= 0 and record.state == "published":
+            assert verify(here.versions, record.version, here.store, here.config).same
+
+
+def test_nothing_of_what_was_said_or_asked_stays(world: Callable[..., World], tmp_path: Path) -> None:
+    here = world("live")
+    forget("bob", here.store, here.config)
+    stories = here.store.events(limit=100)
+    gone = [s for s in stories if not s.event.source]
+    assert len(stories) == len(SAID) and len(gone) == sum(source == "bob" for _, source, _, _ in SAID)
+    assert all(s.event.value is None and s.state == "unused" and "forgotten" in s.reason for s in gone)
+    assert all(s.advantage is None and s.logprob_before is None for s in gone)
+    assert here.store.completion("c3") is None and here.store.completion("c0") is not None
+    counts = here.store.counts()
+    told = counts["pending"] + counts["used"] + counts["superseded"] + sum(counts["reasons"].values())
+    assert counts["events"] == told == len(SAID) and counts["pending"] == 0
+    (tombstone,) = (tmp_path / "live" / "forgotten").iterdir()
+    assert "bob" not in tombstone.read_text() and json.loads(tombstone.read_text())["events"] == 4
+    assert not (tmp_path / "live" / forgetting.PLAN).exists()
+    with pytest.raises(OperantError, match="nothing of a source 'bob'"):
+        forget("bob", here.store, here.config)
+
+
+def test_what_follows_learns_on_from_it(world: Callable[..., World]) -> None:
+    here = world("live")
+    forget("bob", here.store, here.config)
+    worker = Worker(here.config, here.store, lambda told: None)
+    worker.start()
+    assert not worker.once()  # nothing is learned twice
+    here.store.add_feedback(Feedback("new", "c0", "thumb", -1, "cat", "k", 99.0), body_hash="new")
+    assert worker.once()
+    assert here.versions.records()[-1].events == ["new"]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 6, 9, 12])
+def test_a_forget_that_was_cut_off_is_finished(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    """Stopped at the cut-th durable move, and begun again."""
+    here = world("live")
+    moves = 0
+
+    class Stopped(BaseException):
+        pass
+
+    def stopping(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def moved(*arguments: Any, **options: Any) -> Any:
+            nonlocal moves
+            moves += 1
+            if moves == cut:
+                raise Stopped
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, moved)
+
+    for owner, name in (
+        (Store, "forget"), (Versions, "promote"), (Versions, "announce"), (Versions, "publish"), (Versions, "settle"),
+        (Versions, "drop"), (Store, "reconcile"), (forgetting, "_write_tombstone"),
+    ):  # fmt: skip
+        stopping(owner, name)
+    cut_off = False
+    try:
+        forget("bob", here.store, here.config)
+    except Stopped:
+        cut_off = True
+    moves = -1000
+    if cut_off:
+        told = forget("bob", here.store, here.config)
+        assert told.redone >= 1
+    assert same(here.serving(), world("never", without="bob").serving())
+    assert len(list((Path(here.config.root) / "forgotten").iterdir())) == 1
+
+
+def test_a_source_that_taught_nothing_leaves_the_weights_alone(world: Callable[..., World]) -> None:
+    here = world("live")
+    here.store.add_feedback(Feedback("x", "c0", "comment", "hm", "dan", "k", 99.0), body_hash="x")
+    worker = Worker(here.config, here.store, lambda told: None)
+    worker.start()
+    worker.once()
+    before = here.versions.pointer()
+    told = forget("dan", here.store, here.config)
+    assert told.base is None and told.dropped == [] and here.versions.pointer() == before
+
+
+def test_the_program_forgets_and_verifies(world: Callable[..., World], program: Program) -> None:
+    here = world("live")
+    here.store.close()
+    root = here.config.root
+    assert "the same bits" in program("replay", "--verify", "--root", root).out
+    told = json.loads(program("forget", "--root", root, "--source", "bob", "--json").out)
+    assert told["events"] == 4 and told["redone"] >= 3
+    shown = json.loads(program("replay", "--root", root, "--json").out)
+    assert shown["versions"] and all(one["same"] for one in shown["versions"])
+    assert "nothing of a source 'bob'" in program.fault("forget", "--root", root, "--source", "bob")
