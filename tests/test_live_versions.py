@@ -131,8 +131,8 @@ def test_old_weights_go_and_their_records_stay(tmp_path: Path) -> None:
     versions.pass_anchor(6)
     versions.roll_back(5)
     step(versions)  # 7, from 5
-    # the parent of the current one stays for a roll-back, though two newer ones are kept
-    assert [v.version for v in versions.all()] == [1, 5, 6, 7]
+    # the parent of the current one stays for a roll-back, though two newer ones are kept, and the first for good
+    assert [v.version for v in versions.all()] == [0, 1, 5, 6, 7]
     assert versions.roll_back().version == 5
     fresh = Versions(tmp_path / "live", 2)
     assert fresh.consumed() == 14 and fresh.ancestors(7) == [7, 5, 4, 3, 2, 1, 0]
