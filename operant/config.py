@@ -829,6 +829,9 @@ class ServeConfig(LearnerConfig):
         separator: text between such a chat and its answer, for decoder-only models.
         implicit: module:function that reads a user's next message as a score of the answer before it, or as nothing.
         max_body: bytes of a request, at most.
+        max_age_days: what was asked longer ago goes, with its feedback, but nothing that is pending. Steps that learned
+            from it stay, and can no longer be made again from their records.
+        max_bytes: the oldest goes too until prompts and answers take no more; 0, as above, leaves the rule out.
         drain_seconds: how long answers under way may go on when the server is told to stop.
     """
 
@@ -846,6 +849,8 @@ class ServeConfig(LearnerConfig):
     separator: str = "\n"
     implicit: str = ""
     max_body: int = 1 << 20
+    max_age_days: float = 0.0
+    max_bytes: int = 0
     drain_seconds: float = 5.0
 
 

@@ -592,6 +592,21 @@ def test_the_oldest_go_until_the_rest_is_small_enough(store: Store, tmp_path: Pa
         assert file.stat().st_size < before / 2
 
 
+def test_while_it_is_open_it_prunes_by_itself(tmp_path: Path) -> None:
+    with Store(tmp_path / "live.db") as store:
+        store.retain(0, 0)
+        assert store._retaining is None
+        converse(store, "a")
+        store.retain(1e-9, 0, every_s=0.01)
+        for name in "bc":
+            until = time.monotonic() + 20
+            while store.list_completions() and time.monotonic() < until:
+                time.sleep(0.01)
+            assert store.list_completions() == []
+            converse(store, name)  # the next round finds it
+    assert not store._retaining.is_alive()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_events_in_are_pending_used_superseded_and_unused_by_reason(seed: int, tmp_path: Path) -> None:
     draw = random.Random(seed)

@@ -90,6 +90,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
         policy.model.eval()
         store.reconcile(versions.records())
         store.served(current.version, time.time())
+        store.retain(86_400 * config.max_age_days, config.max_bytes)
         if implicit is not None:
             implicit.recall(reversed(store.list_completions(limit=1000, order="desc", prefix="chatcmpl-")))
         engine = Engine(policy, current.version, max_rows=config.max_rows, queue=config.queue, threads=config.threads)

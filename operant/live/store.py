@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +30,8 @@ from operant.replay import subject
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
 __all__ = ["Conflict", "EventStory", "Receipt", "Store", "StoreFault", "StoredCompletion", "UnknownCompletion"]
+
+log = logging.getLogger(__name__)
 
 HELD_SECONDS = 600.0  # an event waits for its completion to be written, but not for ever
 FORGOTTEN = ""  # the source of what a forgotten one said
@@ -107,12 +111,17 @@ class Store:
     def __init__(self, url: str | Path, *, read_only: bool = False) -> None:
         self.database = Database(url, read_only=read_only)
         self.name = self.database.name
+        self._closing = threading.Event()
+        self._retaining: threading.Thread | None = None
         if not read_only:
             lost = sa.update(COMPLETIONS).where(COMPLETIONS.c.status == "begun").values(status="failed")
             self.database.write(lambda connection: connection.execute(lost))
 
     def close(self) -> None:
         """Write what is waiting, and let go. Calls after this one raise OperantError."""
+        self._closing.set()
+        if self._retaining is not None:
+            self._retaining.join()
         self.database.close()
 
     def __enter__(self) -> Store:
@@ -486,6 +495,24 @@ class Store:
         if counts["completions"]:
             self.database.shrink()
         return counts
+
+    def retain(self, max_age_s: float, max_bytes: int, every_s: float = 3600.0) -> None:
+        """Prune by these rules, now and every so many seconds, until the store is closed."""
+
+        def run() -> None:
+            while True:
+                try:
+                    gone = self.prune(max_age_s, max_bytes)
+                except OperantError as error:
+                    log.warning("what is old stays for now: %s", error)
+                else:
+                    log.info("removed what is old: %s", gone)
+                if self._closing.wait(every_s):
+                    return
+
+        if max_age_s or max_bytes:
+            self._retaining = threading.Thread(target=run, name="store-retention", daemon=True)
+            self._retaining.start()
 
 
 # --- queries ----------------------------------------------------------------------------------------------------------
