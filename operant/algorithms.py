@@ -12,11 +12,13 @@ from operant.config import TrainConfig
 from operant.credit import Baseline
 from operant.types import OperantError
 
-Loss = Literal["reinforce", "importance", "ppo_clip", "gspo", "cispo", "topr", "dpo", "ipo", "kto"]
+Loss = Literal["reinforce", "importance", "ppo_clip", "gspo", "cispo", "topr", "double_q", "dpo", "ipo", "kto"]
 PREFERENCE_LOSSES = ("dpo", "ipo", "kto")
 
 GROUP_BASELINES = ("leave_one_out", "position_leave_one_out", "control_variate", "group_scaled", "group_centred")
 TRUST_REGION_SETTINGS = ("delta", "damping", "cg_steps", "backtracks")
+VALUE_SETTINGS = ("q_beta", "n_step", "target_every", "replay_capacity", "priority", "support")
+POLICY_SETTINGS = ("kl_coef", "entropy_coef", "sft_coef", "baseline_shift", "whiten", "baseline", "normalisation")
 SUMMING_BASELINES = ("group_scaled", "group_centred")  # one number for all tokens of a completion
 
 
@@ -150,6 +152,10 @@ ALGORITHMS = {
             whiten=True, clip=(0.2, 0.28), ratio=True,
         ),
         Algorithm(
+            "double_q", "van Hasselt et al. 2016", "double_q", "none", "none", "per_token",
+            honours_stale=True, honours_greedy=True,
+        ),
+        Algorithm(
             "dpo", "Rafailov et al. 2023", "dpo", "none", "none", "per_completion", pairs=True, reference=True,
             honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
@@ -229,6 +235,7 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
     _check_kl(config, baseline)
     _check_rule(config, algorithm)
     _check_episodes(config, algorithm, baseline)
+    _check_values(config, algorithm)
 
     def auto(given: Any, own: Any) -> Any:
         return own if given == "auto" else given
@@ -405,11 +412,31 @@ def _check_rule(config: TrainConfig, algorithm: Algorithm) -> None:
                 "leave it out, or use --algorithm ppo"
             )
         return
+    _refuse_given(config, TRUST_REGION_SETTINGS, "has no trust region; use --algorithm trpo")
+
+
+def _check_values(config: TrainConfig, algorithm: Algorithm) -> None:
+    if algorithm.loss != "double_q":
+        _refuse_given(config, VALUE_SETTINGS, "has no action values; use --algorithm double_q")
+    else:
+        _refuse_given(config, POLICY_SETTINGS, "learns values and has no policy gradient; use --algorithm rloo")
+        if config.lora_rank:
+            raise OperantError("double_q learns a head on the frozen model; leave --lora_rank out")
+    if config.logged and not algorithm.honours_stale:
+        raise OperantError(
+            f"{config.algorithm} learns from what the policy says now, and --logged gives what was said; "
+            f"use {those_that('stale')}"
+        )
+    if config.logged and config.environment:
+        raise OperantError("--logged and --environment both say where completions come from; give one of them")
+
+
+def _refuse_given(config: TrainConfig, names: tuple[str, ...], why: str) -> None:
     for field in dataclasses.fields(TrainConfig):
-        if field.name in TRUST_REGION_SETTINGS and getattr(config, field.name) != field.default:
+        if field.name in names and getattr(config, field.name) != field.default:
             raise OperantError(
-                f"{field.name} is {getattr(config, field.name)}, and {config.algorithm} has no trust region; "
-                f"use --algorithm trpo, or leave --{field.name} out"
+                f"{field.name} is {getattr(config, field.name)}, and {config.algorithm} {why}, "
+                f"or leave --{field.name} out"
             )
 
 

@@ -268,15 +268,22 @@ def run_train(config: configs.TrainConfig) -> None:
     from operant.loop import train
     from operant.policy import Policy
     from operant.report import terminal_curve
+    from operant.rollouts import read_logged
     from operant.runlog import read_jsonl
     from operant.stages.sft import load_fitting_pairs, load_split_rows
 
     _need(config.model, "--model", "a model folder or hub id to start from")
-    if config.environment and config.data:
-        raise OperantError("--environment asks and pays by itself; leave --data out, or --environment")
+    if config.data and (config.environment or config.logged):
+        flag = "--environment" if config.environment else "--logged"
+        raise OperantError(
+            f"{flag} takes the place of --data; leave one of them out (--dev_data measures beside a log)"
+        )
     rows: list[dict[str, object]] = []
     dev_rows: list[dict[str, object]] = []
-    if not config.environment:
+    if config.logged:
+        rows = load_rows(config.logged, limit=config.limit)
+        dev_rows = load_rows(config.dev_data, split="dev", limit=config.eval_prompts) if config.dev_data else []
+    elif not config.environment:
         rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, config.eval_prompts)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     if config.lora_rank:
@@ -291,7 +298,10 @@ def run_train(config: configs.TrainConfig) -> None:
         pair_fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
         pairs = load_fitting_pairs(load_rows(config.sft_data), policy, config, pair_fields)
     reward = None if config.environment else config.reward
-    result = train(policy, prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs)
+    logged = read_logged(rows, prompts, policy.codec) if config.logged else []
+    result = train(
+        policy, [] if logged else prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs, logged=logged
+    )
     curve = [
         (r["step"], r["eval/reward"])
         for r in read_jsonl(result.out / "metrics.jsonl")

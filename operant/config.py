@@ -41,17 +41,18 @@ def to_yaml(config: Any) -> str:
 
 
 _COUNTS = (
-    "accumulate anchor_rows anchor_tokens backtracks batch_size batch_tokens cg_steps dynamic_rounds epochs eval_every "
-    "group_size heldout_rows keep limit max_rows max_sick_steps max_tokens max_turns min_sources minibatches n "
-    "prompts_per_step save_every sft_batch_size steps tokens_per_microbatch vocab_size"
+    "accumulate anchor_rows anchor_tokens backtracks batch_size batch_tokens cg_steps dynamic_rounds epochs "
+    "eval_every group_size heldout_rows keep limit max_rows max_sick_steps max_tokens max_turns min_sources "
+    "minibatches n n_step prompts_per_step replay_capacity save_every sft_batch_size steps target_every "
+    "tokens_per_microbatch vocab_size"
 ).split()
 _AMOUNTS = (
     "anchor_coef clip_high clip_low correction_band correction_cap critic_lr damping drift_budget entropy_coef "
     "eval_prompts kl_coef kl_target likelihood_drop log_samples lora_rank lr max_minutes max_prompt_tokens "
-    "overlong_buffer overlong_penalty patience replay_events sft_coef temperature threads top_k vf_clip vf_coef "
-    "warmup_steps weight_decay"
+    "overlong_buffer overlong_penalty patience priority replay_events sft_coef temperature threads top_k vf_clip "
+    "vf_coef warmup_steps weight_decay"
 ).split()
-_SHARES = ("audit_fraction", "baseline_rate", "gamma", "gamma_turn", "lam", "tolerance", "top_p")
+_SHARES = ("audit_fraction", "baseline_rate", "gamma", "gamma_turn", "lam", "support", "tolerance", "top_p")
 # what a setting must be, in words, and the test of it
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("at least 1", lambda x: x >= 1) for name in _COUNTS},
@@ -60,7 +61,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("0 or more and below 1", lambda x: 0 <= x < 1) for name in ("dropout", "label_smoothing")},
     **{
         name: ("more than 0", lambda x: 0 < x < math.inf)
-        for name in ("delta", "kl_budget", "max_grad_norm", "minutes", "poll_seconds", "reward_seconds")
+        for name in ("delta", "kl_budget", "q_beta", "max_grad_norm", "minutes", "poll_seconds", "reward_seconds")
     },
     **dict.fromkeys(("baseline_shift", "reward_midpoint"), ("a finite number", math.isfinite)),
     **{
@@ -366,8 +367,11 @@ class TrainConfig(RunConfig, PairFields):
         limit: use only the first rows.
         out: the run folder.
         reward: names with weights, such as "chrf" or "chrf + 0.1*length", or module:function.
-        environment: a Gymnasium environment whose observations and actions are texts, instead of data and a reward: its
-            id or module:Class. The policy then plays episodes of several turns and learns from what each turn pays.
+        environment: a Gymnasium environment whose observations and actions are texts, instead of data and a reward:
+            its id or module:Class. The policy then plays episodes of several turns and learns from what each pays.
+        logged: completions that were written before, instead of new ones, for algorithms that may learn from stale
+            ones: rows of prompt, completion (or its tokens) and reward; without a reward, --reward judges them. All
+            but double_q also need behavior_logprobs, as operant sample --json prints them.
         max_turns: an episode that has not ended by then is cut off.
         dense: pay metric rewards token by token through a potential instead of at the end.
         potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
@@ -392,6 +396,12 @@ class TrainConfig(RunConfig, PairFields):
         damping: added to the Fisher matrix's diagonal (trpo); more is nearer to the plain gradient's direction.
         cg_steps: Fisher-vector products a step (trpo).
         backtracks: lengths that its line search tries, each half of the one before, before it refuses the step.
+        q_beta: how far double_q leaves the model that it starts from: it says π_ref · exp(Q / q_beta).
+        n_step: tokens whose rewards are taken as paid before a token's value is asked for (double_q).
+        target_every: steps after which the lagging estimate is brought up to the learning one (double_q).
+        replay_capacity: completions that are kept to learn from again (double_q).
+        priority: 0 draws them uniformly; 1 by the size of their error (double_q).
+        support: tokens less likely than this share of the likeliest one are no candidates for the best (double_q).
         whiten: bring the advantages of a step to mean 0 and deviation 1.
         lam: λ of the critic's advantage estimate: 1 trusts returns alone, 0 the critic's next value alone.
         critic: separate gives it a copy of the model as its own trunk, shared a head on the policy's.
@@ -442,6 +452,7 @@ class TrainConfig(RunConfig, PairFields):
     out: str = "runs/train"
     reward: str = "chrf"
     environment: str | None = None
+    logged: str | None = None
     max_turns: int = 16
     dense: bool = False
     potential: Literal["auto", "prefix", "matched"] = "auto"
@@ -464,6 +475,12 @@ class TrainConfig(RunConfig, PairFields):
     damping: float = 0.1
     cg_steps: int = 10
     backtracks: int = 10
+    q_beta: float = 0.1
+    n_step: int = 8
+    target_every: int = 10
+    replay_capacity: int = 4096
+    priority: float = 0.0
+    support: float = 0.05
     whiten: bool | Literal["auto"] = "auto"
     lam: float | Literal["auto"] = "auto"
     critic: Literal["auto", "separate", "shared"] = "auto"

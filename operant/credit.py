@@ -185,6 +185,18 @@ def gae(
     return estimate, (estimate + values) * mask
 
 
+def n_step_targets(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float | Tensor, steps: int) -> Tensor:
+    """y_t = Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n}, with nothing after the last token (Sutton & Barto 2018, eq. 7.1).
+
+    rewards, values: float[N, T], V_t of the state before token t; mask: bool[N, T]; gamma: γ, or float[N, T], the
+    discount from each token to the next. steps: n; from the row's length on it is the return-to-go. float[N, T].
+    """
+    rewards, out = rewards * mask, values * mask
+    for _ in range(min(steps, rewards.shape[1])):
+        out = (rewards + gamma * torch.nn.functional.pad(out[:, 1:], (0, 1))) * mask
+    return out
+
+
 def whiten(advantages: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """(A − mean) / (std + ε) over all tokens of the batch that teach: float[N, T], mask bool[N, T].
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -71,6 +72,14 @@ class Critic(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the weights into a file of their own beside the model's, which loads without them."""
         save_file({name: p.detach().cpu().contiguous() for name, p in self.learned().items()}, folder / FILE)
+
+    def fits(self, folder: Path) -> bool:
+        """Whether a folder holds a critic of this shape."""
+        if not (folder / FILE).exists():
+            return False
+        with safe_open(folder / FILE, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        return shapes == {name: tuple(p.shape) for name, p in self.learned().items()}
 
     def restore(self, folder: Path) -> None:
         """Put saved weights in place. Raises OperantError when the folder has none, or of another shape."""

@@ -26,6 +26,7 @@ from operant.evaluate import distinct
 from operant.heldout import HeldOut, check_metric, read_target
 from operant.learner import Learner, logprobs_of
 from operant.policy import Policy
+from operant.q_learning import QEstimator
 from operant.rewards import (
     Reward,
     RewardRunner,
@@ -35,12 +36,12 @@ from operant.rewards import (
     potential_diagnostics,
     reward_by_name,
 )
-from operant.rollouts import Rollouts
+from operant.rollouts import Logged, Rollouts, judged
 from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
 from operant.trust_region import TrustRegion
-from operant.types import Batch, Completion, OperantError, Prompt, StepStats
+from operant.types import Batch, Completion, OperantError, Prompt, StepStats, Trajectory
 
 CRITIC_RATE = 5.0  # a critic begins knowing nothing: its learning rate over the policy's, unless it is given
 
@@ -70,6 +71,7 @@ def train(
     *,
     dev_prompts: Sequence[Prompt] = (),
     pairs: Sequence[Pair] = (),
+    logged: Sequence[tuple[Prompt, Completion, Any]] = (),
     callbacks: Sequence[Callback] = (),
     quiet: bool = False,
     **options: Any,
@@ -81,7 +83,9 @@ def train(
     reward: any `reward(prompt, completion) -> float | one per token | spans | None`, or a name such as "chrf", which
         `config.dense` and `config.potential` complete.
     config: a TrainConfig; `options` replace single fields of it, such as `steps=200, out="runs/mine"`.
-    pairs: labelled pairs for `sft_coef`. callbacks: called as (step, metrics) after each step, True stops.
+    pairs: labelled pairs for `sft_coef`. logged: completions that were written before, with a reward each or None, to
+        learn from instead of new ones (see `rollouts.read_logged`); then there are no prompts.
+    callbacks: called as (step, metrics) after each step, True stops.
 
     Raises OperantError for a combination that the algorithm cannot honour, for missing data, and when every reward of
     several steps in a row was missing.
@@ -111,8 +115,13 @@ def train(
             check_episode_metric("--best_metric", config.best_metric)
             if config.target:
                 check_episode_metric("--target", re.split(r"[<>]", config.target)[0].strip())
-        elif not prompts:
+        elif not prompts and not logged:
             raise OperantError("there are no prompts to learn from; check --data and --limit")
+        if logged and (prompts or not config.logged):
+            raise OperantError(
+                "a log takes the place of prompts; set config.logged to where it is from, leave prompts out"
+            )
+        check_references(runner.reward, [prompt for prompt, _, value in logged if value is None])
         if config.sft_coef and not pairs:
             raise OperantError("sft_coef is set but there are no labelled pairs; give --sft_data, or --sft_coef 0")
         if config.target and not dev_prompts and not config.environment:
@@ -122,9 +131,11 @@ def train(
             if config.target:
                 check_metric("--target", re.split(r"[<>]", config.target)[0].strip(), dev_prompts)
         with Run(config, "train", quiet=quiet) as run:
-            return _Loop(run, config, recipe, policy, list(prompts), runner, list(dev_prompts), list(pairs)).go(
-                callbacks
-            )
+            loop = _Loop(
+                run, config, recipe, policy, list(prompts), runner, list(dev_prompts), list(pairs),
+                judged(logged, runner),
+            )  # fmt: skip
+            return loop.go(callbacks)
     finally:
         runner.close()
 
@@ -142,6 +153,7 @@ class _Loop:
         runner: RewardRunner,
         dev_prompts: list[Prompt],
         pairs: list[Pair],
+        logged: list[Trajectory],
     ) -> None:
         self.run, self.config, self.policy, self.runner, self.pairs = run, config, policy, runner, pairs
         self.recipe = recipe
@@ -150,11 +162,14 @@ class _Loop:
             policy.freeze_reference()
         if recipe.critic is not None:
             policy.add_critic(separate=recipe.critic == "separate")
+        learns_values = recipe.algorithm.loss == "double_q"
+        if learns_values and policy.action_values is None:
+            policy.add_action_values(config.q_beta, config.seed)
         passes = config.epochs * config.minibatches
         self.learner = Learner(
             policy, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps * passes, total_steps=config.steps * passes, schedule=config.schedule,
-            critic_lr=config.critic_lr or CRITIC_RATE * config.lr, rule=trust_region(policy, config, recipe),
+            critic_lr=config.critic_lr or CRITIC_RATE * config.lr, rule=update_rule(policy, config, recipe),
         )  # fmt: skip
         self.state: dict[str, Any] = {"rewards": {}}
         run.attach(policy, self.learner, self.state)
@@ -162,12 +177,18 @@ class _Loop:
             runner.load_state_dict(self.state["rewards"])
         self.sampler = Sampler(policy, max_rows=config.max_rows, version=run.step, audit_fraction=config.audit_fraction)
         self.sampler.saved_tokens = self.state.get("saved_tokens", 0)
-        self.rollouts = (
-            Episodes(run, config, self.sampler, runner, self.state)
-            if config.environment
-            else Rollouts(run, config, recipe, prompts, self.sampler, runner, self.state)
+        self.rollouts: Rollouts | Episodes | Logged
+        if config.environment:
+            self.rollouts = Episodes(run, config, self.sampler, runner, self.state)
+        elif logged:
+            self.rollouts = Logged(config, logged, self.state)
+        else:
+            self.rollouts = Rollouts(run, config, recipe, prompts, self.sampler, runner, self.state)
+        self.estimator: Estimator | QEstimator = (
+            QEstimator(policy, config, self.state, logged)
+            if learns_values
+            else Estimator(policy, config, recipe, self.state)
         )
-        self.estimator = Estimator(policy, config, recipe, self.state)
         self.surrogate = Surrogate(config, recipe, self.state)
         self.held_out = (
             HeldOutEpisodes(run, config, policy, runner, self.state)
@@ -304,7 +325,7 @@ def _paid_elsewhere(prompt: Prompt, completion: Completion) -> None:
     """The reward of episodes, which their environment has paid while they were played."""
 
 
-def trust_region(policy: Policy, config: TrainConfig, recipe: Recipe) -> TrustRegion | None:
+def update_rule(policy: Policy, config: TrainConfig, recipe: Recipe) -> TrustRegion | None:
     """The update rule of an algorithm that has one of its own; None leaves the learner its Adam."""
     if recipe.algorithm.rule == "adam":
         return None

@@ -114,6 +114,27 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
     return 0.5 * loss
 
 
+def supported(logits: Tensor, share: float) -> Tensor:
+    """Tokens that a behaviour could have said: probability ≥ share · the likeliest's, bool like logits float[…, V]
+    (BCQ's discrete form, Fujimoto et al. 2019)."""
+    return logits >= logits.amax(-1, keepdim=True) + math.log(max(share, 1e-38))
+
+
+def double_q_value(select: Tensor, judge: Tensor, allowed: Tensor) -> Tensor:
+    """judge(s, argmax_{a allowed} select(s, a)): the double estimator of max_a Q (van Hasselt et al. 2016, eq. 4).
+
+    With `select` as its own judge it is single Q-learning's max, which is too large by the luck of the estimates.
+    select, judge: float[…, V]; allowed: bool[…, V], at least one in each row. Returns float[…].
+    """
+    best = select.masked_fill(~allowed, -torch.inf).argmax(-1, keepdim=True)
+    return judge.gather(-1, best)[..., 0]
+
+
+def q_loss(values: Tensor, targets: Tensor) -> Tensor:
+    """½ (Q(s, a) − y)² per token; the target gets no gradient."""
+    return 0.5 * (values - targets.detach()) ** 2
+
+
 def adapt_kl(coefficient: float, kl: float, target: float, rate: float = 0.1) -> float:
     """β ← β (1 + rate · clip(KL / target − 1, −0.2, 0.2)), the proportional controller of Ziegler et al. 2019 (2.2).
 

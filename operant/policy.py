@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from operant.action_values import ActionValues, saved_beta
 from operant.attention import PickedLogprobs, RowLayout, attending_in_rows, one_kernel_gelu
 from operant.cache import DecodeState
 from operant.critic import Critic
@@ -99,6 +100,7 @@ class Policy:
         self.family: Family = "encoder-decoder" if self.config.is_encoder_decoder else "decoder"
         self.version = 0
         self.critic: Critic | None = None
+        self.action_values: ActionValues | None = None
         self._reference: Any = None  # a frozen model, or the name of a frozen adapter; None: the adapter switched off
         vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
         if codec.vocab_size > vocabulary:
@@ -107,6 +109,7 @@ class Policy:
                 "load the tokenizer that belongs to this model"
             )
         self._full_precision = False
+        self._folder: Path | None = None  # where it was loaded from
         self._attends_in_rows = True  # until a forward pass shows otherwise
         forward = inspect.signature(self._base().forward).parameters
         self._keeps_logits = "logits_to_keep" in forward
@@ -155,7 +158,14 @@ class Policy:
                 auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
                 model = auto.from_pretrained(source, dtype=torch.float32)
                 codec = Codec.load(source)
-        return cls(model, codec, device=device, dtype=dtype)
+        policy = cls(model, codec, device=device, dtype=dtype)
+        policy._folder = path if path.is_dir() else None
+        beta = saved_beta(path)
+        if beta is not None:
+            policy.add_action_values(beta)
+            assert policy.action_values is not None
+            policy.action_values.restore(path)
+        return policy
 
     @classmethod
     def new(
@@ -267,6 +277,8 @@ class Policy:
         self.codec.save(folder)
         if self.critic is not None:
             self.critic.save(folder)
+        if self.action_values is not None:
+            self.action_values.save(folder)
 
     def restore(self, path: str | Path) -> None:
         """Put the weights that `save` wrote at `path` into this policy, in place: optimizers keep their tensors."""
@@ -283,6 +295,8 @@ class Policy:
             self.model.load_state_dict(saved.state_dict())
         if self.critic is not None:
             self.critic.restore(folder)
+        if self.action_values is not None:
+            self.action_values.restore(folder)
 
     # --- what it is ----------------------------------------------------------------------------------------------
 
@@ -308,7 +322,8 @@ class Policy:
         return sum(p.numel() for p in self.model.parameters())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        return own if self.action_values is None else own + list(self.action_values.online.parameters())
 
     def _base(self) -> Any:
         return self.model.get_base_model() if self.is_lora else self.model
@@ -352,6 +367,9 @@ class Policy:
             self._reference = "reference"
         else:
             self._reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            if self.action_values is not None:  # the reference is what they reweight
+                head = self._reference.get_output_embeddings()
+                head._forward_hooks.clear()
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -376,14 +394,48 @@ class Policy:
                 finally:
                     self.model = current
 
+    # --- action values -------------------------------------------------------------------------------------------
+
+    def add_action_values(self, beta: float, seed: int = 0) -> None:
+        """Freeze the model and reweight what it says by exp(Q / β) (see `action_values.ActionValues`), in sampling and
+        in log-probabilities alike. Saved and restored with the policy, and loaded with it again; plain Transformers
+        sees the frozen model.
+        """
+        head = self._base().get_output_embeddings()
+        if head is None or self.is_lora:
+            raise OperantError("action values reweight the output layer of a plain model; leave --lora_rank out")
+        self.model.requires_grad_(False)
+        vocabulary, width = head.weight.shape
+        made = ActionValues(width, vocabulary, beta, seed).to(device=self.device, dtype=head.weight.dtype)
+        self.action_values = made
+        head.register_forward_hook(lambda module, given, logits: made.reweighted(given[0], logits))
+
+    @torch.no_grad()
+    def acting_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(logits float32[K, V] of the bare model, hidden states float32[K, width] that they are read from) before the
+        K action tokens, row by row."""
+        seen: list[Tensor] = []
+        rows, columns = batch.action_mask.nonzero(as_tuple=True)
+        head = self._base().get_output_embeddings()
+        handle = head.register_forward_hook(lambda module, given, logits: seen.append(given[0]))
+        try:
+            with self.action_values.apart() if self.action_values is not None else contextlib.nullcontext():
+                logits = self._logits_at(batch, rows, columns)
+        finally:
+            handle.remove()
+        return logits, _upcast(seen[-1].reshape(-1, seen[-1].shape[-1]))
+
     # --- the critic ----------------------------------------------------------------------------------------------
 
     def add_critic(self, *, separate: bool = True) -> None:
         """Give the policy a value head, on a trunk of its own or on the policy's (see `critic.Critic`).
 
-        It is saved and restored with the policy, in a file that plain Transformers does not look at.
+        It is saved and restored with the policy, in a file that plain Transformers does not look at. A critic of this
+        kind that lies in the folder that the policy was loaded from goes on from there.
         """
         self.critic = Critic(self.model, separate=separate)
+        if self._folder is not None and self.critic.fits(self._folder):
+            self.critic.restore(self._folder)
 
     def critic_parameters(self) -> list[nn.Parameter]:
         return [] if self.critic is None else list(self.critic.learned().values())

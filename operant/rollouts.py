@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +16,11 @@ from operant.algorithms import Recipe
 from operant.batch import completion_axes
 from operant.config import TrainConfig
 from operant.estimate import Rollout
-from operant.rewards import Limited, RewardRunner
+from operant.rewards import Limited, RewardRunner, reward_trajectory
 from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
-from operant.types import Prompt, Sampling, Trajectory
+from operant.text import Codec
+from operant.types import Completion, OperantError, Prompt, Sampling, Trajectory
 
 
 class Rollouts:
@@ -95,6 +98,66 @@ class Rollouts:
         self.state["all_missing"] += 1
         if self.state["all_missing"] >= 3 or step == 0:
             self.run.stop(f"every reward was missing: {self.runner.explain()}", failed=True)
+
+
+class Logged:
+    """Takes the place of `Rollouts` where completions were written before: the next of them in an order of its own."""
+
+    stream = None
+
+    def __init__(self, config: TrainConfig, trajectories: Sequence[Trajectory], state: dict[str, Any]) -> None:
+        self.trajectories = list(trajectories)
+        count = config.prompts_per_step * config.group_size
+        self.order = DataOrder(len(self.trajectories), count, config.seed, "logged")
+        state.setdefault("drawn", 0)
+
+    def take(self, step: int) -> Rollout:
+        taken = [self.trajectories[i] for i in self.order.take(step)]
+        return Rollout(taken, taken)
+
+
+def read_logged(
+    rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt], codec: Codec
+) -> list[tuple[Prompt, Completion, Any]]:
+    """(prompt, completion, reward or None) of each row of a log, for `train(logged=…)`.
+
+    rows: each with `tokens` or `completion` (a text, which is read with its end-of-text), `reward` (a number or one for
+    each token) if there is one, and `behavior_logprobs` of its tokens if they are known. prompts: one a row.
+    Raises OperantError for a row without a completion, or with other than one log-probability a token.
+    """
+    out = []
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        if row.get("tokens"):
+            tokens = np.array(row["tokens"], np.int64)
+        elif isinstance(row.get("completion"), str):
+            tokens = codec.encode(row["completion"], eos=True, target=True)
+        else:
+            raise OperantError(f"row {number} of the log has no completion; give a column completion, or tokens")
+        behavior = row.get("behavior_logprobs")
+        if behavior is not None and len(behavior) != len(tokens):
+            raise OperantError(
+                f"row {number} of the log has {len(behavior)} behavior_logprobs for {len(tokens)} tokens; "
+                "write the tokens beside them"
+            )
+        text, ends = codec.text_and_ends(tokens)
+        completion = Completion(
+            id=f"logged-{number}", prompt_id=prompt.id, text=text, tokens=tokens, text_ends=ends,
+            text_reach=codec.reach(tokens), sampled=np.ones(len(tokens), np.bool_),
+            behavior_logprobs=None if behavior is None else np.array(behavior, np.float32),
+            policy_version=np.full(len(tokens), -1), truncated=bool(len(tokens)) and tokens[-1] != codec.eos_id,
+        )  # fmt: skip
+        out.append((prompt, completion, row.get("reward")))
+    return out
+
+
+def judged(logged: Sequence[tuple[Prompt, Completion, Any]], runner: RewardRunner) -> list[Trajectory]:
+    """Rewards as the log has them; `runner` judges the rows that have none."""
+    asked = [(prompt, completion) for prompt, completion, value in logged if value is None]
+    answers = iter(runner.run(asked))
+    return [
+        next(answers) if value is None else reward_trajectory(prompt, completion, "logged", value)
+        for prompt, completion, value in logged
+    ]
 
 
 def informative(trajectories: list[Trajectory]) -> list[Trajectory]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from operant import objectives
@@ -25,6 +26,8 @@ class Surrogate:
         config, mask = self.config, batch.action_mask
         if batch.advantages is None:  # the supervised pairs of sft_coef
             return config.sft_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
+        if self.recipe.algorithm.loss == "double_q":
+            return self.value_loss(policy, batch)
         out = policy.logprobs(batch, entropy="differentiable" if config.entropy_coef else "measured")
         old = out.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         stats: dict[str, Tensor] = {"approx_kl": (objectives.kl_k3(old, out.logprobs) * mask).sum()}
@@ -49,6 +52,15 @@ class Surrogate:
             stats["value_loss"] = (value_loss.detach() * mask).sum()
             loss = loss + config.vf_coef * value_loss
         return loss, stats
+
+    def value_loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of the tokens' action values; the language model beneath is frozen."""
+        assert batch.returns is not None and policy.action_values is not None
+        where = batch.action_mask.nonzero(as_tuple=True)
+        _, hidden = policy.acting_states(batch)
+        taken = policy.action_values.online(hidden).gather(-1, batch.tokens[where][:, None])[:, 0]
+        loss = torch.zeros(batch.tokens.shape, dtype=taken.dtype, device=taken.device)
+        return loss.index_put(where, objectives.q_loss(taken, batch.returns[where].to(taken.dtype))), {}
 
     def policy_loss(self, batch: Batch, logprobs: Tensor, old: Tensor) -> tuple[Tensor, Tensor | None]:
         """(loss per token, clipped as 0/1 float or None)."""

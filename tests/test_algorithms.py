@@ -1,13 +1,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from operant.algorithms import ALGORITHMS, resolve, table
+from operant.batch import microbatches
 from operant.config import TrainConfig
-from operant.types import OperantError
+from operant.estimate import Estimator, Rollout
+from operant.learner import Learner, logprobs_of
+from operant.loop import update_rule
+from operant.policy import Policy
+from operant.q_learning import QEstimator
+from operant.rewards import reward_trajectory
+from operant.sampler import Sampler
+from operant.surrogate import Surrogate
+from operant.types import OperantError, Prompt, Sampling
 
 OFTEN = {"group_size": 4}
 
@@ -128,6 +140,59 @@ def test_what_the_table_says_is_what_is_refused_and_what_runs(name: str) -> None
     assert works(name, epochs=2) == works(name, minibatches=2) == ("passes" in row.honours)
     assert works(name, critic="shared") == works(name, lam=0.9) == ("critic" in row.needs)
     assert "stale" not in row.honours or "passes" in row.honours
+
+
+def share_of_even(tokens: np.ndarray) -> float:
+    return float(np.mean(tokens % 2 == 0))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+@pytest.mark.parametrize("name", [a.name for a in ALGORITHMS.values() if a.learns_from == "rewards"])
+def test_every_algorithm_steps_the_right_way_on_every_family(
+    name: str, family: str, make_policy: Callable[..., Policy]
+) -> None:
+    """Sampling, credit, loss and update of each row of the table, with a decoder and with an encoder-decoder."""
+    config = TrainConfig(algorithm=name, group_size=3, prompts_per_step=3, max_tokens=6, overlong_buffer=2)
+    recipe = resolve(config, dense=False)
+    policy = make_policy(family)
+    if recipe.critic:
+        policy.add_critic()
+    if name == "double_q":
+        policy.add_action_values(config.q_beta)
+    prompts = [Prompt(str(i), np.arange(40, 43 + i)) for i in range(3)]
+    groups = Sampler(policy).sample(prompts, Sampling(max_tokens=6, seed=3), 3)
+    rows = [
+        reward_trajectory(prompt, c, "even", share_of_even(c.tokens))
+        for prompt, group in zip(prompts, groups, strict=True)
+        for c in group
+    ]
+    assert len({float(t.rewards.sum()) for t in rows}) > 1
+    greedy = torch.full((len(rows), 6), 0.4, dtype=torch.float64)
+    state: dict[str, Any] = {}
+    estimator = QEstimator(policy, config, state) if name == "double_q" else Estimator(policy, config, recipe, state)
+    batch, _ = estimator(Rollout(rows, rows, greedy=greedy))
+    batch.old_logprobs = logprobs_of(policy, batch, 10_000)
+    surrogate = Surrogate(config, recipe, state)
+
+    @torch.no_grad()
+    def measured() -> tuple[float, float]:
+        """The loss, and Σ A log π, whose gradient is every policy-gradient loss's where the step begins."""
+        assert batch.advantages is not None
+        loss = surrogate(policy, batch)[0] * batch.weights
+        gain = batch.advantages * policy.logprobs(batch).logprobs * batch.weights
+        return float(loss.sum() / batch.denominator), float(gain.double().sum())
+
+    begun, (first, gain) = [p.detach().clone() for p in policy.trainable_parameters()], measured()
+    learner = Learner(policy, lr=1e-4, rule=update_rule(policy, config, recipe))
+    stats = learner.step(list(microbatches(batch, 40)), surrogate)
+    assert (
+        not stats.skipped
+        and stats.tokens == int(batch.action_mask.sum())
+        and stats.loss == pytest.approx(first, abs=1e-5)
+    )
+    after = measured()
+    assert after[0] < first if name == "double_q" else after[1] > gain
+    assert any(not torch.equal(a, b) for a, b in zip(begun, policy.trainable_parameters(), strict=True))
 
 
 def test_the_papers_numbers_are_what_auto_means_and_a_given_one_wins() -> None:

@@ -159,6 +159,22 @@ def test_it_is_saved_beside_the_model_and_restored_in_place(
     assert Policy.load(tmp_path / "m", device="cpu").critic is None
 
 
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_loaded_policy_goes_on_with_the_critic_that_lies_beside_it(
+    separate: bool, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy = awake(make_policy("gpt2"), separate=separate)
+    policy.save(tmp_path / "m")
+    with torch.no_grad():
+        wanted = policy.values(batch_of(policy))
+    again = Policy.load(tmp_path / "m", device="cpu")
+    again.add_critic(separate=separate)
+    assert torch.equal(again.values(batch_of(again)), wanted) and bool(wanted.any())
+    other = Policy.load(tmp_path / "m", device="cpu")
+    other.add_critic(separate=not separate)  # of another kind: from nothing
+    assert not other.values(batch_of(other)).any()
+
+
 def test_a_folder_without_a_critic_or_with_another_one_is_refused(
     make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:

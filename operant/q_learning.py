@@ -1,0 +1,189 @@
+"""Double Q-learning on tokens: completions in a replay buffer, and what each of their tokens should have been worth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from operant import credit, objectives
+from operant.batch import completion_axes, drawn, drawn_rewards, from_trajectories, place, turn_discounts
+from operant.config import TrainConfig
+from operant.estimate import Rollout
+from operant.learner import whole_batch
+from operant.policy import Policy
+from operant.types import Batch, Completion, OperantError, Prompt, Trajectory
+
+
+@dataclass(slots=True)
+class ReplayBuffer:
+    """Completions with rewards and priorities, the oldest leaving when it is full.
+
+    priority: α of Schaul et al. 2016; a completion is drawn with chance p_i^α / Σ p^α, p its mean |TD error| when it
+    was drawn last, the largest so far until then. 0 is uniform. All of it can be written as JSON.
+    """
+
+    capacity: int
+    priority: float
+    rows: list[Trajectory]
+    weights: list[float]
+
+    @classmethod
+    def empty(cls, capacity: int, priority: float) -> ReplayBuffer:
+        return cls(capacity, priority, [], [])
+
+    def add(self, trajectories: Iterable[Trajectory]) -> None:
+        """Those whose rewards are all known; the others cannot be learned from."""
+        for t in trajectories:
+            if len(t.completion.tokens) and t.observed.all():
+                self.rows.append(t)
+                self.weights.append(max(self.weights, default=1.0))
+        self.rows, self.weights = self.rows[-self.capacity :], self.weights[-self.capacity :]
+
+    def draw(self, count: int, generator: np.random.Generator) -> tuple[list[int], Tensor]:
+        """(places of `count` rows, their importance weights float[count]): (N · P(i))⁻¹ over the largest of them, which
+        undoes the bias of drawing some rows more often (β = 1 of Schaul et al. 2016)."""
+        chance = np.maximum(np.array(self.weights), 1e-6) ** self.priority
+        chance /= chance.sum()
+        places = generator.choice(len(self.rows), size=count, p=chance)
+        weights = 1.0 / (len(self.rows) * chance[places])
+        return places.tolist(), torch.from_numpy(weights / weights.max()).float()
+
+    def note(self, places: list[int], errors: Iterable[float]) -> None:
+        """The rows' mean |TD error| as it is now."""
+        for i, error in zip(places, errors, strict=True):
+            self.weights[i] = error
+
+    def to_json(self) -> list[dict[str, Any]]:
+        out = []
+        for t, weight in zip(self.rows, self.weights, strict=True):
+            rewards, _ = drawn_rewards(t)
+            out.append(
+                {
+                    "id": t.prompt.id, "prompt": t.prompt.tokens.tolist(), "tokens": t.completion.tokens.tolist(),
+                    "drawn": drawn(t.completion).tolist(), "rewards": rewards.tolist(),
+                    "truncated": t.completion.truncated, "weight": weight,
+                }
+            )  # fmt: skip
+        return out
+
+    def load_json(self, rows: list[dict[str, Any]]) -> None:
+        self.rows, self.weights = [], []
+        for row in rows:
+            tokens = np.array(row["tokens"], np.int64)
+            places = np.array(row["drawn"], np.int64)
+            sampled, rewards = np.zeros(len(tokens), np.bool_), np.zeros(len(tokens))
+            sampled[places], rewards[places] = True, row["rewards"]
+            completion = Completion(
+                id=row["id"], prompt_id=row["id"], text="", tokens=tokens, text_ends=np.zeros(len(tokens), np.int64),
+                sampled=sampled, truncated=row["truncated"],
+            )  # fmt: skip
+            prompt = Prompt(row["id"], np.array(row["prompt"], np.int64))
+            self.rows.append(Trajectory(prompt, completion, rewards, np.ones(len(tokens), np.bool_)))
+            self.weights.append(row["weight"])
+
+
+class QEstimator:
+    """Takes the place of `estimate.Estimator`: rewarded completions go into the replay, a batch of it comes out with
+    the double estimator's n-step targets as `returns`.
+
+        y_t = Σ_{k<n} γ^k r_{t+k} + γ^n Q⁻(s_{t+n}, argmax_{a ∈ A(s)} Q(s_{t+n}, a))
+
+    Q chooses and the lagging Q⁻ judges, so that one network's luck does not count twice (van Hasselt et al. 2016). A(s)
+    holds the argmax to what the behaviour could have said: tokens with π_ref(a|s) ≥ support · max π_ref, and the logged
+    one (Fujimoto et al. 2019; otherwise the argmax looks for errors where nothing was ever tried). After the last token
+    comes nothing, also where the length limit cut it off: a reward of the text was paid for the cut one.
+
+    `state["replay"]` is saved with every checkpoint. Raises OperantError for a log without one usable completion.
+    """
+
+    def __init__(
+        self, policy: Policy, config: TrainConfig, state: dict[str, Any], logged: Iterable[Trajectory] = ()
+    ) -> None:
+        self.policy, self.config, self.state = policy, config, state
+        rows = list(logged)
+        self.offline = bool(rows)
+        self.buffer = ReplayBuffer.empty(max(config.replay_capacity, len(rows)), config.priority)
+        self.buffer.add(rows)
+        if self.offline and not self.buffer.rows:
+            raise OperantError(
+                "no logged completion has a reward; give a column reward, or --reward that can judge them"
+            )
+        if "replay" in state:
+            self.buffer.load_json(state["replay"])
+        state.setdefault("q_batches", 0)
+
+    def __call__(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
+        config, values = self.config, self.policy.action_values
+        assert values is not None
+        if not self.offline:
+            self.buffer.add(rollout.trajectories)
+        number = self.state["q_batches"]
+        if number % config.target_every == 0:
+            values.sync()
+        self.state["q_batches"] = number + 1
+        metrics = {"train/replay": float(len(self.buffer.rows))}
+        if not self.buffer.rows:  # every reward so far is missing: a batch that teaches nothing
+            batch = self.batch_of(rollout.trajectories)
+            batch.weights = torch.zeros_like(batch.weights)
+            batch.returns = batch.advantages = torch.zeros_like(batch.weights)
+            return batch, metrics
+        generator = np.random.default_rng([config.seed, number])
+        places, importance = self.buffer.draw(config.prompts_per_step * config.group_size, generator)
+        rows = [self.buffer.rows[i] for i in places]
+        batch = self.batch_of(rows)
+        rewards, mask, _ = completion_axes(rows)
+        judged = self.column(batch, "double")
+        targets = credit.n_step_targets(
+            rewards, self.on_drawn(judged, rows), mask, gamma=turn_discounts(rows, config.gamma, config.gamma_turn),
+            steps=config.n_step,
+        )  # fmt: skip
+        taken = self.on_drawn(self.column(batch, "taken"), rows)
+        errors = ((taken - targets).abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
+        self.buffer.note(places, errors.tolist())
+        batch.returns = place(batch, targets, rows)
+        batch.advantages = torch.zeros_like(batch.returns)
+        batch.weights = batch.weights * importance[:, None]
+        metrics["train/td_error"] = float(errors.mean())
+        metrics["train/q_mean"] = float((taken * mask).sum() / mask.sum())
+        metrics["train/target_mean"] = float((targets * mask).sum() / mask.sum())
+        if config.priority or not self.offline:  # else the log itself is all that there is to know
+            self.state["replay"] = self.buffer.to_json()
+        return batch, metrics
+
+    def batch_of(self, rows: list[Trajectory]) -> Batch:
+        return from_trajectories(
+            rows, encoder=self.policy.family == "encoder-decoder", pad_id=self.policy.codec.pad_id,
+            normalisation="per_token",
+        )  # fmt: skip
+
+    def column(self, batch: Batch, what: str) -> Tensor:
+        """Of every acting token: the double estimator's value of the state before it, or Q of the token itself."""
+
+        def compute(policy: Policy, micro: Batch) -> Tensor:
+            values = policy.action_values
+            assert values is not None
+            logits, hidden = policy.acting_states(micro)
+            where = micro.action_mask.nonzero(as_tuple=True)
+            token, online = micro.tokens[where][:, None], values.online(hidden)
+            if what == "taken":
+                value = online.gather(-1, token)[:, 0]
+            else:
+                allowed = objectives.supported(logits, self.config.support).scatter(-1, token, True)
+                value = objectives.double_q_value(online, values.target(hidden), allowed)
+            return torch.zeros(micro.tokens.shape, dtype=value.dtype, device=value.device).index_put(where, value)
+
+        return whole_batch(self.policy, batch, compute, self.config.tokens_per_microbatch)
+
+    def on_drawn(self, values: Tensor, rows: list[Trajectory]) -> Tensor:
+        """[B, S] on the batch's columns → float64[N, T] on the axis of `completion_axes`."""
+        out = torch.zeros(len(rows), max(len(drawn(t.completion)) for t in rows), dtype=torch.float64)
+        for i, t in enumerate(rows):
+            start = 0 if self.policy.family == "encoder-decoder" else len(t.prompt.tokens)
+            places = drawn(t.completion)
+            out[i, : len(places)] = values[i, start + places].double()
+        return out
