@@ -215,7 +215,8 @@ class Process:
         assert self.process.stdout is not None
         self.said = self.process.stdout.readline()
         assert "learns at http://127.0.0.1:" in self.said, self.process.communicate()
-        self.said += self.process.stdout.readline()
+        while not self.said.endswith("Ctrl-C stops it.\n"):
+            self.said += self.process.stdout.readline()
         self.url = self.said.split("learns at ")[1].split("/v1")[0]
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
@@ -237,8 +238,8 @@ def test_the_program_serves_stops_at_once_and_loses_nothing_to_kill_9(policy: Po
     policy.save(tmp_path / "model")
     body = {"model": "default", "messages": HELLO, "max_tokens": 100, "logit_bias": {"2": -100}}
     with Process(tmp_path, "--model", str(tmp_path / "model")) as first:
-        curl = first.said.splitlines()[1]
-        assert curl.startswith("  curl ") and '"model": "default"' in curl
+        (curl,) = [line for line in first.said.splitlines() if line.startswith("  curl ")]
+        assert '"model": "default"' in curl and f"{first.url}/\n" in first.said
         done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
         name = json.loads(done.stdout)["id"]
         rating = {"completion_id": name, "kind": "thumb", "value": 1}
@@ -258,6 +259,8 @@ def test_the_program_serves_stops_at_once_and_loses_nothing_to_kill_9(policy: Po
         }  # fmt: skip
         status, err = second.stop(signal.SIGINT)
         assert (status, err) == (0, "")
+        log = (tmp_path / "live" / "serve.log").read_text()
+        assert "journal mode" in log and "the cat sat" not in log
     records = [r for r in Versions(tmp_path / "live").records() if receipt["id"] in r.events]
     assert len(records) == 1 and Versions(tmp_path / "live").pointer().version == told["version"]
 
@@ -272,7 +275,8 @@ def test_sigterm_ends_it_too_and_a_second_server_is_refused(policy: Policy, tmp_
         )  # fmt: skip
         assert again.returncode == 1 and "another server is at work" in again.stderr
         assert len(again.stderr.splitlines()) == 1
-        assert first.stop(signal.SIGTERM) == (0, "")
+        status, err = first.stop(signal.SIGTERM)
+        assert (status, err) == (0, "")
 
 
 def test_what_cannot_be_served_is_told_in_one_line(

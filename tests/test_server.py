@@ -448,7 +448,7 @@ def test_a_body_that_is_no_request_is_the_clients_fault(served: Served, path: st
 def test_odd_addresses_are_not_found(served: Served) -> None:
     chats = "/v1/chat/completions"
     for path in ("/v1/feedback/%00", "/v1/feedback/%ff", f"{chats}/%00", f"{chats}/chatcmpl-%00", f"{chats}/x/messages",
-                 "/v1/nothing", "/", "/f/x", "/v1/models/%2e%2e"):  # fmt: skip
+                 "/v1/nothing", "/f/x", "/v1/models/%2e%2e"):  # fmt: skip
         response = served.http.get(path)
         assert response.status_code == 404, (path, response.text)
     for path in ("/v1/chat/completions?limit=0", "/v1/chat/completions?order=up", "/v1/feedback?limit=x",
@@ -665,6 +665,7 @@ def test_versions_are_listed_and_pins_kept(served: Served) -> None:
     told = served.http.get("/v1/versions").json()
     assert told["current"] == 0 and told["serving"] == 0 and told["versions"][0]["version"] == 0
     assert served.http.post("/v1/versions/pins", json={"user": "ann", "version": 0}).json()["pins"] == {"ann": 0}
+    assert told["learner"] == {"state": "none"}
     answer = served.chat(user="ann")
     assert answer["operant"]["version"] == 0 and served.store.completion(answer["id"]).user == "ann"
     assert served.http.post("/v1/versions/pins", json={"user": "ann", "version": None}).json()["pins"] == {}

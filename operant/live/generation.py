@@ -47,6 +47,7 @@ class Choice:
     tokens: list[TokenInfo] = field(default_factory=list)
     completion: Completion | None = None
     fault: str | None = None
+    begun: bool = False  # its stub is committed
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Generation:
         self.version = 0
         self._pieces: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._begun: asyncio.Future[bool] = self._loop.create_future()  # whether the stubs are committed
+        self._begun = asyncio.Event()  # each stub is committed, or has failed to be
 
     # --- beginning ----------------------------------------------------------------------------------------------------
 
@@ -91,17 +92,18 @@ class Generation:
         """
         if self.service.stopping:
             raise ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
+        stubs = None
         try:
             version = await self._pinned()
             for ask in asks:
                 self._submit(ask, version)
-            if self.stored:
-                await asyncio.gather(*(self._stub(choice) for choice in self.choices))
+            stubs = self.service.spawn(self._stubs())  # not the request's, which may end before they are committed
+            await asyncio.shield(stubs)
         except BaseException:
-            self._begun.set_result(False)
+            if stubs is None:
+                self._begun.set()
             self.abandon()
             raise
-        self._begun.set_result(True)
 
     async def _pinned(self) -> int | None:
         """The version that this user is pinned to, made resident; None when they follow what is current."""
@@ -137,11 +139,22 @@ class Generation:
         except NotResident as error:
             raise ApiError(503, str(error), headers={"Retry-After": "1"}) from error
         except OperantError as error:
-            raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from error
+            param = "prompt" if self.request.get("kind") == "text" else "messages"
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
         for i, (name, future) in enumerate(zip(ids, futures)):
             choice = Choice(first + i, name, ask.prompt, future)
             self.choices.append(choice)
             self.service.spawn(self._finish(choice))
+
+    async def _stubs(self) -> None:
+        try:
+            if self.stored:
+                done = await asyncio.gather(*(self._stub(c) for c in self.choices), return_exceptions=True)
+                for fault in done:
+                    if isinstance(fault, BaseException):
+                        raise fault
+        finally:
+            self._begun.set()
 
     async def _stub(self, choice: Choice) -> None:
         await self.service.io(
@@ -149,6 +162,7 @@ class Generation:
             user=self.user, model_version=self.version, created=self.created, metadata=self.metadata,
             request=self.request | {"owner": self.owner, "choice": choice.index, "choices": len(self.choices)},
         )  # fmt: skip
+        choice.begun = True
 
     # --- under way ----------------------------------------------------------------------------------------------------
 
@@ -175,8 +189,9 @@ class Generation:
             log.error("%s: %s", choice.id, error)
             choice.fault = f"the answer could not be written: {error}"
             status, completion = "failed", _nothing(choice, self.sampling)
-        if not await self._begun:
-            return
+        await self._begun.wait()
+        if self.stored and not choice.begun:
+            return  # nobody was told of it
         if self.stored:
             try:
                 await service.io(service.store.complete, completion, status)

@@ -237,10 +237,6 @@ async def _respond(request: Request, generation: Generation, asked: CompletionRe
             generation.abandon()
             writing.cancel()
     _check_whole(choices)
-    first = choices[0].completion
-    version = (
-        int(first.policy_version[-1]) if first and first.policy_version is not None and len(first.tokens) else None
-    )
     rows = [
         {"index": choice.index, "completion_id": choice.id, "finish_reason": _finish(choice)}
         | form.choice(choice.completion.text if choice.completion else "", choice.tokens, generation.top_logprobs)
@@ -249,7 +245,7 @@ async def _respond(request: Request, generation: Generation, asked: CompletionRe
     return JSONResponse(
         _head(request, generation, form.whole)
         | {"choices": rows, "usage": _usage_of(generation)}
-        | _about(request, generation, version)
+        | _about(request, generation, _version(choices[0]))
     )
 
 
@@ -264,6 +260,14 @@ def _check_whole(choices: Sequence[Choice]) -> None:
         raise ApiError(
             503, "the answer was cut off, as the server is stopping; what there is of it is recorded", code="stopping"
         )
+
+
+def _version(choice: Choice) -> int | None:
+    """The version that wrote the last token, which is all of them unless one left the memory meanwhile."""
+    completion = choice.completion
+    if completion is None or completion.policy_version is None or not len(completion.tokens):
+        return None
+    return int(completion.policy_version[-1])
 
 
 def _finish(choice: Choice) -> str | None:
@@ -292,7 +296,7 @@ async def _stream(
                 starts[choice.index] += len(piece.text)
             if piece.done:
                 _check_whole([choice])
-                yield chunk(choice, form.closing(), _finish(choice))
+                yield chunk(choice, form.closing(), _finish(choice), operant={"version": _version(choice)})
         if include_usage:
             yield _event(head | {"choices": [], "usage": _usage_of(generation)})
         yield b"data: [DONE]\n\n"

@@ -51,7 +51,7 @@ class Live:
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until Ctrl-C or SIGTERM, then let what is under way end and write everything down.
+    """Serve until Ctrl-C or SIGTERM, then let what is under way end and write everything down. The log is in the root.
 
     Raises OperantError, before anything is loaded, for an address that is taken or that others reach without keys, a
     model that is not there, and an extra that is not installed.
@@ -60,7 +60,7 @@ def serve(config: ServeConfig) -> None:
     _check_installed()
     check_listening(config.host, _keys(config))
     bound = contextlib.closing(_bind(config.host, config.port))
-    with bound as listening, _interruptible(), live(config) as running:
+    with bound as listening, _interruptible(), _logged(Path(config.root) / "serve.log"), live(config) as running:
         server = server_of(running.app, config)
         _say(running, listening)
         with _signals_left_alone():
@@ -112,6 +112,26 @@ def _check_installed() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise OperantError(f"the server needs {', '.join(missing)}: pip install 'operant[live]'")
+
+
+@contextlib.contextmanager
+def _logged(file: Path) -> Iterator[None]:
+    """What happens beside the answers goes into a file, warnings to the terminal too; never what was said, nor keys."""
+    logger = logging.getLogger("operant")
+    before = logger.level
+    handlers: list[logging.Handler] = [logging.FileHandler(file, encoding="utf-8", delay=True), logging.StreamHandler()]
+    handlers[1].setLevel(logging.WARNING)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 def _keys(config: ServeConfig) -> Keys:

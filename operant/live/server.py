@@ -216,6 +216,7 @@ class Door:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
+        self._public = origin_host(service.config.public_url) or None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -257,7 +258,7 @@ class Door:
             )  # fmt: skip
         writes = scope["method"] not in ("GET", "HEAD", "OPTIONS")
         origin = headers.get(b"origin")
-        if writes and origin is not None and origin_host(origin) != host.lower():
+        if writes and origin is not None and origin_host(origin) not in (host.lower(), self._public):
             raise ApiError(403, "pages of other sites may not use this server", code="cross_origin")
         length = headers.get(b"content-length", "")
         if length.isdigit() and int(length) > self.service.config.max_body:

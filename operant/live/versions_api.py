@@ -32,14 +32,20 @@ class Pin(Asked):
 
 @routes.get("")
 async def versions(request: Request) -> dict[str, Any]:
-    """{"current", "anchor", "serving", "resident", "versions": [one for each step]}; operators also see pins."""
+    """{"current", "anchor", "serving", "resident", "learner", "versions": [one for each step]}.
+
+    Operators also see who is pinned, and what the learner fails at.
+    """
     service = service_of(request)
     caller: Caller = request.state.caller
     told = await asyncio.to_thread(service.versions.overview)
     stats = service.engine.stats()
+    supervisor = service.supervisor
+    learner = {"state": "none"} if supervisor is None else {"state": supervisor.state, "fault": supervisor.fault}
     if not caller.may("operate"):
         told.pop("pins")
-    return {"object": "list", "serving": stats["version"], "resident": stats["resident"], **told}
+        learner.pop("fault", None)
+    return {"object": "list", "serving": stats["version"], "resident": stats["resident"], "learner": learner, **told}
 
 
 @routes.post("/{version}/promote")
