@@ -198,6 +198,18 @@ def test_in_shared_mode_a_version_needs_two_sources(policy: Policy, tmp_path: Pa
         assert story(shared, again)["version"] == story(shared, first)["version"]
 
 
+@pytest.mark.slow
+def test_what_the_gate_refuses_is_not_served_and_the_click_is_told_why(policy: Policy, tmp_path: Path) -> None:
+    with learning(policy, tmp_path, drift_budget=1e-12) as strict:
+        told = story(strict, strict.rate(strict.chat()["id"], "thumb", 1))
+        assert told["state"] == "unused" and "the gate refused" in told["reason"] and "KL" in told["told"]
+        assert told["logprob_after"] == told["logprob_before"]
+        assert strict.http.get("/v1/versions").json()["serving"] == 0
+        rows = {row["version"]: row["state"] for row in strict.http.get("/v1/versions").json()["versions"]}
+        assert rows == {0: "published", told["version"]: "refused"}
+        assert strict.chat()["operant"]["version"] == 0
+
+
 # --- begin, stop, begin again -----------------------------------------------------------------------------------------
 
 

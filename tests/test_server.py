@@ -290,6 +290,34 @@ def test_a_client_that_goes_away_frees_its_row_and_leaves_what_was_written(serve
     assert receipt["state"] == "pending"
 
 
+def test_no_stub_stays_open_when_a_request_ends_before_it_has_begun(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "default", "messages": HELLO, "max_tokens": 3, "n": 2}
+    before = {row.id for row in served.store.list_completions(limit=1000)}
+    begin, begun = served.store.begin, list[str]()
+
+    def half(name: str, *arguments: Any, **options: Any) -> None:
+        if name.endswith(".1"):
+            raise StoreFault("the disk is full")
+        begin(name, *arguments, **options)
+        begun.append(name)
+
+    with monkeypatch.context() as patch:  # one of two stubs is committed
+        patch.setattr(served.store, "begin", half)
+        served.fault("POST", "/v1/chat/completions", 503, json=body)
+    until(lambda: served.store.completion(begun[0]).status != "begun")
+    gate = Gate(begin)
+    with monkeypatch.context() as patch:  # the client leaves while they are being committed
+        patch.setattr(served.store, "begin", gate)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{served.url}/v1/chat/completions", json=body | {"stream": True}, timeout=0.3)
+        assert gate.reached.wait(20)
+        gate.open.set()
+        until(lambda: len({row.id for row in served.store.list_completions(limit=1000)} - before) == 3)
+    until(lambda: all(row.status != "begun" for row in served.store.list_completions(limit=1000)))
+
+
 def test_what_is_not_to_be_stored_is_not(served: Served) -> None:
     before = served.store.counts()["completions"]
     answer = served.chat(store=False)
