@@ -393,7 +393,8 @@ class TrainConfig(RunConfig, PairFields):
         clip_high: the ratio's upper clip range.
         delta: nats per token that a step of trpo may move the policy; takes the place of lr, its schedule and
             max_grad_norm.
-        damping: added to the Fisher matrix's diagonal (trpo); more is nearer to the plain gradient's direction.
+        damping: added to the Fisher matrix's diagonal (trpo); more is nearer to the plain gradient's direction, which
+            steps of few completions need.
         cg_steps: Fisher-vector products a step (trpo).
         backtracks: lengths that its line search tries, each half of the one before, before it refuses the step.
         q_beta: how far double_q leaves the model that it starts from: it says π_ref · exp(Q / q_beta).
