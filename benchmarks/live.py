@@ -354,7 +354,7 @@ def fuzz() -> dict[str, Any]:
             "--seed", "1", "--request-timeout", "30", "--workers", "1", "--no-color",
         ]  # fmt: skip
         with report.open("w") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False, cwd=RUNS).returncode
         text = report.read_text()
         count = re.search(r"(\d+) generated", text) or re.search(r"Test cases:\s*(\d+)", text)
         alive = httpx.get(f"{server.url}/health", timeout=30).status_code == 200
