@@ -41,8 +41,8 @@ def to_yaml(config: Any) -> str:
 
 
 _COUNTS = (
-    "accumulate anchor_rows anchor_tokens backtracks batch_size batch_tokens cg_steps dynamic_rounds epochs "
-    "eval_every group_size heldout_rows keep limit max_rows max_sick_steps max_tokens max_turns min_sources "
+    "accumulate anchor_rows anchor_tokens backtracks batch_size batch_tokens cg_steps drift_versions dynamic_rounds "
+    "epochs eval_every group_size heldout_rows keep limit max_rows max_sick_steps max_tokens max_turns min_sources "
     "minibatches n n_step prompts_per_step replay_capacity save_every sft_batch_size steps target_every "
     "tokens_per_microbatch vocab_size"
 ).split()
@@ -52,7 +52,9 @@ _AMOUNTS = (
     "overlong_buffer overlong_penalty patience priority replay_events sft_coef temperature threads top_k vf_clip "
     "vf_coef warmup_steps weight_decay"
 ).split()
-_SHARES = ("audit_fraction", "baseline_rate", "gamma", "gamma_turn", "lam", "support", "tolerance", "top_p")
+_SHARES = (
+    "audit_fraction", "bad_weight", "baseline_rate", "gamma", "gamma_turn", "lam", "support", "tolerance", "top_p"
+)  # fmt: skip
 # what a setting must be, in words, and the test of it
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     **{name: ("at least 1", lambda x: x >= 1) for name in _COUNTS},
@@ -730,13 +732,16 @@ class LiveConfig:
     """How the live learner turns feedback into steps. Every number is written into the record of each step.
 
     Args:
-        lr: the learning rate before the KL budget scales the step back.
+        lr: the learning rate of plain gradient steps, before the KL budget scales a step back.
         kl_budget: nats per token that one step may move the policy on the anchor answers.
-        drift_budget: nats per token that a version may lie from the anchor version, on the same answers. The anchor
-            moves by the slow gate or by operant versions --anchor.
-        likelihood_drop: nats per token that the anchor answers may lose against the anchor version.
+        drift_budget: nats per token that a version may lie from the one that drift is measured from, on those answers.
+        drift_versions: after so many versions, drift is measured from the newest: the budget is a rate.
+        likelihood_drop: nats per token that the anchor answers may lose against the anchor version, however slowly. The
+            anchor moves by the slow gate or by operant versions --anchor.
         correction_band: a bad rating is left out when the geometric mean of the ratio to the weights that wrote the
             text is below 1/(1 + band).
+        bad_weight: weight of a bad rating of a whole answer beside a good one. A bad answer shares most of its words
+            with good ones, and pushing them down spoils the language sooner than it changes the manner.
         baseline_rate: how fast a route's baseline follows its ratings.
         beta: of DPO, which learns edits and comparisons.
         sft_coef: weight of an edit's likelihood, per token, beside its pair.
@@ -753,11 +758,13 @@ class LiveConfig:
         seed: of everything random.
     """
 
-    lr: float = 2e-4
+    lr: float = 0.003
     kl_budget: float = 0.02
     drift_budget: float = 0.5
+    drift_versions: int = 200
     likelihood_drop: float = 0.5
     correction_band: float = 1.0
+    bad_weight: float = 0.1
     baseline_rate: float = 0.1
     beta: float = 0.1
     sft_coef: float = 1.0
@@ -766,9 +773,9 @@ class LiveConfig:
     score_high: float = 1.0
     batch_size: int = 16
     min_sources: int = 1
-    replay_events: int = 0
+    replay_events: int = 7
     half_life: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 10.0
     tokens_per_microbatch: int = 8192
     keep: int = 5
     seed: int = 0

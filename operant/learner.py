@@ -176,6 +176,52 @@ class Adam:
         self.optimizer.load_state_dict(state)
 
 
+class Sgd:
+    """θ ← θ − lr · g, with |g| cut to max_grad_norm; a non-finite step is skipped, never applied. It has no memory.
+
+    Where a gradient is that of one or a few completions, its norm is mostly far above max_grad_norm, and each step has
+    the length lr · max_grad_norm, along the gradient and nowhere else. Adam's division by each weight's own second
+    moment moves weights that the text hardly depends on as far as those that it depends on.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lr: float, *, max_grad_norm: float = 1.0) -> None:
+        self.parameters, self.lr, self.max_grad_norm = list(parameters), lr, max_grad_norm
+        if not self.parameters:
+            raise OperantError("the policy has no trainable weights; unfreeze some or add LoRA with --lora_rank 8")
+
+    def set_lr(self, lr: float, critic_lr: float | None = None) -> None:
+        """critic_lr is not read: this rule is given no critic."""
+        self.lr = lr
+
+    @torch.no_grad()
+    def step(self, closure: StepLoss) -> tuple[ClosureResult, float, str]:
+        self._forget()
+        with torch.enable_grad():
+            result = closure()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        reason = ""
+        if not math.isfinite(result.loss):
+            reason = f"loss is {result.loss}"
+        elif not math.isfinite(norm):
+            reason = f"gradient norm is {norm}"
+        else:
+            for p in self.parameters:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=self.lr)
+        self._forget()
+        return result, norm, reason
+
+    def _forget(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes any: there is nothing to restore."""
+
+
 class Learner:
     """Applies an `UpdateRule` to a policy. `step` counts every attempt; `skipped_in_row` the sick ones in a row."""
 
@@ -212,7 +258,7 @@ class Learner:
         begun = time.perf_counter()
         lr = learning_rate(self.steps, self.lr, self.warmup_steps, self.total_steps, self.schedule)
         coefficients = {}
-        if isinstance(self.rule, Adam):
+        if isinstance(self.rule, (Adam, Sgd)):
             coefficients["lr"] = lr
             critic_lr = learning_rate(self.steps, self.critic_lr, self.warmup_steps, self.total_steps, self.schedule)
             self.rule.set_lr(lr, critic_lr)

@@ -74,13 +74,11 @@ def outcome(root: Path) -> dict[str, Any]:
 
     versions = Versions(root)
     now = Path(versions.current().path)
-    saved = torch.load(now / "learner.pt", weights_only=True)["learner"]["rule"]["state"]
-    tensors = [value for entry in saved.values() for value in entry.values()]
-    digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+    saved = torch.load(now / "learner.pt", weights_only=True)["learner"]
     records = versions.records()
     return {
         "weights": hashlib.sha256((now / "model" / "model.safetensors").read_bytes()).hexdigest(),
-        "optimizer": digest,
+        "learner": saved,
         "state": (now / "state.json").read_text(),
         "states": [(r.version, r.parent, r.state, r.events, r.replayed) for r in records],
         "outcomes": [(name, o.state, o.reason, o.logprob_after) for r in records for name, o in r.outcomes.items()],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from operant.batch import from_sequences
-from operant.learner import Adam, Learner, learning_rate
+from operant.learner import Adam, Learner, Sgd, learning_rate
 from operant.policy import Policy
 from operant.types import Batch, OperantError
 
@@ -185,3 +185,32 @@ def test_nothing_to_train_is_refused(make_policy: Callable[..., Policy]) -> None
     policy.model.requires_grad_(False)
     with pytest.raises(OperantError, match="lora_rank"):
         Learner(policy, lr=0.1)
+
+
+def test_a_plain_step_is_the_gradient_cut_to_its_longest_and_nothing_is_remembered(
+    make_policy: Callable[..., Policy],
+) -> None:
+    policy = make_policy("gpt2")
+    policy.model.double()
+    before = weights(policy)
+    rule = Sgd(policy.trainable_parameters(), 0.1, max_grad_norm=0.5)
+    learner = Learner(policy, lr=0.2, rule=rule)
+    stats = learner.step([batch_of(policy)], likelihood)
+    assert stats.grad_norm > 0.5 and stats.coefficients["lr"] == 0.2
+    moved = [b - a for a, b in zip(before, weights(policy), strict=True)]
+    assert math.sqrt(sum(float(m.square().sum()) for m in moved)) == pytest.approx(0.2 * 0.5)
+    assert rule.state_dict() == {} and all(p.grad is None for p in policy.trainable_parameters())
+    # a gradient below the limit is taken as it is
+    middle = weights(policy)
+    rule.max_grad_norm = 1e9
+    norm = learner.step([batch_of(policy)], likelihood).grad_norm
+    moved = [b - a for a, b in zip(middle, weights(policy), strict=True)]
+    assert math.sqrt(sum(float(m.square().sum()) for m in moved)) == pytest.approx(0.2 * norm)
+
+
+def test_a_plain_step_that_is_not_finite_is_not_made(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy("gpt2")
+    before = weights(policy)
+    learner = Learner(policy, lr=0.2, rule=Sgd(policy.trainable_parameters(), 0.2))
+    stats = learner.step([batch_of(policy)], lambda p, b: (p.logprobs(b).logprobs * math.nan, {}))
+    assert stats.skipped and "nan" in stats.reason and same(before, weights(policy))

@@ -270,7 +270,7 @@ def test_a_later_opinion_or_a_retraction_ends_the_replay_of_an_earlier_one(make_
     assert [m["event"]["id"] for m in second.state.memory] == ["e3", "e5"]
     assert [r.event.id for r in second.taught] == ["e5"]
     replayed = next(r for r in second.rated if r.event.id == "e3")
-    assert replayed.advantage == 1.0  # as it was, whatever the baseline is by now
+    assert replayed.advantage == pytest.approx(1.0 - first.state.baselines["talk"])  # what it is worth by now
     taught = take_step(policy, new_learner(policy, config), second, anchors_of(policy), config)
     assert set(taught.outcomes) == {"e4", "e5"}
 
@@ -324,20 +324,20 @@ def test_the_fast_gate_names_each_limit_that_is_broken_and_nan_does_not_pass() -
     torch.manual_seed(0)
     base, tokens = torch.randn(5, 7), torch.arange(5)
     limits = {"kl_budget": 0.1, "drift_budget": 0.1, "likelihood_drop": 0.1}
-    assert fast_gate(base, base, base, tokens, **limits).passed
+    assert fast_gate(base, base, base, base, tokens, **limits).passed
     moved = base + 3 * torch.randn(5, 7)
-    verdict = fast_gate(moved, base, moved, tokens, **limits)
-    assert not verdict.passed and "parent" in verdict.reason and "anchor version" not in verdict.reason
-    verdict = fast_gate(moved, moved, base, tokens, **limits)
-    assert "anchor version" in verdict.reason and "parent" not in verdict.reason
+    verdict = fast_gate(moved, base, moved, moved, tokens, **limits)
+    assert not verdict.passed and "parent" in verdict.reason and "drift" not in verdict.reason
+    verdict = fast_gate(moved, moved, base, moved, tokens, **limits)
+    assert "drift" in verdict.reason and "parent" not in verdict.reason
     worse = base.clone()
     worse[torch.arange(5), tokens] -= 2.0
     loose = {"kl_budget": 99.0, "drift_budget": 99.0, "likelihood_drop": 0.1}
-    assert "lost" in fast_gate(worse, base, base, tokens, **loose).reason
+    assert "lost" in fast_gate(worse, worse, worse, base, tokens, **loose).reason
     better = base.clone()
     better[torch.arange(5), tokens] += 2.0
-    assert fast_gate(better, base, base, tokens, **loose).passed
-    assert not fast_gate(base * math.nan, base, base, tokens, **loose).passed
+    assert fast_gate(better, better, better, base, tokens, **loose).passed
+    assert not fast_gate(base * math.nan, base, base, base, tokens, **loose).passed
 
 
 def test_the_slow_gate_lets_a_metric_lose_a_share_and_no_more() -> None:

@@ -227,4 +227,9 @@ def test_broken_weights_do_not_serve(tmp_path: Path) -> None:
     with pytest.raises(OperantError, match=r"version 1 is broken \(learner.pt has been changed\)"):
         versions.current()
     assert versions.roll_back().version == 0
-    assert json.loads((tmp_path / "live" / "current").read_text()) == {"version": 0, "moves": 2, "anchor": 0}
+    assert json.loads((tmp_path / "live" / "current").read_text()) == {
+        "version": 0,
+        "moves": 2,
+        "anchor": 0,
+        "since": 0,
+    }

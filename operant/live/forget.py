@@ -5,7 +5,8 @@ from the last one before its first use on, the steps are made again, with their 
 events that are left; the events stay in the store as facts without content, so that offsets and counts hold.
 
 With the same fingerprint, and with `replay_events` 0, the weights are bit for bit those that the same events would have
-made without the source. What people have read in the meantime cannot be unsampled, nor what other sources said because
+made without the source; otherwise the draw of earlier ratings that are learned again may differ, though never to one of
+the source. What people have read in the meantime cannot be unsampled, nor what other sources said because
 of it; both are beyond this.
 """
 

@@ -86,6 +86,7 @@ def likelihood(logits: Tensor, tokens: Tensor) -> float:
 def fast_gate(
     logits: Tensor,
     parent_logits: Tensor,
+    since_logits: Tensor,
     anchor_logits: Tensor,
     tokens: Tensor,
     *,
@@ -95,17 +96,18 @@ def fast_gate(
 ) -> Verdict:
     """The gate of every publication, from logits float32[K, V] on the anchor answers tokens int64[K].
 
-    Passes when KL(π‖π_parent) ≤ kl_budget, KL(π‖π_anchor) ≤ drift_budget (so that small steps cannot drift) and the
-    answers' mean log-probability has lost at most likelihood_drop against the anchor version.
+    Passes when KL(π‖π_parent) ≤ kl_budget, KL(π‖π_since) ≤ drift_budget (so that small steps cannot add up to a large
+    one faster than is meant) and the answers' mean log-probability has lost at most likelihood_drop against the anchor
+    version, however slowly. since: the version that drift is measured from; it follows (`LiveConfig.drift_versions`).
     """
-    step, drift = divergence(logits, parent_logits), divergence(logits, anchor_logits)
+    step, drift = divergence(logits, parent_logits), divergence(logits, since_logits)
     lost = likelihood(anchor_logits, tokens) - likelihood(logits, tokens)
-    numbers = {"kl_parent": step, "kl_anchor": drift, "likelihood_lost": lost}
+    numbers = {"kl_parent": step, "kl_drift": drift, "likelihood_lost": lost}
     reasons = [
         f"{what} is {value:.4g}, over {limit:g}"
         for what, value, limit in (
             ("the KL to the parent", step, kl_budget),
-            ("the KL to the anchor version", drift, drift_budget),
+            ("the KL to the version that drift is measured from", drift, drift_budget),
             ("the likelihood that the anchor answers lost", lost, likelihood_drop),
         )
         if not value <= limit  # so that NaN does not pass

@@ -12,8 +12,8 @@ all once the geometric mean of π/μ over the text is below 1/(1 + band) (TOPR, 
 of Liu et al. 2025, on its lower side: a text that is said more than when it was written may always be pushed down).
 DPO's reference is the version that the step begins with. The step is scaled back until the mean KL on the anchor
 answers is within its budget and what was just said is followed: so a rating moves its text in the right direction, or
-nothing moves and it is told. The optimizer has no momentum (β₁ = 0): a rating is not paid with the direction of
-earlier ones.
+nothing moves and it is told. Each step is one along its own gradient, with no momentum and no scaling by earlier ones;
+what steadies it is that some earlier ratings are learned again in every step.
 
 Nothing here reads a clock, a file or a network.
 """
@@ -36,7 +36,7 @@ from torch import Tensor
 from operant import credit, objectives
 from operant.batch import drawn, from_sequences, from_trajectories, microbatches, place, to_device
 from operant.config import LiveConfig, PreferConfig
-from operant.learner import Adam, Learner, logprobs_of
+from operant.learner import Learner, Sgd, logprobs_of
 from operant.live.gate import Anchors, divergence
 from operant.live.versions import Outcome
 from operant.policy import Policy
@@ -79,7 +79,7 @@ class EventSource(Protocol):
 class LearnerState:
     """What outlives a step beside weights and optimizer: each route's baseline, and learned events that may come again.
 
-    An entry of `memory` is {"offset", "event", "advantage"}.
+    An entry of `memory` is {"offset", "event"}.
     """
 
     baselines: dict[str, float] = field(default_factory=dict)
@@ -165,8 +165,8 @@ def fingerprint(policy: Policy) -> dict[str, str]:
 
 
 def new_learner(policy: Policy, config: LiveConfig) -> Learner:
-    """The live learner's optimizer: Adam without momentum and without weight decay."""
-    rule = Adam(policy.trainable_parameters(), config.lr, betas=(0.0, 0.99), max_grad_norm=config.max_grad_norm)
+    """The live learner's optimizer: plain gradient steps of a bounded length."""
+    rule = Sgd(policy.trainable_parameters(), config.lr, max_grad_norm=config.max_grad_norm)
     return Learner(policy, lr=config.lr, rule=rule)
 
 
@@ -231,16 +231,11 @@ def prepare(
             outcomes[row.event.id] = Outcome("unused", reason, advantage=row.advantage)
             rated.remove(row)
     memory = _remembered(state.memory, [e for _, e in events])
-    replayed = _recalled(memory, look, codec, config, encoder, max_length, seed) if rated or paired else []
+    known = state.baselines
+    replayed = _recalled(memory, look, codec, config, encoder, max_length, seed, known) if rated or paired else []
     rows: list[Rated | Paired] = [*rated, *paired]
     forgotten = sorted({m["event"]["id"] for m in state.memory} - {m["event"]["id"] for m in memory})
-    memory = memory + [
-        {
-            "offset": offsets[r.event.id], "event": dataclasses.asdict(r.event),
-            "advantage": r.advantage if isinstance(r, Rated) else None,
-        }
-        for r in rows
-    ]  # fmt: skip
+    memory = memory + [{"offset": offsets[r.event.id], "event": dataclasses.asdict(r.event)} for r in rows]
     if config.min_sources > 1:
         _weigh_sources_alike(rows)
     return Lesson(
@@ -376,6 +371,11 @@ def _against_baselines(rated: Sequence[Rated], table: Mapping[str, float], confi
     return credit.updated_routes(table, routes, rewards, valid, midpoint=0.0, rate=config.baseline_rate)
 
 
+def _weight(row: Rated, config: LiveConfig) -> float:
+    """Of a rating beside the others. A span is weighed whole: who marks the bad words knows what was bad."""
+    return config.bad_weight if row.advantage < 0 and row.event.kind != "span" else 1.0
+
+
 def _fault(row: Rated) -> str:
     """Why a rating that was understood teaches nothing all the same."""
     if row.advantage == 0:
@@ -449,8 +449,9 @@ def _recalled(
     encoder: bool,
     max_length: int,
     seed: int,
+    baselines: Mapping[str, float],
 ) -> list[Rated | Paired]:
-    """Earlier events to learn again, with the advantage that they had. One whose completion is gone is passed over."""
+    """Earlier events to learn again, against today's baselines. One whose completion is gone is passed over."""
     if not config.replay_events or not memory:
         return []
     times = [float(entry["event"]["time"]) for entry in memory]
@@ -459,8 +460,10 @@ def _recalled(
         row = _understood(_event_of(memory[i]), look, codec, config, encoder, max_length)
         if isinstance(row, str):
             continue
-        if isinstance(row, Rated):
-            row.advantage = float(memory[i]["advantage"])
+        if isinstance(row, Rated) and row.event.kind != "span":
+            row.advantage -= baselines.get(row.prompt.task, 0.0)
+            if _fault(row):
+                continue
         row.fresh = False
         rows.append(row)
     return rows
@@ -599,7 +602,7 @@ def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) ->
         marked[i, : len(taught)] = torch.from_numpy(taught)
     advantages = torch.tensor([[r.advantage] for r in rated])
     batch.advantages = place(batch, marked * advantages, trajectories)
-    batch.weights = batch.weights * torch.tensor([[r.weight] for r in rated])
+    batch.weights = batch.weights * torch.tensor([[r.weight * _weight(r, config)] for r in rated])
     batch.old_logprobs = logprobs_of(policy, batch, config.tokens_per_microbatch)
     return batch
 

@@ -5,8 +5,8 @@
       records/00000041.json     the record of a step that published nothing, or whose weights are gone
       slow/00000042.json        what the slow gate found
       pending/00000043.json     what the step under way will use, written before it begins
-      current                   {"version", "moves", "anchor"}: what serves, how often that has moved, the last version
-                                that the slow gate has passed
+      current                   {"version", "moves", "anchor", "since"}: what serves, how often that has moved, the last
+                                version that the slow gate has passed, the version that drift is measured from
       pins.json                 {user: version}
 
 A record is written before its step, so that a step which a crash cut off is executed again on the same events and
@@ -94,6 +94,7 @@ class Pointer:
     version: int
     moves: int
     anchor: int
+    since: int = 0
 
 
 class Moved(Exception):
@@ -230,7 +231,7 @@ class Versions:
             chosen = self.get(version)
             before = self.pointer()
             if version != before.version:
-                self._write_pointer(Pointer(version, before.moves + 1, before.anchor))
+                self._write_pointer(Pointer(version, before.moves + 1, before.anchor, since=version))
         return chosen
 
     def roll_back(self, to: int | None = None) -> PolicyVersion:
@@ -249,11 +250,16 @@ class Versions:
         raise OperantError(f"version {now} has no ancestor on disk to roll back to; choose one with --promote N")
 
     def pass_anchor(self, version: int) -> None:
-        """The slow gate, or a person, has passed this version: from now on drift is measured from it."""
+        """The slow gate, or a person, has passed this version: from now on drift and loss are measured from it."""
         with self._lock():
             self.get(version)
-            now = self.pointer()
-            self._write_pointer(dataclasses.replace(now, anchor=version))
+            self._write_pointer(dataclasses.replace(self.pointer(), anchor=version, since=version))
+
+    def follow(self, version: int) -> None:
+        """From now on drift is measured from this version; what may be lost is still measured from the anchor."""
+        with self._lock():
+            self.get(version)
+            self._write_pointer(dataclasses.replace(self.pointer(), since=version))
 
     def pin(self, user: str, version: int | None) -> None:
         """Serve this user that version whatever is published; None lets them follow again."""
@@ -303,7 +309,7 @@ class Versions:
                 raise Moved
             record.state = "published"
             self._save(record, write, gate)
-            self._write_pointer(Pointer(record.version, record.moves + 1, self.pointer().anchor))
+            self._write_pointer(dataclasses.replace(self.pointer(), version=record.version, moves=record.moves + 1))
             self._forget_pending(record.version)
         return self._version(self._folders()[record.version])
 
@@ -326,7 +332,7 @@ class Versions:
             if record.version in self._folders():
                 now = self.pointer()
                 if now.moves == record.moves:  # saved but not served yet
-                    self._write_pointer(Pointer(record.version, now.moves + 1, now.anchor))
+                    self._write_pointer(dataclasses.replace(now, version=record.version, moves=now.moves + 1))
             elif not self._record_file(record.version).exists():
                 return record
             self._forget_pending(record.version)
@@ -342,11 +348,12 @@ class Versions:
         """Drop the weights of old versions and return their numbers; their records stay.
 
         Kept are the `keep` newest, the current one and its nearest ancestor on disk (one roll-back is always possible),
-        the anchor, whatever a user is pinned to, and the oldest, from which all others can be made again.
+        the anchor, the version that drift is measured from, whatever a user is pinned to, and the oldest, from which
+        all others can be made again.
         """
         there, now = self._folders(), self.pointer()
         ancestor = next((a for a in self.ancestors(now.version)[1:] if a in there), now.version)
-        held = {now.version, now.anchor, ancestor, min(there), *self.pins().values()}
+        held = {now.version, now.anchor, now.since, ancestor, min(there), *self.pins().values()}
         self._keep_records(there)
         gone = checkpoint.prune(self.folder, self.keep, [there[n].path for n in held if n in there])
         paths = {c.path: number for number, c in there.items()}

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor
 from operant import checkpoint
 from operant.config import LiveConfig, WorkerConfig, check_numbers
 from operant.data import Fields, load_prompts, load_rows
-from operant.learner import Adam, Learner
+from operant.learner import Learner, Sgd
 from operant.live.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
 from operant.live.learning import (
     EventSource,
@@ -180,7 +180,7 @@ def run_record(
 def make_step(record: StepRecord, at: Learning, lesson: Lesson, anchors: Anchors, config: LiveConfig) -> Taught:
     """`take_step` with the record's coefficients and seed, whatever the learner in memory was made with."""
     at.learner.lr = at.learner.critic_lr = config.lr
-    if isinstance(at.learner.rule, Adam):
+    if isinstance(at.learner.rule, Sgd):
         at.learner.rule.max_grad_norm = config.max_grad_norm
     torch.manual_seed(record.seed)
     return take_step(at.policy, at.learner, lesson, anchors, config)
@@ -251,7 +251,7 @@ class Worker:
         self.versions = Versions(config.root, config.keep)
         self.at: Learning | None = None
         self._anchors: Anchors | None = None
-        self._anchor_logits: tuple[int, Tensor] | None = None
+        self._kept_logits: dict[str, tuple[int, Tensor]] = {}
         self._anchor_metrics: tuple[int, dict[str, float]] | None = None
         self._heldout: list[Prompt] | None = None
 
@@ -351,8 +351,9 @@ class Worker:
             return self._publish_nothing(record, "nothing", _why(taught), reload=taught.stats is not None)
         before, after = taught.anchor_logits
         verdict = fast_gate(
-            after, before, self._logits_of_anchor(at), anchors.tokens(config.tokens_per_microbatch),
-            kl_budget=config.kl_budget, drift_budget=config.drift_budget, likelihood_drop=config.likelihood_drop,
+            after, before, self._logits_of("since"), self._logits_of("anchor"),
+            anchors.tokens(config.tokens_per_microbatch), kl_budget=config.kl_budget,
+            drift_budget=config.drift_budget, likelihood_drop=config.likelihood_drop,
         )  # fmt: skip
         record.times["gated"] = time.time()
         if not verdict.passed:
@@ -372,9 +373,17 @@ class Worker:
             record.outcomes = {}
             return False
         at.version, at.moves = record.version, record.moves + 1
+        self._follow(record.version, config.drift_versions)
         self.say({"version": record.version, "parent": record.parent, "events": record.events, "gate": gate})
         self.versions.tidy()
         return True
+
+    def _follow(self, version: int, after: int) -> None:
+        """Measure drift from this version on, once so many were published since the one that it is measured from."""
+        since = self.versions.pointer().since
+        line = self.versions.ancestors(version)
+        if since not in line[:after]:
+            self.versions.follow(version)
 
     def _publish_nothing(self, record: StepRecord, state: Any, reason: str, *, reload: bool) -> bool:
         if reload:
@@ -391,14 +400,15 @@ class Worker:
             self._anchors = _load_anchors(self.versions.root, self.current().policy)
         return self._anchors
 
-    def _logits_of_anchor(self, at: Learning) -> Tensor:
-        """The anchor version's logits on the anchor answers."""
-        anchor = self.versions.pointer().anchor
-        if self._anchor_logits is None or self._anchor_logits[0] != anchor:
-            policy = self._policy_of(anchor)
-            logits = self._measured_on().logits(policy, self.config.tokens_per_microbatch)
-            self._anchor_logits = anchor, logits
-        return self._anchor_logits[1]
+    def _logits_of(self, role: Literal["anchor", "since"]) -> Tensor:
+        """The logits of the version that loss, or drift, is measured from, on the anchor answers."""
+        version: int = getattr(self.versions.pointer(), role)
+        if role not in self._kept_logits or self._kept_logits[role][0] != version:
+            known = next((logits for number, logits in self._kept_logits.values() if number == version), None)
+            if known is None:
+                known = self._measured_on().logits(self._policy_of(version), self.config.tokens_per_microbatch)
+            self._kept_logits[role] = version, known
+        return self._kept_logits[role][1]
 
     def _policy_of(self, version: int) -> Policy:
         path = Path(self.versions.get(version).path)
