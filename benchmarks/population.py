@@ -1,0 +1,395 @@
+"""A simulated population teaches a served model what it likes, one rating at a time.
+
+`operant serve` runs as a user starts it; a rater asks over HTTP, rates over HTTP, and asks again once what the rating
+taught is served. A small model (0.9 M parameters, made here from text that is made here) answers household questions in
+many manners. One kind of rater at a time likes about a quarter of the answers, says so with a thumb, and is wrong one
+time in ten. Four families of likings (how long, how it ends, how it is laid out, what is said besides), one
+configuration for all: the defaults, with eight questions of the owner's own as anchors.
+
+    satisfaction   the share of liked answers among 192 sampled ones, temperature 1, to questions that nobody rated
+    sense          the share of answers in which every sentence is one that an answer to this question can have
+    nats           mean −log p per token of held-out liked answers, of the generator: a perfect pupil's falls a little
+    told           the control: the model as it came in, told the liking in the question; the best of three wordings
+
+python -m benchmarks.population                        three seeds, every family, thumbs and mixed feedback
+python -m benchmarks.population --families format --seeds 0 --kinds thumbs
+python -m benchmarks.population --write                only write the table and the plot
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_line, markdown, spread, write_section
+from benchmarks.population_text import FAMILIES, Liking, answer, likings, makes_sense, questions, rows
+
+RUNS = ROOT / "runs" / "population"
+BASE = RUNS / "base"
+RECORD = Records(RECORDS / "population")
+KINDS = ("thumbs", "mixed")
+RATINGS, EVERY, MEASURED = 300, 50, 192
+NOISE = 0.1
+ANCHORS = 8  # questions of its own that the owner gives to measure steps on
+MAX_TOKENS = 96
+TEXTS, HELD_OUT = 12_000, 200
+PRETRAIN_STEPS, SFT_STEPS = 50, 400
+
+
+def cells(families: Sequence[str], kinds: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    found = [Cell("base"), Cell("told", ("base",))]
+    for kind in kinds:
+        found += [Cell(f"{seed}/{family} {kind}", ("base",)) for seed in seeds for family in families]
+    return found
+
+
+def done(cell: Cell) -> bool:
+    return RECORD.has(cell.name) and (cell.name != "base" or (BASE / "model").exists())
+
+
+def measure(name: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if name == "base":
+        RECORD.put(name, start(BASE))
+    elif name == "told":
+        RECORD.put(name, {liking.name: told(BASE, liking) for family in FAMILIES for liking in likings(family)})
+    else:
+        seed, what = name.split("/")
+        family, kind = what.split(" ")
+        RECORD.put(name, taught(BASE, liking_of(family, int(seed)), kind, int(seed)))
+
+
+def liking_of(family: str, seed: int) -> Liking:
+    """Another one for each seed, as far as the family has several."""
+    members = likings(family)
+    return members[seed % len(members)]
+
+
+# --- the model as it comes in -----------------------------------------------------------------------------------------
+
+
+def start(folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Pretrain on answers, fine-tune on questions with answers, and see what the model does before anybody rates it."""
+    from operant.config import PretrainConfig, SftConfig
+    from operant.data import load_pairs
+    from operant.policy import Policy
+    from operant.stages import pretrain, sft
+    from operant.text import Codec
+
+    shutil.rmtree(folder, ignore_errors=True)
+    talk = list(itertools.islice(rows(seed), TEXTS + HELD_OUT))
+    answers = [row["completion"] for row in talk]
+    codec = Codec.train_bpe([f"{row['prompt']}\n{row['completion']}" for row in talk[: TEXTS // 2]], vocab_size=1024)
+    policy = Policy.new("llama", "tiny", codec, max_length=160, seed=seed, device="cpu")
+    common: dict[str, Any] = {
+        "seed": seed, "overwrite": True, "device": "cpu", "tensorboard": False, "save_every": 10**6, "eval_every": 100,
+        "warmup_steps": 20,
+    }  # fmt: skip
+    pretrain(
+        PretrainConfig(
+            **common, out=str(folder / "pretrain"), steps=PRETRAIN_STEPS, batch_tokens=4096, block=128, lr=2e-3
+        ),
+        policy=policy, texts=answers[: TEXTS // 2], dev_texts=answers[TEXTS:], quiet=True,
+    )  # fmt: skip
+    sft(
+        SftConfig(**common, out=str(folder / "sft"), steps=SFT_STEPS, batch_size=48, lr=1e-3),
+        policy=policy, pairs=load_pairs(talk[:TEXTS], codec), dev_pairs=load_pairs(talk[TEXTS:], codec), quiet=True,
+    )  # fmt: skip
+    policy.save(folder / "model")
+    return {"parameters": sum(p.numel() for p in policy.trainable_parameters())}
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def held_out(count: int) -> list[tuple[str, str, str]]:
+    """Questions about things that nobody is asked about while learning; the same for every seed."""
+    return random.Random("held out").sample(questions(held_out=True), count)
+
+
+class Measure:
+    """Looks at a policy's sampled answers to held-out questions."""
+
+    def __init__(self, codec: Any, liking: Liking, count: int = MEASURED) -> None:
+        import numpy as np
+
+        from operant.batch import from_sequences
+        from operant.data import load_prompts
+
+        self.liking, self.asked = liking, held_out(count)
+        self.prompts = load_prompts([{"prompt": question} for question, _, _ in self.asked], codec)
+        rng = random.Random("liked answers")
+        liked = [codec.encode(answer(rng, verb, thing, liking)) for _, verb, thing in self.asked]
+        self.liked = from_sequences(
+            [p.tokens for p in self.prompts], [np.append(tokens, codec.eos_id) for tokens in liked], encoder=False,
+            pad_id=codec.pad_id, normalisation="per_token",
+        )  # fmt: skip
+
+    def __call__(self, policy: Any) -> dict[str, Any]:
+        from operant.learner import logprobs_of
+
+        policy.model.eval()
+        texts = sampled(policy, self.prompts)
+        logprobs = logprobs_of(policy, self.liked, 8192)
+        return {
+            "satisfaction": share(self.liking.liked(text) for text in texts),
+            "sense": share(makes_sense(text, *asked[1:]) for text, asked in zip(texts, self.asked, strict=True)),
+            "words": statistics.mean(len(text.split()) for text in texts),
+            "nats": -float((logprobs * self.liked.action_mask).sum() / self.liked.action_mask.sum()),
+            "others": {
+                liking.name: share(map(liking.liked, texts)) for family in FAMILIES for liking in likings(family)
+                if family != self.liking.family
+            },
+            "texts": texts[:3],
+        }  # fmt: skip
+
+
+def sampled(policy: Any, prompts: Sequence[Any]) -> list[str]:
+    from operant.sampler import Sampler
+    from operant.types import Sampling
+
+    groups = Sampler(policy, max_rows=64).sample(prompts, Sampling(max_tokens=MAX_TOKENS, seed=3))
+    return [group[0].text for group in groups]
+
+
+def share(true: Any) -> float:
+    return statistics.mean(map(float, true))
+
+
+def told(folder: Path, liking: Liking) -> dict[str, float]:
+    """Satisfaction of the model as it came in, with each wording of the liking after the question, and with none."""
+    from operant.data import load_prompts
+    from operant.policy import Policy
+
+    policy = Policy.load(folder / "model", device="cpu")
+    policy.model.eval()
+    found = {}
+    for wish in ("", *liking.wishes):
+        asked = [{"prompt": f"{question} {wish}".strip()} for question, _, _ in held_out(MEASURED)]
+        found[wish] = share(map(liking.liked, sampled(policy, load_prompts(asked, policy.codec))))
+    return found
+
+
+# --- the raters -------------------------------------------------------------------------------------------------------
+
+
+class Rater:
+    """Asks, reads, and says what is liked; wrong one time in ten."""
+
+    def __init__(self, liking: Liking, kind: str, seed: int) -> None:
+        self.liking, self.kind = liking, kind
+        self.rng = random.Random(f"rater {liking.name} {seed}")
+        self.asked = questions(held_out=False)
+
+    def ask(self) -> tuple[tuple[str, str, str], str]:
+        """What is asked (question, verb, thing), and how it will be rated. A comparison needs two answers."""
+        means = "thumb" if self.kind == "thumbs" else self.rng.choice(("thumb", "thumb", "edit", "comparison"))
+        return self.rng.choice(self.asked), means
+
+    def rate(self, asked: tuple[str, str, str], means: str, answers: list[tuple[str, str]]) -> dict[str, Any]:
+        """The body of the feedback. answers: (completion id, text), one, or two for a comparison."""
+        wrong = self.rng.random() < NOISE
+        liked = [self.liking.liked(text) for _, text in answers]
+        if means == "comparison" and liked[0] != liked[1]:
+            better = int(liked[1] != wrong)
+            return {"completion_id": answers[better][0], "kind": "comparison", "value": answers[1 - better][0]}
+        if means == "edit" and not liked[0] and not wrong:
+            corrected = answer(self.rng, *asked[1:], self.liking)
+            return {"completion_id": answers[0][0], "kind": "edit", "value": corrected}
+        return {"completion_id": answers[0][0], "kind": "thumb", "value": 1 if liked[0] != wrong else -1}
+
+
+# --- the program that is taught ---------------------------------------------------------------------------------------
+
+
+class Served:
+    """`operant serve` in a process of its own, talked to over HTTP."""
+
+    def __init__(self, model: Path, root: Path, anchors: Path, **options: Any) -> None:
+        import httpx
+
+        self.root = root
+        settings = {
+            "model": model, "root": root, "anchors": anchors, "port": 0, "device": "cpu", "threads": 1,
+            "max_tokens": MAX_TOKENS, **options,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "operant.cli", "serve"]
+        command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        self.log = (root.parent / "serve.log").open("w", encoding="utf-8")
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        if " learns at " not in said:
+            self.close()
+            raise SystemExit((root.parent / "serve.log").read_text(encoding="utf-8"))
+        self.http = httpx.Client(base_url=said.split(" learns at ")[1].split("/v1")[0], timeout=120)
+
+    def answers(self, question: str, count: int, seed: int) -> list[tuple[str, str]]:
+        body = {
+            "model": "default", "messages": [{"role": "user", "content": question}], "n": count, "seed": seed,
+            "temperature": 1.0, "max_tokens": MAX_TOKENS,
+        }  # fmt: skip
+        told = self.http.post("/v1/chat/completions", json=body).raise_for_status().json()
+        return [(choice["completion_id"], choice["message"]["content"]) for choice in told["choices"]]
+
+    def rated(self, body: dict[str, Any]) -> str:
+        """Give the feedback and wait until what it taught is served; what became of it, in a few words."""
+        receipt = self.http.post("/v1/feedback", json=body).raise_for_status().json()
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            story = self.http.get(f"/v1/feedback/{receipt['id']}", params={"wait": 30}).raise_for_status().json()
+            if story["state"] not in ("pending", "used"):
+                return f"{story['state']}: {story['reason'].split(' is ')[0]}"
+            if story["state"] == "used" and "served" in story["times"]:
+                return "published"
+        raise SystemExit(f"rating {receipt['id']} was not learned in two minutes; see {self.log.name}")
+
+    def policy(self) -> Any:
+        """The weights that serve."""
+        from operant.live.versions import Versions
+        from operant.policy import Policy
+
+        return Policy.load(Path(Versions(self.root).current().path) / "model", device="cpu")
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.communicate()
+        self.log.close()
+
+
+def taught(folder: Path, liking: Liking, kind: str, seed: int, **options: Any) -> dict[str, Any]:
+    """One rater, from the first rating to the last, with the measurements on the way."""
+    import json
+
+    rater = Rater(liking, kind, seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        anchors = Path(scratch) / "anchors.jsonl"
+        some = random.Random("anchors").sample(questions(held_out=False), ANCHORS)
+        anchors.write_text("".join(json.dumps({"prompt": q}) + "\n" for q, _, _ in some), encoding="utf-8")
+        program = Served(folder / "model", Path(scratch) / "live", anchors, seed=seed, **options)
+        try:
+            look = Measure(program.policy().codec, liking)
+            curve = [{"ratings": 0, **look(program.policy())}]
+            became: Counter[str] = Counter()
+            for number in range(1, RATINGS + 1):
+                asked, means = rater.ask()
+                answers = program.answers(asked[0], 2 if means == "comparison" else 1, 1000 * seed + number)
+                became[program.rated(rater.rate(asked, means, answers))] += 1
+                if number % EVERY == 0:
+                    curve.append({"ratings": number, **look(program.policy())})
+                    print(f"{liking.name} {kind} {curve[-1]}", flush=True)
+        finally:
+            program.close()
+    return {"liking": liking.name, "became": dict(became), "curve": curve}
+
+
+# --- table and plot ---------------------------------------------------------------------------------------------------
+
+
+def found(what: str) -> dict[int, dict[str, Any]]:
+    """The records of a cell by seed."""
+    files = RECORD.folder.glob(f"*.{what.replace(' ', '-')}.json")
+    seeds = sorted(int(file.name.split(".")[0]) for file in files)
+    return {seed: RECORD.get(f"{seed}/{what}") for seed in seeds}
+
+
+def write() -> None:
+    texts = [table(kind) for kind in KINDS if any(found(f"{family} {kind}") for family in FAMILIES)]
+    if not texts:
+        return
+    plot(ROOT / "docs" / "images" / "population.png")
+    text = f"`python -m benchmarks.population`. {RECORD.machines()}.\n\n" + "\n\n".join(texts)
+    write_section("population", text)
+    print(text)
+
+
+def table(kind: str) -> str:
+    """A row for each rater: before, after, when 0.8 was reached, what it cost, and what the control comes to."""
+    wordings = RECORD.get("told") if RECORD.has("told") else {}
+    rows = []
+    for family in FAMILIES:
+        for seed, record in found(f"{family} {kind}").items():
+            first, last = record["curve"][0], record["curve"][-1]
+            reached = next((str(p["ratings"]) for p in record["curve"] if p["satisfaction"] >= 0.8), "never")
+            control = max(wordings.get(record["liking"], {"": math.nan}).values())
+            moved = [abs(last["others"][name] - first["others"][name]) for name in first["others"]]
+            published, not_so = record["became"].get("published", 0), Counter(record["became"])
+            not_so.pop("published", None)
+            rows.append([
+                f"{family}: {record['liking']}", str(seed), f"{first['satisfaction']:.2f}", f"{control:.2f}",
+                f"{last['satisfaction']:.2f}", reached, f"{first['sense']:.2f} → {last['sense']:.2f}",
+                f"{first['nats']:.2f} → {last['nats']:.2f}", f"{statistics.mean(moved):.2f}",
+                f"{published} / {sum(not_so.values())}",
+            ])  # fmt: skip
+    head = [
+        f"{kind}", "seed", "before", "told", "after", "0.8 at", "sense", "nats", "others moved", "published / not",
+    ]  # fmt: skip
+    ended = [r["curve"][-1] for family in FAMILIES for r in found(f"{family} {kind}").values()]
+    summary = (
+        f"{sum(p['satisfaction'] >= 0.8 for p in ended)} of {len(ended)} end at 0.8 or more. After {RATINGS} ratings: "
+        f"satisfaction {spread([p['satisfaction'] for p in ended], 2)}, sense {spread([p['sense'] for p in ended], 2)}."
+    )
+    return markdown(head, rows) + "\n\n" + summary
+
+
+def plot(path: Path) -> None:
+    """Satisfaction over ratings: a panel for each family, a line for each seed and kind, and the control."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    wordings = RECORD.get("told") if RECORD.has("told") else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, len(FAMILIES), figsize=(11, 2.9), sharex=True, sharey=True)
+    for axis, family in zip(axes, FAMILIES, strict=True):
+        for kind, colour in zip(KINDS, ("#1f6feb", "#e36209"), strict=True):
+            for i, record in enumerate(found(f"{family} {kind}").values()):
+                curve = record["curve"]
+                axis.plot(
+                    [p["ratings"] for p in curve], [p["satisfaction"] for p in curve], color=colour, linewidth=1.4,
+                    label=kind if i == 0 else None,
+                )  # fmt: skip
+        controls = [max(wordings[liking.name].values()) for liking in likings(family) if liking.name in wordings]
+        for i, level in enumerate(controls):
+            label = "told in the prompt" if i == 0 else None
+            axis.axhline(level, color="#999999", linewidth=0.9, linestyle=":", label=label)
+        axis.axhline(0.8, color="#cccccc", linewidth=0.7)
+        axis.set_title(family, fontsize=9, loc="left")
+        axis.set_ylim(0, 1.02)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=7)
+    axes[0].legend(fontsize=7, frameon=False, loc="lower right")
+    figure.supxlabel("ratings", fontsize=9)
+    figure.supylabel("satisfaction", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    given = parser.parse_args()
+    carry_out(
+        given, "benchmarks.population", cells=lambda: cells(given.families, given.kinds, given.seeds), done=done,
+        measure=measure, write=write, records=RECORD, runs=RUNS,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
