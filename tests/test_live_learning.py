@@ -275,6 +275,26 @@ def test_a_later_opinion_or_a_retraction_ends_the_replay_of_an_earlier_one(make_
     assert set(taught.outcomes) == {"e4", "e5"}
 
 
+def test_praise_of_long_ago_does_not_turn_a_thumb_down_round(make_policy: Make) -> None:
+    """Seven thumbs up on the very text that is now rated down: learned with them it would be said more often."""
+    policy = make_policy("gpt2")
+    store = answered(policy)
+    for copy in range(7):
+        store.interactions[f"c0-{copy}"] = store.interactions["c0"]
+        store.add(f"c0-{copy}", "thumb", 1)
+    config = LiveConfig(lr=0.1)
+    learner, anchors = new_learner(policy, config), anchors_of(policy)
+    first = read(policy, store, config)
+    assert take_step(policy, learner, first, anchors, config).moved
+    event = store.add("c0", "thumb", -1)
+    second = read(policy, store, config, events=store.events_after(7, 10), state=first.state)
+    assert len(second.replayed) == 7
+    before = total(policy, store.interactions["c0"])
+    taught = take_step(policy, learner, second, anchors, config)
+    assert taught.moved and taught.outcomes[event.id].state == "used"
+    assert total(policy, store.interactions["c0"]) < before - 1e-4
+
+
 def test_no_source_outweighs_another_where_several_are_needed(make_policy: Make) -> None:
     policy = make_policy("gpt2")
     store = answered(policy)

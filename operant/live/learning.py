@@ -53,6 +53,7 @@ __all__ = [
 
 MEMORY = 256  # learned events that may be drawn again
 HALVINGS = 24  # of a step, before it is given up
+PATIENCE = 4  # tries with earlier events, before the new ones are learned alone
 _FAR = "the policy has moved too far from this text to push it down"
 _GREEDY = "greedy completion has no propensity"
 
@@ -497,8 +498,9 @@ def rating_loss(logprobs: Tensor, batch: Batch, band: float) -> tuple[Tensor, Te
 def take_step(policy: Policy, learner: Learner, lesson: Lesson, anchors: Anchors, config: LiveConfig) -> Taught:
     """One step of the weights, in place, and what became of each new event.
 
-    The weights are as they were, bit for bit, when nothing is taught, when the step is sick, or when no share of it
-    keeps the KL budget and follows what was said; the reason is then told for each event.
+    When the step with earlier events does not follow what was said, one on the new events alone is made instead. The
+    weights are as they were, bit for bit, when nothing is taught, when the step is sick, or when no share of it keeps
+    the KL budget and follows; the reason is then told for each event.
     """
     outcomes = dict(lesson.outcomes)
     if not lesson.taught:
@@ -512,21 +514,24 @@ def take_step(policy: Policy, learner: Learner, lesson: Lesson, anchors: Anchors
         return Taught(outcomes, None, 0.0, 0.0)
     before = _told_logprobs(policy, lesson.taught, room)
     fresh = _batches(policy, [r for r in lesson.rated if r.fresh], [p for p in lesson.paired if p.fresh], config)
-    everything = _batches(policy, lesson.rated, lesson.paired, config) if lesson.replayed else fresh
-    if config.anchor_coef:
-        everything = [*everything, anchors.batch]
+    also = [anchors.batch] if config.anchor_coef else []
+    steps = [([*fresh, *also], HALVINGS)]
+    if lesson.replayed:  # what was learned before may pull the other way; then the new events are learned alone
+        steps.insert(0, ([*_batches(policy, lesson.rated, lesson.paired, config), *also], PATIENCE))
     reference = anchors.logits(policy, room)
     said = _loss(policy, fresh, config)
     parameters = policy.trainable_parameters()
     start = [p.detach().clone() for p in parameters]
-    stats = learner.step([m for batch in everything for m in microbatches(batch, room)], _loss_of(config))
-    scale, kl, logits = 0.0, 0.0, reference
-    reason = stats.reason
-    if not reason:
-        scale, kl, logits = _scaled_back(
-            policy, start, lambda: _loss(policy, fresh, config) < said, anchors, reference, config
-        )
-        reason = "" if scale else "no step within the KL budget moved the text the right way"
+    for batches, patience in steps:
+        stats = learner.step([m for batch in batches for m in microbatches(batch, room)], _loss_of(config))
+        scale, kl, logits, reason = 0.0, 0.0, reference, stats.reason
+        if not reason:
+            scale, kl, logits = _scaled_back(
+                policy, start, lambda: _loss(policy, fresh, config) < said, anchors, reference, config, patience
+            )
+            reason = "" if scale else "no step within the KL budget moved the text the right way"
+        if scale:
+            break
     after = _told_logprobs(policy, lesson.taught, room) if scale else before
     for row, was, now in zip(lesson.taught, before, after, strict=True):
         advantage = row.advantage if isinstance(row, Rated) else None
@@ -556,8 +561,12 @@ def _scaled_back(
     anchors: Anchors,
     reference: Tensor,
     config: LiveConfig,
+    patience: int,
 ) -> tuple[float, float, Tensor]:
-    """Halve the step from `start` until it keeps the budget and follows; the share that is left, its KL and logits."""
+    """Halve the step from `start` until it keeps the budget and follows; the share that is left, its KL and logits.
+
+    patience: tries within the budget before it is given up.
+    """
     parameters = policy.trainable_parameters()
     whole = [p.detach() - s for p, s in zip(parameters, start, strict=True)]
     for halving in range(HALVINGS):
@@ -567,8 +576,12 @@ def _scaled_back(
                 p.copy_(s + scale * d)
         logits = anchors.logits(policy, config.tokens_per_microbatch)
         kl = divergence(logits, reference)
-        if kl <= config.kl_budget and follows():
-            return scale, kl, logits
+        if kl <= config.kl_budget:
+            if follows():
+                return scale, kl, logits
+            patience -= 1
+            if not patience:
+                break
     with torch.no_grad():
         for p, s in zip(parameters, start, strict=True):
             p.copy_(s)
