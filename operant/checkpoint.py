@@ -111,8 +111,8 @@ def save(
         if healthy:
             replace_file(folder / POINTER, target.name + "\n")
     except BaseException as error:
+        reason = _storage_fault(error, folder)  # before the half-written files go: that frees the very space
         shutil.rmtree(staging, ignore_errors=True)
-        reason = _storage_fault(error, folder)
         if reason is None:
             raise
         raise OperantError(

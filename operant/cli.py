@@ -71,7 +71,7 @@ EXAMPLES = {
     "keys": (
         configs.KeysConfig,
         "who may talk to a live server: list, add and remove API keys",
-        "operant keys --add anna --roles [chat,rate]",
+        "operant keys --add anna --roles '[chat,rate]'",
     ),
     "versions": (
         configs.VersionsConfig,
@@ -153,11 +153,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("operant:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("operant: interrupted; go on with --resume true if a run was under way", file=sys.stderr)
+        print(f"operant: interrupted{_going_on(given)}", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+def _going_on(given: Sequence[str]) -> str:
+    """How an interrupted command is gone on with, for those that can be."""
+    cls = EXAMPLES[given[0]][0] if given and given[0] in EXAMPLES else None
+    resumes = cls is not None and any(f.name == "resume" for f in dataclasses.fields(cls))
+    return "; go on with --resume true if a run was under way" if resumes else ""
 
 
 def _parse(given: list[str]) -> tuple[str, Any]:

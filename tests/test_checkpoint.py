@@ -430,3 +430,24 @@ def test_a_reader_during_saves_always_sees_a_whole_checkpoint(tmp_path: Path) ->
     finally:
         child.kill()
         child.communicate(timeout=60)
+
+
+def test_a_disk_that_torch_filled_is_told_though_the_half_written_files_are_gone_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's writer tells of its own position only, and what is removed afterwards frees the very space."""
+    usage = shutil.disk_usage(tmp_path)
+
+    def free(path: Path) -> object:
+        staged = [p for p in tmp_path.rglob("half") if p.is_file()]
+        return usage._replace(free=0 if staged else 1 << 30)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", free)
+
+    def fill(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 662912 vs 662804")
+
+    with pytest.raises(OperantError, match="the disk is full while saving step 3"):
+        checkpoint.save(tmp_path, 3, fill)
+    assert list(tmp_path.iterdir()) == []

@@ -288,4 +288,6 @@ def test_the_program_looks_exports_loads_backs_up_and_prunes(
     assert "give one of them" in program.fault(*feedback, "--load", "x", "--backup", "y")
     assert "is not there" in program.fault("feedback", "--store", str(tmp_path / "none.db"))
     assert "cannot be read" in program.fault(*feedback, "--load", str(tmp_path / "none.jsonl"))
+    (tmp_path / "no.jsonl").write_bytes(b"\xf8\xff")
+    assert "is no text" in program.fault(*feedback, "--load", str(tmp_path / "no.jsonl"))
     assert "no prompt, completion or feedback" in program.fault(*feedback, "--load", __file__)

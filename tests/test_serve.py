@@ -309,6 +309,11 @@ def test_what_cannot_be_served_is_told_in_one_line(
     assert "--port" in program.fault("serve", "--port", 99999)
     assert "is no store" in program.fault("serve", *root, "--port", 0, "--store", "mysql://x")
     assert not Versions(tmp_path / "live").exists()
+    policy.save(tmp_path / "model")
+    (tmp_path / "wrong.jsonl").write_text('{"foo": 1}\n')
+    begun = ("serve", *root, "--port", 0, "--model", tmp_path / "model", "--anchor_rows", 1, "--anchor_tokens", 2)
+    for rows, told in (("none.jsonl", "none.jsonl"), ("wrong.jsonl", "'prompt'")):
+        assert told in program.fault(*begun, "--heldout", tmp_path / rows)
 
 
 def test_an_extra_that_is_missing_is_named(

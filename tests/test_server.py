@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -612,6 +613,7 @@ def test_an_idempotency_key_gives_the_first_receipt_and_refuses_another_body(ser
         ({"kind": "edit", "value": 1}, "value"),
         ({"kind": "comparison", "value": "chatcmpl-none"}, "value"),
         ({"kind": "comparison", "value": "\u0000"}, "value"),
+        ({"kind": "retract", "value": "fb-none"}, "value"),
         ({"kind": "span", "value": 1}, "span"),
         ({"kind": "span", "value": 1, "span": {"start": 0, "end": 9999}}, "span"),
         ({"kind": "span", "value": 1, "text": "not in the answer at all"}, "span"),
@@ -630,6 +632,23 @@ def test_only_malformed_feedback_is_refused(served: Served, body: dict[str, Any]
     error = served.fault("POST", "/v1/feedback", 422, json={"completion_id": name} | body)
     assert error["param"] == param, error
     assert served.store.counts()["events"] == events
+
+
+def test_only_ones_own_word_is_taken_back(served: Served) -> None:
+    one, other = served.chat()["id"], served.chat("a dog ran")["id"]
+    anna = served.rate(one, "thumb", 1, source="anna")["id"]
+    for body in ({"completion_id": one, "source": "bob"}, {"completion_id": other, "source": "anna"}):
+        error = served.fault("POST", "/v1/feedback", 422, json=body | {"kind": "retract", "value": anna})
+        assert error["param"] == "value" and "version" not in error["message"]
+    served.rate(one, "retract", anna, source="anna")
+
+
+def test_a_full_disk_is_not_ready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert served.http.get("/ready").status_code == 200
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    answer = served.http.get("/ready")
+    assert answer.status_code == 503 and "disk is full" in answer.text
 
 
 def test_feedback_on_what_is_not_there_is_404(served: Served) -> None:

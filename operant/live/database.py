@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import shutil
 import sqlite3
 import threading
 import time
@@ -284,6 +285,13 @@ class Database:
                 raise OperantError(f"{self.name} is open for reading only")
             self._calls.put(call)
         return call.future.result()
+
+    def expect_room(self, least: int) -> None:
+        """Raises StoreFault when fewer bytes are free where an SQLite file is; a server minds its own disk."""
+        if self._sqlite:
+            assert self._url.database is not None
+            if shutil.disk_usage(Path(self._url.database).parent).free < least:
+                raise StoreFault(f"{self.name} cannot grow: the disk is full; free some space there")
 
     def _work(self) -> None:
         ending = False

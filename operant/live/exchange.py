@@ -172,6 +172,8 @@ def load(store: Store, path: str | Path, format: str = "lines", *, metric: str =
                 return import_lines(store, file)
         except OSError as error:
             raise OperantError(f"{path} cannot be read ({error.strerror}); give another --load") from error
+        except UnicodeDecodeError as error:
+            raise OperantError(f"{path} is no text; --load takes a file of JSON Lines") from error
     return import_rows(store, format, _read_rows(str(path)), metric=metric)
 
 

@@ -68,6 +68,10 @@ async def record(
     others: dict[str, StoredCompletion | None] = {}
     if body.get("kind") == "comparison" and isinstance(body.get("value"), str):
         others[body["value"]] = await stored_of(service, body["value"])
+    if body.get("kind") == "retract" and (name := body.get("value")):
+        taken = await service.io(service.store.story, name) if isinstance(name, str) and _ID.fullmatch(name) else None
+        if taken is None or (taken.event.source, taken.event.completion_id) != (source, stored.id):
+            raise ApiError(422, f"value: you have said nothing {str(name)[:100]!r} about this answer", param="value")
     config = service.config
     event = feedback.parse(
         body, stored, others.get, source=source, now=time.time(), id=new_id("fb"), score_low=config.score_low,

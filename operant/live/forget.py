@@ -123,7 +123,7 @@ def _plan(source: str, versions: Versions, store: Store) -> _Plan:
     records, there = versions.records(), {v.version for v in versions.all()}
     touched = {r.version for r in records if r.state == "published" and not set(own).isdisjoint(r.events)}
     published = [r.version for r in records if r.state == "published"]
-    drop = [v for v in published if not touched.isdisjoint(versions.ancestors(v))]
+    drop = [v for v in published if v in there and not touched.isdisjoint(versions.ancestors(v))]
     line = versions.ancestors(versions.pointer().version)
     base, redo = None, []
     if first := [v for v in line if v in touched]:
@@ -161,7 +161,9 @@ def _carry_out(
                 worker.repeat(versions.record(old), set(plan.events))
             if progress is not None:
                 progress(number, len(plan.redo))
-    dropped = versions.drop(plan.drop)
+    versions.drop(plan.drop)
+    left = {v.version for v in versions.all()}
+    dropped = [v for v in plan.drop if v not in left]  # also those that made room for newer ones on the way
     store.reconcile(versions.records())
     store.served(versions.pointer().version, time.time())
     made = sum(1 for r in versions.records() if r.version >= plan.begun and r.again >= 0)

@@ -75,6 +75,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
     from operant.live.server import create_app
     from operant.live.store import Store
     from operant.live.supervisor import Supervisor
+    from operant.live.worker import heldout_prompts
     from operant.policy import Policy
 
     implicit = Implicit(config.implicit) if config.implicit else None
@@ -88,6 +89,8 @@ def live(config: ServeConfig) -> Iterator[Live]:
         current = versions.current()
         policy = Policy.load(Path(current.path) / "model", device=config.device, dtype=config.dtype)
         policy.model.eval()
+        if config.heldout:
+            heldout_prompts(config, policy)  # said now, not when the first version waits to be judged
         store.reconcile(versions.records())
         store.served(current.version, time.time())
         store.retain(86_400 * config.max_age_days, config.max_bytes)

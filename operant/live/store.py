@@ -34,6 +34,7 @@ __all__ = ["Conflict", "EventStory", "Receipt", "Store", "StoreFault", "StoredCo
 log = logging.getLogger(__name__)
 
 HELD_SECONDS = 600.0  # an event waits for its completion to be written, but not for ever
+ROOM = 1 << 20  # bytes that have to be free for the store to be ready
 FORGOTTEN = ""  # the source of what a forgotten one said
 GONE = Outcome("unused", "forgotten: its source has taken everything back")
 
@@ -464,8 +465,9 @@ class Store:
     # --- care ---------------------------------------------------------------------------------------------------------
 
     def ready(self) -> None:
-        """Return when a transaction has been committed; raises StoreFault when none can be."""
+        """Return when an answer could be written down; raises StoreFault when none can be."""
         self.database.write(lambda connection: None)
+        self.database.expect_room(ROOM)
 
     def backup(self, path: str | Path) -> None:
         """Copy the store, as it is at one moment and while it is used, to an SQLite file that operant can open.

@@ -367,9 +367,9 @@ class Versions:
             except (OperantError, OSError) as error:
                 log.warning("old versions stay on disk: %s", error)
 
-    def drop(self, numbers: Sequence[int]) -> list[int]:
-        """Delete the weights of these versions, wherever they are on disk, and return their numbers; users who are
-        pinned to one follow again. The records stay. Raises ValueError for the one that serves."""
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Delete the weights of these versions, those that are on disk; users who are pinned to one follow again. The
+        records stay. Raises ValueError for the one that serves."""
         with self._lock():
             if self.pointer().version in numbers:
                 raise ValueError(f"version {self.pointer().version} serves and cannot be dropped")
@@ -381,7 +381,6 @@ class Versions:
             self._keep_records(there)
             for c in there.values():
                 checkpoint.delete(c.path)
-        return list(there)
 
     def drop_pending(self) -> None:
         """Leave the step that was announced and not finished: its events are still to be consumed."""

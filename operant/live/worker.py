@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from operant import checkpoint
-from operant.config import LiveConfig, WorkerConfig, check_numbers
+from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_numbers
 from operant.data import Fields, load_prompts, load_rows
 from operant.learner import Learner, Sgd
 from operant.live.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
@@ -234,6 +234,18 @@ def _load_anchors(root: Path, policy: Policy) -> Anchors:
         [kept.prompts[a.prompt_id] for a in answers], [a.tokens for a in answers],
         encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id,
     )  # fmt: skip
+
+
+def heldout_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
+    """What the slow gate asks. Raises OperantError when the file is missing, empty or has no such column."""
+    prompts = load_prompts(
+        load_rows(config.heldout, split="dev", limit=config.heldout_rows), policy.codec,
+        Fields(prompt=config.prompt_field, references=config.reference_field),
+        encoder=policy.family == "encoder-decoder", max_prompt_tokens=policy.max_length // 2, too_long="skip",
+    )  # fmt: skip
+    if not prompts:
+        raise OperantError(f"no prompt of {config.heldout} is short enough to be asked; give another --heldout")
+    return prompts
 
 
 # --- the process ------------------------------------------------------------------------------------------------------
@@ -464,12 +476,7 @@ class Worker:
 
     def _heldout_prompts(self) -> list[Prompt]:
         if self._heldout is None:
-            config, policy = self.config, self.current().policy
-            self._heldout = load_prompts(
-                load_rows(config.heldout, split="dev", limit=config.heldout_rows), policy.codec,
-                Fields(prompt=config.prompt_field, references=config.reference_field),
-                encoder=policy.family == "encoder-decoder", max_prompt_tokens=policy.max_length // 2, too_long="skip",
-            )  # fmt: skip
+            self._heldout = heldout_prompts(self.config, self.current().policy)
         return self._heldout
 
     # --- the loop -----------------------------------------------------------------------------------------------------
