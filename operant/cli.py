@@ -551,7 +551,8 @@ def run_versions(config: configs.VersionsConfig) -> None:
     from operant.live.versions import Versions
 
     asked = {
-        "--compare": bool(config.compare), "--promote": config.promote is not None, "--roll_back": config.roll_back,
+        "--compare": bool(config.compare), "--evaluate": bool(config.evaluate),
+        "--promote": config.promote is not None, "--roll_back": config.roll_back,
         "--anchor": config.anchor is not None,
         "--pin": config.pin is not None, "--unpin": config.unpin is not None,
     }  # fmt: skip
@@ -566,6 +567,20 @@ def run_versions(config: configs.VersionsConfig) -> None:
             raise OperantError("--compare takes two versions, such as [3, 5]")
         told = compare(versions, config.compare[0], config.compare[1])
         print(json.dumps(told) if config.json else "\n".join(f"{name:18} {value}" for name, value in told.items()))
+        return
+    if config.evaluate:
+        from operant.live.off_policy import evaluate
+        from operant.live.worker import open_store
+
+        judged = evaluate(versions, config.evaluate, open_store(config.store or str(Path(config.root) / "store.db")))
+        if config.json:
+            print(json.dumps(judged))
+            return
+        for number, v in judged.items():
+            print(
+                f"{number:6}  {v['snips']:.3f} ± {v['std_error']:.3f}  effective sample size {v['ess']:.1f} of "
+                f"{v['rated']:.0f} ratings, which were {v['mean']:.3f} on average"
+            )
         return
     if config.promote is not None:
         versions.promote(config.promote)

@@ -852,6 +852,8 @@ class ServeConfig(LearnerConfig):
         max_tokens: longest answer to a chat that names no limit.
         prefix: text put before every chat, for models without a chat template.
         separator: text between such a chat and its answer, for decoder-only models.
+        reward: rate every stored answer with this too, on the scale of scores: a metric, a judge, a model, or
+            module:function, as operant train names them. Nobody gives references here.
         implicit: module:function that reads a user's next message as a score of the answer before it, or as nothing.
         max_body: bytes of a request, at most.
         max_age_days: what was asked longer ago goes, with its feedback, but nothing that is pending. Steps that learned
@@ -872,6 +874,7 @@ class ServeConfig(LearnerConfig):
     max_tokens: int = 256
     prefix: str = ""
     separator: str = "\n"
+    reward: str = ""
     implicit: str = ""
     max_body: int = 1 << 20
     max_age_days: float = 0.0
@@ -909,6 +912,8 @@ class VersionsConfig:
         compare: two versions to measure against each other on the anchor answers.
         promote: let this version serve.
         roll_back: serve the parent of the current version again, its optimizer included.
+        evaluate: versions to judge by the ratings of what others wrote: SNIPS and its effective sample size.
+        store: of `evaluate`; empty takes store.db in `root`.
         anchor: measure drift from this version on, which gives learning new room when the gate refuses for drift.
         pin: a user who is served `version` whatever is published.
         unpin: a user who follows the current version again.
@@ -918,6 +923,8 @@ class VersionsConfig:
 
     root: str = "runs/live"
     compare: list[int] = dataclasses.field(default_factory=list)
+    evaluate: list[int] = dataclasses.field(default_factory=list)
+    store: str = ""
     promote: int | None = None
     roll_back: bool = False
     anchor: int | None = None

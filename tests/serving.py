@@ -88,7 +88,7 @@ def listening(server: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def serving(
-    policy: Policy, folder: Path, *, keys: Any = None, implicit: Any = None, **settings: Any
+    policy: Policy, folder: Path, *, keys: Any = None, implicit: Any = None, automatic: Any = None, **settings: Any
 ) -> Iterator[Served]:
     """A server without a learner, on version 0 of this policy."""
     config = ServeConfig(
@@ -105,7 +105,7 @@ def serving(
     engine = Engine(policy, versions.pointer().version, max_rows=config.max_rows, queue=config.queue)
     app = create_app(
         engine, store, versions, None, config, codec=policy.codec, encoder=policy.family == "encoder-decoder",
-        max_length=policy.max_length, keys=keys, implicit=implicit,
+        max_length=policy.max_length, keys=keys, implicit=implicit, automatic=automatic,
     )  # fmt: skip
     try:
         server = server_of(app, config)

@@ -19,9 +19,11 @@ from live import logprob
 from serving import Served, serving
 
 from operant.live.access import Links
+from operant.live.automatic import Automatic
 from operant.live.implicit import Implicit
 from operant.live.store import StoreFault
 from operant.policy import Policy
+from operant.types import Completion, Prompt
 
 HELLO = [{"role": "user", "content": "the cat sat"}]
 
@@ -810,3 +812,29 @@ def test_a_stop_cuts_off_what_goes_on_too_long_and_records_it(policy: Policy, tm
         (stored,) = own.store.list_completions()
         assert stored.status == "partial" and 0 < len(stored.completion.tokens) < 110
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "stopping"
+
+
+def halved(prompt: Prompt, completion: Completion) -> float:
+    return 0.5 if completion.text else 0.0
+
+
+def far_off(prompt: Prompt, completion: Completion) -> float:
+    return 7.0
+
+
+@pytest.mark.parametrize(("reward", "events"), [(halved, 1), (far_off, 0)])
+def test_a_reward_rates_every_answer_once(policy: Policy, tmp_path: Path, reward: Any, events: int) -> None:
+    automatic = Automatic(reward)
+    try:
+        with serving(policy, tmp_path, automatic=automatic) as served:
+            name = served.chat(logit_bias={"2": -100})["id"]
+            served.chat(store=False)
+            until = time.monotonic() + 60
+            while served.service.tasks and time.monotonic() < until:
+                time.sleep(0.02)
+            told = served.http.get("/v1/feedback").json()["data"]
+            assert len(told) == events
+            assert all(one["completion_id"] == name and one["kind"] == "score" for one in told)
+            assert all(one["value"] == 0.5 and one["source"].startswith("reward:") for one in told)
+    finally:
+        automatic.close()

@@ -203,6 +203,8 @@ class Generation:
                 log.warning("%s: %s", choice.id, error)
         if choice.fault is None:
             choice.completion = completion
+            if self.stored and status == "complete" and service.automatic is not None:
+                service.spawn(service.automatic.rate(service, choice.id))
         service.metrics.finished(completion, status, time.time() - self.created)
         if choice.fault is not None:
             self._pieces.put_nowait(ApiError(500, choice.fault, code="generation_failed"))

@@ -70,6 +70,7 @@ def serve(config: ServeConfig) -> None:
 @contextlib.contextmanager
 def live(config: ServeConfig) -> Iterator[Live]:
     """Everything but the socket: begin or take up the folder, reconcile the ledger, start engine and learner."""
+    from operant.live.automatic import Automatic
     from operant.live.engine import Engine
     from operant.live.implicit import Implicit
     from operant.live.server import create_app
@@ -79,8 +80,11 @@ def live(config: ServeConfig) -> Iterator[Live]:
     from operant.policy import Policy
 
     implicit = Implicit(config.implicit) if config.implicit else None
+    automatic = Automatic(config.reward) if config.reward else None
     root = Path(config.root)
     with contextlib.ExitStack() as stack:
+        if automatic is not None:
+            stack.callback(automatic.close)
         stack.enter_context(_only_one(root))
         where = config.store or str(root / "store.db")
         store = stack.enter_context(contextlib.closing(Store(where)))
@@ -102,7 +106,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
         app = create_app(
             engine, store, versions, supervisor, config, codec=policy.codec,
             encoder=policy.family == "encoder-decoder", max_length=policy.max_length, keys=_keys(config),
-            implicit=implicit,
+            implicit=implicit, automatic=automatic,
         )  # fmt: skip
         del policy  # the engine alone keeps weights, and lets old ones go
         yield Live(app, engine, store, versions, supervisor, config)

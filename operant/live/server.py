@@ -30,6 +30,7 @@ from operant.text import Codec
 from operant.types import OperantError
 
 if TYPE_CHECKING:
+    from operant.live.automatic import Automatic
     from operant.live.engine import Engine
     from operant.live.supervisor import Supervisor
 
@@ -51,7 +52,7 @@ HEADERS = {
 def create_app(
     engine: Engine, store: Store, versions: Versions, supervisor: Supervisor | None, config: ServeConfig, *,
     codec: Codec, encoder: bool, max_length: int, keys: Keys | None = None, links: Links | None = None,
-    implicit: Implicit | None = None,
+    implicit: Implicit | None = None, automatic: Automatic | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application.
 
@@ -60,7 +61,7 @@ def create_app(
     """
     service = Service(
         engine, codec, encoder, max_length, store, versions, supervisor, config, keys or Keys(None),
-        links or Links.at(versions.root, int(config.link_days * 86400)), Metrics(), implicit,
+        links or Links.at(versions.root, int(config.link_days * 86400)), Metrics(), implicit, automatic,
     )  # fmt: skip
 
     @contextlib.asynccontextmanager

@@ -21,6 +21,7 @@ from operant.text import Codec
 from operant.types import OperantError
 
 if TYPE_CHECKING:
+    from operant.live.automatic import Automatic
     from operant.live.engine import Engine
     from operant.live.implicit import Implicit
     from operant.live.metrics import Metrics
@@ -86,6 +87,7 @@ class Service:
     links: Links
     metrics: Metrics
     implicit: Implicit | None = None
+    automatic: Automatic | None = None
     stopping: bool = False
     started: float = dataclasses.field(default_factory=time.time)
     # answers under way and records being written, which a stop waits for

@@ -1,0 +1,63 @@
+"""A reward that rates every answer as soon as it is written: a metric, a judge, a learned model, any function.
+
+Off unless the server is told to use one. Its events are scores, with it as their source, and are learned and told of as
+a person's are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from operant.live.feedback import BadFeedback
+from operant.live.feedback_api import record, stored_of
+from operant.live.service import ApiError
+from operant.rewards import RewardRunner, reward_by_name
+from operant.types import OperantError
+
+if TYPE_CHECKING:
+    from operant.live.service import Service
+
+__all__ = ["Automatic"]
+
+log = logging.getLogger(__name__)
+
+
+class Automatic:
+    """The reward that `name` names (`rewards.reward_by_name`), one answer after the other. Close it to end its process.
+
+    Raises OperantError when there is no such reward.
+    """
+
+    def __init__(self, name: Any) -> None:
+        reward = reward_by_name(name)
+        self.name = name if isinstance(name, str) else str(reward.name)
+        self._runner = RewardRunner(reward, workers=1)
+        self._turn = asyncio.Lock()
+
+    def close(self) -> None:
+        self._runner.close()
+
+    async def rate(self, service: Service, completion_id: str) -> None:
+        """Rate one answer. Never raises: a reward that is missing teaches nothing, and the log says why."""
+        with contextlib.suppress(asyncio.CancelledError):
+            try:
+                stored = await stored_of(service, completion_id)
+                if stored is None or stored.completion is None:
+                    return
+                async with self._turn:
+                    (rated,) = await asyncio.to_thread(self._runner.run, [(stored.prompt, stored.completion)])
+                if rated.missing or not rated.observed.all():
+                    log.warning("the reward %s is missing for %s: %s", self.name, completion_id, rated.missing)
+                    return
+                body = {
+                    "completion_id": completion_id, "kind": "score", "value": float(rated.rewards.sum()),
+                    "idempotency_key": f"{completion_id}-reward",
+                }  # fmt: skip
+                await record(service, body, stored, f"reward:{self.name}", "reward")
+            except BadFeedback as error:
+                log.warning("the reward %s is off the scale of scores for %s: %s", self.name, completion_id, error)
+            except (OperantError, ApiError) as error:
+                log.warning("the reward %s teaches nothing here: %s", self.name, error)
