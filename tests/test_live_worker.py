@@ -457,6 +457,7 @@ def test_it_learns_from_a_database_that_another_process_writes(make_loop: Callab
 # --- the process and the program --------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)
 def test_killed_at_every_durable_write_it_loses_no_event_and_learns_none_twice(
     make_loop: Callable[..., Loop], tmp_path: Path
 ) -> None:
