@@ -24,7 +24,7 @@ RUNS = ROOT / "runs" / "algorithms"
 RECORD = Records(RECORDS / "algorithms")
 MINUTES = 1.0
 RATE = "2e-4"
-RATES: dict[str, str] = {"dpo": "5e-5", "ipo": "5e-5", "kto": "5e-5"}
+RATES: dict[str, str] = {"double_q": "1e-2", "dpo": "5e-5", "ipo": "5e-5", "kto": "5e-5"}
 MAX_TOKENS = 32
 
 

@@ -114,7 +114,9 @@ class RunConfig:
         device: auto, cpu, cuda, cuda:1 or mps.
         dtype: float32, or bf16 for autocast where the processor or GPU has it.
         threads: CPU threads for the matrix work; 0 leaves torch's default.
-        max_minutes: stop after this many minutes of wall time; 0 for no limit.
+        max_minutes: stop after this many minutes; 0 for no limit.
+        clock: what these minutes are of: wall time, or cpu: time for which the processor worked for this process, which
+            other programs hardly disturb. For comparisons; all threads count, processes that compute rewards do not.
         save_every: optimizer steps between checkpoints.
         keep: checkpoints kept beside the best one.
         tensorboard: also write TensorBoard event files.
@@ -133,6 +135,7 @@ class RunConfig:
     dtype: Literal["float32", "bf16"] = "float32"
     threads: int = 0
     max_minutes: float = 0.0
+    clock: Literal["wall", "cpu"] = "wall"
     save_every: int = 200
     keep: int = 2
     tensorboard: bool = True

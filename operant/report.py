@@ -153,7 +153,7 @@ def load_run(folder: Path) -> Run:
     for row in rows:
         for name, value in row.items():
             number = _number(value)
-            if name not in ("step", "time") and number is not None:
+            if name not in ("step", "time", "seconds") and number is not None:
                 by_step.setdefault(name, {})[int(row.get("step", 0))] = number
     times = [t for row in rows if (t := _number(row.get("time"))) is not None]
     text, config = _config(folder / "config.yaml")

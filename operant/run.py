@@ -94,7 +94,8 @@ class Run:
         self.state: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}  # more for run.json
         self.log: RunLog
-        self._begun = time.perf_counter()
+        self._now = time.process_time if config.clock == "cpu" else time.perf_counter
+        self._begun = self._now()
         self._attached = self._logs = False
         self._saved_step = -1
         self._interrupts = 0
@@ -168,13 +169,14 @@ class Run:
             if resume_step == 0 and self.measured_step < 0:
                 resume_step = -1  # saved before the first measurement, which will be logged again
         self.log = RunLog(
-            self.folder, tensorboard=self.config.tensorboard, wandb=self.config.wandb, resume_step=resume_step
-        )
+            self.folder, tensorboard=self.config.tensorboard, wandb=self.config.wandb, resume_step=resume_step,
+            clock=lambda: self.seconds,
+        )  # fmt: skip
         self._logs = True
         if found is None:
             self.save()
         self._attached = True
-        self._begun = time.perf_counter()
+        self._begun = self._now()
 
     def _load(self, path: Path) -> None:
         self.policy.restore(path / "model")
@@ -221,8 +223,8 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall seconds of this run, earlier parts of a resumed one included."""
-        return self.spent_seconds + time.perf_counter() - self._begun
+        """Seconds of this run by the configured clock, earlier parts of a resumed one included."""
+        return self.spent_seconds + self._now() - self._begun
 
     # --- the loop ------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 #: Configuration keys that may differ on resume: how long, where and how loudly, never what is learned.
 FREE_KEYS = frozenset(
     {
+        "clock",
         "config",
         "device",
         "keep",
@@ -207,6 +208,7 @@ class RunLog:
         wandb: the Weights & Biases project to log to as well, or None.
         resume_step: the step of the checkpoint that the run goes on from. Lines of later steps are dropped first, so
             that no step is logged twice; 0 drops all but step 0. None (a new run) keeps what is there.
+        clock: the run's seconds so far, which each line of metrics.jsonl then holds beside the time of day.
 
     Raises:
         OperantError: `wandb` is asked for and not installed.
@@ -219,8 +221,10 @@ class RunLog:
         tensorboard: bool = True,
         wandb: str | None = None,
         resume_step: int | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.path = folder.path if isinstance(folder, RunFolder) else Path(folder)
+        self._clock = clock
         self.path.mkdir(parents=True, exist_ok=True)
         self._wandb = _start_wandb(wandb, self.path) if wandb else None
         try:
@@ -236,6 +240,8 @@ class RunLog:
         """Append one line to metrics.jsonl and the same numbers elsewhere. NaN and infinities are kept, as strings."""
         numbers = {name: float(value) for name, value in metrics.items()}
         row: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
+        if self._clock is not None:
+            row["seconds"] = round(self._clock(), 3)
         row.update((name, _jsonable(value)) for name, value in numbers.items())
         self._write(self._metrics, row)
         if self._board is not None:

@@ -33,7 +33,7 @@ pytestmark = [
 TESTS = Path(__file__).parent
 STAGES = ("pretrain", "sft", "train")
 KILLS = 18  # in each stage, beside those of whole processes
-CLOCKS = ("time", "train/seconds", "train/sample_seconds", "train/tokens_per_second")
+CLOCKS = ("time", "seconds", "train/seconds", "train/sample_seconds", "train/tokens_per_second")
 
 REWARDS = """
 import math, os, signal, time, zlib

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import importlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,21 @@ def test_the_target_ends_a_run(program: Program, model: Path, data: Path, tmp_pa
     program("train", "--model", model, "--data", data, "--target", "length>=0", "--out", out, *TRAIN)
     facts = json.loads((out / "run.json").read_text())
     assert "target" in facts["stop_reason"] and facts["steps"] == 0
+
+
+def test_minutes_of_the_processor_do_not_pass_while_others_work(
+    program: Program, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worked, passed = itertools.count(0, 1), itertools.count(0, 1000)
+    monkeypatch.setattr(time, "process_time", lambda: float(next(worked)))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(passed)))
+    command = ("train", "--model", model, "--data", data, *TRAIN, "--max_minutes", 1.5)
+    assert program(*command, "--out", tmp_path / "wall").status == 0
+    assert program(*command, "--out", tmp_path / "cpu", "--clock", "cpu").status == 0
+    reasons = [json.loads((tmp_path / name / "run.json").read_text())["stop_reason"] for name in ("wall", "cpu")]
+    assert "time limit" in reasons[0] and "steps done" in reasons[1]
+    rows = read_rows(tmp_path / "cpu" / "metrics.jsonl")
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows) and rows[-1]["seconds"] < 90
 
 
 # --- run folders -----------------------------------------------------------------------------------------------------
