@@ -13,13 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from conftest import tiny_model
+from serving import serving
 
+from operant.batch import from_sequences
+from operant.policy import Policy
 from operant.rewards import RewardRunner, reward_by_name
 from operant.rewards.judge import Judge, Ledger
+from operant.text import Codec
 from operant.types import Completion, OperantError, Prompt
 
 KEY = "sk-very-secret-0123456789"
@@ -473,3 +480,49 @@ def test_a_cache_that_is_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("these are my notes, and no database at all, whatever the judge may think of it")
     with pytest.raises(OperantError, match="choose another cache"):
         Ledger(str(tmp_path / "notes"))
+
+
+def test_operants_own_server_as_the_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untaught it says nonsense, which is missing; a model that was taught two verdicts by heart gives them."""
+    nonce = "0123456789abcdef"  # by heart: a model of this size cannot copy one that it has not seen
+    monkeypatch.setattr("operant.rewards.judge.secrets", SimpleNamespace(token_hex=lambda _: nonce))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    rows = [pair(answer) for answer in ("since it rained", "no no no no")]
+    replies = [f'{{"nonce": "{nonce}", "score": {score}}}' for score in (10, 4)]
+    asks = []
+    for prompt, completion in rows:
+        ask = Judge(url="http://here", model="m")._asks(prompt, completion.text)
+        assert isinstance(ask, list)
+        messages = Judge(url="http://here", model="m").messages(ask[0], nonce)
+        asks.append("\n".join(message["content"] for message in messages) + "\n")
+    codec = Codec.train_bpe([*asks, *replies] * 3, vocab_size=600)
+    policy = Policy(tiny_model("gpt2", codec, context=320), codec, device="cpu")
+
+    def judged(folder: str, **options: Any) -> tuple[list[float | None], RewardRunner, Judge]:
+        policy.model.eval()
+        with serving(policy, tmp_path / folder) as served:
+            judge = Judge(url=f"{served.url}/v1", model="default", max_tokens=40, concurrency=2, **options)
+            return *rewards(judge, *rows), judge
+
+    found, runner, _ = judged("untaught", structured="none")
+    assert found == [None, None] and runner.counts == {"judge nonsense": 2}
+
+    batch = from_sequences(
+        [codec.encode_prompt(text) for text in asks], [codec.encode(text, eos=True) for text in replies],
+        encoder=False, pad_id=codec.pad_id,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=5e-3)
+    for _ in range(400):
+        loss = -policy.logprobs(batch).logprobs.sum() / batch.action_mask.sum()
+        if loss < 0.01:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    found, _, judge = judged("taught", structured="none")
+    assert found == [1.0, pytest.approx(1 / 3)]
+    assert judge.spent["requests"] == 2 and judge.spent["tokens_out"] > 0
+
+    found, runner, _ = judged("formats")  # the server says which formats it cannot promise, and the judge says so
+    assert found == [None, None] and runner.counts == {"judge refused": 2}
+    assert "follow a format" in str(runner.details)
