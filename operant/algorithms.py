@@ -16,7 +16,7 @@ Loss = Literal["reinforce", "importance", "ppo_clip", "gspo", "cispo", "topr", "
 PREFERENCE_LOSSES = ("dpo", "ipo", "kto")
 
 GROUP_BASELINES = ("leave_one_out", "position_leave_one_out", "control_variate", "group_scaled", "group_centred")
-TRUST_REGION_SETTINGS = ("delta", "damping", "cg_steps", "backtracks")
+TRUST_REGION_SETTINGS = ("delta", "damping", "cg_steps", "fisher_share", "backtracks")
 VALUE_SETTINGS = ("q_beta", "n_step", "target_every", "replay_capacity", "priority", "support")
 POLICY_SETTINGS = ("kl_coef", "entropy_coef", "sft_coef", "baseline_shift", "whiten", "baseline", "normalisation")
 SUMMING_BASELINES = ("group_scaled", "group_centred")  # one number for all tokens of a completion

@@ -84,7 +84,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "queue": ("at least 1", lambda x: x >= 1),
     "reward_workers": ("-1 or more", lambda x: x >= -1),
     "seed": ("between 0 and 2^63 - 1", lambda x: 0 <= x < 2**63),
-    "top_p": ("more than 0 and at most 1", lambda x: 0 < x <= 1),
+    **dict.fromkeys(("fisher_share", "top_p"), ("more than 0 and at most 1", lambda x: 0 < x <= 1)),
 }
 
 
@@ -151,7 +151,8 @@ class StartConfig:
     """Which model a stage starts from.
 
     Args:
-        model: a folder or hub id to start from; empty makes a new one from `arch` and `size`.
+        model: a folder or hub id to start from; empty makes a new one from `arch` and `size`. Where a writer is needed,
+            a folder with an encoder (bert, roberta) gets a decoder that begins from it too (Rothe et al. 2020).
         arch: gpt2 or llama (decoder-only), t5 or mbart (encoder-decoder; mbart learns from nothing faster), bert (an
             encoder, which reads and does not write).
         size: tiny, small or base.
@@ -401,7 +402,8 @@ class TrainConfig(RunConfig, PairFields):
         damping: added to the Fisher matrix's diagonal (trpo); more is nearer to the plain gradient's direction, which
             steps of few completions need.
         cg_steps: Fisher-vector products a step (trpo).
-        backtracks: lengths that its line search tries, each half of the one before, before it refuses the step.
+        fisher_share: share of a step's completions that the Fisher matrix is taken from (trpo), at least eight of them.
+        backtracks: lengths that its line search tries, each at most half of the one before, before it refuses the step.
         q_beta: how far double_q leaves the model that it starts from: it says π_ref · exp(Q / q_beta).
         n_step: tokens whose rewards are taken as paid before a token's value is asked for (double_q).
         target_every: steps after which the lagging estimate is brought up to the learning one (double_q).
@@ -480,6 +482,7 @@ class TrainConfig(RunConfig, PairFields):
     delta: float = 0.01
     damping: float = 0.1
     cg_steps: int = 10
+    fisher_share: float = 0.1
     backtracks: int = 10
     q_beta: float = 0.1
     n_step: int = 8

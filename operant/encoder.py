@@ -7,6 +7,7 @@ what is before it), or the encoder of an encoder-decoder. Reward models and sema
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from operant.types import Batch, Bools, Ints, OperantError
 ENCODER_SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
     "bert": {"tiny": (4, 4, 128, 512), "small": (6, 8, 256, 1024), "base": (12, 12, 768, 3072)},
 }
+
+# whose layers are, weight for weight, those of BART's encoder
+BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 class Encoder:
@@ -120,6 +124,60 @@ class Encoder:
         """Put the weights that `save` wrote at `path` into this encoder, in place: optimizers keep their tensors."""
         saved = type(self.model).from_pretrained(str(path), dtype=torch.float32)
         self.model.load_state_dict(saved.state_dict())
+
+    def with_decoder(self, *, seed: int = 0, dropout: float = 0.0) -> Policy:
+        """An encoder-decoder of BART's form that begins from this encoder on both sides (Rothe et al. 2020, BERT2BERT).
+
+        Its encoder computes what this one computes. Layer i of its decoder begins as layer i of the encoder, with an
+        attention to what was read that begins from noise (`seed`); one table of embeddings serves both sides and the
+        output. The head that unmasked tokens is left behind. Its tokenizer frames prompts as this encoder frames texts.
+        Raises OperantError for an encoder whose layers are not BERT's.
+        """
+        kind, config = self.config.model_type, self.config
+        if kind not in BERT_LIKE:
+            raise OperantError(
+                f"an encoder-decoder can begin from {', '.join(BERT_LIKE)}, whose layers are those of BART, and this "
+                f"is a {kind}; give one of these, or --arch mbart for a new one"
+            )
+        from transformers import BartConfig, BartForConditionalGeneration
+
+        tables, layers = self.body.embeddings, self.body.encoder.layer
+        codec = _framing(self.codec, self.first, self.last)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = BartForConditionalGeneration(
+                BartConfig(
+                    vocab_size=tables.word_embeddings.weight.shape[0], d_model=self.width, encoder_layers=len(layers),
+                    decoder_layers=len(layers), encoder_attention_heads=config.num_attention_heads,
+                    decoder_attention_heads=config.num_attention_heads, encoder_ffn_dim=config.intermediate_size,
+                    decoder_ffn_dim=config.intermediate_size, activation_function=config.hidden_act, dropout=dropout,
+                    attention_dropout=dropout, activation_dropout=0.0, init_std=config.initializer_range,
+                    max_position_embeddings=self.max_length, scale_embedding=True, forced_eos_token_id=None,
+                    decoder_start_token_id=int(self.first[0]) if len(self.first) else codec.pad_id,
+                    pad_token_id=codec.pad_id, bos_token_id=codec.bos_id, eos_token_id=codec.eos_id,
+                )
+            )  # fmt: skip
+        positions = tables.position_embeddings.weight[-self.max_length :] + tables.token_type_embeddings.weight[0]
+        with torch.no_grad():
+            model.model.shared.weight.copy_(tables.word_embeddings.weight)
+            for side in (model.model.encoder, model.model.decoder):
+                # BART's normalisation adds 1e-5 to the variance and BERT's less; small embeddings feel it, hence the
+                # scale, which the normalisation undoes
+                side.embed_positions.weight[side.embed_positions.offset :] = self.width**0.5 * positions
+                side.layernorm_embedding.load_state_dict(tables.LayerNorm.state_dict())
+                for layer, own in zip(side.layers, layers, strict=True):
+                    for name in ("query", "key", "value"):
+                        part = getattr(own.attention.self, name)
+                        getattr(layer.self_attn, f"{name[0]}_proj").load_state_dict(part.state_dict())
+                    for to, begun in (
+                        (layer.self_attn.out_proj, own.attention.output.dense),
+                        (layer.self_attn_layer_norm, own.attention.output.LayerNorm),
+                        (layer.fc1, own.intermediate.dense),
+                        (layer.fc2, own.output.dense),
+                        (layer.final_layer_norm, own.output.LayerNorm),
+                    ):
+                        to.load_state_dict(begun.state_dict())
+        return Policy(model, codec, device=str(self.device), dtype=self.dtype)
 
     # --- what it is ----------------------------------------------------------------------------------------------
 
@@ -223,6 +281,34 @@ class Encoder:
         return out
 
 
+def is_encoder(source: str | Path) -> bool:
+    """Whether a folder holds a BERT-like model."""
+    from transformers import AutoConfig
+
+    if not (Path(source) / "config.json").exists():
+        return False
+    try:
+        return is_masked(AutoConfig.from_pretrained(source))
+    except (OSError, ValueError):  # loading it says what is wrong
+        return False
+
+
+def _framing(codec: Codec, first: Ints, last: Ints) -> Codec:
+    """The same tokenizer, which puts `first` before a prompt and `last` after it, if it does not so already."""
+    framed = np.concatenate([first, last])
+    if codec.encode_prompt("", encoder=True).tolist() == framed.tolist():
+        return codec
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = copy.deepcopy(codec.tokenizer)
+    names = [tokenizer.convert_ids_to_tokens(int(i)) for i in framed]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names[: len(first)], "$A", *names[len(first) :]],
+        special_tokens=list(dict(zip(names, framed.tolist())).items()),
+    )
+    return Codec(tokenizer)
+
+
 def masked_tokenizer(texts: Iterable[str], vocab_size: int) -> Codec:
     """A byte-level BPE (see `Codec.train_bpe`) that also has a mask token, `<extra_id_0>`."""
     codec = Codec.train_bpe(texts, vocab_size=vocab_size, sentinels=1)
@@ -268,4 +354,4 @@ def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         yield piece
 
 
-__all__ = ["ENCODER_SIZES", "Encoder", "by_length", "hide_tokens", "masked_tokenizer", "right_padded"]
+__all__ = ["ENCODER_SIZES", "Encoder", "by_length", "hide_tokens", "is_encoder", "masked_tokenizer", "right_padded"]

@@ -330,8 +330,9 @@ def update_rule(policy: Policy, config: TrainConfig, recipe: Recipe) -> TrustReg
     if recipe.algorithm.rule == "adam":
         return None
     return TrustRegion(
-        policy, delta=config.delta, damping=config.damping, cg_steps=config.cg_steps, backtracks=config.backtracks
-    )
+        policy, delta=config.delta, damping=config.damping, cg_steps=config.cg_steps, backtracks=config.backtracks,
+        fisher_share=config.fisher_share,
+    )  # fmt: skip
 
 
 def merged(taken: Sequence[StepStats]) -> StepStats:

@@ -152,8 +152,8 @@ class Policy:
                 config = AutoConfig.from_pretrained(source)
                 if is_masked(config):  # Transformers would load it as a decoder that sees what comes after
                     raise OperantError(
-                        f"{source} is a {config.model_type}, which reads and does not write; use it with "
-                        "operant reward-model, or give a decoder or encoder-decoder"
+                        f"{source} is a {config.model_type}, which reads and does not write; fine-tune it first "
+                        "(operant sft, which puts a decoder beside it), or give a decoder or encoder-decoder"
                     )
                 auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
                 model = auto.from_pretrained(source, dtype=torch.float32)

@@ -11,19 +11,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from operant import objectives
-from operant.batch import to_device
+from operant.batch import select_rows, to_device
 from operant.learner import ClosureResult, StepLoss
 from operant.policy import Policy
 from operant.types import Batch, OperantError
 
+FEWEST = 8  # completions that the Fisher matrix is taken from, however small the share of them
+
 
 def conjugate_gradient(
     product: Callable[[Tensor], Tensor], target: Tensor, steps: int, tolerance: float = 1e-10
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """x with A x ≈ b for a positive definite A that is known by its products alone (Hestenes & Stiefel 1952).
 
     product: v ↦ A v, float[P] → float[P]. target: b, float[P]. Ends after `steps` products, or once |b − A x|² ≤
-    tolerance · |b|². Returns (x, |b − A x| / |b|); x = 0 where b is.
+    tolerance · |b|². Returns (x, b − A x); x = 0 where b is.
     """
     solution, residual = torch.zeros_like(target), target.clone()
     direction, square = residual.clone(), float(target @ target)
@@ -40,7 +42,7 @@ def conjugate_gradient(
         residual -= length * image
         before, square = square, float(residual @ residual)
         direction = residual + (square / before) * direction
-    return solution, math.sqrt(square / first) if first > 0 else 0.0
+    return solution, residual
 
 
 class TrustRegion:
@@ -48,21 +50,30 @@ class TrustRegion:
 
         x ≈ (F + λI)⁻¹ g by conjugate gradient,   s = √(2δ / xᵀ(F + λI)x) · x   (Schulman et al. 2015, appendix C)
 
-    g is the gradient of the step's objective, F the Fisher matrix, the Hessian of KL(π_old‖π_θ) at θ_old. Then
-    s, s/2, s/4 … are tried until KL(π_old‖π_θ) ≤ δ and the loss has fallen, both recomputed at the new weights. When
-    none does, the old weights are put back bit for bit and the step is refused, with the reason.
+    g is the gradient of the step's objective, F the Fisher matrix, the Hessian of KL(π_old‖π_θ) at θ_old, taken from a
+    share of the step's completions. Then s is tried, and shortened until KL(π_old‖π_θ) ≤ δ on all of them and the loss
+    has fallen, both recomputed at the new weights: to where the KL, taken as quadratic, would be δ, and at least by
+    half. When no length does, the old weights are put back bit for bit and the step is refused, with the reason.
 
     The KL is of the whole vocabulary, the mean over the action tokens of the step's sampled completions (supervised
     pairs beside them move the gradient and not the region), at the training temperature, in float32 whatever the
     policy's dtype. It keeps the old distributions of these tokens, float32[tokens, V].
 
     delta: δ, nats per token. damping: λ, which bounds the step where F is nearly singular. cg_steps: Fisher-vector
-    products a step; each costs about two forward and two backward passes. backtracks: tries of the line search.
+    products a step; each costs about two forward and two backward passes over the share. backtracks: tries of the line
+    search. fisher_share: of the completions that F is taken from, evenly spaced, and at least FEWEST of them.
     Raises OperantError when the policy has no trainable weights, or a critic, which has no place in the region.
     """
 
     def __init__(
-        self, policy: Policy, *, delta: float = 0.01, damping: float = 0.1, cg_steps: int = 10, backtracks: int = 10
+        self,
+        policy: Policy,
+        *,
+        delta: float = 0.01,
+        damping: float = 0.1,
+        cg_steps: int = 10,
+        backtracks: int = 10,
+        fisher_share: float = 0.1,
     ) -> None:
         self.policy = policy
         self.parameters: list[nn.Parameter] = policy.trainable_parameters()
@@ -71,6 +82,7 @@ class TrustRegion:
         if policy.critic_parameters():
             raise OperantError("a trust region moves the policy alone, and this one has a critic; use --algorithm ppo")
         self.delta, self.damping, self.cg_steps, self.backtracks = delta, damping, cg_steps, backtracks
+        self.fisher_share = fisher_share
         self.accepted = self.refused = 0
 
     def step(self, closure: StepLoss) -> tuple[ClosureResult, float, str]:
@@ -109,21 +121,22 @@ class TrustRegion:
 
     def _natural(self, descent: Tensor, batches: list[Batch]) -> tuple[Tensor, float, float]:
         """(x ≈ (F + λI)⁻¹ g, xᵀ(F + λI)x, what is left of g over g)."""
-        fisher = FisherProduct(self.policy, self.parameters, batches)
+        fisher = FisherProduct(self.policy, self.parameters, some_rows(batches, self.fisher_share))
 
         def damped(vector: Tensor) -> Tensor:
             return fisher(vector) + self.damping * vector
 
         direction, residual = conjugate_gradient(damped, descent, self.cg_steps)
-        return direction, float(direction @ damped(direction)), residual
+        return direction, float(direction @ (descent - residual)), float(residual.norm() / descent.norm())
 
     def _search(self, closure: StepLoss, batches: list[Batch], direction: Tensor, result: ClosureResult) -> bool:
-        """Move the weights to the first of s, s/2, s/4 … that keeps both promises, or put them back: True if moved."""
+        """Move the weights to the first of ever shorter steps that keeps both promises, or put them back: True if
+        moved."""
         begun = [p.detach().clone() for p in self.parameters]
         old = [self._distribution(batch) for batch in batches]
-        kl, gain = math.nan, math.nan
+        share = 1.0
         for tried in range(1, self.backtracks + 1):
-            self._place(begun, direction, 0.5 ** (tried - 1))
+            self._place(begun, direction, share)
             kl = self._kl(batches, old)
             # the loss costs more than the KL: only asked inside the region
             gain = result.loss - closure(gradient=False).loss if kl <= self.delta else math.nan
@@ -132,6 +145,8 @@ class TrustRegion:
                 if "approx_kl" in result.sums:  # on the loss's side the ratio was still one
                     result.sums["approx_kl"] = kl * result.counted
                 return True
+            # far outside the KL is no longer quadratic, so one jump is not to be trusted too far
+            share *= min(0.5, max(0.1, 0.9 * math.sqrt(self.delta / kl))) if kl > 0 else 0.5
         with torch.no_grad():
             for parameter, value in zip(self.parameters, begun, strict=True):
                 parameter.copy_(value)
@@ -172,6 +187,19 @@ class TrustRegion:
                 "this checkpoint's optimizer is not a trust region; go on with the algorithm it was trained with"
             )
         self.accepted, self.refused = int(state["accepted"]), int(state["refused"])
+
+
+def some_rows(batches: Sequence[Batch], share: float) -> list[Batch]:
+    """Evenly spaced completions of each micro-batch, so many that they are a share of all, or FEWEST."""
+    total = sum(len(batch.tokens) for batch in batches)
+    share = min(1.0, max(share, FEWEST / total))
+    picked = []
+    for batch in batches:
+        count = len(batch.tokens)
+        wanted = max(1, round(share * count))
+        index = torch.arange(wanted, device=batch.tokens.device) * count // wanted
+        picked.append(batch if wanted == count else select_rows(batch, index))
+    return picked
 
 
 class FisherProduct:

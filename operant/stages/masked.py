@@ -8,7 +8,7 @@ import numpy as np
 
 from operant.batch import from_sequences
 from operant.config import PretrainConfig, StartConfig
-from operant.encoder import ENCODER_SIZES, Encoder, hide_tokens, masked_tokenizer
+from operant.encoder import ENCODER_SIZES, Encoder, hide_tokens, is_encoder, masked_tokenizer
 from operant.run import DataOrder, Run, mixed_seed
 from operant.stages.pretrain import accumulated, known_texts, pieces_of
 from operant.stages.supervised import StageResult, fit
@@ -94,25 +94,11 @@ def starting_encoder(config: StartConfig, seed: int, device: str, dtype: str, te
 
 
 def wants_masked(config: PretrainConfig) -> bool:
-    """Whether `operant pretrain` trains an encoder: it is asked for, or the model to go on from is one."""
-    if config.objective == "mlm" and (config.model or config.arch in ENCODER_SIZES):
-        return True
+    """Whether `operant pretrain` trains an encoder: it is asked for, or the model to go on from is one and no other
+    objective is asked for (an encoder to begin from is not one to go on with: see `Encoder.with_decoder`)."""
     if config.model:
-        from pathlib import Path
-
-        return (Path(config.model) / "config.json").exists() and _masked_folder(config.model)
+        return config.objective == "mlm" or (config.objective == "auto" and is_encoder(config.model))
     return config.arch in ENCODER_SIZES
-
-
-def _masked_folder(path: str) -> bool:
-    from transformers import AutoConfig
-
-    from operant.policy import is_masked
-
-    try:
-        return is_masked(AutoConfig.from_pretrained(path))
-    except (OSError, ValueError):  # loading the policy says what is wrong
-        return False
 
 
 __all__ = ["pretrain_masked", "starting_encoder", "wants_masked"]

@@ -61,8 +61,8 @@ def text_infilling(
     All masks are the first sentinel, so that nothing tells how many there are of them or how long they are. Without
     sentence permutation. Shapes and dtypes as `span_corruption`.
     """
-    source, _ = span_corruption(tokens, sentinels, rng, density, mean_span)
-    return np.where(np.isin(source, np.asarray(sentinels)), sentinels[0], source).astype(np.int64), tokens
+    source, _ = span_corruption(tokens, [sentinels[0]] * (SENTINELS + 1), rng, density, mean_span)
+    return source.astype(np.int64), tokens
 
 
 def pretrain(
@@ -154,29 +154,33 @@ def _causal(policy: Policy, documents: list[Ints], held_out: list[Ints], block: 
 
 def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig):  # type: ignore[no-untyped-def]
     """(round → batch, dev batches) of texts with hidden spans, corrupted anew in every epoch."""
-    sentinels = policy.codec.sentinel_ids
-    if len(sentinels) < 2:
+    sentinels, mask = policy.codec.sentinel_ids, policy.codec.tokenizer.mask_token_id
+    infilling = config.objective == "infilling"
+    if infilling and not sentinels and mask is not None:
+        sentinels = [int(mask)]
+    if len(sentinels) < (1 if infilling else 2):
         raise OperantError(
             "span corruption needs a tokenizer with sentinels <extra_id_0> …; "
-            "leave --tokenizer out to train one that has them"
+            f"leave --tokenizer out to train one that has them{'' if infilling else ', or use --objective infilling'}"
         )
-    pieces = pieces_of(documents, block - 1, 2)
+    frame = policy.codec.encode_prompt("", encoder=True)  # what stands around a prompt stands around a text
+    pieces = pieces_of(documents, block - len(frame), 2)
     mean = max(1, int(np.mean([len(p) for p in pieces])))
     per_step = max(1, min(config.batch_tokens // mean, len(pieces)))
     order = DataOrder(len(pieces), per_step, config.seed, "pieces")
     eos = np.array([policy.codec.eos_id], np.int64)
-    corrupt = text_infilling if config.objective == "infilling" else span_corruption
+    corrupt = text_infilling if infilling else span_corruption
 
     def corrupted(chosen: list[Ints], seed: int) -> Batch:
         rng = np.random.default_rng(seed)
         both = [corrupt(p, sentinels, rng, config.noise_density, config.mean_span) for p in chosen]
         return from_sequences(
-            [np.concatenate([source, eos]) for source, _ in both],
+            [np.concatenate([frame[:-1], source, frame[-1:]]) for source, _ in both],
             [np.concatenate([target, eos]) for _, target in both],
             encoder=True, pad_id=policy.codec.pad_id,
         )  # fmt: skip
 
-    dev_pieces = pieces_of(held_out, block - 1, 2)[:512]
+    dev_pieces = pieces_of(held_out, block - len(frame), 2)[:512]
     dev = [corrupted(dev_pieces[i : i + 64], mixed_seed(config.seed, "dev", i)) for i in range(0, len(dev_pieces), 64)]
 
     def make(number: int) -> Batch:

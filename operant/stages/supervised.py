@@ -13,6 +13,7 @@ from torch import Tensor
 
 from operant.batch import to_device
 from operant.config import ModelConfig, RunConfig
+from operant.encoder import Encoder, is_encoder
 from operant.learner import Learner, TokenLoss, Trainable
 from operant.objectives import negative_log_likelihood
 from operant.policy import Policy
@@ -150,13 +151,17 @@ def fit(
 def starting_policy(
     config: RunConfig, model: ModelConfig, texts: Callable[[], list[str]], sentinels: int = 0
 ) -> Policy:
-    """Load `model.model`, or make a new one whose tokenizer is loaded or trained on `texts()`."""
+    """Load `model.model`, with a decoder put beside it where it is an encoder, or make a new one whose tokenizer is
+    loaded or trained on `texts()`."""
     if model.arch == "bert" and not model.model:
         raise OperantError(
-            "bert reads and does not write: it can be pretrained (operant pretrain --arch bert) and made a reward "
-            "model; choose --arch gpt2, llama or t5 here"
+            "bert reads and does not write: pretrain it (operant pretrain --arch bert) and give its folder to --model, "
+            "which puts a decoder beside it; or choose --arch gpt2, llama, t5 or mbart here"
         )
-    if model.model:
+    if model.model and is_encoder(model.model):
+        encoder = Encoder.load(model.model, device=config.device, dtype=config.dtype)
+        policy = encoder.with_decoder(seed=config.seed, dropout=model.dropout)
+    elif model.model:
         policy = Policy.load(model.model, device=config.device, dtype=config.dtype)
     else:
         codec = (
