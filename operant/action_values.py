@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -21,24 +23,27 @@ class ActionValues(nn.Module):
     """Two estimates of Q(s, ·), one that learns and one that lags behind (van Hasselt et al. 2016): heads on a frozen
     language model π_ref.
 
-        Q(s, ·) = W₂ gelu(W₁ norm(h(s))),   π(a|s) ∝ π_ref(a|s) exp(Q(s, a) / β)
+        (A(s, ·), V(s)) = W₂ gelu(W₁ norm(h(s)))
+        Q(s, a) = V(s) + A(s, a) − Σ_{b∈S} π_ref(b|s) A(s, b) / Σ_{b∈S} π_ref(b|s),   a ∈ S(s); else V(s)
+        π(a|s) ∝ π_ref(a|s) exp((Q(s, a) − V(s)) / β)
 
-    The value of the state cancels in π, so this is π_ref reweighted by exp(advantage / β), the policy that a KL to
-    π_ref of weight β makes best (Peters et al. 2010). The heads begin at zero: nothing is reweighted until something
-    is learned.
-    float[…, width] → float[…, V].
+    The support S(s) holds the tokens with π_ref ≥ support · max π_ref. π is the policy that a
+    KL to π_ref of weight β makes best (Peters et al. 2010). Advantages over a state's value (Wang et al. 2016, with
+    π_ref's mean in place of the uniform one) matter here: what is paid for the tokens that were tried raises V, and a
+    token that never was is worth as much as the average, neither nothing nor what the weights happen to say. The
+    advantages begin at zero: nothing is reweighted until something is learned.
+    A head maps float[…, width] → float[…, V + 1].
     """
 
-    def __init__(self, width: int, vocabulary: int, beta: float, seed: int = 0) -> None:
+    def __init__(self, width: int, vocabulary: int, beta: float, support: float = 0.05, seed: int = 0) -> None:
         super().__init__()
-        self.beta = beta
+        self.beta, self.support = beta, support
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.online = nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, vocabulary)
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, vocabulary + 1)
             )
-        last = self.online[-1]
-        assert isinstance(last, nn.Linear)
+        last = cast(nn.Linear, self.online[-1])
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
@@ -49,12 +54,31 @@ class ActionValues(nn.Module):
         """Let the lagging estimate be the learning one."""
         self.target.load_state_dict(self.online.state_dict())
 
+    @torch.no_grad()
+    def begin_at(self, value: float) -> None:
+        """Let V begin at a value everywhere, such as the mean return, unless something was learned: until the level is
+        known, every token looks better (or worse) than the average."""
+        if bool(cast(nn.Linear, self.online[-1]).weight.any()):
+            return
+        for head in (self.online, self.target):
+            cast(nn.Linear, head[-1]).bias[-1] = value
+
     def reweighted(self, hidden: Tensor, logits: Tensor) -> Tensor | None:
-        """π_ref's logits plus Q / β, or None inside `apart`."""
+        """π_ref's logits plus (Q − V) / β, or None inside `apart`."""
         if self._apart:
             return None
-        values = self.online(hidden.to(next(self.online.parameters()).dtype))
-        return logits + (values / self.beta).to(logits.dtype)
+        advantages = self.online(hidden.to(next(self.online.parameters()).dtype))[..., :-1]
+        return logits + (self._centred(advantages, logits) / self.beta).to(logits.dtype)
+
+    def of(self, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Q(s, ·) float[K, V] by one of the heads, from float[K, width] and π_ref's logits float[K, V]."""
+        advantages, state = head(hidden).split([logits.shape[-1], 1], -1)
+        return state + self._centred(advantages, logits)
+
+    def _centred(self, advantages: Tensor, logits: Tensor) -> Tensor:
+        inside = supported(logits, self.support)
+        weights = logits.to(advantages.dtype).masked_fill(~inside, -torch.inf).softmax(-1)
+        return (advantages - (weights * advantages).sum(-1, keepdim=True)) * inside
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
@@ -67,7 +91,7 @@ class ActionValues(nn.Module):
 
     def save(self, folder: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / FILE, metadata={"beta": repr(self.beta)})
+        save_file(tensors, folder / FILE, metadata={"beta": repr(self.beta), "support": repr(self.support)})
 
     def restore(self, folder: Path) -> None:
         """Put saved values in place. Raises OperantError when the folder has none, or of another shape."""
@@ -79,9 +103,16 @@ class ActionValues(nn.Module):
         self.load_state_dict(saved)
 
 
-def saved_beta(folder: Path) -> float | None:
-    """β of the action values that were saved in a folder, or None when it holds none."""
+def supported(logits: Tensor, share: float) -> Tensor:
+    """Tokens that a behaviour could have said: probability ≥ share · the likeliest's, bool like logits float[…, V]
+    (BCQ's discrete form, Fujimoto et al. 2019)."""
+    return logits >= logits.amax(-1, keepdim=True) + math.log(max(share, 1e-38))
+
+
+def saved_settings(folder: Path) -> tuple[float, float] | None:
+    """(β, support) of the action values that were saved in a folder, or None when it holds none."""
     if not (folder / FILE).exists():
         return None
     with safe_open(folder / FILE, framework="pt") as file:
-        return float((file.metadata() or {}).get("beta", "1.0"))
+        told = file.metadata() or {}
+        return float(told.get("beta", "1.0")), float(told.get("support", "0.05"))

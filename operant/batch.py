@@ -153,39 +153,58 @@ def from_trajectories(
 ) -> Batch:
     """A batch of completions with their rewards and behaviour log-probs placed on the tokens they belong to.
 
-    Advantages come later, from `credit` (see `place`). Rows are the segments; `group_ids` number the prompts.
+    Advantages come later, from `credit` (see `place`). Rows are the segments; `group_ids` number the prompts. A
+    completion is one row, but each turn of an encoder-decoder's episode is one of its own; weights and denominator are
+    of whole completions all the same.
     """
-    completions = [t.completion for t in trajectories]
+    pieces = [
+        (t, start, end)
+        for t in trajectories
+        for start, end in ((encoder and t.completion.turns) or [(0, len(t.completion.tokens))])
+    ]
+    completions = [t.completion for t, _, _ in pieces]
     batch = from_sequences(
-        [t.prompt.tokens for t in trajectories],
-        [c.tokens for c in completions],
+        [np.concatenate([t.prompt.tokens, t.completion.tokens[:start]]) for t, start, _ in pieces],
+        [t.completion.tokens[start:end] for t, start, end in pieces],
         encoder=encoder,
         pad_id=pad_id,
-        sampled=[c.sampled if c.sampled is not None else np.ones(len(c.tokens), np.bool_) for c in completions],
+        sampled=[
+            np.ones(end - start, np.bool_) if t.completion.sampled is None else t.completion.sampled[start:end]
+            for t, start, end in pieces
+        ],
         normalisation=normalisation,
         constant=constant,
     )
-    numbers: dict[str, int] = {}
-    groups = [numbers.setdefault(t.prompt.id, len(numbers)) for t in trajectories]
-    batch.group_ids = torch.tensor(groups)
+    numbers = dict(zip((id(t) for t in trajectories), group_numbers(trajectories).tolist()))
+    batch.group_ids = torch.tensor([numbers[id(t)] for t, _, _ in pieces])
     batch.truncated = torch.tensor([c.truncated for c in completions])
     temperatures = [c.sampling.temperature if c.sampling else 1.0 for c in completions]
     batch.temperature = torch.tensor([x if x > 0 else 1.0 for x in temperatures])
-    offsets = [0 if encoder else len(t.prompt.tokens) for t in trajectories]
+    offsets = [0 if encoder else len(t.prompt.tokens) for t, _, _ in pieces]
+    if len(pieces) > len(trajectories):
+        weights, batch.denominator = token_weights(completion_axes(trajectories)[1], normalisation, constant)
+        batch.weights = place(batch, weights, trajectories)
 
     def column(values: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
         out = torch.zeros(batch.tokens.shape, dtype=dtype)
-        for i, row in enumerate(values):
-            out[i, offsets[i] : offsets[i] + len(row)] = torch.from_numpy(np.ascontiguousarray(row)).to(dtype)
+        for i, (row, (_, start, end)) in enumerate(zip(values, pieces)):
+            own = torch.from_numpy(np.ascontiguousarray(row[start:end])).to(dtype)
+            out[i, offsets[i] : offsets[i] + len(own)] = own
         return out
 
     if all(c.behavior_logprobs is not None for c in completions):
         batch.behavior_logprobs = column([c.behavior_logprobs for c in completions], torch.float32)  # type: ignore[misc]
     if all(c.policy_version is not None for c in completions):
         batch.policy_versions = column([c.policy_version for c in completions], torch.int64)  # type: ignore[misc]
-    batch.rewards = column([t.rewards for t in trajectories], torch.float64)
-    batch.observed = column([t.observed for t in trajectories], torch.bool)
+    batch.rewards = column([t.rewards for t, _, _ in pieces], torch.float64)
+    batch.observed = column([t.observed for t, _, _ in pieces], torch.bool)
     return batch
+
+
+def group_numbers(trajectories: Sequence[Trajectory]) -> Tensor:
+    """Which prompt each trajectory answers, int64[N], numbered in order of appearance."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(t.prompt.id, len(numbers)) for t in trajectories])
 
 
 def drawn(completion: Completion) -> Ints:
@@ -243,14 +262,40 @@ def completion_axes(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor,
     return rewards, mask, valid
 
 
+def seats(batch: Batch, trajectories: Sequence[Trajectory]) -> list[tuple[Ints, Ints, tuple[int, int]]]:
+    """Where the drawn tokens of each trajectory stand in its batch: rows int64[K], columns int64[K], and the (row,
+    column) after its last token."""
+    found, row = [], 0
+    for t in trajectories:
+        places, turns = drawn(t.completion), t.completion.turns
+        if batch.context is not None and turns:
+            starts = np.array([start for start, _ in turns])
+            turn = np.searchsorted(starts, places, side="right") - 1
+            last = row + len(turns) - 1
+            found.append((row + turn, places - starts[turn], (last, turns[-1][1] - turns[-1][0])))
+            row = last + 1
+        else:
+            start = 0 if batch.context is not None else len(t.prompt.tokens)
+            found.append((np.full(len(places), row), start + places, (row, start + len(t.completion.tokens))))
+            row += 1
+    return found
+
+
 def place(batch: Batch, values: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
     """Values [N, T] on the axis of `completion_axes` → float32[B, S] on the batch's columns."""
     out = torch.zeros(batch.tokens.shape, dtype=torch.float32)
-    for i, t in enumerate(trajectories):
-        places = drawn(t.completion)
-        start = 0 if batch.context is not None else len(t.prompt.tokens)
-        out[i, start + places] = values[i, : len(places)].to(torch.float32)
+    for row, (rows, columns, _) in zip(values, seats(batch, trajectories), strict=True):
+        out[rows, columns] = row[: len(rows)].to(torch.float32)
     return out * batch.action_mask.cpu()
+
+
+def gathered(batch: Batch, values: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
+    """Values [B, S] on the batch's columns → float64[N, T] on the axis of `completion_axes`: what `place` places."""
+    found = seats(batch, trajectories)
+    out = torch.zeros(len(trajectories), max((len(rows) for rows, _, _ in found), default=0), dtype=torch.float64)
+    for i, (rows, columns, _) in enumerate(found):
+        out[i, : len(rows)] = values[rows, columns].double()
+    return out
 
 
 def select_rows(batch: Batch, rows: Tensor) -> Batch:

@@ -78,7 +78,7 @@ class _Episode:
     model: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
-    turns: int = 0
+    turns: list[tuple[int, int]] = field(default_factory=list)
     ended: bool = False
     truncated: bool = False
     fault: str = ""
@@ -101,18 +101,16 @@ class Player:
     tokens that the policy did not draw. `truncated` is an episode that the environment, `max_turns` or the model's
     context cut off.
 
+    A decoder reads on in one text. An encoder-decoder's encoder reads the episode so far, every part of it ended by its
+    end-of-text, and its decoder writes each turn anew (`Completion.turns`).
+
     An environment that raises costs the episode its reward, with the reason, and nothing else.
-    Raises OperantError for an encoder-decoder, whose decoder cannot be handed text to read.
     """
 
     def __init__(self, name: str, config: TrainConfig, sampler: Sampler, **options: Any) -> None:
-        if sampler.policy.family != "decoder":
-            raise OperantError(
-                "episodes need a decoder, which reads what it is answered; an encoder-decoder reads its prompt alone: "
-                "give another --model"
-            )
         self.name, self.config, self.sampler, self.options = name, config, sampler, options
         self.environments: list[Any] = []
+        self.encoder = sampler.policy.family == "encoder-decoder"
 
     def play(self, games: Sequence[tuple[str, int]], sampling: Sampling) -> list[Trajectory]:
         """Episodes of (group, seed of the environment) each; equal groups must have equal seeds."""
@@ -149,9 +147,10 @@ class Player:
                 f"environment {self.name!r} cannot be reset ({type(error).__name__}: {error}); mend it"
             ) from error
         codec = self.sampler.policy.codec
-        tokens = codec.encode_prompt(f"{self.config.prefix}{observation}{self.config.separator}")
+        ending = "" if self.encoder else self.config.separator
+        tokens = codec.encode_prompt(f"{self.config.prefix}{observation}{ending}", encoder=self.encoder)
         prompt = Prompt(group, tokens, text=str(observation), task=self.name)
-        if len(tokens) >= self.sampler.policy.max_length:
+        if len(tokens) >= self.sampler.policy.max_length + self.encoder:
             raise OperantError(
                 f"the first observation of {self.name!r} has {len(tokens)} tokens and the model's context "
                 f"{self.sampler.policy.max_length}; give a model with more, or a shorter observation"
@@ -161,8 +160,8 @@ class Player:
     def _turn(self, episode: _Episode, answer: Completion) -> None:
         assert answer.behavior_logprobs is not None and answer.model_logprobs is not None
         assert answer.policy_version is not None
-        episode.turns += 1
         begun = len(episode.tokens)
+        episode.turns.append((begun, begun + len(answer.tokens)))
         episode.tokens += answer.tokens.tolist()
         episode.sampled += [True] * len(answer.tokens)
         episode.behavior += answer.behavior_logprobs.tolist()
@@ -187,8 +186,9 @@ class Player:
         episode.ended, episode.truncated = bool(terminated or truncated), bool(truncated and not terminated)
         if terminated:
             return
-        said = self.sampler.policy.codec.encode(f"\n{observation}{self.config.separator}").tolist()
-        room = self.sampler.policy.max_length - len(episode.prompt.tokens) - len(episode.tokens)
+        ending = "" if self.encoder else self.config.separator
+        said = self.sampler.policy.codec.encode(f"\n{observation}{ending}", eos=self.encoder).tolist()
+        room = self.sampler.policy.max_length + self.encoder - len(episode.prompt.tokens) - len(episode.tokens)
         if len(said) < room:
             episode.write(said)
         else:
@@ -207,7 +207,8 @@ class Player:
             sampled=np.array(episode.sampled, np.bool_), policy_version=np.array(episode.versions, np.int64),
             stop_reason="length" if cut else "eos", truncated=cut, sampling=sampling,
             tokenizer_hash=codec.hash, template_hash=codec.template_hash,
-            meta={"turns": episode.turns, "info": episode.info},
+            turns=tuple(episode.turns) if self.encoder else None,
+            meta={"turns": len(episode.turns), "info": episode.info},
         )  # fmt: skip
         observed = np.full(len(tokens), not episode.fault)
         total = None if episode.fault else float(sum(episode.rewards))
@@ -286,8 +287,8 @@ class HeldOutEpisodes(HeldOut):
 
     def moved(self, trajectories: Sequence[Trajectory]) -> float:
         """Mean log π/π_ref of the drawn tokens."""
-        batch = from_trajectories(trajectories, encoder=False, pad_id=self.policy.codec.pad_id)
-        batch.temperature = torch.ones(len(trajectories))
+        batch = from_trajectories(trajectories, encoder=self.player.encoder, pad_id=self.policy.codec.pad_id)
+        batch.temperature = torch.ones(len(batch.tokens))
         now = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
         with self.policy.as_reference():
             then = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from operant import credit, objectives
 from operant.algorithms import SUMMING_BASELINES, Recipe
-from operant.batch import completion_axes, drawn, drawn_rewards, from_trajectories, place, turn_discounts
+from operant.batch import (
+    completion_axes,
+    drawn,
+    drawn_rewards,
+    from_trajectories,
+    gathered,
+    group_numbers,
+    place,
+    seats,
+    turn_discounts,
+)
 from operant.config import TrainConfig
 from operant.learner import logprobs_of, whole_batch
 from operant.policy import Policy
@@ -65,8 +75,8 @@ class Estimator:
             advantages, returns, usable = self.against_critic(batch, trajectories, rewards + penalty, mask, valid)
             metrics["train/explained_variance"] = explained_variance(returns, advantages, mask & valid[:, None])
         else:
-            advantages, returns, usable = self.against_fellows(batch, rollout, rewards, mask, valid, metrics)
-            advantages = advantages + self.of_penalty(batch, penalty, mask, valid)
+            advantages, returns, usable = self.against_fellows(rollout, rewards, mask, valid, metrics)
+            advantages = advantages + self.of_penalty(trajectories, penalty, mask, valid)
         taught = (usable if usable.dim() == 2 else usable[:, None]) & mask
         metrics["train/advantage_std"] = float(advantages[mask].std()) if int(mask.sum()) > 1 else 0.0
         if recipe.whiten:
@@ -112,7 +122,7 @@ class Estimator:
         if batch.ref_logprobs is None or self.config.kl_in != "reward":
             return torch.zeros(len(trajectories), max(len(drawn(t.completion)) for t in trajectories)).double()
         k1 = objectives.kl_k1(self.logprobs(batch), batch.ref_logprobs)
-        return -self.state["kl_coef"] * self.on_completions(k1, trajectories)
+        return -self.state["kl_coef"] * gathered(batch, k1, trajectories)
 
     def known(self, batch: Batch, trajectories: list[Trajectory], mask: Tensor, valid: Tensor) -> Tensor:
         """Rows bool[N] whose return is known, or positions bool[N, T] where the baseline can teach part of a row."""
@@ -129,13 +139,13 @@ class Estimator:
     # --- advantages ----------------------------------------------------------------------------------------------
 
     def against_fellows(
-        self, batch: Batch, rollout: Rollout, rewards: Tensor, mask: Tensor, valid: Tensor, metrics: dict[str, float]
+        self, rollout: Rollout, rewards: Tensor, mask: Tensor, valid: Tensor, metrics: dict[str, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns less what other completions, or earlier ones, were paid."""
-        assert batch.group_ids is not None
+        groups = group_numbers(rollout.trajectories)
         beta: float | Tensor = 1.0
         if self.recipe.baseline == "control_variate":
-            beta = self.coefficient(rewards, mask, batch.group_ids, valid, metrics)
+            beta = self.coefficient(rewards, mask, groups, valid, metrics)
         given = rollout.greedy
         if self.recipe.baseline == "route":
             given = credit.route_baselines(
@@ -144,23 +154,22 @@ class Estimator:
             metrics["train/route_baseline"] = float(given.mean())
         running = credit.running_baseline(self.state["running"], self.state["running_weight"])
         return credit.advantages(
-            rewards, mask, batch.group_ids, valid, baseline=self.recipe.baseline, gamma=self.gamma,
+            rewards, mask, groups, valid, baseline=self.recipe.baseline, gamma=self.gamma,
             running=running, beta=beta, given=given, shift=self.recipe.shift,
             discount_state=self.config.discount_state,
         )  # fmt: skip
 
-    def of_penalty(self, batch: Batch, penalty: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
+    def of_penalty(self, trajectories: list[Trajectory], penalty: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
         """Linear in the reward, so the penalty has its own return and baseline beside the task's."""
         if not bool(penalty.any()):
             return penalty
-        assert batch.group_ids is not None
         baseline = self.recipe.baseline
         if baseline == "control_variate":
             baseline = "position_leave_one_out"
         elif baseline in ("running", "greedy", "route"):
             baseline = "none"  # what they remember is of the task's reward
         return credit.advantages(
-            penalty, mask, batch.group_ids, valid, baseline=baseline, gamma=self.gamma,
+            penalty, mask, group_numbers(trajectories), valid, baseline=baseline, gamma=self.gamma,
             discount_state=self.config.discount_state,
         )[0]  # fmt: skip
 
@@ -170,13 +179,10 @@ class Estimator:
         """Generalised advantage estimation; the values stay with the batch for the critic's own loss."""
         values = self.values(batch)
         batch.values = values[:, :-1]
-        n, width = mask.shape
-        of_row, after = torch.zeros(n, width, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-        for i, t in enumerate(trajectories):
-            start, places = self.start(t), drawn(t.completion)
-            of_row[i, : len(places)] = values[i, start + places].double()
+        of_row, after = gathered(batch, values, trajectories), torch.zeros(len(mask), dtype=torch.float64)
+        for i, (t, (_, _, end)) in enumerate(zip(trajectories, seats(batch, trajectories), strict=True)):
             if self.recipe.bootstrap and t.completion.truncated:
-                after[i] = values[i, start + len(t.completion.tokens)].double()
+                after[i] = values[end].double()
         advantages, returns = credit.gae(
             torch.where(valid[:, None], rewards, 0.0), of_row, mask,
             gamma=self.gamma, lam=self.recipe.lam, bootstrap=after,
@@ -225,18 +231,6 @@ class Estimator:
     def values(self, batch: Batch) -> Tensor:
         """float32[B, S + 1] on the CPU; see `Policy.values`."""
         return whole_batch(self.policy, batch, lambda p, b: p.values(b), self.config.tokens_per_microbatch)
-
-    def start(self, trajectory: Trajectory) -> int:
-        """The batch's column of a completion's first token."""
-        return len(trajectory.prompt.tokens) if self.policy.family == "decoder" else 0
-
-    def on_completions(self, values: Tensor, trajectories: list[Trajectory]) -> Tensor:
-        """[B, S] on the batch's columns → float64[N, T] on the axis of `completion_axes`."""
-        out = torch.zeros(len(trajectories), max(len(drawn(t.completion)) for t in trajectories), dtype=torch.float64)
-        for i, t in enumerate(trajectories):
-            places = drawn(t.completion)
-            out[i, : len(places)] = values[i, self.start(t) + places].double()
-        return out
 
 
 def explained_variance(returns: Tensor, advantages: Tensor, mask: Tensor) -> float:

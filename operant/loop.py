@@ -164,7 +164,7 @@ class _Loop:
             policy.add_critic(separate=recipe.critic == "separate")
         learns_values = recipe.algorithm.loss == "double_q"
         if learns_values and policy.action_values is None:
-            policy.add_action_values(config.q_beta, config.seed)
+            policy.add_action_values(config.q_beta, config.support, config.seed)
         passes = config.epochs * config.minibatches
         self.learner = Learner(
             policy, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,

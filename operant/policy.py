@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from operant.action_values import ActionValues, saved_beta
+from operant.action_values import ActionValues, saved_settings
 from operant.attention import PickedLogprobs, RowLayout, attending_in_rows, one_kernel_gelu
 from operant.cache import DecodeState
 from operant.critic import Critic
@@ -160,9 +160,9 @@ class Policy:
                 codec = Codec.load(source)
         policy = cls(model, codec, device=device, dtype=dtype)
         policy._folder = path if path.is_dir() else None
-        beta = saved_beta(path)
-        if beta is not None:
-            policy.add_action_values(beta)
+        settings = saved_settings(path)
+        if settings is not None:
+            policy.add_action_values(*settings)
             assert policy.action_values is not None
             policy.action_values.restore(path)
         return policy
@@ -396,8 +396,8 @@ class Policy:
 
     # --- action values -------------------------------------------------------------------------------------------
 
-    def add_action_values(self, beta: float, seed: int = 0) -> None:
-        """Freeze the model and reweight what it says by exp(Q / β) (see `action_values.ActionValues`), in sampling and
+    def add_action_values(self, beta: float, support: float = 0.05, seed: int = 0) -> None:
+        """Freeze the model and reweight what it says by exp(A / β) (see `action_values.ActionValues`), in sampling and
         in log-probabilities alike. Saved and restored with the policy, and loaded with it again; plain Transformers
         sees the frozen model.
         """
@@ -406,7 +406,7 @@ class Policy:
             raise OperantError("action values reweight the output layer of a plain model; leave --lora_rank out")
         self.model.requires_grad_(False)
         vocabulary, width = head.weight.shape
-        made = ActionValues(width, vocabulary, beta, seed).to(device=self.device, dtype=head.weight.dtype)
+        made = ActionValues(width, vocabulary, beta, support, seed).to(device=self.device, dtype=head.weight.dtype)
         self.action_values = made
         head.register_forward_hook(lambda module, given, logits: made.reweighted(given[0], logits))
 

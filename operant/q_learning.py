@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from operant import credit, objectives
-from operant.batch import completion_axes, drawn, drawn_rewards, from_trajectories, place, turn_discounts
+from operant.action_values import supported
+from operant.batch import completion_axes, drawn, drawn_rewards, from_trajectories, gathered, place, turn_discounts
 from operant.config import TrainConfig
 from operant.estimate import Rollout
 from operant.learner import whole_batch
@@ -66,7 +67,7 @@ class ReplayBuffer:
                 {
                     "id": t.prompt.id, "prompt": t.prompt.tokens.tolist(), "tokens": t.completion.tokens.tolist(),
                     "drawn": drawn(t.completion).tolist(), "rewards": rewards.tolist(),
-                    "truncated": t.completion.truncated, "weight": weight,
+                    "truncated": t.completion.truncated, "turns": t.completion.turns, "weight": weight,
                 }
             )  # fmt: skip
         return out
@@ -81,6 +82,7 @@ class ReplayBuffer:
             completion = Completion(
                 id=row["id"], prompt_id=row["id"], text="", tokens=tokens, text_ends=np.zeros(len(tokens), np.int64),
                 sampled=sampled, truncated=row["truncated"],
+                turns=None if row["turns"] is None else tuple((start, end) for start, end in row["turns"]),
             )  # fmt: skip
             prompt = Prompt(row["id"], np.array(row["prompt"], np.int64))
             self.rows.append(Trajectory(prompt, completion, rewards, np.ones(len(tokens), np.bool_)))
@@ -123,6 +125,8 @@ class QEstimator:
         if not self.offline:
             self.buffer.add(rollout.trajectories)
         number = self.state["q_batches"]
+        if number == 0 and self.buffer.rows:
+            values.begin_at(float(np.mean([drawn_rewards(t)[0].sum() for t in self.buffer.rows])))
         if number % config.target_every == 0:
             values.sync()
         self.state["q_batches"] = number + 1
@@ -139,15 +143,15 @@ class QEstimator:
         rewards, mask, _ = completion_axes(rows)
         judged = self.column(batch, "double")
         targets = credit.n_step_targets(
-            rewards, self.on_drawn(judged, rows), mask, gamma=turn_discounts(rows, config.gamma, config.gamma_turn),
+            rewards, gathered(batch, judged, rows), mask, gamma=turn_discounts(rows, config.gamma, config.gamma_turn),
             steps=config.n_step,
         )  # fmt: skip
-        taken = self.on_drawn(self.column(batch, "taken"), rows)
+        taken = gathered(batch, self.column(batch, "taken"), rows)
         errors = ((taken - targets).abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
         self.buffer.note(places, errors.tolist())
         batch.returns = place(batch, targets, rows)
         batch.advantages = torch.zeros_like(batch.returns)
-        batch.weights = batch.weights * importance[:, None]
+        batch.weights = batch.weights * place(batch, importance[:, None].expand(mask.shape), rows)
         metrics["train/td_error"] = float(errors.mean())
         metrics["train/q_mean"] = float((taken * mask).sum() / mask.sum())
         metrics["train/target_mean"] = float((targets * mask).sum() / mask.sum())
@@ -169,21 +173,12 @@ class QEstimator:
             assert values is not None
             logits, hidden = policy.acting_states(micro)
             where = micro.action_mask.nonzero(as_tuple=True)
-            token, online = micro.tokens[where][:, None], values.online(hidden)
+            token, online = micro.tokens[where][:, None], values.of(values.online, hidden, logits)
             if what == "taken":
                 value = online.gather(-1, token)[:, 0]
             else:
-                allowed = objectives.supported(logits, self.config.support).scatter(-1, token, True)
-                value = objectives.double_q_value(online, values.target(hidden), allowed)
+                allowed = supported(logits, values.support).scatter(-1, token, True)
+                value = objectives.double_q_value(online, values.of(values.target, hidden, logits), allowed)
             return torch.zeros(micro.tokens.shape, dtype=value.dtype, device=value.device).index_put(where, value)
 
         return whole_batch(self.policy, batch, compute, self.config.tokens_per_microbatch)
-
-    def on_drawn(self, values: Tensor, rows: list[Trajectory]) -> Tensor:
-        """[B, S] on the batch's columns → float64[N, T] on the axis of `completion_axes`."""
-        out = torch.zeros(len(rows), max(len(drawn(t.completion)) for t in rows), dtype=torch.float64)
-        for i, t in enumerate(rows):
-            start = 0 if self.policy.family == "encoder-decoder" else len(t.prompt.tokens)
-            places = drawn(t.completion)
-            out[i, : len(places)] = values[i, start + places].double()
-        return out

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from operant import credit
 from operant.algorithms import Recipe
-from operant.batch import completion_axes
+from operant.batch import completion_axes, group_numbers
 from operant.config import TrainConfig
 from operant.estimate import Rollout
 from operant.rewards import Limited, RewardRunner, reward_trajectory
@@ -163,9 +163,7 @@ def judged(logged: Sequence[tuple[Prompt, Completion, Any]], runner: RewardRunne
 def informative(trajectories: list[Trajectory]) -> list[Trajectory]:
     """Those whose prompt's completions have different rewards."""
     rewards, mask, valid = completion_axes(trajectories)
-    numbers: dict[str, int] = {}
-    groups = torch.tensor([numbers.setdefault(t.prompt.id, len(numbers)) for t in trajectories])
-    keep = credit.informative((rewards * mask).sum(1), groups, valid)
+    keep = credit.informative((rewards * mask).sum(1), group_numbers(trajectories), valid)
     teaching = {t.prompt.id for t, yes in zip(trajectories, keep.tolist(), strict=True) if yes}
     return [t for t in trajectories if t.prompt.id in teaching]
 

@@ -55,10 +55,11 @@ class Surrogate:
 
     def value_loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Of the tokens' action values; the language model beneath is frozen."""
-        assert batch.returns is not None and policy.action_values is not None
+        values = policy.action_values
+        assert batch.returns is not None and values is not None
         where = batch.action_mask.nonzero(as_tuple=True)
-        _, hidden = policy.acting_states(batch)
-        taken = policy.action_values.online(hidden).gather(-1, batch.tokens[where][:, None])[:, 0]
+        logits, hidden = policy.acting_states(batch)
+        taken = values.of(values.online, hidden, logits).gather(-1, batch.tokens[where][:, None])[:, 0]
         loss = torch.zeros(batch.tokens.shape, dtype=taken.dtype, device=taken.device)
         return loss.index_put(where, objectives.q_loss(taken, batch.returns[where].to(taken.dtype))), {}
 

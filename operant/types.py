@@ -70,6 +70,8 @@ class Completion:
     text_reach: int64[T], how many characters token t has begun, at least `text_ends`: a token may end one character and
         hold the first bytes of the next. None means that no token does.
     sampled: bool[T], False for tokens that the policy did not draw (forced or observed tokens).
+    turns: [start, end) of the tokens of every turn of an encoder-decoder's episode: its decoder writes each anew, and
+        its encoder reads all that stands before it, prompt, answers and observations. None where all is one text.
     policy_version: int64[T], the version whose weights drew token t.
     stop_reason: "eos", "stop" (a stop string), "length", "reward" (a streaming reward ended it) or "cancelled".
     truncated: True when the length limit, not the policy, ended the text.
@@ -92,6 +94,7 @@ class Completion:
     tokenizer_hash: str = ""
     template_hash: str = ""
     stream_rewards: Floats | None = None
+    turns: tuple[tuple[int, int], ...] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property

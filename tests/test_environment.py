@@ -18,7 +18,7 @@ from test_loop import assert_same_run, logged, quick, settings
 
 from operant import credit
 from operant.algorithms import resolve
-from operant.batch import completion_axes, drawn, from_trajectories, place, turn_discounts
+from operant.batch import completion_axes, drawn, from_trajectories, gathered, place, turn_discounts
 from operant.cli import main
 from operant.config import SftConfig, TrainConfig
 from operant.environment import HigherLower, TextEnv
@@ -26,6 +26,7 @@ from operant.episodes import Player, environment_by_name
 from operant.estimate import Estimator, Rollout
 from operant.loop import train
 from operant.policy import Policy
+from operant.q_learning import ReplayBuffer
 from operant.rewards import Stop
 from operant.sampler import Sampler
 from operant.stages import sft
@@ -219,15 +220,69 @@ def test_what_the_environment_says_is_context_and_every_turn_is_paid_where_it_en
     assert trajectories[0].completion.tokens.tolist() != trajectories[1].completion.tokens.tolist()
 
 
-def test_the_learner_sees_the_probabilities_that_the_sampler_drew_from(make_policy: Callable[..., Policy]) -> None:
-    policy = make_policy("llama", context=96)
+@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+def test_the_learner_sees_the_probabilities_that_the_sampler_drew_from(
+    family: str, make_policy: Callable[..., Policy]
+) -> None:
+    policy = make_policy(family, context=96)
     _, trajectories = played(policy)
-    batch = from_trajectories(trajectories, encoder=False, pad_id=policy.codec.pad_id)
-    assert batch.behavior_logprobs is not None
+    batch = from_trajectories(trajectories, encoder=family != "llama", pad_id=policy.codec.pad_id)
+    assert batch.behavior_logprobs is not None and len(batch.tokens) == (3 if family == "llama" else 9)
     with torch.no_grad():
         now = policy.logprobs(batch).logprobs
     torch.testing.assert_close(now, batch.behavior_logprobs, atol=1e-4, rtol=1e-4)
     assert int(batch.action_mask.sum()) == sum(len(drawn(t.completion)) for t in trajectories)
+
+
+def test_an_encoder_reads_the_episode_so_far_and_each_turn_is_a_row(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy("t5", context=96)
+    player, trajectories = played(policy)
+    codec = policy.codec
+    batch = from_trajectories(trajectories, encoder=True, pad_id=codec.pad_id)
+    assert batch.context is not None and batch.group_ids is not None
+    assert batch.group_ids.tolist() == [0] * 6 + [1] * 3
+    row = 0
+    for environment, t in zip(player.environments, trajectories, strict=True):
+        c = t.completion
+        assert c.turns is not None and len(c.turns) == c.meta["turns"] == 3
+        read = codec.encode_prompt("begin", encoder=True).tolist()
+        assert read == t.prompt.tokens.tolist()
+        for number, (start, end) in enumerate(c.turns):
+            source = batch.context.row[row]
+            assert batch.context.tokens[source][batch.context.mask[source]].tolist() == read
+            assert batch.tokens[row][batch.action_mask[row]].tolist() == c.tokens[start:end].tolist()
+            assert codec.text_and_ends(c.tokens[start:end])[0] == environment.heard[number]
+            read += [*c.tokens[start:end].tolist(), *codec.encode(f"\nturn {number + 1}", eos=True).tolist()]
+            row += 1
+    assert row == len(batch.tokens) == 9
+
+
+def test_a_reader_of_the_whole_episode_is_cut_off_where_it_can_read_no_more(make_policy: Callable[..., Policy]) -> None:
+    _, trajectories = played(make_policy("bart", context=24))
+    for t in trajectories:
+        c = t.completion
+        assert c.truncated and c.turns is not None and 1 <= len(c.turns) < 3
+        assert len(t.prompt.tokens) + c.turns[-1][0] <= 24
+
+
+@pytest.mark.parametrize("normalisation", ["per_completion", "per_token", "per_sequence_mean", "constant"])
+def test_turns_in_rows_weigh_what_they_weigh_in_one(normalisation: Any, make_policy: Callable[..., Policy]) -> None:
+    _, trajectories = played(make_policy("t5", context=96))
+    made = {"pad_id": 0, "normalisation": normalisation, "constant": 7.0}
+    apart = from_trajectories(trajectories, encoder=True, **made)
+    whole = from_trajectories(trajectories, encoder=False, **made)  # as if a decoder had played them
+    assert apart.denominator == whole.denominator
+    rewards, mask, _ = completion_axes(trajectories)
+    for batch in (apart, whole):
+        torch.testing.assert_close(gathered(batch, place(batch, rewards, trajectories), trajectories), rewards)
+        assert batch.rewards is not None
+        torch.testing.assert_close(gathered(batch, batch.rewards, trajectories), rewards)
+    weights = [gathered(batch, batch.weights, trajectories) for batch in (apart, whole)]
+    torch.testing.assert_close(*weights)
+    assert bool((weights[0][mask] > 0).all())
+    buffer = ReplayBuffer.empty(9, 0.0)
+    buffer.load_json(json.loads(json.dumps(ReplayBuffer(9, 0.0, trajectories, [1.0] * 3).to_json())))
+    assert [t.completion.turns for t in buffer.rows] == [t.completion.turns for t in trajectories]
 
 
 def by_hand(flags: list[int], rewards: list[float], gamma: float, gamma_turn: float) -> list[float]:
@@ -281,9 +336,10 @@ def test_tokens_and_turns_are_discounted_and_observations_cost_nothing(gamma: fl
         ]
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
 @pytest.mark.parametrize("algorithm", ["rloo", "ppo", "reinforce", "trpo"])
-def test_only_drawn_tokens_have_an_advantage(algorithm: str, make_policy: Callable[..., Policy]) -> None:
-    policy = make_policy("gpt2", context=96)
+def test_only_drawn_tokens_have_an_advantage(algorithm: str, family: str, make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy(family, context=96)
     config = TrainConfig(environment="x", algorithm=algorithm, gamma_turn=0.5, max_tokens=3)
     recipe = resolve(config, dense=False)
     if recipe.critic:
@@ -294,7 +350,7 @@ def test_only_drawn_tokens_have_an_advantage(algorithm: str, make_policy: Callab
     assert batch.advantages is not None and batch.returns is not None
     assert not batch.advantages[~batch.action_mask].any() and not batch.weights[~batch.action_mask].any()
     assert batch.advantages[batch.action_mask].any()
-    first = batch.returns[2, len(trajectories[2].prompt.tokens)]
+    first = batch.returns[2, len(trajectories[2].prompt.tokens)] if family == "gpt2" else batch.returns[6, 0]
     rewards, mask, _ = completion_axes(trajectories)
     assert float(first) == pytest.approx(
         float(credit.returns_to_go(rewards, mask, turn_discounts(trajectories, 1.0, 0.5))[2, 0])
@@ -327,8 +383,6 @@ def test_what_cannot_be_played_is_refused(make_policy: Callable[..., Policy], tm
         with pytest.raises(OperantError, match=told) as caught:
             environment_by_name(name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(OperantError, match="need a decoder"):
-        played(make_policy("t5"))
     with pytest.raises(OperantError, match="leave prompts and reward out"):
         train(make_policy("gpt2"), [Prompt("p", np.array([5]))], config=settings(tmp_path, environment="x"))
     with pytest.raises(OperantError, match="'bleu' is not measured"):
@@ -344,14 +398,15 @@ def test_what_cannot_be_played_is_refused(make_policy: Callable[..., Policy], tm
             resolve(TrainConfig(**options), dense=False)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_a_resumed_run_plays_the_episodes_that_the_whole_one_plays(
-    make_policy: Callable[..., Policy], tmp_path: Path
+    family: str, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     def run(name: str, steps: int, resume: bool = False) -> None:
         config = settings(
             tmp_path / name, environment=f"{__name__}:Echo", max_tokens=2, steps=steps, resume=resume, eval_prompts=2,
         )  # fmt: skip
-        train(make_policy("gpt2", context=96), config=config, quiet=True)
+        train(make_policy(family, context=96), config=config, quiet=True)
 
     run("whole", 4)
     run("parts", 2)
@@ -390,14 +445,22 @@ class Letters(Echo):
         return f"{self.turn}", right / 3, not right or self.turn == 3, False, {}
 
 
-def test_reward_rises_over_several_turns(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    policy = make_policy("gpt2")
+@pytest.mark.parametrize(
+    ("family", "algorithm"),
+    [("gpt2", "rloo"), ("bart", "rloo"), ("t5", "ppo"), ("bart", "trpo"), ("bart", "double_q")],
+)
+def test_reward_rises_over_several_turns(
+    family: str, algorithm: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy = make_policy(family)
     with torch.no_grad():  # flat enough to explore
-        policy.model.transformer.wte.weight.mul_(0.2)
+        policy.model.get_input_embeddings().weight.mul_(0.2)
     config = settings(
         tmp_path / "run", environment=f"{__name__}:Letters", max_tokens=1, steps=36, prompts_per_step=16, group_size=4,
-        lr=1e-2, gamma_turn=0.9, eval_every=12, eval_prompts=4,
+        lr=1e-2, gamma_turn=0.9, eval_every=12, eval_prompts=4, algorithm=algorithm,
     )  # fmt: skip
+    if algorithm == "trpo":
+        config = dataclasses.replace(config, delta=0.05, damping=0.01)
     result = train(policy, config=config, quiet=True)
     won, turns = (logged(tmp_path / "run", f"train/{name}") for name in ("reward_mean", "turns"))
     assert np.mean(won[:3]) < 0.4 and np.mean(won[-3:]) > np.mean(won[:3]) + 0.3

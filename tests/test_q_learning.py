@@ -13,6 +13,7 @@ from test_loop import DEV, PROMPTS, assert_same_run, logged, quick, settings, sh
 from torch import Tensor
 
 from operant import credit, objectives
+from operant.action_values import supported
 from operant.algorithms import resolve
 from operant.cli import main
 from operant.config import TrainConfig
@@ -52,11 +53,11 @@ def test_on_a_chain_single_q_overestimates_and_the_double_estimator_does_not() -
 
 def test_the_argmax_is_held_to_what_was_tried() -> None:
     logits = torch.log(torch.tensor([[0.6, 0.3, 0.09, 0.01]]))
-    assert objectives.supported(logits, 0.1).tolist() == [[True, True, True, False]]
-    assert objectives.supported(logits, 0.0).all() and int(objectives.supported(logits, 1.0).sum()) == 1
+    assert supported(logits, 0.1).tolist() == [[True, True, True, False]]
+    assert supported(logits, 0.0).all() and int(supported(logits, 1.0).sum()) == 1
     select, judge = torch.tensor([[0.0, 1.0, 2.0, 9.0]]), torch.tensor([[5.0, 6.0, 7.0, 8.0]])
-    assert objectives.double_q_value(select, judge, objectives.supported(logits, 0.1)).tolist() == [7.0]
-    assert objectives.double_q_value(select, judge, objectives.supported(logits, 0.2)).tolist() == [6.0]
+    assert objectives.double_q_value(select, judge, supported(logits, 0.1)).tolist() == [7.0]
+    assert objectives.double_q_value(select, judge, supported(logits, 0.2)).tolist() == [6.0]
 
 
 def test_targets_by_hand() -> None:
@@ -122,6 +123,17 @@ def rows_of(policy: Policy, count: int = 2) -> list[Trajectory]:
     ]
 
 
+def over_average(outputs: Tensor, logprobs: Tensor, support: float = 0.05) -> Tensor:
+    """What a head says of every token, less π_ref's mean of it among those likely enough; of the others nothing."""
+    out = torch.zeros_like(logprobs)
+    for row, said, probability in zip(out, outputs, logprobs.exp(), strict=True):
+        inside = [a for a in range(len(row)) if probability[a] >= support * probability.max()]
+        mean = sum(probability[a] * said[a] for a in inside) / sum(probability[a] for a in inside)
+        for a in inside:
+            row[a] = said[a] - mean
+    return out
+
+
 def awake(policy: Policy, beta: float = 0.5) -> Policy:
     policy.add_action_values(beta)
     assert policy.action_values is not None
@@ -144,7 +156,7 @@ def test_what_is_said_is_the_reference_reweighted_by_the_values(
         expected = torch.log_softmax(bare.acting_logits(batch), -1)
         logits, hidden = policy.acting_states(batch)
         torch.testing.assert_close(torch.log_softmax(logits, -1), expected, atol=1e-5, rtol=1e-4)
-        reweighted = torch.log_softmax(expected + policy.action_values.online(hidden) / 0.5, -1)
+        reweighted = torch.log_softmax(expected + over_average(policy.action_values.online(hidden), expected) / 0.5, -1)
         said = torch.log_softmax(policy.acting_logits(batch), -1)
         torch.testing.assert_close(said, reweighted, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(said, expected, atol=1e-2)
@@ -186,6 +198,7 @@ def test_a_batch_has_the_double_estimators_targets(
     values = policy.action_values
     assert values is not None
     torch.nn.init.normal_(values.online[-1].weight, std=0.5)  # type: ignore[arg-type]
+    values.support = 0.2
     config = TrainConfig(
         algorithm="double_q", n_step=2, gamma=0.9, support=0.2, prompts_per_step=5, group_size=1, target_every=100,
         priority=priority,
@@ -197,7 +210,10 @@ def test_a_batch_has_the_double_estimators_targets(
     assert batch.returns is not None and batch.tokens.shape[0] == 5
     with torch.no_grad():
         logits, hidden = policy.acting_states(batch)
-        online, target = values.online(hidden), values.target(hidden)
+        likely = torch.log_softmax(logits, -1)
+        online, target = (
+            head(hidden)[:, -1:] + over_average(head(hidden), likely, 0.2) for head in (values.online, values.target)
+        )
     k = 0
     for i in range(5):
         columns = batch.action_mask[i].nonzero()[:, 0].tolist()
@@ -231,7 +247,7 @@ def flat(policy: Policy) -> Policy:
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
 def test_it_learns_a_reward_while_it_writes(family: str, make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     config = settings(
-        tmp_path / "run", algorithm="double_q", steps=30, prompts_per_step=6, group_size=6, lr=1e-2, q_beta=0.05,
+        tmp_path / "run", algorithm="double_q", steps=30, prompts_per_step=6, group_size=6, lr=3e-3, q_beta=0.05,
         epochs=2, minibatches=2, target_every=2, n_step=3,
     )  # fmt: skip
     policy = flat(make_policy(family))
@@ -281,7 +297,7 @@ def test_a_log_alone_makes_the_policy_better(
     policy = flat(make_policy("gpt2"))
     policy.save(tmp_path / "start")
     write_log(policy, tmp_path / "log.jsonl")
-    rate = {"double_q": ["--lr", "1e-2", "--q_beta", "0.05", "--target_every", "2"], "topr": ["--lr", "3e-3"]}
+    rate = {"double_q": ["--lr", "3e-3", "--q_beta", "0.05", "--target_every", "2"], "topr": ["--lr", "3e-3"]}
     main(
         [
             "train", "--model", str(tmp_path / "start"), "--logged", str(tmp_path / "log.jsonl"),
