@@ -68,6 +68,7 @@ results: install
 	$(BIN)/python -m benchmarks.algorithms $(ARGS)
 	$(BIN)/python -m benchmarks.reward_models $(ARGS)
 	$(BIN)/python -m benchmarks.learning $(ARGS)
+	$(BIN)/python -m benchmarks.population $(ARGS)
 
 # docs/reference.md, written by the program itself.
 docs: install

@@ -362,7 +362,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print only the ratios, as the last line")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
     parser.add_argument("--fresh", action="store_true", help="measure again what is already in runs/bench")
-    parser.add_argument("--repeat", type=int, default=3, help="pairs of alternating runs")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="pairs of alternating runs; 0 for the runs that learn alone"
+    )
     parser.add_argument("--steps", type=int, default=14, help="steps of a run, of which the first two are not measured")
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
@@ -393,6 +395,21 @@ def main() -> None:
             [sys.executable, "-c", f"from benchmarks.trl import *; prepare(Path({str(CELLS / 'models')!r}))"],
             check=True, cwd=ROOT,
         )  # fmt: skip
+    if given.repeat:
+        side_by_side(given)
+    if given.learn_seconds and not given.json:
+        rates = ", ".join(f"{lr:g}" for lr in SWEEP)
+        text = "\n".join([
+            f"`python -m benchmarks.trl --repeat 0 --threads {given.threads}`: GRPO, natural lengths, best of the "
+            f"learning rates {rates} for each. {machine()}.", "", learning(given),
+        ])  # fmt: skip
+        print(text)
+        if given.write:
+            write_section("trl learning", text)
+
+
+def side_by_side(given: argparse.Namespace) -> None:
+    """The two in turn, as a table or as the ratios alone."""
     found = measure(given)
     if given.json:
         print(json.dumps(ratios(found)))
@@ -408,9 +425,6 @@ def main() -> None:
         "",
         f"`--json`: `{json.dumps(ratios(found))}`",
     ]
-    if given.learn_seconds > 0:
-        rates = ", ".join(f"{lr:g}" for lr in SWEEP)
-        lines += ["", f"GRPO, natural lengths, best of the learning rates {rates} for each:", "", learning(given)]
     text = "\n".join(lines)
     print(text)
     if given.write:
