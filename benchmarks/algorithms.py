@@ -69,8 +69,7 @@ def measure(name: str) -> None:
             **common, data=folder / "data" / "prompts.jsonl", dev_data=folder / "data" / "dev.jsonl", reward="chrf",
             max_tokens=MAX_TOKENS, eval_every=10, log_samples=0,
         )]  # fmt: skip
-        if dense:
-            command += flags(dense="true")
+        command += flags(dense="true" if dense else "false")
     operant(command)
     facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -254,6 +254,8 @@ def stage_command(task: Task, regime: str, seed: int, cell: str, data: Path) -> 
         choice = RECORD.get(f"{task.name}/{regime}/{first_seed(task.name, regime)}/variance")["choice"]
         beta = flags(beta=choice["beta"]) if given is None else []  # the others' own way to use a potential
         command += [*flags(dense="true", potential=choice["potential"]), *beta]
+    else:
+        command += flags(dense="false")
     return command
 
 

@@ -305,6 +305,13 @@ def _baseline(config: TrainConfig, algorithm: Algorithm, dense: bool) -> Baselin
     return baseline
 
 
+def places_tokens(config: TrainConfig) -> bool:
+    """Whether the algorithm, with the baseline that it is given, credits tokens with what they themselves are paid."""
+    algorithm = ALGORITHMS.get(config.algorithm)
+    summing = config.baseline != "auto" and config.baseline in SUMMING_BASELINES
+    return algorithm is not None and algorithm.honours_dense and not summing
+
+
 def _discount(config: TrainConfig) -> str:
     """The setting that discounts, or nothing."""
     return "gamma" if config.gamma != 1.0 else "gamma_turn" if config.gamma_turn != 1.0 else ""

@@ -186,7 +186,8 @@ def _parse(given: list[str]) -> tuple[str, Any]:
 
 
 def _normalised(given: list[str]) -> list[str]:
-    booleans = {f.name for cls, _, _ in EXAMPLES.values() for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
+    fields = [f for cls, _, _ in EXAMPLES.values() for f in dataclasses.fields(cls)]
+    booleans = {f.name for f in fields if "bool" in str(f.type)}
     out: list[str] = []
     for i, word in enumerate(given):
         if word.startswith("--"):
@@ -194,7 +195,7 @@ def _normalised(given: list[str]) -> list[str]:
             name = name.replace("-", "_")
             word = f"--{name}{equals}{value}"
             following = given[i + 1] if i + 1 < len(given) else "--"
-            if name in booleans and not equals and following.lower() not in ("true", "false", "yes", "no"):
+            if name in booleans and not equals and following.startswith("--"):
                 word = f"--{name}=true"
         out.append(word)
     return out

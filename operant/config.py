@@ -379,7 +379,8 @@ class TrainConfig(RunConfig, PairFields):
             ones: rows of prompt, completion (or its tokens) and reward; without a reward, --reward judges them. All
             but double_q also need behavior_logprobs, as operant sample --json prints them.
         max_turns: an episode that has not ended by then is cut off.
-        dense: pay metric rewards token by token through a potential instead of at the end.
+        dense: pay metric rewards token by token through a potential instead of at the end; auto does so where a metric
+            of the reward has one and the algorithm, with its baseline, can place what tokens are paid.
         potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
         reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
         reward_seconds: time limit for one reward (one token of a streaming one); a slower one is a missing reward.
@@ -462,7 +463,7 @@ class TrainConfig(RunConfig, PairFields):
     environment: str | None = None
     logged: str | None = None
     max_turns: int = 16
-    dense: bool = False
+    dense: bool | Literal["auto"] = "auto"
     potential: Literal["auto", "prefix", "matched"] = "auto"
     reward_workers: int = -1
     reward_seconds: float = 10.0

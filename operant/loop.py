@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from operant import objectives
-from operant.algorithms import Recipe, resolve
+from operant.algorithms import Recipe, places_tokens, resolve
 from operant.batch import drawn, from_sequences, microbatches, select_rows
 from operant.config import TrainConfig
 from operant.data import Pair
@@ -32,6 +32,7 @@ from operant.rewards import (
     RewardRunner,
     as_reward,
     check_references,
+    has_potential,
     optimised_metrics,
     potential_diagnostics,
     reward_by_name,
@@ -94,16 +95,17 @@ def train(
     if config.environment:
         if prompts or reward is not None or dev_prompts or pairs:
             raise OperantError("an environment asks and pays by itself; leave prompts and reward out, or --environment")
+        config = dataclasses.replace(config, reward=config.environment, dense=config.dense is True)
         reward = Reward(_paid_elsewhere, name=config.environment, dense=config.dense, in_process=True)
-        config = dataclasses.replace(config, reward=config.environment)
     elif reward is None:
         raise OperantError("there is no reward to learn from; give one, or an environment")
     elif isinstance(reward, str):
-        potential = None if config.potential == "auto" or not config.dense else config.potential
-        config = dataclasses.replace(config, reward=reward)
-        reward = reward_by_name(reward, dense=config.dense or None, potential=potential)
-    else:
-        config = dataclasses.replace(config, reward=as_reward(reward).name)  # what the run folder and report tell
+        dense = has_potential(reward) and places_tokens(config) if config.dense == "auto" else config.dense
+        potential = None if config.potential == "auto" or not dense else config.potential
+        config = dataclasses.replace(config, reward=reward, dense=dense)
+        reward = reward_by_name(reward, dense=dense or None, potential=potential)
+    else:  # what the run folder and report tell
+        config = dataclasses.replace(config, reward=as_reward(reward).name, dense=config.dense is True)
     runner = RewardRunner(
         reward, workers=None if config.reward_workers < 0 else config.reward_workers, time_limit=config.reward_seconds
     )

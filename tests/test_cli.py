@@ -254,7 +254,7 @@ def test_prompts_longer_than_the_context(fault: Callable[..., str], tmp_path: Pa
         (["--temperature", 0], "--temperature 1"),
         (["--top_p", 0.5], "--top_p 1"),
         (["--dense", "--algorithm", "grpo"], "--algorithm rloo or ppo"),
-        (["--critic", "shared"], "rloo with baseline leave_one_out has no critic"),
+        (["--critic", "shared"], "rloo with baseline control_variate has no critic"),
         (["--algorithm", "ppo", "--gamma", 1.5], "gamma is 1.5"),
         (["--algorithm", "ppo", "--lam", -0.1], "lam is -0.1"),
         (["--algorithm", "gspo", "--clip_low", -1], "clip_low is -1"),

@@ -17,7 +17,7 @@ from operant.rewards.metrics import (
     corpus_metrics,
     distinct_n,
 )
-from operant.rewards.names import check_references, reward_by_name, reward_names
+from operant.rewards.names import check_references, has_potential, reward_by_name, reward_names
 from operant.rewards.potentials import potential_diagnostics, potential_rewards, potential_values, potentials_before
 from operant.rewards.runner import RewardRunner
 from operant.rewards.seam import (
@@ -63,6 +63,7 @@ __all__ = [
     "check_references",
     "corpus_metrics",
     "distinct_n",
+    "has_potential",
     "last_sampled",
     "optimised_metrics",
     "potential_diagnostics",

@@ -101,6 +101,14 @@ def reward_by_name(spec: Any, **options: Any) -> Any:
     return reward
 
 
+def has_potential(spec: str) -> bool:
+    """Whether a metric of the reward that `spec` names can be paid token by token."""
+    try:
+        return bool(reward_by_name(spec, dense=True).dense)
+    except OperantError:  # none of its parts can, or it cannot be at all
+        return False
+
+
 def check_references(reward: Any, prompts: Iterable[Prompt]) -> None:
     """Refuse a reward that compares with references before a run over prompts that lack them.
 
