@@ -96,7 +96,7 @@ def train(
         if prompts or reward is not None or dev_prompts or pairs:
             raise OperantError("an environment asks and pays by itself; leave prompts and reward out, or --environment")
         config = dataclasses.replace(config, reward=config.environment, dense=config.dense is True)
-        reward = Reward(_paid_elsewhere, name=config.environment, dense=config.dense, in_process=True)
+        reward = Reward(_paid_elsewhere, name=config.environment, dense=bool(config.dense), in_process=True)
     elif reward is None:
         raise OperantError("there is no reward to learn from; give one, or an environment")
     elif isinstance(reward, str):
