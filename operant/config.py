@@ -49,7 +49,7 @@ _COUNTS = (
 _AMOUNTS = (
     "anchor_coef clip_high clip_low correction_band correction_cap critic_lr damping drift_budget entropy_coef "
     "eval_prompts kl_coef kl_target likelihood_drop log_samples lora_rank lr max_minutes max_prompt_tokens "
-    "overlong_buffer overlong_penalty patience priority replay_events sft_coef temperature threads top_k vf_clip "
+    "overlong_buffer overlong_penalty patience priority replay_events rest sft_coef temperature threads top_k vf_clip "
     "vf_coef warmup_steps weight_decay"
 ).split()
 _SHARES = (
@@ -752,6 +752,7 @@ class LiveConfig:
         baseline_rate: how fast a route's baseline follows its ratings.
         beta: of DPO, which learns edits and comparisons.
         sft_coef: weight of an edit's likelihood, per token, beside its pair.
+        kl_coef: weight of the pull to the anchor version, per token, on the answers that a step learns from.
         anchor_coef: weight of the anchor answers' likelihood, per token, in every step.
         score_low: the worst score.
         score_high: the best score; thumbs are the two ends.
@@ -775,6 +776,7 @@ class LiveConfig:
     baseline_rate: float = 0.1
     beta: float = 0.1
     sft_coef: float = 1.0
+    kl_coef: float = 0.1
     anchor_coef: float = 0.0
     score_low: float = 0.0
     score_high: float = 1.0
@@ -809,6 +811,8 @@ class LearnerConfig(LiveConfig):
         device: auto, cpu, cuda or mps.
         dtype: float32, or bf16 for autocast.
         threads: CPU threads for the matrix work; 0 leaves torch's default.
+        rest: seconds that the learner rests for each second of a step, half a second at most, so that answers have the
+            machine for themselves in between.
     """
 
     root: str = "runs/live"
@@ -825,6 +829,7 @@ class LearnerConfig(LiveConfig):
     device: str = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
     threads: int = 0
+    rest: float = 1.0
 
 
 @dataclass(kw_only=True)

@@ -291,12 +291,24 @@ class Policy:
                 self.model, load_file(folder / "adapter_model.safetensors"), adapter_name="default"
             )
         else:
-            saved = type(self.model).from_pretrained(str(folder), dtype=torch.float32)
-            self.model.load_state_dict(saved.state_dict())
+            self._restore_model(folder)
         if self.critic is not None:
             self.critic.restore(folder)
         if self.action_values is not None:
             self.action_values.restore(folder)
+
+    def _restore_model(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        whole = folder / "model.safetensors"
+        weights = load_file(whole) if whole.exists() else {}
+        missing = self.model.state_dict().keys() - weights.keys()
+        if missing <= set(self.model._tied_weights_keys or ()) and weights.keys() <= self.model.state_dict().keys():
+            # a fifth of the time that making a second model takes; what is missing is tied to what is there
+            self.model.load_state_dict(weights, strict=False)
+        else:
+            saved = type(self.model).from_pretrained(str(folder), dtype=torch.float32)
+            self.model.load_state_dict(saved.state_dict())
 
     # --- what it is ----------------------------------------------------------------------------------------------
 

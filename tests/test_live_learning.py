@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -320,6 +321,26 @@ def test_a_rating_is_not_paid_with_the_direction_of_earlier_ones(make_policy: Ma
         taught = take_step(policy, learner, lesson, anchors, config)
         assert taught.moved
         assert (total(policy, store.interactions["c1"]) - before) * value > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pull_keeps_what_a_rating_says_nothing_of(family: str, make_policy: Make) -> None:
+    """The same praise eight times over: with the pull the words around it stay nearer to what the anchor says."""
+    left: dict[float, float] = {}
+    for kl_coef in (0.0, 0.3):
+        policy = make_policy(family)
+        origin, store = deepcopy(policy), answered(policy)
+        config = LiveConfig(lr=0.01, kl_coef=kl_coef, kl_budget=10.0)
+        learner, anchors, state = new_learner(policy, config), anchors_of(policy), LearnerState()
+        begin = total(policy, store.interactions["c1"])
+        for _ in range(8):
+            store.add("c1", "thumb", 1)
+            lesson = read(policy, store, config, events=store.events_after(len(store.log) - 1, 1), state=state)
+            state = lesson.state
+            assert take_step(policy, learner, lesson, anchors, config, origin=origin).moved
+        assert total(policy, store.interactions["c1"]) > begin + 0.1
+        left[kl_coef] = divergence(anchors.logits(policy, 4096), anchors.logits(origin, 4096))
+    assert left[0.3] < 0.9 * left[0.0]
 
 
 @pytest.mark.parametrize(("options", "flag"), [({"score_low": 1.0}, "--score_low"), ({"beta": -0.1}, "--beta")])

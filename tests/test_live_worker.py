@@ -180,11 +180,11 @@ def test_a_roll_back_during_a_step_begins_the_step_again(
 
     real, calls = worker.take_step, []
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(*arguments: Any, **known: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             loop.versions.roll_back(0)
-        return real(*arguments)
+        return real(*arguments, **known)
 
     monkeypatch.setattr(worker, "take_step", interrupted)
     loop.rate("c1", "thumb", 1)
@@ -316,7 +316,7 @@ def test_an_event_on_which_the_step_fails_is_told_and_does_not_stop_the_others(
     loop = make_loop(batch_size=1)
     from operant.live import worker
 
-    def failing(*arguments: Any) -> Any:
+    def failing(*arguments: Any, **known: Any) -> Any:
         raise RuntimeError("shapes differ")
 
     before = weights(loop.worker.current().policy)

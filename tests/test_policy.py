@@ -155,6 +155,21 @@ def test_saving_and_loading_keeps_every_logprob_for_plain_transformers_too(
     assert torch.equal(loaded.logprobs(batch).logprobs, policy.logprobs(batch).logprobs)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_several_files_are_put_back_too(
+    family: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy = make_policy(family)
+    policy.save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    policy.model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    before = [p.detach().clone() for p in policy.trainable_parameters()]
+    shake(policy)
+    policy.restore(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable_parameters(), strict=True))
+
+
 def shake(policy: Policy, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

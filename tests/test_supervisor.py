@@ -19,7 +19,7 @@ from live import MemoryStore, answered, logprob, prompts
 from operant import checkpoint
 from operant.config import WorkerConfig
 from operant.live import supervisor as module
-from operant.live.engine import Busy, Engine
+from operant.live.engine import RESIDENT, Busy, Engine
 from operant.live.supervisor import Supervisor, arguments_of
 from operant.live.versions import StepRecord, Versions
 from operant.live.worker import FeedbackLog, Worker
@@ -154,6 +154,30 @@ def test_what_is_published_or_rolled_back_by_another_process_is_served(make_live
     until(lambda: [v for v, _ in live.ledger.serving] == [0, 1, 2, 1, 0], "the ledger knows what was served when")
     assert all(began <= at <= time.time() for _, at in live.ledger.serving[1:])
     assert [r.version for r in live.ledger.records] == [0, 1, 2]  # each record once
+
+
+def test_weights_are_read_into_a_policy_that_nobody_is_served_from(
+    make_live: MakeLive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = make_live()
+    made: list[Policy] = []
+
+    class Counted:
+        @staticmethod
+        def load(*arguments: Any, **options: Any) -> Policy:
+            made.append(Policy.load(*arguments, **options))
+            return made[-1]
+
+    monkeypatch.setattr(module, "Policy", Counted)
+    supervisor = live.start()
+    for version in range(1, 7):
+        live.rate(f"c{version % 4}", "thumb", 1)
+        until(lambda version=version: live.engine.stats()["version"] == version, "it is served")  # type: ignore[misc]
+        said, policy = live.ask(f"a{version}"), live.worker.current().policy
+        assert said.model_logprobs is not None
+        assert np.allclose(said.model_logprobs, logprob(policy, prompts(policy)[0], said.tokens.tolist()), atol=1e-5)
+    assert len(made) == RESIDENT + 1  # and then one is free
+    assert supervisor.fault == ""
 
 
 def test_the_learner_is_told_of_feedback_at_once_and_what_it_tells_reaches_the_ledger(

@@ -13,7 +13,8 @@ of Liu et al. 2025, on its lower side: a text that is said more than when it was
 DPO's reference is the version that the step begins with. The step is scaled back until the mean KL on the anchor
 answers is within its budget and what was just said is followed: so a rating moves its text in the right direction, or
 nothing moves and it is told. Each step is one along its own gradient, with no momentum and no scaling by earlier ones;
-what steadies it is that some earlier ratings are learned again in every step.
+what steadies it is that some earlier ratings are learned again in every step, and what keeps the words that nobody
+spoke of is a pull to the anchor version on the same answers: kl_coef · KL(π‖π_anchor) for each of their tokens.
 
 Nothing here reads a clock, a file or a network.
 """
@@ -34,7 +35,7 @@ import transformers
 from torch import Tensor
 
 from operant import credit, objectives
-from operant.batch import drawn, from_sequences, from_trajectories, microbatches, place, to_device
+from operant.batch import drawn, from_sequences, from_trajectories, microbatches, place
 from operant.config import LiveConfig, PreferConfig
 from operant.learner import Learner, Sgd, logprobs_of
 from operant.live.gate import Anchors, divergence
@@ -89,7 +90,10 @@ class LearnerState:
 
 @dataclass(slots=True)
 class Rated:
-    """A text to say more or less often. marked: bool[T], the tokens that learn; advantage is theirs."""
+    """A text to say more or less often. marked: bool[T], the tokens that learn; advantage is theirs.
+
+    logprobs: float32[K], log π of the tokens that the policy drew, as the step begins; looked up once.
+    """
 
     event: Feedback
     prompt: Prompt
@@ -98,6 +102,7 @@ class Rated:
     marked: Bools
     weight: float = 1.0
     fresh: bool = True
+    logprobs: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -495,8 +500,20 @@ def rating_loss(logprobs: Tensor, batch: Batch, band: float) -> tuple[Tensor, Te
     return weight * objectives.reinforce(logprobs, batch.advantages), near
 
 
-def take_step(policy: Policy, learner: Learner, lesson: Lesson, anchors: Anchors, config: LiveConfig) -> Taught:
+def take_step(
+    policy: Policy,
+    learner: Learner,
+    lesson: Lesson,
+    anchors: Anchors,
+    config: LiveConfig,
+    *,
+    origin: Policy | None = None,
+    anchor_logits: Tensor | None = None,
+) -> Taught:
     """One step of the weights, in place, and what became of each new event.
+
+    origin: the anchor version, to which `config.kl_coef` pulls; None leaves the pull out.
+    anchor_logits: of the weights as they are, on the anchor answers, where they are known already.
 
     When the step with earlier events does not follow what was said, one on the new events alone is made instead. The
     weights are as they were, bit for bit, when nothing is taught, when the step is sick, or when no share of it keeps
@@ -507,43 +524,48 @@ def take_step(policy: Policy, learner: Learner, lesson: Lesson, anchors: Anchors
         return Taught(outcomes, None, 0.0, 0.0)
     policy.model.eval()  # dropout would make the ratio and the replay of a record another one
     room = config.tokens_per_microbatch
-    ratings = _rating_batch(policy, lesson.rated, config) if lesson.rated else None
-    if ratings is not None:
-        _leave_out_the_far(ratings, lesson, outcomes, config)
+    _leave_out_the_far(policy, lesson, outcomes, config)
     if not lesson.taught:
         return Taught(outcomes, None, 0.0, 0.0)
-    before = _told_logprobs(policy, lesson.taught, room)
     fresh = _batches(policy, [r for r in lesson.rated if r.fresh], [p for p in lesson.paired if p.fresh], config)
     also = [anchors.batch] if config.anchor_coef else []
     steps = [([*fresh, *also], HALVINGS)]
     if lesson.replayed:  # what was learned before may pull the other way; then the new events are learned alone
         steps.insert(0, ([*_batches(policy, lesson.rated, lesson.paired, config), *also], PATIENCE))
-    reference = anchors.logits(policy, room)
-    said = _loss(policy, fresh, config)
+    reference = anchors.logits(policy, room) if anchor_logits is None else anchor_logits
+    # in the order of the batches
+    new: list[Rated | Paired] = [r for r in lesson.rated if r.fresh] + sorted(
+        (p for p in lesson.paired if p.fresh), key=lambda p: not p.likelihood
+    )
+    said, before = _said(policy, fresh, config)
     parameters = policy.trainable_parameters()
     start = [p.detach().clone() for p in parameters]
     for batches, patience in steps:
-        stats = learner.step([m for batch in batches for m in microbatches(batch, room)], _loss_of(config))
-        scale, kl, logits, reason = 0.0, 0.0, reference, stats.reason
+        stats = learner.step([m for batch in batches for m in microbatches(batch, room)], _loss_of(config, origin))
+        scale, kl, logits, after, reason = 0.0, 0.0, reference, before, stats.reason
         if not reason:
-            scale, kl, logits = _scaled_back(
-                policy, start, lambda: _loss(policy, fresh, config) < said, anchors, reference, config, patience
+            scale, kl, logits, after = _scaled_back(
+                policy, start, fresh, said, before, anchors, reference, config, patience
             )
             reason = "" if scale else "no step within the KL budget moved the text the right way"
         if scale:
             break
-    after = _told_logprobs(policy, lesson.taught, room) if scale else before
-    for row, was, now in zip(lesson.taught, before, after, strict=True):
+    for row, was, now in zip(new, before, after, strict=True):
         advantage = row.advantage if isinstance(row, Rated) else None
         outcomes[row.event.id] = Outcome("unused" if reason else "used", reason, advantage, was, now)
     return Taught(outcomes, stats, scale, kl, (reference, logits) if scale else None)
 
 
-def _leave_out_the_far(batch: Batch, lesson: Lesson, outcomes: dict[str, Outcome], config: LiveConfig) -> None:
+def _leave_out_the_far(policy: Policy, lesson: Lesson, outcomes: dict[str, Outcome], config: LiveConfig) -> None:
     """Drop bad ratings whose text is below the band, so that a step does not wait for what it cannot move."""
-    assert batch.old_logprobs is not None
-    near = rating_loss(batch.old_logprobs, batch, config.correction_band)[1][:, 0].tolist()
-    far = [row for row, inside in zip(lesson.rated, near, strict=True) if row.advantage < 0 and not inside]
+    far: list[Rated] = []
+    for rows in ([r for r in lesson.rated if r.fresh], [r for r in lesson.rated if not r.fresh]):
+        if not rows:
+            continue
+        batch = _rating_batch(policy, rows, config)
+        assert batch.old_logprobs is not None
+        near = rating_loss(batch.old_logprobs, batch, config.correction_band)[1][:, 0].tolist()
+        far += [row for row, inside in zip(rows, near, strict=True) if row.advantage < 0 and not inside]
     for row in far:
         lesson.rated.remove(row)
         if row.fresh:
@@ -557,13 +579,16 @@ def _leave_out_the_far(batch: Batch, lesson: Lesson, outcomes: dict[str, Outcome
 def _scaled_back(
     policy: Policy,
     start: Sequence[Tensor],
-    follows: Callable[[], bool],
+    fresh: Sequence[Batch],
+    said: float,
+    before: list[float],
     anchors: Anchors,
     reference: Tensor,
     config: LiveConfig,
     patience: int,
-) -> tuple[float, float, Tensor]:
-    """Halve the step from `start` until it keeps the budget and follows; the share that is left, its KL and logits.
+) -> tuple[float, float, Tensor, list[float]]:
+    """Halve the step from `start` until it keeps the budget and follows, which is that the loss of the new events is
+    below `said`; the share that is left, its KL and logits, and the log-probs of what is told (`before`: at the start).
 
     patience: tries within the budget before it is given up.
     """
@@ -577,15 +602,16 @@ def _scaled_back(
         logits = anchors.logits(policy, config.tokens_per_microbatch)
         kl = divergence(logits, reference)
         if kl <= config.kl_budget:
-            if follows():
-                return scale, kl, logits
+            says, after = _said(policy, fresh, config)
+            if says < said:
+                return scale, kl, logits, after
             patience -= 1
             if not patience:
                 break
     with torch.no_grad():
         for p, s in zip(parameters, start, strict=True):
             p.copy_(s)
-    return 0.0, 0.0, reference
+    return 0.0, 0.0, reference, before
 
 
 def _batches(policy: Policy, rated: Sequence[Rated], paired: Sequence[Paired], config: LiveConfig) -> list[Batch]:
@@ -601,10 +627,8 @@ def _batches(policy: Policy, rated: Sequence[Rated], paired: Sequence[Paired], c
 
 
 def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) -> Batch:
-    """Ratings as rows; only marked tokens have an advantage."""
-    trajectories = [
-        Trajectory(r.prompt, r.completion, np.zeros(len(r.marked)), np.ones(len(r.marked), np.bool_)) for r in rated
-    ]
+    """Ratings as rows. Only marked tokens, those `observed`, have an advantage, which holds the row's weight too."""
+    trajectories = [Trajectory(r.prompt, r.completion, np.zeros(len(r.marked)), r.marked) for r in rated]
     batch = from_trajectories(
         trajectories, encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id,
         normalisation="per_completion",
@@ -613,10 +637,16 @@ def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) ->
     for i, row in enumerate(rated):
         taught = row.marked[drawn(row.completion)]
         marked[i, : len(taught)] = torch.from_numpy(taught)
-    advantages = torch.tensor([[r.advantage] for r in rated])
+    advantages = torch.tensor([[r.advantage * r.weight * _weight(r, config)] for r in rated])
     batch.advantages = place(batch, marked * advantages, trajectories)
-    batch.weights = batch.weights * torch.tensor([[r.weight * _weight(r, config)] for r in rated])
-    batch.old_logprobs = logprobs_of(policy, batch, config.tokens_per_microbatch)
+    if any(r.logprobs is None for r in rated):
+        found = logprobs_of(policy, batch, config.tokens_per_microbatch)
+        for row, acts, logprobs in zip(rated, batch.action_mask, found, strict=True):
+            row.logprobs = logprobs[acts]
+    batch.old_logprobs = torch.zeros(batch.tokens.shape)
+    for row, acts, old in zip(rated, batch.action_mask, batch.old_logprobs, strict=True):
+        assert row.logprobs is not None
+        old[acts] = row.logprobs
     return batch
 
 
@@ -639,43 +669,51 @@ def _plain_batch(policy: Policy, rows: Sequence[tuple[Prompt, Ints]]) -> Batch:
     )  # fmt: skip
 
 
-def _loss_of(config: LiveConfig) -> Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]:
-    """The `learner.TokenLoss` of ratings, pairs and anchor answers."""
-    settings = {
-        likelihood: PreferConfig(algorithm="dpo", beta=config.beta, sft_coef=config.sft_coef if likelihood else 0.0)
-        for likelihood in (True, False)
-    }
+def _loss_of_rows(logprobs: Tensor, batch: Batch, config: LiveConfig) -> Tensor:
+    """The loss of ratings or of pairs, float[B, S]."""
+    if batch.pair_ids is None:
+        return rating_loss(logprobs, batch, config.correction_band)[0]
+    assert batch.route is not None
+    likelihood = config.sft_coef if bool(batch.route[0]) else 0.0
+    settings = PreferConfig(algorithm="dpo", beta=config.beta, sft_coef=likelihood)
+    return preference_loss(settings, logprobs, batch)[0]
+
+
+def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]:
+    """The `learner.TokenLoss` of ratings and pairs, with the pull to the anchor version; and of anchor answers."""
 
     def loss_of(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        logprobs = policy.logprobs(batch).logprobs
-        if batch.pair_ids is not None:
-            assert batch.route is not None
-            return preference_loss(settings[bool(batch.route[0])], logprobs, batch)[0], {}
-        if batch.advantages is None:
-            return config.anchor_coef * objectives.negative_log_likelihood(logprobs), {}
-        return rating_loss(logprobs, batch, config.correction_band)[0], {}
+        if batch.pair_ids is None and batch.advantages is None:
+            return config.anchor_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
+        if origin is None or not config.kl_coef:
+            return _loss_of_rows(policy.logprobs(batch).logprobs, batch, config), {}
+        rows, columns = batch.action_mask.nonzero(as_tuple=True)
+        logits = policy.acting_logits(batch)
+        chosen = logits.log_softmax(-1).gather(-1, batch.tokens[rows, columns][:, None])[:, 0]
+        out = torch.zeros(batch.tokens.shape, dtype=chosen.dtype, device=chosen.device)
+        with torch.no_grad():
+            theirs = origin.acting_logits(batch)
+        pull = objectives.full_kl(logits, theirs)
+        loss = _loss_of_rows(out.index_put((rows, columns), chosen), batch, config)
+        return loss + config.kl_coef * out.index_put((rows, columns), pull), {}
 
     return loss_of
 
 
 @torch.no_grad()
-def _loss(policy: Policy, batches: Sequence[Batch], config: LiveConfig) -> float:
-    """The loss that a step on these batches would lower."""
-    total, loss_of = 0.0, _loss_of(config)
+def _said(policy: Policy, batches: Sequence[Batch], config: LiveConfig) -> tuple[float, list[float]]:
+    """Of new events: the loss that a step on them would lower, the pull left out; and log π of what each is about, at
+    temperature 1 (see `Outcome`), in the order of the batches."""
+    total, told = 0.0, list[float]()
     for batch in batches:
-        for piece in microbatches(batch, config.tokens_per_microbatch):
-            micro = to_device(piece, policy.device)
-            total += float((loss_of(policy, micro)[0] * micro.weights).sum()) / micro.denominator
-    return total
-
-
-def _told_logprobs(policy: Policy, rows: Sequence[Rated | Paired], room: int) -> list[float]:
-    """log π of what each event is about, at temperature 1 (see `Outcome`)."""
-    texts = [(r.prompt, r.completion.tokens) if isinstance(r, Rated) else (r.pair.prompt, r.pair.chosen) for r in rows]
-    logprobs = logprobs_of(policy, _plain_batch(policy, texts), room)
-    told = []
-    for i, (row, (prompt, tokens)) in enumerate(zip(rows, texts, strict=True)):
-        first = 0 if policy.family == "encoder-decoder" else len(prompt.tokens)
-        own = logprobs[i, first : first + len(tokens)].double()
-        told.append(float(own[torch.from_numpy(row.marked)].sum() if isinstance(row, Rated) else own.sum()))
-    return told
+        logprobs = plain = logprobs_of(policy, batch, config.tokens_per_microbatch)
+        if batch.temperature is not None and bool((batch.temperature != 1.0).any()):
+            bare = dataclasses.replace(batch, temperature=None)
+            plain = logprobs_of(policy, bare, config.tokens_per_microbatch)
+        total += float((_loss_of_rows(logprobs, batch, config) * batch.weights).sum()) / batch.denominator
+        if batch.is_chosen is not None:
+            told += plain.double().sum(1)[batch.is_chosen].tolist()
+        else:
+            assert batch.observed is not None
+            told += (plain.double() * batch.observed).sum(1).tolist()
+    return total, told

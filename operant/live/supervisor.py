@@ -39,7 +39,7 @@ LEARNER_POLL_SECONDS = (
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a learner that died is started again, and before a load
 STEADY_SECONDS = 60.0  # after which a learner's death is the first one again
 STOP_SECONDS = 10.0  # for the learner to end its step
-NICENESS = 5
+NICENESS = 5  # of the learner, for answers come first
 
 State = Literal["starting", "up", "failing", "restarting", "stopped"]
 
@@ -107,7 +107,8 @@ class Supervisor:
         self._noted = -1  # the version that the ledger has as served
         self._told = True  # records may have come
         self._closing, self._look = threading.Event(), threading.Event()
-        self._pipe, self._adding = threading.Lock(), threading.Lock()
+        self._pipe, self._adding, self._reuse = threading.Lock(), threading.Lock(), threading.Lock()
+        self._loaded: dict[int, Policy] = {}  # by the version that each serves, or served last
         self._threads = [
             threading.Thread(target=run, name=f"operant-{name}", daemon=True)
             for name, run in (("learner", self._keep_running), ("versions", self._follow))
@@ -157,7 +158,7 @@ class Supervisor:
         """
         with self._adding:  # several requests of one user load it once
             if version not in self._engine.resident():
-                self._engine.add(version, self._policy(version))
+                self._enter(version, self._engine.add)
 
     def close(self) -> None:
         """Let the learner end its step, and leave the engine with what it serves."""
@@ -211,6 +212,8 @@ class Supervisor:
             os.set_blocking(process.stdin.fileno(), False)
             with contextlib.suppress(OSError):  # it is gone already
                 os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
+                # where Linux shares the processor among sessions, the learner's own session has a niceness too
+                Path(f"/proc/{process.pid}/autogroup").write_text(str(NICENESS))
             self._process = process
         try:
             words = self._listen(process.stdout)
@@ -288,7 +291,10 @@ class Supervisor:
     def _serve_current(self) -> None:
         version = self.versions.pointer().version
         if version != self._serving:
-            self._engine.load(version, None if version in self._engine.resident() else self._policy(version))
+            if version in self._engine.resident():
+                self._engine.load(version)
+            else:
+                self._enter(version, self._engine.load)
             self._told = True
 
     def _tell_ledger(self) -> None:
@@ -309,8 +315,22 @@ class Supervisor:
             self._told = True
             raise
 
-    def _policy(self, version: int) -> Policy:
-        """The weights of a version on disk, checked against their hashes."""
-        policy = Policy.load(self.versions.model(version), device=self.config.device, dtype=self.config.dtype)
-        policy.model.eval()
-        return policy
+    def _enter(self, version: int, take: Callable[[int, Policy], None]) -> None:
+        """Give the engine the weights of a version on disk, checked against their hashes.
+
+        They are read into a policy that the engine has let go, where there is one: making another takes five times as
+        long, and all that time keeps the decoding thread from the interpreter.
+        """
+        folder = self.versions.model(version)
+        with self._reuse:
+            resident = self._engine.resident()
+            free = next((v for v in self._loaded if v not in resident), None)
+            policy = None if free is None else self._loaded.pop(free)
+        if policy is None:
+            policy = Policy.load(folder, device=self.config.device, dtype=self.config.dtype)
+            policy.model.eval()
+        else:
+            policy.restore(folder)
+        take(version, policy)
+        with self._reuse:
+            self._loaded[version] = policy

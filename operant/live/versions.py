@@ -53,6 +53,7 @@ class StepRecord:
 
     begin_offset, consumed_offset: the events of the step are those of the store in (begin_offset, consumed_offset].
     moves: how often the current version had moved when the step began; a step is published only if it has not since.
+    origin: the version that the step was pulled to (`LiveConfig.kl_coef`), or -1.
     again: the earlier step that this one makes again without the events of a source that is forgotten, or -1.
     state: "pending"; "published" (there is a version of this number); "refused" (by the gate); "nothing" (no event
         taught anything, or the step moved nothing). Every state but the first consumes the events.
@@ -76,6 +77,7 @@ class StepRecord:
     baselines: dict[str, float] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     again: int = -1
+    origin: int = -1
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)

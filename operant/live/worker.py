@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 
 EVERYTHING = 10_000  # events that are looked at while several sources are waited for
 LONGEST_PAUSE = 30.0  # seconds between tries after faults in a row
+LONGEST_REST = 0.5  # seconds after a step
 
 _NUMBERS = [f.name for f in dataclasses.fields(LiveConfig)]
 
@@ -121,19 +122,19 @@ class FeedbackLog:
 
 @dataclass(slots=True)
 class Learning:
-    """A version in memory with what learning goes on with."""
+    """A version in memory with what learning goes on with. anchor_logits: its own, once they are known."""
 
     version: int
     moves: int
     policy: Policy
     learner: Learner
     state: LearnerState
+    anchor_logits: Tensor | None = None
 
     @classmethod
     def load(cls, versions: Versions, version: int, moves: int, config: WorkerConfig) -> Learning:
         path = Path(versions.get(version).path)
-        policy = Policy.load(path / "model", device=config.device, dtype=config.dtype)
-        policy.model.eval()
+        policy = load_version(versions, version, config)
         learner = new_learner(policy, config)
         saved = torch.load(path / "learner.pt", map_location=policy.device, weights_only=True)
         learner.load_state_dict(saved["learner"])
@@ -177,13 +178,28 @@ def run_record(
     return lesson, config
 
 
-def make_step(record: StepRecord, at: Learning, lesson: Lesson, anchors: Anchors, config: LiveConfig) -> Taught:
-    """`take_step` with the record's coefficients and seed, whatever the learner in memory was made with."""
+def make_step(
+    record: StepRecord, at: Learning, lesson: Lesson, anchors: Anchors, config: LiveConfig, origin: Policy | None
+) -> Taught:
+    """`take_step` with the record's coefficients and seed, whatever the learner in memory was made with.
+
+    origin: the version of that number in the record; None for a record without one, which knew of no pull.
+    """
     at.learner.lr = at.learner.critic_lr = config.lr
     if isinstance(at.learner.rule, Sgd):
         at.learner.rule.max_grad_norm = config.max_grad_norm
     torch.manual_seed(record.seed)
-    return take_step(at.policy, at.learner, lesson, anchors, config)
+    return take_step(
+        at.policy, at.learner, lesson, anchors, config, origin=origin, anchor_logits=at.anchor_logits
+    )  # fmt: skip
+
+
+def load_version(versions: Versions, version: int, config: LearnerConfig) -> Policy:
+    """The weights of a version on disk, to compute with. Raises OperantError when they are not there, or broken."""
+    path = Path(versions.get(version).path)
+    policy = Policy.load(path / "model", device=config.device, dtype=config.dtype)
+    policy.model.eval()
+    return policy
 
 
 def replayed(versions: Versions, version: int, source: EventSource, config: WorkerConfig) -> Policy:
@@ -198,7 +214,8 @@ def replayed(versions: Versions, version: int, source: EventSource, config: Work
     lesson, used = run_record(record, at, source, versions, config)
     if lesson.replayed != record.replayed:
         raise OperantError(f"the store lacks what step {version} learned again; give the --store that it began with")
-    make_step(record, at, lesson, _load_anchors(versions.root, at.policy), used)
+    origin = load_version(versions, record.origin, config) if record.origin >= 0 else None
+    make_step(record, at, lesson, _load_anchors(versions.root, at.policy), used, origin)
     return at.policy
 
 
@@ -266,6 +283,7 @@ class Worker:
         self._kept_logits: dict[str, tuple[int, Tensor]] = {}
         self._anchor_metrics: tuple[int, dict[str, float]] | None = None
         self._heldout: list[Prompt] | None = None
+        self._origin_kept: tuple[int, Policy] | None = None
 
     def start(self) -> None:
         """Begin a new root or complete what a crash left in this one.
@@ -354,9 +372,10 @@ class Worker:
         anchors = self._measured_on()
         record.replayed, record.forgotten, record.anchors = lesson.replayed, lesson.forgotten, list(anchors.ids)
         record.baselines = dict(at.state.baselines)
+        record.origin = self.versions.pointer().anchor if config.kl_coef else -1
         record.times["begun"] = time.time()
         self.versions.announce(record)
-        taught = make_step(record, at, lesson, anchors, config)
+        taught = make_step(record, at, lesson, anchors, config, self._origin(record.origin))
         record.outcomes = taught.outcomes
         record.times["stepped"] = time.time()
         if taught.anchor_logits is None:
@@ -384,7 +403,7 @@ class Worker:
             self.at = None
             record.outcomes = {}
             return False
-        at.version, at.moves = record.version, record.moves + 1
+        at.version, at.moves, at.anchor_logits = record.version, record.moves + 1, after
         self._follow(record.version, config.drift_versions)
         self.say({"version": record.version, "parent": record.parent, "events": record.events, "gate": gate})
         self.versions.tidy()
@@ -418,15 +437,18 @@ class Worker:
         if role not in self._kept_logits or self._kept_logits[role][0] != version:
             known = next((logits for number, logits in self._kept_logits.values() if number == version), None)
             if known is None:
-                known = self._measured_on().logits(self._policy_of(version), self.config.tokens_per_microbatch)
+                policy = load_version(self.versions, version, self.config)
+                known = self._measured_on().logits(policy, self.config.tokens_per_microbatch)
             self._kept_logits[role] = version, known
         return self._kept_logits[role][1]
 
-    def _policy_of(self, version: int) -> Policy:
-        path = Path(self.versions.get(version).path)
-        policy = Policy.load(path / "model", device=self.config.device, dtype=self.config.dtype)
-        policy.model.eval()
-        return policy
+    def _origin(self, version: int) -> Policy | None:
+        """The version that steps are pulled to."""
+        if version < 0:
+            return None
+        if self._origin_kept is None or self._origin_kept[0] != version:
+            self._origin_kept = version, load_version(self.versions, version, self.config)
+        return self._origin_kept[1]
 
     def _write_anchors(self, policy: Policy) -> None:
         config = self.config
@@ -462,7 +484,8 @@ class Worker:
             return False
         prompts = self._heldout_prompts()
         if self._anchor_metrics is None or self._anchor_metrics[0] != pointer.anchor:
-            self._anchor_metrics = pointer.anchor, slow_metrics(self._policy_of(pointer.anchor), prompts)[0]
+            origin = load_version(self.versions, pointer.anchor, self.config)
+            self._anchor_metrics = pointer.anchor, slow_metrics(origin, prompts)[0]
         measured = slow_metrics(self.current().policy, prompts)[0]
         verdict = slow_gate(measured, self._anchor_metrics[1], self.config.tolerance)
         self.versions.note_slow(pointer.version, {"anchor": pointer.anchor, **dataclasses.asdict(verdict)})
@@ -492,6 +515,7 @@ class Worker:
         signal.signal(signal.SIGTERM, stop)
         pause = 0.0
         while not stopping:
+            began = time.monotonic()
             try:
                 busy = self.once() or self.judge()
                 pause = 0.0
@@ -502,6 +526,8 @@ class Worker:
                 pause = min(LONGEST_PAUSE, max(2 * pause, 0.5))
                 busy = False
             if busy:
+                if not self.config.once:
+                    time.sleep(min(LONGEST_REST, self.config.rest * (time.monotonic() - began)))
                 continue
             if self.config.once or not self._wait(max(pause, self.config.poll_seconds)):
                 return
