@@ -29,7 +29,8 @@ class Algorithm:
     baseline, dense_baseline: what a reward, and a dense one, is compared with when `--baseline` is auto.
     whiten, clip, lam, shift, dynamic, overlong: what `auto` means for the settings of these names; `overlong` is the
         share of the length limit over which the penalty grows.
-    rule: what takes the step: Adam, or the natural gradient within a trust region.
+    rule: what takes the step: Adam, or the natural gradient within a trust region. lr: Adam's learning rate when
+        `--lr` is auto.
     ratio: the loss has a ratio to the policy that the batch began with, so several passes over a batch are allowed.
     pairs, reference: it learns from chosen and rejected completions, against a frozen policy.
     honours_dense: token rewards reach the tokens they belong to. honours_gamma: γ changes the returns.
@@ -49,6 +50,7 @@ class Algorithm:
     dynamic: bool = False
     overlong: float = 0.0
     rule: Literal["adam", "trust_region"] = "adam"
+    lr: float = 1e-4
     ratio: bool = False
     pairs: bool = False
     reference: bool = False
@@ -153,19 +155,19 @@ ALGORITHMS = {
         ),
         Algorithm(
             "double_q", "van Hasselt et al. 2016", "double_q", "none", "none", "per_token",
-            honours_stale=True, honours_greedy=True,
+            lr=1e-3, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "dpo", "Rafailov et al. 2023", "dpo", "none", "none", "per_completion", pairs=True, reference=True,
-            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+            lr=5e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "ipo", "Azar et al. 2023", "ipo", "none", "none", "per_completion", pairs=True, reference=True,
-            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+            lr=5e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "kto", "Ethayarajh et al. 2024", "kto", "none", "none", "per_completion", reference=True,
-            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+            lr=5e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
     )
 }  # fmt: skip
@@ -189,7 +191,7 @@ def table() -> list[dict[str, Any]]:
         {
             "name": a.name, "paper": a.paper, "from": a.learns_from, "loss": a.loss, "baseline": a.baseline,
             "dense_baseline": a.dense_baseline if a.honours_dense else None, "normalisation": a.normalisation,
-            "rule": a.rule, "needs": list(a.needs), "honours": list(a.honours),
+            "rule": a.rule, "lr": a.lr if a.rule == "adam" else None, "needs": list(a.needs), "honours": list(a.honours),
         }
         for a in ALGORITHMS.values()
     ]  # fmt: skip
@@ -205,6 +207,7 @@ class Recipe:
     """
 
     algorithm: Algorithm
+    lr: float
     baseline: Baseline
     normalisation: Normalisation
     whiten: bool
@@ -256,6 +259,7 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
         )
     return Recipe(
         algorithm=algorithm,
+        lr=float(auto(config.lr, algorithm.lr)),
         baseline=baseline,
         normalisation=normalisation,
         whiten=whiten,

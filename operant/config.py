@@ -317,7 +317,7 @@ class PreferConfig(RunConfig):
         undesirable_weight: λ of bad ones (kto).
         steps: at most so many optimizer steps.
         batch_size: pairs, or for kto completions, per optimizer step.
-        lr: peak learning rate.
+        lr: peak learning rate; auto takes the algorithm's own.
         warmup_steps: steps of linear warm-up.
         schedule: what follows the warm-up.
         measure_kl: measure the KL to the reference on held-out rows, which keeps a second copy of full weights.
@@ -352,7 +352,7 @@ class PreferConfig(RunConfig):
     undesirable_weight: float = 1.0
     steps: int = 500
     batch_size: int = 32
-    lr: float = 5e-5
+    lr: float | Literal["auto"] = "auto"
     warmup_steps: int = 20
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     weight_decay: float = 0.0
@@ -443,7 +443,8 @@ class TrainConfig(RunConfig, PairFields):
         audit_fraction: share of completions that a streaming reward would end but that run on, to see what ends cost.
         max_rows: completions decoded together.
         steps: at most so many steps.
-        lr: learning rate.
+        lr: learning rate; auto takes the algorithm's own (`operant algorithms --json`): 1e-4, and 1e-3 for the heads of
+            double_q.
         warmup_steps: steps of linear warm-up.
         schedule: what follows the warm-up.
         target: stop once a held-out metric reaches this, such as "bleu>=30" or "reward>=0.8".
@@ -524,7 +525,7 @@ class TrainConfig(RunConfig, PairFields):
     audit_fraction: float = 0.0
     max_rows: int = 256
     steps: int = 500
-    lr: float = 1e-4
+    lr: float | Literal["auto"] = "auto"
     warmup_steps: int = 5
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     weight_decay: float = 0.0

@@ -169,9 +169,9 @@ class _Loop:
             policy.add_action_values(config.q_beta, config.support, config.seed)
         passes = config.epochs * config.minibatches
         self.learner = Learner(
-            policy, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+            policy, lr=recipe.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps * passes, total_steps=config.steps * passes, schedule=config.schedule,
-            critic_lr=config.critic_lr or CRITIC_RATE * config.lr, rule=update_rule(policy, config, recipe),
+            critic_lr=config.critic_lr or CRITIC_RATE * recipe.lr, rule=update_rule(policy, config, recipe),
         )  # fmt: skip
         self.state: dict[str, Any] = {"rewards": {}}
         run.attach(policy, self.learner, self.state)

@@ -132,6 +132,7 @@ def test_what_cannot_be_an_environment_is_refused(codec: Codec) -> None:
         TextEnv(["one two three"], Vowels(), codec, max_prompt_tokens=1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the peer's own making
 def test_stable_baselines_trains_on_it(codec: Codec) -> None:
     sb3 = pytest.importorskip("stable_baselines3", reason="stable-baselines3 is not installed")

@@ -318,9 +318,10 @@ def _learn(
             values["kl_ref"] = sums["kl_ref"] / sums["tokens"]
         return values
 
+    rate = ALGORITHMS[config.algorithm].lr if config.lr == "auto" else config.lr
     run.note(_told(config, learned, held_out))  # no earlier: a fault is the one line that is seen
     return fit(
-        run, policy, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
+        run, policy, config, steps=config.steps, lr=rate, warmup_steps=config.warmup_steps,
         schedule=config.schedule, batches=batches, dev=[], eval_every=config.eval_every, patience=config.patience,
         loss_of=loss_of, held_out=measured if dev is not None else None, dropout=False,
     )  # fmt: skip
