@@ -2,6 +2,7 @@
 
 Defaults of each row of `operant algorithms`, one learning rate for all unless `RATES` says otherwise; nothing tuned.
 Preference methods learn from pairs of the start's own samples, the best of four against the worst by the same reward.
+"one" draws one completion a prompt, from four times as many; "logged" learns from a log of the start's completions.
 
 python -m benchmarks.algorithms                          three seeds, a minute a run
 python -m benchmarks.algorithms --names rloo ppo --seeds 0 --jobs 2
@@ -26,13 +27,17 @@ MINUTES = 1.0
 RATE = "2e-4"
 RATES: dict[str, str] = {"double_q": "1e-2", "dpo": "5e-5", "ipo": "5e-5", "kto": "5e-5"}
 MAX_TOKENS = 32
+# one completion a prompt, as many a step; and a log of the start's own completions in place of new ones
+ONE = ["reinforce dense one", "reinforce_pp dense one", "spo one"]
+LOGGED = ["topr logged", "areinforce logged", "double_q logged"]
 
 
 def names() -> list[str]:
-    """The table's rows, and the dense form of those that honour it."""
+    """The table's rows, the dense form of those that honour it, and single completions and a log for some."""
     from operant.algorithms import ALGORITHMS
 
-    return [n for name, a in ALGORITHMS.items() for n in ([name, f"{name} dense"] if dense_too(a) else [name])]
+    rows = [n for name, a in ALGORITHMS.items() for n in ([name, f"{name} dense"] if dense_too(a) else [name])]
+    return [*rows, *ONE, *LOGGED]
 
 
 def dense_too(algorithm: Any) -> bool:
@@ -54,7 +59,7 @@ def measure(name: str) -> None:
     if row == "base":
         RECORD.put(name, start(int(seed), folder))
         return
-    algorithm, *dense = row.split()
+    algorithm, *ways = row.split()
     out = RUNS / seed / row.replace(" ", "-")
     shutil.rmtree(out, ignore_errors=True)
     common = {
@@ -66,10 +71,15 @@ def measure(name: str) -> None:
         command = ["prefer", *flags(**common, data=folder / "pairs.jsonl", dev_data=folder / "dev_pairs.jsonl")]
     else:
         command = ["train", *flags(
-            **common, data=folder / "data" / "prompts.jsonl", dev_data=folder / "data" / "dev.jsonl", reward="chrf",
-            max_tokens=MAX_TOKENS, eval_every=10, log_samples=0,
+            **common, dev_data=folder / "data" / "dev.jsonl", reward="chrf", max_tokens=MAX_TOKENS, eval_every=10,
+            log_samples=0, dense="true" if "dense" in ways else "false",
         )]  # fmt: skip
-        command += flags(dense="true" if dense else "false")
+        if "logged" in ways:
+            command += flags(logged=logged(folder, int(seed)))
+        else:
+            command += flags(data=folder / "data" / "prompts.jsonl")
+        if "one" in ways:
+            command += flags(group_size=1, prompts_per_step=128)
     operant(command)
     facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -108,6 +118,41 @@ def start(seed: int, folder: Path) -> dict[str, Any]:
     for rows, name in ((circle.task.prompts, "pairs"), (circle.task.dev, "dev_pairs")):
         preferences(circle, rows, folder / f"{name}.jsonl", seed)
     return {"test": judged(folder, folder / "finetune" / "model")}
+
+
+def logged(folder: Path, seed: int) -> Path:
+    """A log of the start: four completions of every second prompt, with their probabilities and rewards."""
+    path = folder / "log.jsonl"
+    if path.exists():
+        return path
+    import torch
+
+    from operant.data import load_prompts, load_rows
+    from operant.policy import Policy
+    from operant.rewards import RewardRunner, reward_by_name
+    from operant.sampler import Sampler
+    from operant.types import Sampling
+
+    torch.set_num_threads(1)
+    policy = Policy.load(folder / "finetune" / "model")
+    policy.model.eval()
+    rows = load_rows(folder / "data" / "prompts.jsonl")[::2]
+    prompts = load_prompts(rows, policy.codec)
+    groups = Sampler(policy, max_rows=256).sample(prompts, Sampling(max_tokens=MAX_TOKENS, seed=seed), 4)
+    runner = RewardRunner(reward_by_name("chrf"), workers=0)
+    scored = runner.run([(p, c) for p, group in zip(prompts, groups) for c in group])
+    runner.close()
+    with path.with_suffix(".part").open("w", encoding="utf-8") as file:
+        for number, t in enumerate(scored):
+            c = t.completion
+            assert c.behavior_logprobs is not None
+            line = {
+                "prompt": rows[number // 4]["prompt"], "tokens": c.tokens.tolist(), "completion": c.text,
+                "behavior_logprobs": c.behavior_logprobs.tolist(), "reward": float(t.rewards.sum()),
+            }  # fmt: skip
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    path.with_suffix(".part").rename(path)
+    return path
 
 
 def preferences(circle: Any, rows: list[dict[str, Any]], path: Path, seed: int) -> None:

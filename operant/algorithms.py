@@ -191,7 +191,8 @@ def table() -> list[dict[str, Any]]:
         {
             "name": a.name, "paper": a.paper, "from": a.learns_from, "loss": a.loss, "baseline": a.baseline,
             "dense_baseline": a.dense_baseline if a.honours_dense else None, "normalisation": a.normalisation,
-            "rule": a.rule, "lr": a.lr if a.rule == "adam" else None, "needs": list(a.needs), "honours": list(a.honours),
+            "rule": a.rule, "lr": a.lr if a.rule == "adam" else None,
+            "needs": list(a.needs), "honours": list(a.honours),
         }
         for a in ALGORITHMS.values()
     ]  # fmt: skip

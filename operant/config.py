@@ -481,8 +481,8 @@ class TrainConfig(RunConfig, PairFields):
     minibatches: int = 1
     clip_low: float | Literal["auto"] = "auto"
     clip_high: float | Literal["auto"] = "auto"
-    delta: float = 0.01
-    damping: float = 0.1
+    delta: float = 0.03
+    damping: float = 0.01
     cg_steps: int = 10
     fisher_share: float = 0.1
     backtracks: int = 10
