@@ -8,12 +8,16 @@ import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from operant import config as configs
 from operant.types import OperantError
+
+if TYPE_CHECKING:
+    from operant.live.forget import Forgotten
 
 EXAMPLES = {
     "pretrain": (
@@ -525,19 +529,24 @@ def run_forget(config: configs.ForgetConfig) -> None:
     from operant.live.store import Store
 
     _need(config.source, "--source", "whom to forget")
-    torch.set_num_threads(config.threads)
-    worker = configs.WorkerConfig(root=config.root, device=config.device, dtype=config.dtype)
-    if not Path(config.root).is_dir():
+    root = Path(config.root)
+    if not root.is_dir():
         raise OperantError(f"{config.root} is no folder; give --root, the one that operant serve writes")
-    try:
-        with (
-            FileLock(Path(config.root) / "learner.lock", timeout=0),
-            Store(config.store or Path(config.root) / "store.db") as store,
-            _steps("steps made again") as progress,
-        ):
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(_steps("steps made again"))
+        try:
+            stack.enter_context(FileLock(root / "server.lock", timeout=0))
+        except Timeout:
+            told = _forgotten_by_the_server(config, progress)
+        else:
+            torch.set_num_threads(config.threads)
+            try:
+                stack.enter_context(FileLock(root / "learner.lock", timeout=0))
+            except Timeout:
+                raise OperantError(f"a learner is at work in {config.root}; stop it first") from None
+            store = stack.enter_context(Store(config.store or root / "store.db"))
+            worker = configs.WorkerConfig(root=config.root, device=config.device, dtype=config.dtype)
             told = forget(config.source, store, worker, progress)
-    except Timeout:
-        raise OperantError(f"a learner is at work in {config.root}; stop the server first") from None
     if config.json:
         print(json.dumps(dataclasses.asdict(told)))
         return
@@ -546,6 +555,27 @@ def run_forget(config: configs.ForgetConfig) -> None:
         dropped = ", ".join(map(str, told.dropped)) or "none"
         print(f"made again from version {told.base}: {told.redone} steps; weights deleted: {dropped}")
     print("what was read, copied or backed up before is beyond this: nobody can unsample an answer")
+
+
+def _forgotten_by_the_server(config: configs.ForgetConfig, progress: Callable[[int, int], None]) -> Forgotten:
+    """Ask the server that is at work in this root, by a file as all processes do, and wait until it is done."""
+    from operant.live.forget import Plan, ask, forgotten
+    from operant.live.versions import Versions
+
+    versions = Versions(config.root)
+    asked = ask(versions, config.source)
+    while True:
+        if (told := forgotten(versions, asked.number)) is not None:
+            return told
+        plan = Plan.read(versions)
+        if plan is not None and plan.number == asked.number:
+            if plan.stage == "refused":
+                versions.plan_file.unlink()
+                raise OperantError(plan.reason)
+            if plan.steps:
+                made = sum(r.again >= 0 and r.version >= plan.begun for r in versions.records())
+                progress(min(made, len(plan.steps)), len(plan.steps))
+        time.sleep(0.1)
 
 
 def run_versions(config: configs.VersionsConfig) -> None:

@@ -979,12 +979,13 @@ class ReplayConfig:
 class ForgetConfig:
     """Forget a source: what it said, what it asked, and what the weights have learned from it.
 
-    The server has to be stopped. Steps are made again from the last version before the source's first use; what had
-    touched its feedback is deleted. What people have read in the meantime cannot be unsampled.
+    A server that is at work in `root` does it while it goes on answering; without one, it is done here. Steps are made
+    again from the last version before the source's first use; what had touched its feedback is deleted. What people
+    have read in the meantime cannot be unsampled.
 
     Args:
         root: the folder that the live loop writes.
-        store: where its feedback is; empty takes store.db in `root`.
+        store: where its feedback is; empty takes store.db in `root`. A server knows its own.
         source: whom to forget: the name of their key, or the source that was given with their feedback.
         device: auto, cpu, cuda or mps.
         dtype: as the learner had it.

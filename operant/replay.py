@@ -7,6 +7,7 @@ of them grows by appending, and a line that a crash cut off in the middle is the
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections import Counter
@@ -20,7 +21,7 @@ from operant.preferences import Preference, Rating, good_or_bad
 from operant.text import Codec
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
-__all__ = ["Replay", "draw", "line_of", "subject"]
+__all__ = ["Replay", "draw", "draw_named", "line_of", "subject"]
 
 Record = Prompt | Completion | Feedback
 
@@ -49,6 +50,26 @@ def draw(times: Sequence[float], count: int, *, seed: int, step: int, half_life:
     ages = max(times) - np.asarray(times, np.float64)
     keys = -math.log(2.0) * ages / half_life + rng.gumbel(size=len(times))
     return [int(i) for i in np.argsort(-keys, kind="stable")[:count]]
+
+
+def draw_named(
+    names: Sequence[str], times: Sequence[float], count: int, *, seed: int, half_life: float = 0.0
+) -> list[int]:
+    """`draw` by a priority that each item has of itself: the `count` items of the largest
+
+        ln 2 · t_i / half_life − ln(−ln u_i),   u_i in (0, 1) from SHA-256 of (seed, name_i)
+
+    (Gumbel top-k, Vieira 2014; without a half-life the first term is left out). Whether other items are there changes
+    no priority: with some of them gone, those that are left come in the same order. Equal priorities go by name.
+    """
+
+    def priority(i: int) -> tuple[float, str]:
+        digest = hashlib.sha256(f"{seed}\x00{names[i]}".encode("utf-8", "surrogatepass")).digest()
+        uniform = (int.from_bytes(digest[:6], "big") + 0.5) / 2.0**48
+        age = math.log(2.0) * times[i] / half_life if half_life > 0 else 0.0
+        return age - math.log(-math.log(uniform)), names[i]
+
+    return sorted(range(len(names)), key=priority, reverse=True)[:count]
 
 
 def line_of(record: Record) -> str:

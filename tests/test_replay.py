@@ -15,7 +15,7 @@ from program import QUIET_RUN, Program, read_rows
 
 from operant.config import PreferConfig
 from operant.policy import Policy
-from operant.replay import Replay, draw, line_of
+from operant.replay import Replay, draw, draw_named, line_of
 from operant.stages.preference import prefer
 from operant.text import Codec
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
@@ -218,6 +218,30 @@ def test_recent_events_are_drawn_as_much_more_often_as_the_half_life_says(half_l
 def test_an_empty_replay_is_refused() -> None:
     with pytest.raises(OperantError, match="the replay is empty"):
         draw([], 4, seed=0, step=0)
+
+
+def test_a_named_draw_comes_in_the_same_order_whoever_else_is_there() -> None:
+    names, times = [f"e{i}" for i in range(40)], [1e9 + 3600.0 * (i % 7) for i in range(40)]
+    mine = [i for i in range(40) if i % 3]
+    for half_life in (0.0, 7200.0):
+        for seed in range(50):
+            every = [i for i in draw_named(names, times, 40, seed=seed, half_life=half_life) if i % 3]
+            alone = draw_named(
+                [names[i] for i in mine], [times[i] for i in mine], 40, seed=seed, half_life=half_life
+            )  # fmt: skip
+            assert every == [mine[i] for i in alone]
+            few = draw_named([names[i] for i in mine], [times[i] for i in mine], 5, seed=seed, half_life=half_life)
+            assert few == alone[:5]
+    assert len({draw_named(names, times, 1, seed=seed)[0] for seed in range(500)}) == 40
+    assert draw_named([], [], 3, seed=0) == []
+
+
+@pytest.mark.parametrize(("half_life", "share"), [(0.0, 0.5), (10.0, 2 / 3)])
+def test_a_named_draw_is_as_likely_as_the_half_life_says(half_life: float, share: float) -> None:
+    picks = [
+        draw_named(["a", "b"], [1e9, 1e9 + 10.0], 1, seed=seed, half_life=half_life)[0] for seed in range(4000)
+    ]  # fmt: skip
+    assert np.mean(picks) == pytest.approx(share, abs=0.03)
 
 
 # --- learning from it ------------------------------------------------------------------------------------------------

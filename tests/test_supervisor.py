@@ -62,6 +62,9 @@ class Ledger:
     def served(self, version: int, at: float) -> None:
         self.serving.append((version, at))
 
+    def forget(self, source: str) -> int:
+        raise OperantError("nobody is forgotten here")
+
 
 @dataclasses.dataclass
 class Live:
@@ -356,13 +359,24 @@ def test_the_learners_command_line_says_every_setting(tmp_path: Path) -> None:
     import jsonargparse
 
     config = WorkerConfig(
-        root=str(tmp_path / "a b"), store="postgresql://me@host/name", model="m", lr=1e-4, kl_budget=0.5,
+        root=str(tmp_path / "a b"), model="m", lr=1e-4, kl_budget=0.5,
         score_low=-1.0, keep=7, watch_stdin=True, prompt_field="question", threads=1, seed=2**40, heldout="rows.jsonl",
     )  # fmt: skip
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(WorkerConfig, as_group=False)
     assert WorkerConfig(**parser.parse_args(arguments_of(config)).as_dict()) == config
     assert arguments_of(WorkerConfig()) == []
+
+
+def test_the_password_of_the_database_is_not_in_the_learners_command_line(make_live: MakeLive, tmp_path: Path) -> None:
+    live, url = make_live(), "postgresql://me:s3cret@host/name"
+    config = dataclasses.replace(live.worker.config, store=url)
+    told = tmp_path / "told.json"
+    script = f"import json, os, sys; json.dump([sys.argv, os.environ['OPERANT_STORE']], open({str(told)!r}, 'w'))"
+    live.start([sys.executable, "-c", script, *arguments_of(config)], config)
+    until(lambda: told.exists() and told.read_text().endswith("]"), "the learner is told where the store is")
+    argv, found = json.loads(told.read_text())
+    assert found == url and "s3cret" not in " ".join(argv)
 
 
 def test_a_real_learner_teaches_what_is_served_and_survives_kill_9(make_live: MakeLive, tmp_path: Path) -> None:

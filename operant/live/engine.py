@@ -242,6 +242,15 @@ class Engine:
 
         self._call(enter)
 
+    def drop(self, versions: Sequence[int]) -> None:
+        """Let these versions leave memory, but the one that serves; what they have under way goes on under that."""
+
+        def leave() -> None:
+            for version in set(self._samplers) & set(versions) - {self._version}:
+                self._let_go(version)
+
+        self._call(leave)
+
     def resident(self) -> list[int]:
         """The versions in memory; the last one serves."""
         return list(self._samplers)
@@ -431,13 +440,16 @@ class Engine:
                 (v for v in self._samplers if v not in (self._version, entering)),
                 key=lambda v: (bool(used[v]), any(o.pinned for o in used[v])),  # the first of equals is the oldest
             )
-            sampler = self._samplers[leaving]
-            self._samplers = {v: s for v, s in self._samplers.items() if v != leaving}
-            self._totals["reread"] += sampler.pending
-            self._samplers[self._version].absorb(sampler)
-            for output in used[leaving]:
-                if output.begun:
-                    output.version = self._version
+            self._let_go(leaving)
+
+    def _let_go(self, leaving: int) -> None:
+        sampler = self._samplers[leaving]
+        self._samplers = {v: s for v, s in self._samplers.items() if v != leaving}
+        self._totals["reread"] += sampler.pending
+        self._samplers[self._version].absorb(sampler)
+        for output in self._outputs.values():
+            if output.begun and output.version == leaving:
+                output.version = self._version
 
 
 def _not_resident(version: int | None) -> NotResident:

@@ -42,7 +42,8 @@ from operant.live.gate import Anchors, divergence
 from operant.live.versions import Outcome
 from operant.policy import Policy
 from operant.preferences import Preference, good_or_bad
-from operant.replay import Replay, draw, subject
+from operant.replay import Replay, draw_named, subject
+from operant.run import mixed_seed
 from operant.stages.preference import preference_loss
 from operant.text import Codec, chars_to_tokens
 from operant.types import Batch, Bools, Completion, Feedback, Ints, OperantError, Prompt, StepStats, Trajectory
@@ -196,7 +197,7 @@ def prepare(
     Args:
         look: a completion by its id, or None.
         encoder, max_length: of the policy.
-        seed: of the step, which draws the replayed events.
+        seed: draws the replayed events, together with the ids of what the step teaches.
         learned: event id → the version that has learned from it.
 
     Returns the lesson; its `state` is the one after the step, and has the new baselines.
@@ -238,8 +239,10 @@ def prepare(
             rated.remove(row)
     memory = _remembered(state.memory, [e for _, e in events])
     known = state.baselines
-    replayed = _recalled(memory, look, codec, config, encoder, max_length, seed, known) if rated or paired else []
     rows: list[Rated | Paired] = [*rated, *paired]
+    # a step is known by what it teaches, so that the draw is the same whether or not others have spoken
+    seed = mixed_seed(seed, "replay", *(row.event.id for row in rows))
+    replayed = _recalled(memory, look, codec, config, encoder, max_length, seed, known) if rows else []
     forgotten = sorted({m["event"]["id"] for m in state.memory} - {m["event"]["id"] for m in memory})
     memory = memory + [{"offset": offsets[r.event.id], "event": dataclasses.asdict(r.event)} for r in rows]
     if config.min_sources > 1:
@@ -460,9 +463,9 @@ def _recalled(
     """Earlier events to learn again, against today's baselines. One whose completion is gone is passed over."""
     if not config.replay_events or not memory:
         return []
-    times = [float(entry["event"]["time"]) for entry in memory]
+    names, times = [entry["event"]["id"] for entry in memory], [float(entry["event"]["time"]) for entry in memory]
     rows = []
-    for i in draw(times, config.replay_events, seed=seed, step=0, half_life=3600 * config.half_life):
+    for i in draw_named(names, times, config.replay_events, seed=seed, half_life=3600 * config.half_life):
         row = _understood(_event_of(memory[i]), look, codec, config, encoder, max_length)
         if isinstance(row, str):
             continue

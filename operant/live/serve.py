@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import signal
 import socket
 import time
@@ -59,6 +60,7 @@ def serve(config: ServeConfig) -> None:
     check_numbers(config)
     _check_installed()
     check_listening(config.host, _keys(config))
+    os.umask(0o077)  # what people said is for nobody else on this machine, nor is what was learned from it
     bound = contextlib.closing(_bind(config.host, config.port))
     with bound as listening, _interruptible(), _logged(Path(config.root) / "serve.log"), live(config) as running:
         server = server_of(running.app, config)

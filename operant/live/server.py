@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from operant import __version__
 from operant.config import ServeConfig
-from operant.live import feedback_api, openai_routes, page, versions_api
+from operant.live import feedback_api, forget_api, openai_routes, page, versions_api
 from operant.live.access import OWNER, Caller, Keys, Links, is_loopback
 from operant.live.feedback import BadFeedback
 from operant.live.implicit import Implicit
@@ -74,7 +74,7 @@ def create_app(
         title="operant", version=__version__, lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.service = service
-    for routes in (openai_routes.routes, feedback_api.routes, versions_api.routes, page.routes):
+    for routes in (openai_routes.routes, feedback_api.routes, versions_api.routes, forget_api.routes, page.routes):
         app.include_router(routes)
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/ready", ready, methods=["GET"])

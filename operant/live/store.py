@@ -346,6 +346,24 @@ class Store:
         with self.database.reading() as connection:
             return bool(user) and connection.execute(query.limit(1)).first() is not None
 
+    def said_by_or_to(self, source: str) -> list[str]:
+        """Ids, in the order of their offsets, of what a source has said and of what anybody has said about answers that
+        it, as a user, has asked for."""
+        asked = sa.select(COMPLETIONS.c.id).where(COMPLETIONS.c.user == source, COMPLETIONS.c.status != "deleted")
+        columns = EVENTS.c.id, EVENTS.c.source, EVENTS.c.completion_id, EVENTS.c.kind, EVENTS.c.value
+        with self.database.reading() as connection:
+            answers = set(connection.scalars(asked)) if source else set()
+            rows = connection.execute(
+                sa.select(*columns).order_by(EVENTS.c.offset).where(
+                    sa.or_(EVENTS.c.source == source, EVENTS.c.completion_id.in_(asked), EVENTS.c.kind == "comparison")
+                )
+            ).all()  # fmt: skip
+        return [
+            row.id for row in rows
+            if row.source == source or row.completion_id in answers
+            or (row.kind == "comparison" and row.value in answers)
+        ]  # fmt: skip
+
     def forget(self, source: str) -> int:
         """Empty everything that a source has said and, as a user, asked; the number of its events.
 

@@ -24,7 +24,9 @@ from typing import IO, Literal, Protocol
 import operant
 from operant.config import WorkerConfig
 from operant.live.engine import Engine
+from operant.live.forget import Plan, empty, finish
 from operant.live.versions import StepRecord, Versions
+from operant.live.worker import STORE_VARIABLE
 from operant.policy import Policy
 from operant.types import OperantError
 
@@ -51,13 +53,16 @@ class Ledger(Protocol):
 
     def served(self, version: int, at: float) -> None: ...
 
+    def forget(self, source: str) -> int: ...
+
 
 def arguments_of(config: WorkerConfig) -> list[str]:
-    """The learner's command line: every setting that is not the default."""
+    """The learner's command line: every setting that is not the default, but the store, whose address may hold a
+    password and is told in the environment (`worker.STORE_VARIABLE`): everybody on a machine may read command lines."""
     found = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != field.default and value is not None:
+        if value != field.default and value is not None and field.name != "store":
             found.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
     return found
 
@@ -102,7 +107,7 @@ class Supervisor:
         self._engine, self._store = engine, store
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
-        self._faults = {"learner": "", "version": "", "ledger": ""}
+        self._faults = {"learner": "", "version": "", "ledger": "", "forgetting": ""}
         self._entered: set[int] = set()  # steps that the ledger has
         self._noted = -1  # the version that the ledger has as served
         self._told = True  # records may have come
@@ -205,7 +210,8 @@ class Supervisor:
                 return ""
             process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env=os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
+                env=os.environ
+                | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", STORE_VARIABLE: self.config.store},
                 start_new_session=True,  # Ctrl-C is for the server, which lets the learner end its step
             )  # fmt: skip
             assert process.stdin is not None and process.stdout is not None
@@ -249,7 +255,7 @@ class Supervisor:
 
     def _follow(self) -> None:
         """Serve what `current` names, and tell the ledger; what serves goes on serving whatever fails here."""
-        loads, entries = _Backoff(), _Backoff()
+        loads, entries, forgettings = _Backoff(), _Backoff(), _Backoff()
         wanted = -1
         while not self._closing.is_set():
             self._look.wait(POLL_SECONDS)
@@ -260,6 +266,7 @@ class Supervisor:
                 loads.reset()
             self._attempt("version", loads, self._serve_current)
             self._attempt("ledger", entries, self._tell_ledger)
+            self._attempt("forgetting", forgettings, self._forget)
 
     def _attempt(self, what: str, backoff: _Backoff, work: Callable[[], None]) -> None:
         if not backoff.over:
@@ -314,6 +321,18 @@ class Supervisor:
         except BaseException:
             self._told = True
             raise
+
+    def _forget(self) -> None:
+        """The part in a forgetting that is the store's and the engine's; the learner's is its own (see `forget`)."""
+        plan = Plan.read(self.versions)
+        if plan is not None and plan.stage == "planned":
+            empty(plan, self.versions, self._store)
+            self.poke()
+        elif plan is not None and plan.stage == "made" and self._serving == self.versions.pointer().version:
+            self._told = True
+            self._tell_ledger()
+            self._engine.drop(plan.drop)
+            finish(plan, self.versions)
 
     def _enter(self, version: int, take: Callable[[int, Policy], None]) -> None:
         """Give the engine the weights of a version on disk, checked against their hashes.

@@ -8,6 +8,8 @@
       current                   {"version", "moves", "anchor", "since"}: what serves, how often that has moved, the last
                                 version that the slow gate has passed, the version that drift is measured from
       pins.json                 {user: version}
+      forgetting.json           what forgetting a source has come to (forget.py); `current.again` is then the pointer of
+                                the steps that are made again
 
 A record is written before its step, so that a step which a crash cut off is executed again on the same events and
 comes to the same weights. A version's folder is the truth about what it consumed; `finish` completes what a crash left.
@@ -55,6 +57,7 @@ class StepRecord:
     moves: how often the current version had moved when the step began; a step is published only if it has not since.
     origin: the version that the step was pulled to (`LiveConfig.kl_coef`), or -1.
     again: the earlier step that this one makes again without the events of a source that is forgotten, or -1.
+    anchor, since: of the pointer when the step began (see `Pointer`), from which its gate measured; -1 is not known.
     state: "pending"; "published" (there is a version of this number); "refused" (by the gate); "nothing" (no event
         taught anything, or the step moved nothing). Every state but the first consumes the events.
     """
@@ -78,6 +81,8 @@ class StepRecord:
     times: dict[str, float] = field(default_factory=dict)
     again: int = -1
     origin: int = -1
+    anchor: int = -1
+    since: int = -1
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
@@ -104,13 +109,17 @@ class Moved(Exception):
 
 
 class Versions:
-    """The versions under `root`. `keep`: how many of the newest stay on disk besides those in use (see `prune`)."""
+    """The versions under `root`. `keep`: how many of the newest stay on disk besides those in use (see `prune`).
 
-    def __init__(self, root: str | Path, keep: int = 5) -> None:
+    beside: move the pointer of what is made again, while what serves stays what it is.
+    """
+
+    def __init__(self, root: str | Path, keep: int = 5, *, beside: bool = False) -> None:
         if keep < 1:
             raise OperantError(f"keep is {keep}; at least 1 version must stay on disk: correct --keep")
         self.root, self.keep = Path(root), keep
         self.folder = self.root / "versions"
+        self.beside = beside
         self._records: dict[Path, StepRecord] = {}  # finished records never change
 
     # --- reading -------------------------------------------------------------------------------------------------
@@ -118,7 +127,7 @@ class Versions:
     def pointer(self) -> Pointer:
         """Which version serves. Raises OperantError when there is none."""
         try:
-            return Pointer(**json.loads((self.root / "current").read_text(encoding="utf-8")))
+            return Pointer(**json.loads(self._pointer_file(self.beside).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise OperantError(
                 f"{self.root} serves no version yet; start with python -m operant.live.worker --root {self.root} "
@@ -126,7 +135,7 @@ class Versions:
             ) from error
 
     def exists(self) -> bool:
-        return (self.root / "current").exists()
+        return self._pointer_file(self.beside).exists()
 
     def current(self) -> PolicyVersion:
         return self.get(self.pointer().version)
@@ -225,11 +234,29 @@ class Versions:
             return {}
         return pins
 
+    def plan(self) -> dict[str, Any] | None:
+        """What `forget` has written down of a forgetting that is not finished."""
+        try:
+            plan: dict[str, Any] = json.loads(self.plan_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return plan
+
+    def forgetting(self) -> bool:
+        """Whether a source is being forgotten, so that nothing may be learned and no pointer moved."""
+        plan = self.plan()
+        return plan is not None and plan["stage"] not in ("refused", "made")
+
+    @property
+    def plan_file(self) -> Path:
+        return self.root / "forgetting.json"
+
     # --- moving pointers -----------------------------------------------------------------------------------------
 
     def promote(self, version: int) -> PolicyVersion:
         """Let a version serve. What learns next starts from it, with its optimizer."""
         with self._lock():
+            self._expect_leave()
             chosen = self.get(version)
             before = self.pointer()
             if version != before.version:
@@ -254,6 +281,7 @@ class Versions:
     def pass_anchor(self, version: int) -> None:
         """The slow gate, or a person, has passed this version: from now on drift and loss are measured from it."""
         with self._lock():
+            self._expect_leave()
             self.get(version)
             self._write_pointer(dataclasses.replace(self.pointer(), anchor=version, since=version))
 
@@ -262,6 +290,18 @@ class Versions:
         with self._lock():
             self.get(version)
             self._write_pointer(dataclasses.replace(self.pointer(), since=version))
+
+    def put(self, pointer: Pointer) -> None:
+        """Set the pointer as it is given."""
+        with self._lock():
+            self.get(pointer.version)
+            self._write_pointer(pointer)
+
+    def serve_what_was_made_again(self) -> Pointer:
+        """Let the last version that was made again serve, at once and with all that its pointer says."""
+        made = Versions(self.root, self.keep, beside=True).pointer()
+        self.put(made)
+        return made
 
     def pin(self, user: str, version: int | None) -> None:
         """Serve this user that version whatever is published; None lets them follow again."""
@@ -353,9 +393,12 @@ class Versions:
         the anchor, the version that drift is measured from, whatever a user is pinned to, and the oldest, from which
         all others can be made again.
         """
-        there, now = self._folders(), self.pointer()
-        ancestor = next((a for a in self.ancestors(now.version)[1:] if a in there), now.version)
-        held = {now.version, now.anchor, now.since, ancestor, min(there), *self.pins().values()}
+        there = self._folders()
+        held = {min(there), *self.pins().values()}
+        for file in filter(Path.exists, map(self._pointer_file, (False, True))):
+            now = Pointer(**json.loads(file.read_text(encoding="utf-8")))
+            ancestor = next((a for a in self.ancestors(now.version)[1:] if a in there), now.version)
+            held |= {now.version, now.anchor, now.since, ancestor}
         self._keep_records(there)
         gone = checkpoint.prune(self.folder, self.keep, [there[n].path for n in held if n in there])
         paths = {c.path: number for number, c in there.items()}
@@ -449,7 +492,15 @@ class Versions:
         self._pending_file(version).unlink(missing_ok=True)
 
     def _write_pointer(self, pointer: Pointer) -> None:
-        checkpoint.replace_file(self.root / "current", json.dumps(dataclasses.asdict(pointer)))
+        checkpoint.replace_file(self._pointer_file(self.beside), json.dumps(dataclasses.asdict(pointer)))
+
+    def _pointer_file(self, beside: bool) -> Path:
+        return self.root / ("current.again" if beside else "current")
+
+    def _expect_leave(self) -> None:
+        """Raises OperantError while a source is being forgotten: what serves is about to be made again."""
+        if not self.beside and self.forgetting():
+            raise OperantError("a source is being forgotten; move versions when that is done (operant versions tells)")
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:

@@ -19,11 +19,11 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -51,11 +51,15 @@ from operant.replay import Replay, line_of
 from operant.run import mixed_seed
 from operant.types import Completion, Feedback, OperantError, Prompt
 
+if TYPE_CHECKING:
+    from operant.live.forget import Remaking
+
 __all__ = ["FeedbackLog", "Worker", "compare", "main", "replayed"]
 
 log = logging.getLogger(__name__)
 
 EVERYTHING = 10_000  # events that are looked at while several sources are waited for
+STORE_VARIABLE = "OPERANT_STORE"  # the environment variable that stands for --store where that is not given
 LONGEST_PAUSE = 30.0  # seconds between tries after faults in a row
 LONGEST_REST = 0.5  # seconds after a step
 
@@ -156,13 +160,9 @@ def run_record(
     """
     coefficients: dict[str, Any] = dict(record.coefficients)
     config = dataclasses.replace(config, **coefficients)
-    events = source.events_after(record.begin_offset, len(record.events))
-    if [event.id for _, event in events] != record.events:
-        raise OperantError(
-            f"the store does not hold the events of step {record.version} in their order; give the --store that it "
-            "began with"
-        )
-    earlier = [r for r in versions.records() if r.version < record.version]
+    events = events_of(record, source)
+    # by their place in the log: what came later has not been said yet, also when the step is made again after it
+    earlier = [r for r in versions.records() if r.begin_offset < record.begin_offset]
     forgotten = {name for r in earlier for name in r.forgotten}
     line = set(versions.ancestors(at.version))
     learned = {
@@ -176,6 +176,23 @@ def run_record(
         learned=learned,
     )  # fmt: skip
     return lesson, config
+
+
+def events_of(record: StepRecord, source: EventSource) -> list[tuple[int, Feedback]]:
+    """The events of a step, as the store has them. Raises OperantError when it lacks one of them."""
+    wanted, after = set(record.events), record.begin_offset
+    found: list[tuple[int, Feedback]] = []
+    while len(found) < len(wanted) and (page := source.events_after(after, len(wanted))):
+        found += [(offset, event) for offset, event in page if event.id in wanted]
+        after = page[-1][0]
+        if after >= record.consumed_offset:
+            break
+    if [event.id for _, event in found] != record.events:
+        raise OperantError(
+            f"the store does not hold the events of step {record.version} in their order; give the --store that it "
+            "began with"
+        )
+    return found
 
 
 def make_step(
@@ -284,6 +301,7 @@ class Worker:
         self._anchor_metrics: tuple[int, dict[str, float]] | None = None
         self._heldout: list[Prompt] | None = None
         self._origin_kept: tuple[int, Policy] | None = None
+        self._remaking: Remaking | None = None
 
     def start(self) -> None:
         """Begin a new root or complete what a crash left in this one.
@@ -315,7 +333,11 @@ class Worker:
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def once(self) -> bool:
-        """Make the step that a crash or fault left, or one of new events; False when there was nothing to do."""
+        """Make the step that a crash or fault left, or one of new events; False when there was nothing to do.
+
+        While a source is being forgotten, the learner's part of that is done instead (see `forget`)."""
+        if self.versions.forgetting():
+            return self._forget()
         record = self.versions.finish() or self._next()
         if record is None:
             return False
@@ -343,31 +365,49 @@ class Worker:
         at = self.current()
         return StepRecord(
             version=version, parent=at.version, moves=at.moves, begin_offset=begin, consumed_offset=events[-1][0],
-            events=[event.id for _, event in events], seed=mixed_seed(self.config.seed, "live", version),
+            events=[event.id for _, event in events], seed=mixed_seed(self.config.seed, "live"),
             coefficients={name: getattr(self.config, name) for name in _NUMBERS}, fingerprint=fingerprint(at.policy),
             times={"queued": time.time()},
         )  # fmt: skip
 
-    def repeat(self, old: StepRecord, without: Set[str]) -> bool:
-        """Make an earlier step again, from the version that serves and without these of its events; False when none is
-        left. Its seed and coefficients stay what they were."""
-        names = [name for name in old.events if name not in without]
-        if not names:
-            return False
-        at = self.current()
-        record = dataclasses.replace(
-            old, version=self.versions.next_version(), parent=at.version, moves=at.moves, events=names,
-            again=old.version, state="pending", reason="", outcomes={}, replayed=[], forgotten=[],
-            times={"queued": time.time()},
-        )  # fmt: skip
+    def _forget(self) -> bool:
+        from operant.live import forget
+
+        if self._remaking is None:
+            self._remaking = forget.Remaking(self.config, self.source)
+        busy = self._remaking.once()
+        if not self.versions.forgetting():
+            self._remaking, self.at = None, None
+            self.say({"forgotten": True})
+        return busy
+
+    def repeat(self, old: StepRecord, begin_offset: int, events: list[str]) -> None:
+        """Make an earlier step again, from the version that serves, on these events. What it draws by and its
+        coefficients stay what they were."""
+        record = self._again(old, begin_offset, events)
         while not self._execute(record):
             pass
-        return True
+
+    def leave(self, old: StepRecord, begin_offset: int, events: list[str], reason: str) -> None:
+        """Write down that these events of an earlier step are not learned again, and why."""
+        record = self._again(old, begin_offset, events)
+        record.outcomes = {name: Outcome("unused", reason) for name in events}
+        self._publish_nothing(record, "nothing", reason, reload=False)
+
+    def _again(self, old: StepRecord, begin_offset: int, events: list[str]) -> StepRecord:
+        at = self.current()
+        return dataclasses.replace(
+            old, version=self.versions.next_version(), parent=at.version, moves=at.moves, events=events,
+            begin_offset=begin_offset, again=old.version, state="pending", reason="", outcomes={}, replayed=[],
+            forgotten=[], times={"queued": time.time()},
+        )  # fmt: skip
 
     def _execute(self, record: StepRecord) -> bool:
         """Announce, step, gate, publish. False when another version serves by now and the step has to begin again."""
         at = self.current()
         record.parent, record.moves, record.fingerprint = at.version, at.moves, fingerprint(at.policy)
+        pointer = self.versions.pointer()
+        record.anchor, record.since = pointer.anchor, pointer.since
         lesson, config = run_record(record, at, self.source, self.versions, self.config)
         anchors = self._measured_on()
         record.replayed, record.forgotten, record.anchors = lesson.replayed, lesson.forgotten, list(anchors.ids)
@@ -478,7 +518,7 @@ class Worker:
         what is lost in small steps adds up.
         """
         pointer = self.versions.pointer()
-        if not self.config.heldout or pointer.version == pointer.anchor:
+        if not self.config.heldout or pointer.version == pointer.anchor or self.versions.forgetting():
             return False
         if self.versions.slow(pointer.version) is not None:
             return False
@@ -573,7 +613,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ) from None
         if config.threads:
             torch.set_num_threads(config.threads)
-        worker = Worker(config, open_store(config.store))
+        worker = Worker(config, open_store(config.store or os.environ.get(STORE_VARIABLE, "")))
         lock = FileLock(Path(config.root) / "learner.lock", timeout=0)
         Path(config.root).mkdir(parents=True, exist_ok=True)
         try:
