@@ -327,6 +327,7 @@ def test_a_rating_is_not_paid_with_the_direction_of_earlier_ones(make_policy: Ma
 def test_the_pull_keeps_what_a_rating_says_nothing_of(family: str, make_policy: Make) -> None:
     """The same praise eight times over: with the pull the words around it stay nearer to what the anchor says."""
     left: dict[float, float] = {}
+    kls: list[float] = []
     for kl_coef in (0.0, 0.3):
         policy = make_policy(family)
         origin, store = deepcopy(policy), answered(policy)
@@ -337,10 +338,15 @@ def test_the_pull_keeps_what_a_rating_says_nothing_of(family: str, make_policy: 
             store.add("c1", "thumb", 1)
             lesson = read(policy, store, config, events=store.events_after(len(store.log) - 1, 1), state=state)
             state = lesson.state
-            assert take_step(policy, learner, lesson, anchors, config, origin=origin).moved
+            taught = take_step(policy, learner, lesson, anchors, config, origin=origin)
+            assert taught.moved and taught.stats is not None
+            if kl_coef:
+                kls.append(taught.stats.extra["kl_anchor"])
+                assert 0 <= taught.stats.extra["unlikely"] <= 1
         assert total(policy, store.interactions["c1"]) > begin + 0.1
         left[kl_coef] = divergence(anchors.logits(policy, 4096), anchors.logits(origin, 4096))
     assert left[0.3] < 0.9 * left[0.0]
+    assert kls[0] == pytest.approx(0, abs=1e-5) and kls[-1] > 1e-4  # of the answers that are learned from
 
 
 @pytest.mark.parametrize(("options", "flag"), [({"score_low": 1.0}, "--score_low"), ({"beta": -0.1}, "--beta")])

@@ -56,6 +56,7 @@ __all__ = [
 MEMORY = 256  # learned events that may be drawn again
 HALVINGS = 24  # of a step, before it is given up
 PATIENCE = 4  # tries with earlier events, before the new ones are learned alone
+UNLIKELY = 1e-3  # a probability under the anchor version; tokens below it are counted
 _FAR = "the policy has moved too far from this text to push it down"
 _GREEDY = "greedy completion has no propensity"
 
@@ -141,6 +142,9 @@ class Lesson:
 @dataclass(slots=True)
 class Taught:
     """What a step did. scale: the share of the optimizer's step that was kept, 0 if the weights are as they were.
+
+    `stats.extra` has, where there was a pull, two means over the tokens of the rated answers as the step began:
+    `kl_anchor`, the KL to the anchor version in nats, and `unlikely`, the share to which it gives less than UNLIKELY.
 
     anchor_logits: on the anchor answers, before the step and after it, if it moved the weights.
     """
@@ -698,7 +702,11 @@ def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Bat
             theirs = origin.acting_logits(batch)
         pull = objectives.full_kl(logits, theirs)
         loss = _loss_of_rows(out.index_put((rows, columns), chosen), batch, config)
-        return loss + config.kl_coef * out.index_put((rows, columns), pull), {}
+        told = {}
+        if batch.pair_ids is None:  # texts that the policy wrote itself
+            given = theirs.log_softmax(-1).gather(-1, batch.tokens[rows, columns][:, None])
+            told = {"kl_anchor": pull.detach().sum(), "unlikely": (given < math.log(UNLIKELY)).sum()}
+        return loss + config.kl_coef * out.index_put((rows, columns), pull), told
 
     return loss_of
 

@@ -436,7 +436,8 @@ class Worker:
                     )  # fmt: skip
             return self._publish_nothing(record, "refused", verdict.reason, reload=True)
         at.state = lesson.state
-        gate = {"passed": True, "scale": taught.scale, **verdict.numbers}
+        assert taught.stats is not None
+        gate = {"passed": True, "scale": taught.scale, **verdict.numbers, **taught.stats.extra}
         try:
             self.versions.publish(record, at.save, gate)
         except Moved:
