@@ -7,7 +7,8 @@ time in ten. Four families of likings (how long, how it ends, how it is laid out
 configuration for all: the defaults, with eight questions of the owner's own as anchors.
 
     satisfaction   the share of liked answers among 192 sampled ones, temperature 1, to questions that nobody rated
-    sense          the share of answers in which every sentence is one that an answer to this question can have
+    sense          the share of answers in which every sentence is one that an answer to this question can have; of
+                   liked before: the same among the answers of the model as it came in that the rater likes
     nats           mean −log p per token of held-out liked answers, of the generator: a perfect pupil's falls a little
     told           the control: the model as it came in, told the liking in the question; the best of three wordings
 
@@ -36,7 +37,6 @@ from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_li
 from benchmarks.population_text import FAMILIES, Liking, answer, likings, makes_sense, questions, rows
 
 RUNS = ROOT / "runs" / "population"
-BASE = RUNS / "base"
 RECORD = Records(RECORDS / "population")
 KINDS = ("thumbs", "mixed")
 RATINGS, EVERY, MEASURED = 300, 50, 192
@@ -44,32 +44,41 @@ NOISE = 0.1
 ANCHORS = 8  # questions of its own that the owner gives to measure steps on
 MAX_TOKENS = 96
 TEXTS, HELD_OUT = 12_000, 200
-PRETRAIN_STEPS, SFT_STEPS = 50, 400
+PRETRAIN_STEPS, SFT_STEPS = 50, 700
 
 
 def cells(families: Sequence[str], kinds: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
-    found = [Cell("base"), Cell("told", ("base",))]
+    found = []
+    for seed in seeds:
+        found += [Cell(f"{seed}/base"), Cell(f"{seed}/told", (f"{seed}/base",))]
     for kind in kinds:
-        found += [Cell(f"{seed}/{family} {kind}", ("base",)) for seed in seeds for family in families]
+        found += [Cell(f"{seed}/{family} {kind}", (f"{seed}/base",)) for seed in seeds for family in families]
     return found
 
 
+def base(seed: int) -> Path:
+    """The folder of a seed's model as it comes in."""
+    return RUNS / f"base-{seed}"
+
+
 def done(cell: Cell) -> bool:
-    return RECORD.has(cell.name) and (cell.name != "base" or (BASE / "model").exists())
+    seed, _, what = cell.name.partition("/")
+    return RECORD.has(cell.name) and (what != "base" or (base(int(seed)) / "model").exists())
 
 
 def measure(name: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    if name == "base":
-        RECORD.put(name, start(BASE))
-    elif name == "told":
-        RECORD.put(name, {liking.name: told(BASE, liking) for family in FAMILIES for liking in likings(family)})
+    number, what = name.split("/")
+    seed = int(number)
+    if what == "base":
+        RECORD.put(name, start(base(seed), seed))
+    elif what == "told":
+        RECORD.put(name, {liking.name: told(base(seed), liking) for liking in map(liking_of, FAMILIES, [seed] * 4)})
     else:
-        seed, what = name.split("/")
         family, kind = what.split(" ")
-        RECORD.put(name, taught(BASE, liking_of(family, int(seed)), kind, int(seed)))
+        RECORD.put(name, taught(base(seed), liking_of(family, seed), kind, seed))
 
 
 def liking_of(family: str, seed: int) -> Liking:
@@ -144,9 +153,11 @@ class Measure:
         policy.model.eval()
         texts = sampled(policy, self.prompts)
         logprobs = logprobs_of(policy, self.liked, 8192)
+        sound = [makes_sense(text, *asked[1:]) for text, asked in zip(texts, self.asked, strict=True)]
         return {
             "satisfaction": share(self.liking.liked(text) for text in texts),
-            "sense": share(makes_sense(text, *asked[1:]) for text, asked in zip(texts, self.asked, strict=True)),
+            "sense": share(sound),
+            "sense_of_liked": share(s for s, text in zip(sound, texts, strict=True) if self.liking.liked(text)),
             "words": statistics.mean(len(text.split()) for text in texts),
             "nats": -float((logprobs * self.liked.action_mask).sum() / self.liked.action_mask.sum()),
             "others": {
@@ -166,7 +177,8 @@ def sampled(policy: Any, prompts: Sequence[Any]) -> list[str]:
 
 
 def share(true: Any) -> float:
-    return statistics.mean(map(float, true))
+    found = [float(x) for x in true]
+    return statistics.mean(found) if found else math.nan
 
 
 def told(folder: Path, liking: Liking) -> dict[str, float]:
@@ -316,26 +328,33 @@ def write() -> None:
     print(text)
 
 
+def told_best(seed: int, name: str) -> float:
+    """What the control comes to with the best of its wordings; nan where it was not measured."""
+    record: dict[str, Any] = RECORD.get(f"{seed}/told") if RECORD.has(f"{seed}/told") else {}
+    return max(record.get(name, {"": math.nan}).values())
+
+
 def table(kind: str) -> str:
     """A row for each rater: before, after, when 0.8 was reached, what it cost, and what the control comes to."""
-    wordings = RECORD.get("told") if RECORD.has("told") else {}
     rows = []
     for family in FAMILIES:
         for seed, record in found(f"{family} {kind}").items():
             first, last = record["curve"][0], record["curve"][-1]
             reached = next((str(p["ratings"]) for p in record["curve"] if p["satisfaction"] >= 0.8), "never")
-            control = max(wordings.get(record["liking"], {"": math.nan}).values())
+            control = told_best(seed, record["liking"])
             moved = [abs(last["others"][name] - first["others"][name]) for name in first["others"]]
             published, not_so = record["became"].get("published", 0), Counter(record["became"])
             not_so.pop("published", None)
             rows.append([
                 f"{family}: {record['liking']}", str(seed), f"{first['satisfaction']:.2f}", f"{control:.2f}",
                 f"{last['satisfaction']:.2f}", reached, f"{first['sense']:.2f} → {last['sense']:.2f}",
+                f"{first['sense_of_liked']:.2f}",
                 f"{first['nats']:.2f} → {last['nats']:.2f}", f"{statistics.mean(moved):.2f}",
                 f"{published} / {sum(not_so.values())}",
             ])  # fmt: skip
     head = [
-        f"{kind}", "seed", "before", "told", "after", "0.8 at", "sense", "nats", "others moved", "published / not",
+        f"{kind}", "seed", "before", "told", "after", "0.8 at", "sense", "of liked before", "nats", "others moved",
+        "published / not",
     ]  # fmt: skip
     ended = [r["curve"][-1] for family in FAMILIES for r in found(f"{family} {kind}").values()]
     summary = (
@@ -352,7 +371,6 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    wordings = RECORD.get("told") if RECORD.has("told") else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, len(FAMILIES), figsize=(11, 2.9), sharex=True, sharey=True)
     for axis, family in zip(axes, FAMILIES, strict=True):
@@ -363,7 +381,7 @@ def plot(path: Path) -> None:
                     [p["ratings"] for p in curve], [p["satisfaction"] for p in curve], color=colour, linewidth=1.4,
                     label=kind if i == 0 else None,
                 )  # fmt: skip
-        controls = [max(wordings[liking.name].values()) for liking in likings(family) if liking.name in wordings]
+        controls = [told_best(seed, r["liking"]) for seed, r in found(f"{family} {KINDS[0]}").items()]
         for i, level in enumerate(controls):
             label = "told in the prompt" if i == 0 else None
             axis.axhline(level, color="#999999", linewidth=0.9, linestyle=":", label=label)

@@ -113,7 +113,7 @@ def answer(rng: random.Random, verb: str, thing: str, wanted: Liking | None = No
 def _answer(rng: random.Random, verb: str, thing: str) -> str:
     count = rng.choices((1, 2, 3, 4, 5), (0.27, 0.18, 0.15, 0.15, 0.25))[0]
     steps = [step for _, step in sorted(rng.sample(list(enumerate(ACTIONS[verb])), count))]
-    layout = rng.choices(("plain", "list", "numbers"), (0.56, 0.22, 0.22))[0]
+    layout = rng.choices(("plain", "list", "numbers"), (0.6, 0.2, 0.2))[0]
     if layout == "plain":
         words = [f"{'first ' if i == 0 and count > 1 and rng.random() < 0.3 else ''}{s}." for i, s in enumerate(steps)]
         joined = " ".join(words)

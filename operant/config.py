@@ -767,13 +767,13 @@ class LiveConfig:
         seed: of everything random.
     """
 
-    lr: float = 0.003
+    lr: float = 0.01
     kl_budget: float = 0.02
     drift_budget: float = 0.5
     drift_versions: int = 200
     likelihood_drop: float = 0.5
     correction_band: float = 1.0
-    bad_weight: float = 0.1
+    bad_weight: float = 0.2
     baseline_rate: float = 0.1
     beta: float = 0.1
     sft_coef: float = 1.0

@@ -41,7 +41,7 @@ LEARNER_POLL_SECONDS = (
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a learner that died is started again, and before a load
 STEADY_SECONDS = 60.0  # after which a learner's death is the first one again
 STOP_SECONDS = 10.0  # for the learner to end its step
-NICENESS = 5  # of the learner, for answers come first
+STARTING, NICENESS = 5, 10  # how far the learner steps back, while it starts and once it learns: answers come first
 
 State = Literal["starting", "up", "failing", "restarting", "stopped"]
 
@@ -65,6 +65,14 @@ def arguments_of(config: WorkerConfig) -> list[str]:
         if value != field.default and value is not None and field.name != "store":
             found.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
     return found
+
+
+def _step_back(pid: int, niceness: int) -> None:
+    """Give a process a lower priority than this one's."""
+    with contextlib.suppress(OSError):  # it is gone already
+        os.setpriority(os.PRIO_PROCESS, pid, niceness)
+        # where Linux shares the processor among sessions, the learner's own session has a niceness too
+        Path(f"/proc/{pid}/autogroup").write_text(str(niceness))
 
 
 class _Backoff:
@@ -216,13 +224,10 @@ class Supervisor:
             )  # fmt: skip
             assert process.stdin is not None and process.stdout is not None
             os.set_blocking(process.stdin.fileno(), False)
-            with contextlib.suppress(OSError):  # it is gone already
-                os.setpriority(os.PRIO_PROCESS, process.pid, NICENESS)
-                # where Linux shares the processor among sessions, the learner's own session has a niceness too
-                Path(f"/proc/{process.pid}/autogroup").write_text(str(NICENESS))
+            _step_back(process.pid, STARTING)
             self._process = process
         try:
-            words = self._listen(process.stdout)
+            words = self._listen(process.stdout, process.pid)
             status = process.wait()
         finally:
             with self._pipe:
@@ -231,7 +236,7 @@ class Supervisor:
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return f"the learner {how}" + (f": {words}" if words else "")
 
-    def _listen(self, output: IO[bytes]) -> str:
+    def _listen(self, output: IO[bytes], pid: int) -> str:
         """Do as the learner's lines say until they end; its last words."""
         words = ""
         for line in output:
@@ -244,6 +249,8 @@ class Supervisor:
                 fault = self._faults["learner"] = str(told.get("error", ""))
                 if fault:
                     log.warning("learner: %s", fault)
+                if not self._ready:
+                    _step_back(pid, NICENESS)
                 self._ready = self._told = True
                 self._look.set()
             elif text:
