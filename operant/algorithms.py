@@ -155,7 +155,7 @@ ALGORITHMS = {
         ),
         Algorithm(
             "double_q", "van Hasselt et al. 2016", "double_q", "none", "none", "per_token",
-            lr=1e-3, honours_stale=True, honours_greedy=True,
+            reference=True, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "dpo", "Rafailov et al. 2023", "dpo", "none", "none", "per_completion", pairs=True, reference=True,
@@ -270,7 +270,14 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
         shift=shift,
         rounds=config.dynamic_rounds if dynamic else 1,
         overlong_buffer=int(auto(config.overlong_buffer, int(algorithm.overlong * config.max_tokens))),
-        critic=None if not has_critic else "shared" if config.critic == "shared" else "separate",
+        # the policy is the other half of double_q's Q, so its critic never shares a trunk with it
+        critic="separate"
+        if algorithm.loss == "double_q"
+        else None
+        if not has_critic
+        else "shared"
+        if config.critic == "shared"
+        else "separate",
         bootstrap=has_critic and bool(auto(config.bootstrap, dense)),
     )
 
@@ -369,7 +376,7 @@ def _check_critic(config: TrainConfig, baseline: Baseline) -> None:
         "bootstrap": config.bootstrap is True,
     }
     for name, given in asked.items():
-        if given and baseline != "critic":
+        if given and baseline != "critic" and (config.algorithm, name) != ("double_q", "critic_lr"):
             raise OperantError(
                 f"{name} is {getattr(config, name)}, and {config.algorithm} with baseline {baseline} has no critic; "
                 f"use --algorithm {' or '.join(learners)} with its own baseline, or leave --{name} out"
@@ -433,7 +440,7 @@ def _check_values(config: TrainConfig, algorithm: Algorithm) -> None:
     else:
         _refuse_given(config, POLICY_SETTINGS, "learns values and has no policy gradient; use --algorithm rloo")
         if config.lora_rank:
-            raise OperantError("double_q learns a head on the frozen model; leave --lora_rank out")
+            raise OperantError("double_q keeps a copy of the weights that lags behind; leave --lora_rank out")
     if config.logged and not algorithm.honours_stale:
         raise OperantError(
             f"{config.algorithm} learns from what the policy says now, and --logged gives what was said; "

@@ -405,7 +405,7 @@ class TrainConfig(RunConfig, PairFields):
         cg_steps: Fisher-vector products a step (trpo).
         fisher_share: share of a step's completions that the Fisher matrix is taken from (trpo), at least eight of them.
         backtracks: lengths that its line search tries, each at most half of the one before, before it refuses the step.
-        q_beta: how far double_q leaves the model that it starts from: it says π_ref · exp(Q / q_beta).
+        q_beta: what it costs double_q to leave the model that it starts from: it says π_ref · exp(A / q_beta).
         n_step: tokens whose rewards are taken as paid before a token's value is asked for (double_q).
         target_every: steps after which the lagging estimate is brought up to the learning one (double_q).
         replay_capacity: completions that are kept to learn from again (double_q).
@@ -443,8 +443,7 @@ class TrainConfig(RunConfig, PairFields):
         audit_fraction: share of completions that a streaming reward would end but that run on, to see what ends cost.
         max_rows: completions decoded together.
         steps: at most so many steps.
-        lr: learning rate; auto takes the algorithm's own (`operant algorithms --json`): 1e-4, and 1e-3 for the heads of
-            double_q.
+        lr: learning rate; auto takes the algorithm's own (`operant algorithms --json`).
         warmup_steps: steps of linear warm-up.
         schedule: what follows the warm-up.
         target: stop once a held-out metric reaches this, such as "bleu>=30" or "reward>=0.8".

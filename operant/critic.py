@@ -65,6 +65,12 @@ class Critic(nn.Module):
         values = self.head(hidden.to(self.head.weight.dtype))[..., 0]
         return values if batch.context is not None else torch.nn.functional.pad(values, (1, 0))
 
+    @torch.no_grad()
+    def begin_at(self, value: float) -> None:
+        """Let V begin at a value everywhere, such as the mean return, unless something was learned."""
+        if not bool(self.head.weight.any()):
+            self.head.bias.fill_(value)
+
     def learned(self) -> dict[str, nn.Parameter]:
         """The weights that learn, by name; tied ones once."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}

@@ -304,14 +304,15 @@ class Learner:
 def whole_batch(policy: Trainable, batch: Batch, compute: Callable[[Any, Batch], Tensor], max_tokens: int) -> Tensor:
     """A column of the whole batch, float32[B, …] on the CPU, computed in micro-batches without gradient.
 
-    compute: (policy, micro-batch on its device) → float[b, s] or wider; what a narrower micro-batch leaves out is zero.
+    compute: (policy, micro-batch on its device) → float[b, s] or wider, or several columns, float[b, s, n]; what a
+    narrower micro-batch leaves out is zero.
     """
     numbers = torch.arange(batch.tokens.shape[0])
     pieces: list[tuple[Tensor, Tensor]] = []
     for micro in microbatches(dataclasses.replace(batch, route=numbers), max_tokens, by_length=True):
         assert micro.route is not None
         pieces.append((micro.route.cpu(), compute(policy, to_device(micro, policy.device)).float().cpu()))
-    out = torch.zeros(len(numbers), max(values.shape[1] for _, values in pieces))
+    out = torch.zeros(len(numbers), max(values.shape[1] for _, values in pieces), *pieces[0][1].shape[2:])
     for rows, values in pieces:
         out[rows, : values.shape[1]] = values
     return out

@@ -160,13 +160,13 @@ class _Loop:
         self.run, self.config, self.policy, self.runner, self.pairs = run, config, policy, runner, pairs
         self.recipe = recipe
         policy.model.eval()  # dropout off: the sampler and the learner must be the same policy
-        if config.kl_coef > 0 or dev_prompts or config.environment:  # the held-out drift is against it too
+        learns_values = recipe.algorithm.loss == "double_q"
+        if config.kl_coef > 0 or dev_prompts or config.environment or learns_values:  # the held-out drift is against it
             policy.freeze_reference()
         if recipe.critic is not None:
             policy.add_critic(separate=recipe.critic == "separate")
-        learns_values = recipe.algorithm.loss == "double_q"
-        if learns_values and policy.action_values is None:
-            policy.add_action_values(config.q_beta, config.support, config.seed)
+        if learns_values:
+            policy.add_lagging()
         passes = config.epochs * config.minibatches
         self.learner = Learner(
             policy, lr=recipe.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,

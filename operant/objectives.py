@@ -114,6 +114,18 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
     return 0.5 * loss
 
 
+def action_value(value: Tensor, logprobs: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """Q(s, a) = V(s) + β (log π(a|s) − log π_ref(a|s)): a policy as its own advantages (Schulman, Chen & Abbeel 2017,
+    eq. 14). π is then π_ref reweighted by exp((Q − V) / β) and sums to one by itself. All float of one shape."""
+    return value + beta * (logprobs - reference)
+
+
+def supported(logits: Tensor, share: float) -> Tensor:
+    """Tokens that a behaviour could have said: probability ≥ share · the likeliest's, bool like logits float[…, V]
+    (BCQ's discrete form, Fujimoto et al. 2019)."""
+    return logits >= logits.amax(-1, keepdim=True) + math.log(max(share, 1e-38))
+
+
 def double_q_value(select: Tensor, judge: Tensor, allowed: Tensor) -> Tensor:
     """judge(s, argmax_{a allowed} select(s, a)): the double estimator of max_a Q (van Hasselt et al. 2016, eq. 4).
 

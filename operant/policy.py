@@ -10,15 +10,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from operant.action_values import ActionValues, saved_settings
 from operant.attention import PickedLogprobs, RowLayout, attending_in_rows, one_kernel_gelu
 from operant.cache import DecodeState
 from operant.critic import Critic
@@ -29,6 +29,7 @@ transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint 
 
 Family = Literal["decoder", "encoder-decoder"]
 EntropyMode = Literal["none", "measured", "differentiable"]
+LAGGING = "lagging.safetensors"
 
 # (layers, heads, width, feed-forward width): `tiny` trains on a laptop in minutes, `base` is the published size.
 SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
@@ -100,7 +101,7 @@ class Policy:
         self.family: Family = "encoder-decoder" if self.config.is_encoder_decoder else "decoder"
         self.version = 0
         self.critic: Critic | None = None
-        self.action_values: ActionValues | None = None
+        self._lagging: nn.ModuleDict | None = None
         self._reference: Any = None  # a frozen model, or the name of a frozen adapter; None: the adapter switched off
         vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
         if codec.vocab_size > vocabulary:
@@ -160,11 +161,6 @@ class Policy:
                 codec = Codec.load(source)
         policy = cls(model, codec, device=device, dtype=dtype)
         policy._folder = path if path.is_dir() else None
-        settings = saved_settings(path)
-        if settings is not None:
-            policy.add_action_values(*settings)
-            assert policy.action_values is not None
-            policy.action_values.restore(path)
         return policy
 
     @classmethod
@@ -277,15 +273,15 @@ class Policy:
         self.codec.save(folder)
         if self.critic is not None:
             self.critic.save(folder)
-        if self.action_values is not None:
-            self.action_values.save(folder)
+        if self._lagging is not None:
+            weights = {name: t.detach().cpu().clone() for name, t in self._lagging.state_dict().items()}
+            save_file(weights, folder / LAGGING)
 
     def restore(self, path: str | Path) -> None:
         """Put the weights that `save` wrote at `path` into this policy, in place: optimizers keep their tensors."""
         folder = Path(path)
         if self.is_lora:
             from peft import set_peft_model_state_dict
-            from safetensors.torch import load_file
 
             set_peft_model_state_dict(
                 self.model, load_file(folder / "adapter_model.safetensors"), adapter_name="default"
@@ -294,8 +290,8 @@ class Policy:
             self._restore_model(folder)
         if self.critic is not None:
             self.critic.restore(folder)
-        if self.action_values is not None:
-            self.action_values.restore(folder)
+        if self._lagging is not None:
+            self._lagging.load_state_dict(load_file(folder / LAGGING))
 
     def _restore_model(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -334,8 +330,7 @@ class Policy:
         return sum(p.numel() for p in self.model.parameters())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        own = [p for p in self.model.parameters() if p.requires_grad]
-        return own if self.action_values is None else own + list(self.action_values.online.parameters())
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def _base(self) -> Any:
         return self.model.get_base_model() if self.is_lora else self.model
@@ -379,9 +374,6 @@ class Policy:
             self._reference = "reference"
         else:
             self._reference = copy.deepcopy(self.model).requires_grad_(False).eval()
-            if self.action_values is not None:  # the reference is what they reweight
-                head = self._reference.get_output_embeddings()
-                head._forward_hooks.clear()
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -406,36 +398,38 @@ class Policy:
                 finally:
                     self.model = current
 
-    # --- action values -------------------------------------------------------------------------------------------
+    # --- a copy that lags behind ---------------------------------------------------------------------------------
 
-    def add_action_values(self, beta: float, support: float = 0.05, seed: int = 0) -> None:
-        """Freeze the model and reweight what it says by exp(A / β) (see `action_values.ActionValues`), in sampling and
-        in log-probabilities alike. Saved and restored with the policy, and loaded with it again; plain Transformers
-        sees the frozen model.
+    def add_lagging(self) -> None:
+        """Keep a copy of the weights, the critic's included, that `catch_up` brings up to them. It is saved and
+        restored with the policy, in a file that plain Transformers does not look at.
+
+        Raises OperantError for an adapter.
         """
-        head = self._base().get_output_embeddings()
-        if head is None or self.is_lora:
-            raise OperantError("action values reweight the output layer of a plain model; leave --lora_rank out")
-        self.model.requires_grad_(False)
-        vocabulary, width = head.weight.shape
-        made = ActionValues(width, vocabulary, beta, support, seed).to(device=self.device, dtype=head.weight.dtype)
-        self.action_values = made
-        head.register_forward_hook(lambda module, given, logits: made.reweighted(given[0], logits))
+        if self.is_lora:
+            raise OperantError("a copy that lags behind is kept of plain models alone; leave --lora_rank out")
+        parts = {"model": self.model} | ({} if self.critic is None else {"critic": self.critic})
+        self._lagging = nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def acting_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(logits float32[K, V] of the bare model, hidden states float32[K, width] that they are read from) before the
-        K action tokens, row by row."""
-        seen: list[Tensor] = []
-        rows, columns = batch.action_mask.nonzero(as_tuple=True)
-        head = self._base().get_output_embeddings()
-        handle = head.register_forward_hook(lambda module, given, logits: seen.append(given[0]))
+    def catch_up(self) -> None:
+        """Let the copy be what the policy is now."""
+        assert self._lagging is not None
+        self._lagging["model"].load_state_dict(self.model.state_dict())
+        if self.critic is not None:
+            self._lagging["critic"].load_state_dict(self.critic.state_dict())
+
+    @contextlib.contextmanager
+    def as_lagging(self) -> Iterator[None]:
+        """Inside, the policy and its critic compute with the copy's weights, without gradients."""
+        assert self._lagging is not None
+        now = self.model, self.critic
+        self.model = self._lagging["model"]
+        self.critic = cast(Critic, self._lagging["critic"]) if "critic" in self._lagging else None
         try:
-            with self.action_values.apart() if self.action_values is not None else contextlib.nullcontext():
-                logits = self._logits_at(batch, rows, columns)
+            with torch.no_grad():
+                yield
         finally:
-            handle.remove()
-        return logits, _upcast(seen[-1].reshape(-1, seen[-1].shape[-1]))
+            self.model, self.critic = now
 
     # --- the critic ----------------------------------------------------------------------------------------------
 

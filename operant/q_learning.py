@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from operant import credit, objectives
-from operant.action_values import supported
 from operant.batch import completion_axes, drawn, drawn_rewards, from_trajectories, gathered, place, turn_discounts
 from operant.config import TrainConfig
 from operant.estimate import Rollout
@@ -93,14 +92,18 @@ class QEstimator:
     """Takes the place of `estimate.Estimator`: rewarded completions go into the replay, a batch of it comes out with
     the double estimator's n-step targets as `returns`.
 
+        Q(s, a) = V(s) + β log π(a|s)/π_ref(a|s)
         y_t = Σ_{k<n} γ^k r_{t+k} + γ^n Q⁻(s_{t+n}, argmax_{a ∈ A(s)} Q(s_{t+n}, a))
 
-    Q chooses and the lagging Q⁻ judges, so that one network's luck does not count twice (van Hasselt et al. 2016). A(s)
-    holds the argmax to what the behaviour could have said: tokens with π_ref(a|s) ≥ support · max π_ref, and the logged
-    one (Fujimoto et al. 2019; otherwise the argmax looks for errors where nothing was ever tried). After the last token
-    comes nothing, also where the length limit cut it off: a reward of the text was paid for the cut one.
+    The policy is its own advantages and its critic is V, so what is sampled from is π_ref reweighted by exp(A / β), the
+    policy that a KL to π_ref of weight β makes best (Peters et al. 2010). Q chooses and the lagging Q⁻ judges, so that
+    one network's luck does not count twice (van Hasselt et al. 2016). A(s) holds the argmax to what the behaviour could
+    have said: tokens with π_ref(a|s) ≥ support · max π_ref, and the logged one (Fujimoto et al. 2019; otherwise the
+    argmax looks for errors where nothing was ever tried). After the last token comes nothing, also where the length
+    limit cut it off: a reward of the text was paid for the cut one.
 
-    `state["replay"]` is saved with every checkpoint. Raises OperantError for a log without one usable completion.
+    `state["replay"]` is saved with every checkpoint; the lagging copy with the policy, which must have one, a critic
+    and a frozen reference. Raises OperantError for a log without one usable completion.
     """
 
     def __init__(
@@ -120,33 +123,34 @@ class QEstimator:
         state.setdefault("q_batches", 0)
 
     def __call__(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
-        config, values = self.config, self.policy.action_values
-        assert values is not None
+        config = self.config
         if not self.offline:
             self.buffer.add(rollout.trajectories)
         number = self.state["q_batches"]
-        if number == 0 and self.buffer.rows:
-            values.begin_at(float(np.mean([drawn_rewards(t)[0].sum() for t in self.buffer.rows])))
+        if number == 0 and self.buffer.rows and self.policy.critic is not None:
+            # until V knows the level of the reward, every token looks better than the average
+            self.policy.critic.begin_at(float(np.mean([drawn_rewards(t)[0].sum() for t in self.buffer.rows])))
         if number % config.target_every == 0:
-            values.sync()
+            self.policy.catch_up()
         self.state["q_batches"] = number + 1
         metrics = {"train/replay": float(len(self.buffer.rows))}
         if not self.buffer.rows:  # every reward so far is missing: a batch that teaches nothing
             batch = self.batch_of(rollout.trajectories)
             batch.weights = torch.zeros_like(batch.weights)
-            batch.returns = batch.advantages = torch.zeros_like(batch.weights)
+            batch.returns = batch.advantages = batch.ref_logprobs = torch.zeros_like(batch.weights)
             return batch, metrics
         generator = np.random.default_rng([config.seed, number])
         places, importance = self.buffer.draw(config.prompts_per_step * config.group_size, generator)
         rows = [self.buffer.rows[i] for i in places]
         batch = self.batch_of(rows)
         rewards, mask, _ = completion_axes(rows)
-        judged = self.column(batch, "double")
+        judged, taken_now, reference = self.columns(batch).unbind(-1)
+        batch.ref_logprobs = reference.contiguous()
         targets = credit.n_step_targets(
             rewards, gathered(batch, judged, rows), mask, gamma=turn_discounts(rows, config.gamma, config.gamma_turn),
             steps=config.n_step,
         )  # fmt: skip
-        taken = gathered(batch, self.column(batch, "taken"), rows)
+        taken = gathered(batch, taken_now, rows)
         errors = ((taken - targets).abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
         self.buffer.note(places, errors.tolist())
         batch.returns = place(batch, targets, rows)
@@ -165,20 +169,28 @@ class QEstimator:
             normalisation="per_token",
         )  # fmt: skip
 
-    def column(self, batch: Batch, what: str) -> Tensor:
-        """Of every acting token: the double estimator's value of the state before it, or Q of the token itself."""
+    def columns(self, batch: Batch) -> Tensor:
+        """Of every acting token, float32[B, S, 3]: the double estimator's value of the state before it, Q of the token
+        itself, and its log π_ref."""
+        beta, share = self.config.q_beta, self.config.support
 
         def compute(policy: Policy, micro: Batch) -> Tensor:
-            values = policy.action_values
-            assert values is not None
-            logits, hidden = policy.acting_states(micro)
             where = micro.action_mask.nonzero(as_tuple=True)
-            token, online = micro.tokens[where][:, None], values.of(values.online, hidden, logits)
-            if what == "taken":
-                value = online.gather(-1, token)[:, 0]
-            else:
-                allowed = supported(logits, values.support).scatter(-1, token, True)
-                value = objectives.double_q_value(online, values.of(values.target, hidden, logits), allowed)
-            return torch.zeros(micro.tokens.shape, dtype=value.dtype, device=value.device).index_put(where, value)
+            token = micro.tokens[where][:, None]
+
+            def now() -> tuple[Tensor, Tensor]:
+                """(V float[K, 1], log π float[K, V]) before the K acting tokens."""
+                return policy.values(micro)[:, :-1][where][:, None], policy.acting_logits(micro).log_softmax(-1)
+
+            with policy.as_reference():
+                reference = policy.acting_logits(micro).log_softmax(-1)
+            online = objectives.action_value(*now(), reference, beta)
+            with policy.as_lagging():
+                judge = objectives.action_value(*now(), reference, beta)
+            allowed = objectives.supported(reference, share).scatter(-1, token, True)
+            found = [objectives.double_q_value(online, judge, allowed)]
+            found += [table.gather(-1, token)[:, 0] for table in (online, reference)]
+            out = torch.zeros(*micro.tokens.shape, 3, dtype=online.dtype, device=online.device)
+            return out.index_put(where, torch.stack(found, -1))
 
         return whole_batch(self.policy, batch, compute, self.config.tokens_per_microbatch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from operant import objectives
@@ -54,14 +53,14 @@ class Surrogate:
         return loss, stats
 
     def value_loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of the tokens' action values; the language model beneath is frozen."""
-        values = policy.action_values
-        assert batch.returns is not None and values is not None
-        where = batch.action_mask.nonzero(as_tuple=True)
-        logits, hidden = policy.acting_states(batch)
-        taken = values.of(values.online, hidden, logits).gather(-1, batch.tokens[where][:, None])[:, 0]
-        loss = torch.zeros(batch.tokens.shape, dtype=taken.dtype, device=taken.device)
-        return loss.index_put(where, objectives.q_loss(taken, batch.returns[where].to(taken.dtype))), {}
+        """Of Q(s, a) = V(s) + β log π/π_ref of the tokens, see `q_learning.QEstimator`."""
+        assert batch.returns is not None and batch.ref_logprobs is not None
+        out = policy.logprobs(batch, entropy="measured")
+        values = policy.values(batch)[:, :-1]
+        taken = objectives.action_value(values, out.logprobs, batch.ref_logprobs, self.config.q_beta)
+        loss = objectives.q_loss(taken, batch.returns.to(taken.dtype)) * batch.action_mask
+        assert out.entropy is not None
+        return loss, {"entropy": (out.entropy * batch.action_mask).sum()}
 
     def policy_loss(self, batch: Batch, logprobs: Tensor, old: Tensor) -> tuple[Tensor, Tensor | None]:
         """(loss per token, clipped as 0/1 float or None)."""

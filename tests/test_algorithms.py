@@ -158,7 +158,8 @@ def test_every_algorithm_steps_the_right_way_on_every_family(
     if recipe.critic:
         policy.add_critic()
     if name == "double_q":
-        policy.add_action_values(config.q_beta)
+        policy.freeze_reference()
+        policy.add_lagging()
     prompts = [Prompt(str(i), np.arange(40, 43 + i)) for i in range(3)]
     groups = Sampler(policy).sample(prompts, Sampling(max_tokens=6, seed=3), 3)
     rows = [

@@ -13,7 +13,6 @@ from test_loop import DEV, PROMPTS, assert_same_run, logged, quick, settings, sh
 from torch import Tensor
 
 from operant import credit, objectives
-from operant.action_values import supported
 from operant.algorithms import resolve
 from operant.cli import main
 from operant.config import TrainConfig
@@ -24,7 +23,7 @@ from operant.q_learning import QEstimator, ReplayBuffer
 from operant.rollouts import read_logged
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
-from operant.types import Completion, OperantError, Prompt, Sampling, Trajectory
+from operant.types import Batch, Completion, OperantError, Prompt, Sampling, Trajectory
 
 # --- the double estimator --------------------------------------------------------------------------------------------
 
@@ -53,11 +52,11 @@ def test_on_a_chain_single_q_overestimates_and_the_double_estimator_does_not() -
 
 def test_the_argmax_is_held_to_what_was_tried() -> None:
     logits = torch.log(torch.tensor([[0.6, 0.3, 0.09, 0.01]]))
-    assert supported(logits, 0.1).tolist() == [[True, True, True, False]]
-    assert supported(logits, 0.0).all() and int(supported(logits, 1.0).sum()) == 1
+    assert objectives.supported(logits, 0.1).tolist() == [[True, True, True, False]]
+    assert objectives.supported(logits, 0.0).all() and int(objectives.supported(logits, 1.0).sum()) == 1
     select, judge = torch.tensor([[0.0, 1.0, 2.0, 9.0]]), torch.tensor([[5.0, 6.0, 7.0, 8.0]])
-    assert objectives.double_q_value(select, judge, supported(logits, 0.1)).tolist() == [7.0]
-    assert objectives.double_q_value(select, judge, supported(logits, 0.2)).tolist() == [6.0]
+    assert objectives.double_q_value(select, judge, objectives.supported(logits, 0.1)).tolist() == [7.0]
+    assert objectives.double_q_value(select, judge, objectives.supported(logits, 0.2)).tolist() == [6.0]
 
 
 def test_targets_by_hand() -> None:
@@ -123,70 +122,79 @@ def rows_of(policy: Policy, count: int = 2) -> list[Trajectory]:
     ]
 
 
-def over_average(outputs: Tensor, logprobs: Tensor, support: float = 0.05) -> Tensor:
-    """What a head says of every token, less π_ref's mean of it among those likely enough; of the others nothing."""
-    out = torch.zeros_like(logprobs)
-    for row, said, probability in zip(out, outputs, logprobs.exp(), strict=True):
-        inside = [a for a in range(len(row)) if probability[a] >= support * probability.max()]
-        mean = sum(probability[a] * said[a] for a in inside) / sum(probability[a] for a in inside)
-        for a in inside:
-            row[a] = said[a] - mean
-    return out
-
-
-def awake(policy: Policy, beta: float = 0.5) -> Policy:
-    policy.add_action_values(beta)
-    assert policy.action_values is not None
+def awake(policy: Policy) -> Policy:
+    """As a run would begin, and then each part moved away from the others."""
+    policy.freeze_reference()
+    policy.add_critic()
+    assert policy.critic is not None
     torch.manual_seed(2)
-    for head in (policy.action_values.online, policy.action_values.target):
-        torch.nn.init.normal_(head[-1].weight, std=0.3)  # type: ignore[arg-type]
+    torch.nn.init.normal_(policy.critic.head.weight, std=0.3)
+    policy.add_lagging()
+    with torch.no_grad():
+        for parameter in policy.trainable_parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    torch.nn.init.normal_(policy.critic.head.weight, std=0.3)
     return policy
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5", "bart", "llama"])
-def test_what_is_said_is_the_reference_reweighted_by_the_values(
+@torch.no_grad()
+def parts(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(V float64[K], log π float64[K, V]) by the paths that compute every column."""
+    where = batch.action_mask.nonzero(as_tuple=True)
+    return policy.values(batch)[where].double(), policy.logits(batch)[where].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_the_copy_lags_until_it_catches_up_and_is_saved_with_the_policy(
     family: str, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     bare, policy = make_policy(family), awake(make_policy(family))
-    assert policy.action_values is not None
-    rows = rows_of(policy)
-    batch = QEstimator(policy, TrainConfig(), {}).batch_of(rows)
-    assert batch.behavior_logprobs is not None
+    batch = QEstimator(policy, TrainConfig(), {}).batch_of(rows_of(policy))
     with torch.no_grad():
-        expected = torch.log_softmax(bare.acting_logits(batch), -1)
-        logits, hidden = policy.acting_states(batch)
-        torch.testing.assert_close(torch.log_softmax(logits, -1), expected, atol=1e-5, rtol=1e-4)
-        reweighted = torch.log_softmax(expected + over_average(policy.action_values.online(hidden), expected) / 0.5, -1)
-        said = torch.log_softmax(policy.acting_logits(batch), -1)
-        torch.testing.assert_close(said, reweighted, atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(said, expected, atol=1e-2)
-        # the sampler and the learner have the same policy
-        torch.testing.assert_close(policy.logprobs(batch).logprobs, batch.behavior_logprobs, atol=1e-4, rtol=1e-4)
-        policy.freeze_reference()
-        with policy.as_reference():
-            torch.testing.assert_close(
-                torch.log_softmax(policy.acting_logits(batch), -1), expected, atol=1e-5, rtol=1e-4
-            )
-        policy.save(tmp_path / "m")
-        loaded = Policy.load(tmp_path / "m", device="cpu")
+        begun = bare.logits(batch)[batch.action_mask]
+    now = parts(policy, batch)
+    with policy.as_lagging():
+        lag = parts(policy, batch)
+    torch.testing.assert_close(lag[1], begun.double().log_softmax(-1), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(lag[1], now[1], atol=1e-2) and not torch.allclose(lag[0], now[0], atol=1e-2)
+    policy.save(tmp_path / "m")
+    policy.catch_up()
+    with policy.as_lagging():
+        for ahead, behind in zip(now, parts(policy, batch), strict=True):
+            torch.testing.assert_close(ahead, behind)
+    policy.restore(tmp_path / "m")
+    with policy.as_lagging():
+        for old, restored in zip(lag, parts(policy, batch), strict=True):
+            torch.testing.assert_close(old, restored)
+    loaded = Policy.load(tmp_path / "m", device="cpu")
+    with torch.no_grad():
         torch.testing.assert_close(loaded.acting_logits(batch), policy.acting_logits(batch))
-    assert loaded.action_values is not None and loaded.action_values.beta == 0.5
-    assert {id(p) for p in policy.trainable_parameters()} == {id(p) for p in policy.action_values.online.parameters()}
-
-
-def test_new_heads_say_what_the_model_said(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    bare, policy = make_policy("gpt2"), make_policy("gpt2")
-    policy.add_action_values(0.1)
-    batch = QEstimator(policy, TrainConfig(), {}).batch_of(rows_of(bare))
-    with torch.no_grad():
-        assert torch.equal(policy.acting_logits(batch), bare.acting_logits(batch))
-    assert policy.action_values is not None
-    with pytest.raises(OperantError, match="no action values"):
-        policy.action_values.restore(tmp_path)
     lora = make_policy("gpt2")
     lora.add_lora(rank=2)
     with pytest.raises(OperantError, match="--lora_rank"):
-        lora.add_action_values(0.1)
+        lora.add_lagging()
+
+
+def test_at_first_every_token_is_worth_the_mean_return(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy("gpt2")
+    policy.freeze_reference()
+    policy.add_critic()
+    policy.add_lagging()
+    rows = rows_of(policy)
+    for t in rows:
+        t.rewards[:] = 0
+        t.rewards[-1] = 0.7
+    batch, metrics = QEstimator(policy, TrainConfig(algorithm="double_q", n_step=2), {}, rows)(Rollout(rows, rows))
+    assert metrics["train/q_mean"] == pytest.approx(0.7, abs=1e-5) and batch.returns is not None
+    torch.testing.assert_close(batch.returns[batch.action_mask], torch.full((int(batch.action_mask.sum()),), 0.7))
+
+
+def test_a_policy_that_is_its_own_advantages_is_the_reference_reweighted() -> None:
+    logprobs, reference = (torch.randn(2, 5, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    value = torch.tensor([[3.0], [-1.0]], dtype=torch.float64)
+    q = objectives.action_value(value, logprobs, reference, 0.3)
+    torch.testing.assert_close((reference + (q - value) / 0.3).log_softmax(-1), logprobs)
+    torch.testing.assert_close(0.3 * torch.logsumexp(reference + q / 0.3, -1), value[:, 0])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bart"])
@@ -195,43 +203,44 @@ def test_a_batch_has_the_double_estimators_targets(
     family: str, priority: float, make_policy: Callable[..., Policy]
 ) -> None:
     policy = awake(make_policy(family))
-    values = policy.action_values
-    assert values is not None
-    torch.nn.init.normal_(values.online[-1].weight, std=0.5)  # type: ignore[arg-type]
-    values.support = 0.2
     config = TrainConfig(
         algorithm="double_q", n_step=2, gamma=0.9, support=0.2, prompts_per_step=5, group_size=1, target_every=100,
-        priority=priority,
+        priority=priority, q_beta=0.4,
     )  # fmt: skip
     rows = rows_of(policy)
-    state = {"q_batches": 1}  # no sync on this one
+    state = {"q_batches": 1}  # no catching up on this one
     estimator = QEstimator(policy, config, state, rows)
     batch, metrics = estimator(Rollout(rows, rows))
     assert batch.returns is not None and batch.tokens.shape[0] == 5
-    with torch.no_grad():
-        logits, hidden = policy.acting_states(batch)
-        likely = torch.log_softmax(logits, -1)
-        online, target = (
-            head(hidden)[:, -1:] + over_average(head(hidden), likely, 0.2) for head in (values.online, values.target)
-        )
+    with policy.as_reference():
+        reference = policy.logits(batch)[batch.action_mask].double().log_softmax(-1)
+
+    def worth() -> Tensor:
+        value, logprobs = parts(policy, batch)
+        return value[:, None] + 0.4 * (logprobs - reference)
+
+    online = worth()
+    with policy.as_lagging():
+        target = worth()
     k = 0
     for i in range(5):
         columns = batch.action_mask[i].nonzero()[:, 0].tolist()
         reward = [float(batch.rewards[i, c]) for c in columns]  # type: ignore[index]
         ahead = []
         for j, c in enumerate(columns):
-            likely = logits[k + j].softmax(-1)
+            likely = reference[k + j].exp()
             choice = [a for a in range(len(likely)) if likely[a] >= 0.2 * likely.max() or a == int(batch.tokens[i, c])]
             best = max(choice, key=lambda a: float(online[k + j, a]))
             ahead.append(float(target[k + j, best]))
         for t, c in enumerate(columns):
             expected = sum(0.9**n * reward[t + n] for n in range(2) if t + n < len(columns))
             expected += 0.81 * ahead[t + 2] if t + 2 < len(columns) else 0.0
-            assert float(batch.returns[i, c]) == pytest.approx(expected, abs=1e-4)
+            assert float(batch.returns[i, c]) == pytest.approx(expected, abs=1e-3)
         k += len(columns)
     loss, _ = Surrogate(config, resolve(config, dense=False), {})(policy, batch)
-    taken = online.gather(-1, batch.tokens[batch.action_mask][:, None])[:, 0]
-    torch.testing.assert_close(loss[batch.action_mask], 0.5 * (taken - batch.returns[batch.action_mask]) ** 2)
+    taken = online.gather(-1, batch.tokens[batch.action_mask][:, None])[:, 0].float()
+    off = (taken - batch.returns[batch.action_mask]) ** 2
+    torch.testing.assert_close(loss[batch.action_mask], 0.5 * off, atol=1e-3, rtol=1e-3)
     assert ("replay" in state) == (priority > 0) and metrics["train/td_error"] > 0
 
 
@@ -251,11 +260,9 @@ def test_it_learns_a_reward_while_it_writes(family: str, make_policy: Callable[.
         epochs=2, minibatches=2, target_every=2, n_step=3,
     )  # fmt: skip
     policy = flat(make_policy(family))
-    trunk = [p.detach().clone() for p in policy.model.parameters()]
     train(policy, PROMPTS, quick(share_of_even), config, quiet=True)
     rewards = logged(tmp_path / "run", "train/reward_mean")
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.15
-    assert all(torch.equal(a, b) for a, b in zip(trunk, policy.model.parameters(), strict=True))
     assert logged(tmp_path / "run", "train/replay")[-1] == 30 * 36
 
 
