@@ -632,6 +632,10 @@ def run_versions(config: configs.VersionsConfig) -> None:
     for row in told["versions"]:
         marks = [word for word in ("current", "anchor") if told[word] == row["version"]]
         marks += [f"pinned by {user}" for user, number in told["pins"].items() if number == row["version"]]
+        if told["trial"] is not None:
+            marks += [word for word in ("serving", "candidate") if told["trial"][word] == row["version"]]
+        if row["trial"] is not None:
+            marks.append(f"{row['trial']['kind']}: {row['trial']['verdict']}, {row['trial']['reason']}")
         if not row["on_disk"] and row["state"] == "published":
             marks.append("weights gone")
         parent = "" if row["parent"] is None else f"from {row['parent']}"

@@ -74,6 +74,11 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "block": ("0, or at least 2", lambda x: x == 0 or x >= 2),
     # different phrases of the built-in task grow rare beyond
     **{name: ("between 1 and 100000", lambda x: 1 <= x <= 100_000) for name in ("labelled", "prompts")},
+    "canary_share": ("0 to 0.5", lambda x: 0 <= x <= 0.5),
+    "shadow_share": ("0 to 1", lambda x: 0 <= x <= 1),
+    "canary_alpha": ("more than 0 and less than 0.5", lambda x: 0 < x < 0.5),
+    "canary_margin": ("0 or more and less than 1", lambda x: 0 <= x < 1),
+    "canary_pairs": ("at least 1", lambda x: x >= 1),
     "drain_seconds": ("0 or more", lambda x: 0 <= x < math.inf),
     "link_days": ("more than 0", lambda x: 0 < x < math.inf),
     "max_body": ("at least 1024", lambda x: x >= 1024),
@@ -866,6 +871,14 @@ class ServeConfig(LearnerConfig):
         separator: text between such a chat and its answer, for decoder-only models.
         reward: rate every stored answer with this too, on the scale of scores: a metric, a judge, a model, or
             module:function, as operant train names them. Nobody gives references here.
+        canary_share: users, as a share of all, who are answered by a new version until ratings tell that it may serve
+            everybody, or may not; 0 lets each version serve at once.
+        shadow_share: share of the answers beside which a new version answers too, unseen, until `reward` tells; 0 as
+            above.
+        canary_alpha: how likely, at most, a worse version is promoted, or an equally good one refused as worse, however
+            often it is looked at.
+        canary_margin: a version is promoted when it is not worse by so much, on a scale from 0 to 1.
+        canary_pairs: pairs of ratings after which a version that is neither is refused.
         implicit: module:function that reads a user's next message as a score of the answer before it, or as nothing.
         max_body: bytes of a request, at most.
         max_age_days: what was asked longer ago goes, with its feedback, but nothing that is pending. Steps that learned
@@ -887,6 +900,11 @@ class ServeConfig(LearnerConfig):
     prefix: str = ""
     separator: str = "\n"
     reward: str = ""
+    canary_share: float = 0.0
+    shadow_share: float = 0.0
+    canary_alpha: float = 0.05
+    canary_margin: float = 0.1
+    canary_pairs: int = 1000
     implicit: str = ""
     max_body: int = 1 << 20
     max_age_days: float = 0.0

@@ -15,7 +15,7 @@ from operant.live.feedback import BadFeedback
 from operant.live.feedback_api import record, stored_of
 from operant.live.service import ApiError
 from operant.rewards import RewardRunner, reward_by_name
-from operant.types import OperantError
+from operant.types import Completion, OperantError, Prompt
 
 if TYPE_CHECKING:
     from operant.live.service import Service
@@ -40,6 +40,15 @@ class Automatic:
     def close(self) -> None:
         self._runner.close()
 
+    async def score(self, prompt: Prompt, completion: Completion) -> float | None:
+        """What the reward pays; None, and told in the log, when it is missing."""
+        async with self._turn:
+            (rated,) = await asyncio.to_thread(self._runner.run, [(prompt, completion)])
+        if rated.missing or not rated.observed.all():
+            log.warning("the reward %s is missing for %s: %s", self.name, completion.id, rated.missing)
+            return None
+        return float(rated.rewards.sum())
+
     async def rate(self, service: Service, completion_id: str) -> None:
         """Rate one answer. Never raises: a reward that is missing teaches nothing, and the log says why."""
         with contextlib.suppress(asyncio.CancelledError):
@@ -47,13 +56,11 @@ class Automatic:
                 stored = await stored_of(service, completion_id)
                 if stored is None or stored.completion is None:
                     return
-                async with self._turn:
-                    (rated,) = await asyncio.to_thread(self._runner.run, [(stored.prompt, stored.completion)])
-                if rated.missing or not rated.observed.all():
-                    log.warning("the reward %s is missing for %s: %s", self.name, completion_id, rated.missing)
+                value = await self.score(stored.prompt, stored.completion)
+                if value is None:
                     return
                 body = {
-                    "completion_id": completion_id, "kind": "score", "value": float(rated.rewards.sum()),
+                    "completion_id": completion_id, "kind": "score", "value": value,
                     "idempotency_key": f"{completion_id}-reward",
                 }  # fmt: skip
                 await record(service, body, stored, f"reward:{self.name}", "reward")

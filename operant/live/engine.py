@@ -150,6 +150,7 @@ class Engine:
         *,
         ids: Sequence[str],
         version: int | None = None,
+        wished: int | None = None,
         on_text: OnText | None = None,
         top_logprobs: int = 0,
     ) -> list[Future[Completion]]:
@@ -157,6 +158,7 @@ class Engine:
 
         Args:
             version: a resident version to which the request is pinned; None: the one that serves when it begins.
+            wished: a version that writes it if it is resident then, else the one that serves.
             on_text: called in the engine's thread as (id, piece, token) once for each token, with text that is final:
                 what may turn out to be a stop string is held back. The pieces of a completion joined are its text,
                 unless it is cancelled. It must not block; if it raises it is called no more.
@@ -179,7 +181,8 @@ class Engine:
             )
         if len(asked) > self.queue:
             raise OperantError(f"{len(asked)} completions are asked for and {self.queue} may wait; ask for fewer")
-        outputs = {i: _Output(Future(), on_text, sampling.stop, version, version is not None) for i in asked}
+        pinned, version = version is not None, wished if version is None else version
+        outputs = {i: _Output(Future(), on_text, sampling.stop, version, pinned) for i in asked}
         for output in outputs.values():
             output.future.set_running_or_notify_cancel()  # so that only `cancel` ends it
         request = _Request(prompt, sampling, asked, version, top_logprobs if on_text is not None else 0)

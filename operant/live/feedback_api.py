@@ -82,6 +82,8 @@ async def record(
     if not receipt.duplicate:
         service.metrics.feedback.labels(event.kind, way).inc()
         service.poke()
+        if service.canary is not None:
+            await asyncio.to_thread(service.canary.rated, event, stored)
     return {
         "id": receipt.id, "object": "feedback", "completion_id": stored.id, "kind": event.kind, "source": source,
         "state": receipt.state, "duplicate": receipt.duplicate, "offset": receipt.offset,

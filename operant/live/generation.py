@@ -7,6 +7,7 @@ then is recorded all the same.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from operant.live.canary import among, version_of
 from operant.live.engine import Busy, NotResident
 from operant.live.service import ApiError, Service
 from operant.sampler import TokenInfo
@@ -78,6 +80,7 @@ class Generation:
         self.created = time.time()
         self.choices: list[Choice] = []
         self.version = 0
+        self.wished: int | None = None  # of a user who is answered by what is tried
         self._pieces: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._begun = asyncio.Event()  # each stub is committed, or has failed to be
@@ -111,6 +114,9 @@ class Generation:
         self.version = service.version
         pinned = service.versions.pins().get(self.user)
         if pinned is None:
+            wished = None if service.canary is None else service.canary.version_for(self.user)
+            if wished is not None and wished in service.engine.resident():
+                self.version = self.wished = wished
             return None
         if pinned not in service.engine.resident():
             if service.supervisor is None:
@@ -130,7 +136,7 @@ class Generation:
         on_text = self._on_text if self.streamed or self.top_logprobs is not None else None
         try:
             futures = self.service.engine.submit(
-                ask.prompt, self.sampling, ids=ids, version=version, on_text=on_text,
+                ask.prompt, self.sampling, ids=ids, version=version, wished=self.wished, on_text=on_text,
                 top_logprobs=self.top_logprobs or 0,
             )  # fmt: skip
         except Busy as error:
@@ -205,6 +211,8 @@ class Generation:
             choice.completion = completion
             if self.stored and status == "complete" and service.automatic is not None:
                 service.spawn(service.automatic.rate(service, choice.id))
+            if status == "complete" and service.canary is not None:
+                service.spawn(shadow(service, completion, choice.prompt, self.sampling))
         service.metrics.finished(completion, status, time.time() - self.created)
         if choice.fault is not None:
             self._pieces.put_nowait(ApiError(500, choice.fault, code="generation_failed"))
@@ -237,6 +245,30 @@ class Generation:
         for choice in self.choices:
             if not choice.future.done():
                 self.service.engine.cancel(choice.id)
+
+
+async def shadow(service: Service, shown: Completion, prompt: Prompt, sampling: Sampling) -> None:
+    """Let what is tried answer too, unseen, for a share of the answers of what serves, and let the reward judge both.
+    Nothing of it is stored. Never raises: an answer that is not to be had says nothing."""
+    canary, automatic, config = service.canary, service.automatic, service.config
+    if canary is None or automatic is None or canary.kind != "shadow":
+        return
+    trial = await asyncio.to_thread(canary.trial)
+    candidate = trial.candidate
+    if candidate is None or version_of(shown) != trial.serving or not among(shown.id, candidate, config.shadow_share):
+        return
+    with contextlib.suppress(OperantError, ApiError, RuntimeError, asyncio.CancelledError):
+        if service.engine.stats()["queued"]:  # people come first
+            return
+        (future,) = service.engine.submit(prompt, sampling, ids=[f"shadow-{shown.id}"], wished=candidate)
+        unseen = await asyncio.wrap_future(future)
+        if version_of(unseen) != candidate or unseen.stop_reason == "cancelled":
+            return
+        paid = [await automatic.score(prompt, answer) for answer in (unseen, shown)]
+        low, wide = config.score_low, config.score_high - config.score_low
+        ours, theirs = (None if value is None else min(1.0, max(0.0, (value - low) / wide)) for value in paid)
+        if ours is not None and theirs is not None:
+            await asyncio.to_thread(canary.judged, candidate, ours - theirs)
 
 
 def _busy(error: Busy) -> ApiError:

@@ -73,6 +73,7 @@ def serve(config: ServeConfig) -> None:
 def live(config: ServeConfig) -> Iterator[Live]:
     """Everything but the socket: begin or take up the folder, reconcile the ledger, start engine and learner."""
     from operant.live.automatic import Automatic
+    from operant.live.canary import Canary
     from operant.live.engine import Engine
     from operant.live.implicit import Implicit
     from operant.live.server import create_app
@@ -81,6 +82,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
     from operant.live.worker import heldout_prompts
     from operant.policy import Policy
 
+    _check_shares(config)
     implicit = Implicit(config.implicit) if config.implicit else None
     automatic = Automatic(config.reward) if config.reward else None
     root = Path(config.root)
@@ -92,7 +94,12 @@ def live(config: ServeConfig) -> Iterator[Live]:
         store = stack.enter_context(contextlib.closing(Store(where)))
         learner = _learner_config(config, where)
         versions = _versions(learner, store)
-        current = versions.current()
+        canary = None
+        if config.canary_share or config.shadow_share:
+            canary = Canary(versions, config)
+        else:
+            versions.keep_trial(None)  # nothing is tried any more: what is current serves
+        current = versions.current() if canary is None else versions.get(canary.look()[0])
         policy = Policy.load(Path(current.path) / "model", device=config.device, dtype=config.dtype)
         policy.model.eval()
         if config.heldout:
@@ -104,11 +111,13 @@ def live(config: ServeConfig) -> Iterator[Live]:
             implicit.recall(reversed(store.list_completions(limit=1000, order="desc", prefix="chatcmpl-")))
         engine = Engine(policy, current.version, max_rows=config.max_rows, queue=config.queue, threads=config.threads)
         stack.callback(engine.close)
-        supervisor = stack.enter_context(contextlib.closing(Supervisor(learner, engine, store)))
+        supervisor = stack.enter_context(contextlib.closing(Supervisor(learner, engine, store, canary=canary)))
+        if canary is not None:
+            canary.changed = supervisor.look
         app = create_app(
             engine, store, versions, supervisor, config, codec=policy.codec,
             encoder=policy.family == "encoder-decoder", max_length=policy.max_length, keys=_keys(config),
-            implicit=implicit, automatic=automatic,
+            implicit=implicit, automatic=automatic, canary=canary,
         )  # fmt: skip
         del policy  # the engine alone keeps weights, and lets old ones go
         yield Live(app, engine, store, versions, supervisor, config)
@@ -121,6 +130,13 @@ def _check_installed() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise OperantError(f"the server needs {', '.join(missing)}: pip install 'operant[live]'")
+
+
+def _check_shares(config: ServeConfig) -> None:
+    if config.canary_share and config.shadow_share:
+        raise OperantError("--canary_share and --shadow_share are two ways to try a version; give one of them")
+    if config.shadow_share and not config.reward:
+        raise OperantError("--shadow_share needs --reward, which judges what nobody sees; or give --canary_share")
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from operant.types import OperantError
 
 if TYPE_CHECKING:
     from operant.live.automatic import Automatic
+    from operant.live.canary import Canary
     from operant.live.engine import Engine
     from operant.live.supervisor import Supervisor
 
@@ -52,7 +53,7 @@ HEADERS = {
 def create_app(
     engine: Engine, store: Store, versions: Versions, supervisor: Supervisor | None, config: ServeConfig, *,
     codec: Codec, encoder: bool, max_length: int, keys: Keys | None = None, links: Links | None = None,
-    implicit: Implicit | None = None, automatic: Automatic | None = None,
+    implicit: Implicit | None = None, automatic: Automatic | None = None, canary: Canary | None = None,
 ) -> FastAPI:  # fmt: skip
     """The application.
 
@@ -61,7 +62,7 @@ def create_app(
     """
     service = Service(
         engine, codec, encoder, max_length, store, versions, supervisor, config, keys or Keys(None),
-        links or Links.at(versions.root, int(config.link_days * 86400)), Metrics(), implicit, automatic,
+        links or Links.at(versions.root, int(config.link_days * 86400)), Metrics(), implicit, automatic, canary,
     )  # fmt: skip
 
     @contextlib.asynccontextmanager
@@ -124,6 +125,10 @@ async def metrics(request: Request) -> Response:
         "rows": float(stats["rows"]), "queued": float(stats["queued"]), "busy_fraction": float(stats["busy_fraction"]),
         "learner_up": float(service.supervisor is not None and service.supervisor.alive),
     }  # fmt: skip
+    if service.canary is not None:
+        trial = (await asyncio.to_thread(service.canary.trial)).told()
+        trial["candidate"] = -1 if trial["candidate"] is None else trial["candidate"]
+        now |= {f"canary_{name}": float(value or 0) for name, value in trial.items() if name != "serving"}
     with contextlib.suppress(ApiError):  # what else there is to tell is told while the store is away
         counts = await service.io(service.store.counts)
         now |= {f"events_{name}": float(counts[name]) for name in ("pending", "used", "superseded", "unused")}

@@ -22,6 +22,7 @@ from operant.types import OperantError
 
 if TYPE_CHECKING:
     from operant.live.automatic import Automatic
+    from operant.live.canary import Canary
     from operant.live.engine import Engine
     from operant.live.implicit import Implicit
     from operant.live.metrics import Metrics
@@ -88,6 +89,7 @@ class Service:
     metrics: Metrics
     implicit: Implicit | None = None
     automatic: Automatic | None = None
+    canary: Canary | None = None
     stopping: bool = False
     started: float = dataclasses.field(default_factory=time.time)
     # answers under way and records being written, which a stop waits for

@@ -23,7 +23,8 @@ from typing import IO, Literal, Protocol
 
 import operant
 from operant.config import WorkerConfig
-from operant.live.engine import Engine
+from operant.live.canary import Canary
+from operant.live.engine import Busy, Engine
 from operant.live.forget import Plan, empty, finish
 from operant.live.versions import StepRecord, Versions
 from operant.live.worker import STORE_VARIABLE
@@ -40,6 +41,7 @@ LEARNER_POLL_SECONDS = (
 )
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a learner that died is started again, and before a load
 STEADY_SECONDS = 60.0  # after which a learner's death is the first one again
+TRY_SECONDS = 5.0  # before a candidate takes its place in memory again
 STOP_SECONDS = 10.0  # for the learner to end its step
 STARTING, NICENESS = 5, 10  # how far the learner steps back, while it starts and once it learns: answers come first
 
@@ -99,12 +101,13 @@ class Supervisor:
     """Runs `python -m operant.live.worker` and serves what `config.root` says is current, until it is closed.
 
     config: the learner's settings. store: the ledger of what became of each event.
-    command: runs instead of the learner, with the same lines on standard output.
+    command: runs instead of the learner, with the same lines on standard output. canary: says what of `current` serves.
     """
 
     def __init__(
-        self, config: WorkerConfig, engine: Engine, store: Ledger, *, command: Sequence[str] | None = None
-    ) -> None:
+        self, config: WorkerConfig, engine: Engine, store: Ledger, *, command: Sequence[str] | None = None,
+        canary: Canary | None = None,
+    ) -> None:  # fmt: skip
         self.config = dataclasses.replace(
             config, watch_stdin=True, once=False, poll_seconds=max(config.poll_seconds, LEARNER_POLL_SECONDS)
         )
@@ -112,13 +115,14 @@ class Supervisor:
         self.command = learner if command is None else list(command)
         self.versions = Versions(config.root, config.keep)
         self.restarts = 0
-        self._engine, self._store = engine, store
+        self._engine, self._store, self._canary = engine, store, canary
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._faults = {"learner": "", "version": "", "ledger": "", "forgetting": ""}
         self._entered: set[int] = set()  # steps that the ledger has
         self._noted = -1  # the version that the ledger has as served
         self._told = True  # records may have come
+        self._try_again = 0.0
         self._closing, self._look = threading.Event(), threading.Event()
         self._pipe, self._adding, self._reuse = threading.Lock(), threading.Lock(), threading.Lock()
         self._loaded: dict[int, Policy] = {}  # by the version that each serves, or served last
@@ -187,6 +191,10 @@ class Supervisor:
         if learner.is_alive() and self._process is not None:
             self._process.kill()  # no harm: the next one makes the step again
         learner.join()
+
+    def look(self) -> None:
+        """Look at once at what is to serve. Never waits."""
+        self._look.set()
 
     # --- the learner process -----------------------------------------------------------------------------------------
 
@@ -302,8 +310,18 @@ class Supervisor:
         except OperantError:
             return -1
 
+    def _wanted(self) -> tuple[int, int | None]:
+        """(what is to serve, what is to be tried beside it)."""
+        if self._canary is not None:
+            return self._canary.look()
+        return self.versions.pointer().version, None
+
     def _serve_current(self) -> None:
-        version = self.versions.pointer().version
+        version, candidate = self._wanted()
+        if candidate is not None and candidate not in self._engine.resident() and time.monotonic() >= self._try_again:
+            self._try_again = time.monotonic() + TRY_SECONDS
+            with contextlib.suppress(Busy):  # somebody who is pinned is being answered in its place
+                self.make_resident(candidate)
         if version != self._serving:
             if version in self._engine.resident():
                 self._engine.load(version)
@@ -335,7 +353,7 @@ class Supervisor:
         if plan is not None and plan.stage == "planned":
             empty(plan, self.versions, self._store)
             self.poke()
-        elif plan is not None and plan.stage == "made" and self._serving == self.versions.pointer().version:
+        elif plan is not None and plan.stage == "made" and self._serving == self._wanted()[0]:
             self._told = True
             self._tell_ledger()
             self._engine.drop(plan.drop)

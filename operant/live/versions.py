@@ -8,6 +8,8 @@
       current                   {"version", "moves", "anchor", "since"}: what serves, how often that has moved, the last
                                 version that the slow gate has passed, the version that drift is measured from
       pins.json                 {user: version}
+      trial.json                what serves while `current` is tried (canary.py); only where versions are tried
+      trials/00000042.json      what a trial found
       forgetting.json           what forgetting a source has come to (forget.py); `current.again` is then the pointer of
                                 the steps that are made again
 
@@ -195,10 +197,13 @@ class Versions:
                 "version": r.version, "parent": r.parent if r.parent >= 0 else None, "state": r.state,
                 "reason": r.reason, "events": len(r.events), "on_disk": r.version in there,
                 "used": sum(o.state == "used" for o in r.outcomes.values()), "slow": self.slow(r.version),
+                "trial": self.verdict(r.version),
             }
             for r in self.records()
         ]  # fmt: skip
-        return {"current": now.version, "anchor": now.anchor, "pins": self.pins(), "versions": rows}
+        trial = self.trial()
+        tried = None if trial is None else {"serving": trial["serving"], "candidate": trial.get("candidate")}
+        return {"current": now.version, "anchor": now.anchor, "pins": self.pins(), "trial": tried, "versions": rows}
 
     def slow(self, version: int) -> dict[str, Any] | None:
         """What the slow gate found of a version, or None while it has not looked."""
@@ -251,6 +256,42 @@ class Versions:
     def plan_file(self) -> Path:
         return self.root / "forgetting.json"
 
+    def trial(self) -> dict[str, Any] | None:
+        """What `canary` has written down of what serves and what is tried; None where nothing is tried."""
+        try:
+            trial: dict[str, Any] = json.loads((self.root / "trial.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return trial
+
+    def keep_trial(self, trial: Mapping[str, Any] | None) -> None:
+        if trial is None:
+            (self.root / "trial.json").unlink(missing_ok=True)
+        else:
+            checkpoint.replace_file(self.root / "trial.json", json.dumps(dict(trial)))
+
+    def verdict(self, version: int) -> dict[str, Any] | None:
+        """What a trial found of a version, or None where it was not tried."""
+        try:
+            found: dict[str, Any] = json.loads(self._trial_file(version).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return found
+
+    def note_trial(self, version: int, found: Mapping[str, Any]) -> None:
+        """Keep what a trial found, beside the version, whose folder never changes."""
+        checkpoint.replace_file(self._trial_file(version), json.dumps(dict(found), indent=1))
+
+    def _trial_file(self, version: int) -> Path:
+        return self.root / "trials" / f"{version:08d}.json"
+
+    def _serve_at_once(self, version: int) -> None:
+        """Whoever moves the pointer by hand means it to serve: what is tried is tried no more."""
+        trial = self.trial()
+        if trial is not None:
+            counts = {name: trial[name] for name in ("promoted", "refused")}
+            self.keep_trial({"serving": version, **counts})
+
     # --- moving pointers -----------------------------------------------------------------------------------------
 
     def promote(self, version: int) -> PolicyVersion:
@@ -261,6 +302,7 @@ class Versions:
             before = self.pointer()
             if version != before.version:
                 self._write_pointer(Pointer(version, before.moves + 1, before.anchor, since=version))
+            self._serve_at_once(version)
         return chosen
 
     def roll_back(self, to: int | None = None) -> PolicyVersion:
@@ -301,6 +343,7 @@ class Versions:
         """Let the last version that was made again serve, at once and with all that its pointer says."""
         made = Versions(self.root, self.keep, beside=True).pointer()
         self.put(made)
+        self._serve_at_once(made.version)
         return made
 
     def pin(self, user: str, version: int | None) -> None:
@@ -383,7 +426,11 @@ class Versions:
     def clean(self) -> None:
         """Remove the half-written files of killed processes. Call it at start, with no other learner at work."""
         with self._lock():
-            for folder in (self.root, self.folder, *(self.root / name for name in ("records", "pending", "slow"))):
+            for folder in (
+                self.root,
+                self.folder,
+                *(self.root / name for name in ("records", "pending", "slow", "trials")),
+            ):
                 checkpoint.clean(folder)
 
     def prune(self) -> list[int]:
@@ -394,7 +441,8 @@ class Versions:
         all others can be made again.
         """
         there = self._folders()
-        held = {min(there), *self.pins().values()}
+        trial = self.trial() or {}
+        held = {min(there), *self.pins().values(), trial.get("serving"), trial.get("candidate")}
         for file in filter(Path.exists, map(self._pointer_file, (False, True))):
             now = Pointer(**json.loads(file.read_text(encoding="utf-8")))
             ancestor = next((a for a in self.ancestors(now.version)[1:] if a in there), now.version)

@@ -32,7 +32,7 @@ class Pin(Asked):
 
 @routes.get("")
 async def versions(request: Request) -> dict[str, Any]:
-    """{"current", "anchor", "serving", "resident", "learner", "versions": [one for each step]}.
+    """{"current", "anchor", "serving", "resident", "learner", "trial", "versions": [one for each step]}.
 
     Operators also see who is pinned, and what the learner fails at.
     """
@@ -42,6 +42,8 @@ async def versions(request: Request) -> dict[str, Any]:
     stats = service.engine.stats()
     supervisor = service.supervisor
     learner = {"state": "none"} if supervisor is None else {"state": supervisor.state, "fault": supervisor.fault}
+    if service.canary is not None:
+        told["trial"] = (await asyncio.to_thread(service.canary.trial)).told()
     if not caller.may("operate"):
         told.pop("pins")
         learner.pop("fault", None)

@@ -1,0 +1,281 @@
+"""A version serves everybody only on evidence: the test that is never wrong more often than it says, and over HTTP."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from program import Program
+from serving import Served, learning
+
+from operant.config import ServeConfig
+from operant.live.canary import MOST_OF_ONE, Bet, Canary, Trial, among, reward_of, wager
+from operant.live.serve import live
+from operant.live.versions import Pointer, Versions
+from operant.policy import Policy
+from operant.types import Feedback, OperantError
+
+PATIENCE = 300  # seconds after which a test fails instead of hanging
+ALPHA, RUNS, LENGTH = 0.05, 500, 150
+
+
+# --- the gamblers -----------------------------------------------------------------------------------------------------
+
+
+def reaching(draws: np.ndarray, bound: float) -> float:
+    """The share of rows in which a gambler is ever as rich as 1/α. draws: float[runs, length]."""
+    rich = 0
+    for row in draws:
+        bet = Bet()
+        for x in row:
+            bet = wager(bet, float(x) + bound)
+            if bet.log_wealth >= -math.log(ALPHA):
+                rich += 1
+                break
+    return rich / len(draws)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_looked_at_after_every_pair_the_test_errs_no_more_often_than_it_says(share: float, margin: float) -> None:
+    """Thumbs of two versions, of which one is worse by exactly the margin: the edge of the null."""
+    rng = np.random.default_rng(7)
+    ours = rng.random((RUNS, LENGTH)) < share - margin
+    theirs = rng.random((RUNS, LENGTH)) < share
+    error = reaching(ours.astype(float) - theirs, margin)
+    assert error <= ALPHA + 2 * math.sqrt(ALPHA * (1 - ALPHA) / RUNS)
+
+
+def test_it_finds_a_difference_that_is_there() -> None:
+    rng = np.random.default_rng(8)
+    ours, theirs = rng.random((100, LENGTH)) < 0.8, rng.random((100, LENGTH)) < 0.5
+    assert reaching(ours.astype(float) - theirs, 0.1) > 0.95
+    assert reaching(theirs.astype(float) - ours, 0.1) == 0.0
+
+
+def test_a_wager_is_the_formula() -> None:
+    bet = wager(wager(Bet(), 1.0), -0.5)
+    # first nothing is known, so nothing is staked; then m = 1/2, v = (1/4 + 1)/2 − 1/4, λ = min(m / (v + m²), 1/2)
+    assert bet == Bet(2, 0.5, 1.25, pytest.approx(math.log(1 - 0.5 * 0.5)))
+
+
+def test_shares_are_stable_and_as_large_as_they_say() -> None:
+    names = [f"user-{i}" for i in range(5000)]
+    chosen = {name for name in names if among(name, 3, 0.2)}
+    assert chosen == {name for name in names if among(name, 3, 0.2)} and chosen < {
+        name for name in names if among(name, 3, 0.4)
+    }
+    assert len(chosen) / len(names) == pytest.approx(0.2, abs=0.02)
+    assert chosen != {name for name in names if among(name, 4, 0.2)}
+    assert not any(among(name, 3, 0.0) for name in names) and all(among(name, 3, 1.0) for name in names)
+
+
+def test_what_a_rating_pays() -> None:
+    def event(kind: Any, value: Any) -> Feedback:
+        return Feedback("e", "c", kind, value, "ann", "k", 0.0)
+
+    assert reward_of(event("thumb", 1), 0, 1) == 1.0 and reward_of(event("thumb", -1), 0, 1) == 0.0
+    assert reward_of(event("score", 3), 1, 5) == 0.5 and reward_of(event("edit", "x"), 0, 1) is None
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+class Line(Versions):
+    """Versions of which each is the child of the one before it, without weights."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.root.mkdir(exist_ok=True)
+        self.publish_number(0)
+
+    def publish_number(self, number: int) -> None:
+        self._write_pointer(Pointer(number, number, 0))
+
+    def ancestors(self, version: int) -> list[int]:
+        return list(range(version, -1, -1))
+
+    def get(self, version: int) -> Any:
+        return None
+
+
+def pay(canary: Canary, version: int, value: float, number: int, source: str = "") -> None:
+    from operant.live.store import StoredCompletion
+    from operant.types import Completion, Prompt
+
+    tokens = np.array([1, 2])
+    answer = Completion(f"c{number}", "p", "", tokens, tokens, policy_version=np.array([version, version]))
+    stored = StoredCompletion(answer.id, Prompt("p", tokens=tokens), answer, "complete", "", "u", version, {}, {}, 0.0)
+    canary.rated(Feedback(f"e{number}", answer.id, "score", value, source or f"s{number}", f"k{number}", 0.0), stored)
+
+
+def test_a_better_one_is_promoted_and_a_worse_one_refused_by_name(tmp_path: Path) -> None:
+    versions, changed = Line(tmp_path / "live"), []
+    canary = Canary(versions, ServeConfig(canary_share=0.5), lambda: changed.append(1))
+    assert canary.look() == (0, None) and canary.version_for("ann") is None
+    versions.publish_number(1)
+    assert canary.look() == (0, 1)
+    versions.publish_number(2)  # learning goes on; what is tried stays what it is
+    assert canary.look() == (0, 1) and {canary.version_for(f"u{i}") for i in range(30)} == {None, 1}
+    number = 0
+    while not changed:
+        for version, value in ((1, 1.0), (0, 0.0)):
+            pay(canary, version, value, number := number + 1)
+    verdict = versions.verdict(1)
+    assert verdict is not None and verdict["verdict"] == "promoted" and verdict["e_better"] >= 20
+    assert (
+        verdict["difference"] == 1.0
+        and verdict["pairs"] == number // 2 < 20
+        and "significance 0.05" in verdict["reason"]
+    )
+    assert canary.look() == (1, 2)  # and the next one, which had waited, is tried
+    # a second process goes on where this one stopped
+    other = Canary(versions, ServeConfig(canary_share=0.5), lambda: changed.append(1))
+    while len(changed) < 2:
+        for version, value in ((2, 0.2), (1, 0.9)):
+            pay(other, version, value, number := number + 1)
+    verdict = versions.verdict(2)
+    assert (
+        verdict is not None and verdict["verdict"] == "refused" and verdict["reason"].startswith("worse than version 1")
+    )
+    assert versions.pointer().version == 1  # learning goes on from what serves
+    assert canary.look() == (1, None) and (canary.trial().promoted, canary.trial().refused) == (1, 1)
+
+
+def test_what_says_neither_is_refused_in_the_end(tmp_path: Path) -> None:
+    versions = Line(tmp_path / "live")
+    canary = Canary(versions, ServeConfig(canary_share=0.5, canary_margin=0.0, canary_pairs=30))
+    versions.publish_number(1)
+    canary.look()
+    for number in range(60):
+        pay(canary, number % 2, 0.5, number)
+    verdict = versions.verdict(1)
+    assert verdict is not None and verdict["reason"].startswith("undecided") and verdict["pairs"] == 30
+
+
+def test_one_source_decides_nothing_and_an_answer_counts_once(tmp_path: Path) -> None:
+    versions = Line(tmp_path / "live")
+    canary = Canary(versions, ServeConfig(canary_share=0.5))
+    versions.publish_number(1)
+    canary.look()
+    for number in range(400):
+        pay(canary, number % 2, float(number % 2), number, source="mallory")
+    assert canary.trial().candidate == 1 and canary.trial().told()["pairs"] == MOST_OF_ONE // 2
+    bet = Bet()
+    for _ in range(MOST_OF_ONE):  # the most that one can say, each word set against another's
+        bet = wager(bet, 1.1)
+    assert bet.log_wealth < -math.log(ALPHA)
+    before = canary.trial()
+    pay(canary, 1, 1.0, 0)  # another's word on an answer that is counted
+    pay(canary, 7, 1.0, 1000)  # an answer of neither
+    assert canary.trial() == before
+
+
+def test_whoever_moves_versions_by_hand_ends_the_trial(tmp_path: Path) -> None:
+    versions = Line(tmp_path / "live")
+    canary = Canary(versions, ServeConfig(shadow_share=1.0, reward="length(target=4)"))
+    versions.publish_number(1)
+    assert canary.look() == (0, 1)
+    canary.judged(1, 1.0)
+    canary.judged(5, 1.0)  # of a version that is tried no more
+    assert canary.trial().told()["pairs"] == 1
+    versions.promote(1)
+    assert canary.look() == (1, None) and canary.trial() == Trial(1)
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy: Callable[..., Policy]) -> Policy:
+    return make_policy("gpt2", context=128)
+
+
+def ask(served: Served, user: str) -> dict[str, Any]:
+    body = {"model": "default", "messages": [{"role": "user", "content": "the cat sat"}], "max_tokens": 4, "user": user}
+    told: dict[str, Any] = served.http.post("/v1/chat/completions", json=body).json()
+    return told
+
+
+def until(holds: Callable[[], Any], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+def test_some_users_are_answered_by_what_is_tried_until_their_ratings_decide(
+    policy: Policy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with learning(policy, tmp_path, canary_share=0.5, keep=20) as served:
+        first = ask(served, "teacher")
+        edit = {"completion_id": first["id"], "kind": "edit", "value": "a dog", "source": "teacher"}
+        served.http.post("/v1/feedback", json=edit)
+        told = lambda: served.http.get("/v1/versions").json()  # noqa: E731
+        until(lambda: told()["trial"]["candidate"] == 1 and 1 in told()["resident"], "version 1 is tried")
+        assert told()["current"] == 1 and told()["serving"] == 0
+        answered = {user: ask(served, user) for user in [f"u{i}" for i in range(40)]}
+        versions = {user: answer["operant"]["version"] for user, answer in answered.items()}
+        assert set(versions.values()) == {0, 1} and versions["u0"] == ask(served, "u0")["operant"]["version"]
+        stored = served.store.completion(next(a["id"] for u, a in answered.items() if versions[u] == 1))
+        assert stored is not None and stored.completion is not None and set(stored.completion.policy_version) == {1}
+        for user, answer in answered.items():  # all say that what is tried is the worse one
+            body = {
+                "completion_id": answer["id"],
+                "kind": "score",
+                "value": 0.1 if versions[user] else 0.9,
+                "source": user,
+            }
+            served.http.post("/v1/feedback", json=body)
+        until(
+            lambda: any((row["trial"] or {}).get("verdict") == "refused" for row in told()["versions"]), "it is refused"
+        )
+        (refused,) = [row for row in told()["versions"] if row["version"] == 1]
+        assert refused["trial"]["against"] == 0 and "worse than version 0" in refused["trial"]["reason"]
+        assert told()["serving"] == 0 and ask(served, "u0")["operant"]["version"] != 1
+        assert "operant_canary_refused 1.0" in served.http.get("/metrics").text
+        shown = Program(capsys)("versions", "--root", served.service.versions.root).out
+        assert "canary: refused, worse than version 0" in shown and "serving" in shown
+
+
+def test_in_the_shadow_it_is_judged_and_nothing_of_it_is_stored(policy: Policy, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"shadow_share": 1.0, "reward": "length(target=4)", "keep": 20, "canary_pairs": 3}
+    with learning(policy, tmp_path, **settings) as served:
+        first = ask(served, "ann")
+        until(lambda: served.store.counts()["used"] or served.store.counts()["unused"], "the reward has rated it")
+        edit = {"completion_id": first["id"], "kind": "edit", "value": "a dog", "source": "ann"}
+        served.http.post("/v1/feedback", json=edit)
+        told = lambda: served.http.get("/v1/versions").json()  # noqa: E731
+        until(lambda: told()["trial"]["candidate"] and len(told()["resident"]) == 2, "a version is tried")
+        asked = 1
+        while not any(row["trial"] for row in told()["versions"]):
+            assert ask(served, "ann")["operant"]["version"] == told()["trial"]["serving"]
+            asked += 1
+            assert asked < 200
+        (tried,) = [row for row in told()["versions"] if row["trial"]][:1]
+        assert tried["trial"]["kind"] == "shadow" and tried["trial"]["pairs"] <= 3
+        assert served.store.counts()["completions"] <= asked + 1
+        assert not [name for name, _ in served.store.names() if name.startswith("shadow")]
+
+
+def test_a_share_that_cannot_be_is_refused_and_none_ends_a_trial(policy: Policy, tmp_path: Path) -> None:
+    policy.save(tmp_path / "model")
+    here = {"root": str(tmp_path / "live"), "model": str(tmp_path / "model"), "device": "cpu", "anchor_rows": 2}
+    with pytest.raises(OperantError, match="two ways"), live(ServeConfig(**here, canary_share=0.1, shadow_share=0.1)):
+        pass
+    with pytest.raises(OperantError, match="needs --reward"), live(ServeConfig(**here, shadow_share=0.1)):
+        pass
+    with learning(policy, tmp_path) as served:
+        assert served.http.get("/v1/versions").json()["trial"] is None
+        Canary(served.service.versions, ServeConfig(canary_share=0.1))
+        assert json.loads((tmp_path / "live" / "trial.json").read_text())["serving"] == 0
+    with learning(policy, tmp_path) as served:
+        assert (
+            served.http.get("/v1/versions").json()["trial"] is None and not (tmp_path / "live" / "trial.json").exists()
+        )
