@@ -187,6 +187,13 @@ def test_whoever_moves_versions_by_hand_ends_the_trial(tmp_path: Path) -> None:
     assert canary.trial().told()["pairs"] == 1
     versions.promote(1)
     assert canary.look() == (1, None) and canary.trial() == Trial(1)
+    versions.publish_number(2)
+    assert canary.look() == (1, 2)
+    # as forgetting does it: neither what was tried nor what served may serve any more
+    beside = Versions(versions.root, beside=True)
+    beside._write_pointer(Pointer(4, 9, 0))
+    versions.serve_what_was_made_again()
+    assert canary.look() == (4, None)
 
 
 # --- over HTTP --------------------------------------------------------------------------------------------------------
