@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import crowd
 from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_line, markdown, spread, write_section
 from benchmarks.population_text import FAMILIES, Liking, answer, likings, makes_sense, questions, rows
 
@@ -78,7 +79,10 @@ def measure(name: str) -> None:
         RECORD.put(name, {liking.name: told(base(seed), liking) for liking in map(liking_of, FAMILIES, [seed] * 4)})
     else:
         family, kind = what.split(" ")
-        RECORD.put(name, taught(base(seed), liking_of(family, seed), kind, seed))
+        if kind in crowd.INTRUDERS:
+            RECORD.put(name, crowd.taught(base(seed) / "model", liking_of(family, seed), kind, seed))
+        else:
+            RECORD.put(name, taught(base(seed), liking_of(family, seed), kind, seed))
 
 
 def liking_of(family: str, seed: int) -> Liking:
@@ -319,6 +323,9 @@ def found(what: str) -> dict[int, dict[str, Any]]:
 
 
 def write() -> None:
+    crowds = {(family, kind): found(f"{family} {kind}") for family in FAMILIES for kind in crowd.INTRUDERS}
+    if any(crowds.values()):
+        write_section("crowd", f"{crowd.COMMAND}. {RECORD.machines()}.\n\n{crowd.table(crowds)}")
     texts = [table(kind) for kind in KINDS if any(found(f"{family} {kind}") for family in FAMILIES)]
     if not texts:
         return
@@ -401,7 +408,7 @@ def plot(path: Path) -> None:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=(*KINDS, *crowd.INTRUDERS), default=list(KINDS))
     given = parser.parse_args()
     carry_out(
         given, "benchmarks.population", cells=lambda: cells(given.families, given.kinds, given.seeds), done=done,

@@ -648,7 +648,9 @@ def run_versions(config: configs.VersionsConfig) -> None:
 
 def run_feedback(config: configs.FeedbackConfig) -> None:
     from operant.live import exchange
+    from operant.live.sources import by_source
     from operant.live.store import Store
+    from operant.live.versions import Versions
 
     _need(config.store, "--store", "FILE.db or a database URL")
     asked = {
@@ -676,7 +678,17 @@ def run_feedback(config: configs.FeedbackConfig) -> None:
             told = store.prune(config.max_age_days * 86_400, config.max_bytes)
         else:
             told = store.counts()
-    print(json.dumps(told, ensure_ascii=False) if config.json else "\n".join(f"{n:24} {v}" for n, v in told.items()))
+            live = Versions(config.root or Path(config.store.removeprefix("sqlite:///")).parent)
+            told["sources"] = by_source(store, live, score_low=config.score_low, score_high=config.score_high)
+    if config.json:
+        print(json.dumps(told, ensure_ascii=False))
+        return
+    sources: Any = told.pop("sources", [])
+    print("\n".join(f"{n:24} {v}" for n, v in told.items()))
+    for row in sources:
+        numbers = [f"{n} {row[n]:.2f}" for n in ("reward", "reputation", "influence") if row[n] is not None]
+        counts = [f"{row[n]} {n}" for n in ("pending", "used", "superseded", "unused") if row[n]]
+        print(f"  {row['source']:22} {', '.join([*counts, *numbers])}")
 
 
 COMMANDS: dict[str, Callable[[Any], None]] = {

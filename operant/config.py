@@ -79,6 +79,9 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "canary_alpha": ("more than 0 and less than 0.5", lambda x: 0 < x < 0.5),
     "canary_margin": ("0 or more and less than 1", lambda x: 0 <= x < 1),
     "canary_pairs": ("at least 1", lambda x: x >= 1),
+    "influence_cap": ("more than 0 and at most 1", lambda x: 0 < x <= 1),
+    **dict.fromkeys(("chat_rate", "feedback_rate"), ("0 or more", lambda x: 0 <= x < math.inf)),
+    "influence_window": ("at least 1", lambda x: 1 <= x < math.inf),
     "drain_seconds": ("0 or more", lambda x: 0 <= x < math.inf),
     "link_days": ("more than 0", lambda x: 0 < x < math.inf),
     "max_body": ("at least 1024", lambda x: x >= 1024),
@@ -762,7 +765,11 @@ class LiveConfig:
         score_low: the worst score.
         score_high: the best score; thumbs are the two ends.
         batch_size: events that one step takes at most.
-        min_sources: different sources that a step needs before it begins; with more than one, all weigh the same.
+        min_sources: different sources that a step needs before it begins; with more than one, all weigh the same as far
+            as they are trusted and under the cap. Whom others contradict does not count as one.
+        influence_cap: the share of what was learned lately that one source may have had, or an equal part where there
+            are few. What is over it is not learned. Only with several sources, as the next one.
+        influence_window: lately: so many steps, each counted as far as it was taught.
         replay_events: earlier events that every step learns again.
         half_life: hours after which an event is half as likely to be learned again; 0 draws uniformly.
         max_grad_norm: gradients are scaled down to this norm.
@@ -787,6 +794,8 @@ class LiveConfig:
     score_high: float = 1.0
     batch_size: int = 16
     min_sources: int = 1
+    influence_cap: float = 0.1
+    influence_window: float = 50.0
     replay_events: int = 7
     half_life: float = 0.0
     max_grad_norm: float = 10.0
@@ -860,7 +869,10 @@ class ServeConfig(LearnerConfig):
         host: the address to listen on. Others than this machine's own need keys.
         port: the port to listen on.
         name: what the model is called; it also answers to "default".
-        mode: personal (each rating makes a version) or shared (a version needs several sources, all weigh the same).
+        mode: personal (each rating makes a version) or shared (a version needs several sources, see min_sources).
+        chat_rate: answers that a key, and a user that it names, may ask for in a minute, and at once; in shared mode
+            only. Keys that may operate have no limit of their own, only their users do. 0 is no limit.
+        feedback_rate: events that a source may send in a minute, and at once; in shared mode only. 0 is no limit.
         keys: the file of keys; empty takes keys.json in `root`. While there are none nobody is asked for one.
         public_url: where others reach the server, for the links in its answers.
         link_days: days for which a link that rates an answer is good.
@@ -891,6 +903,8 @@ class ServeConfig(LearnerConfig):
     port: int = 8000
     name: str = "operant"
     mode: Literal["personal", "shared"] = "personal"
+    chat_rate: float = 60.0
+    feedback_rate: float = 60.0
     keys: str = ""
     public_url: str = ""
     link_days: float = 30.0
@@ -1025,6 +1039,9 @@ class FeedbackConfig:
 
     Args:
         store: FILE.db or a database URL.
+        root: the folder of the live loop, which knows how much each source counts; empty takes the one of FILE.db.
+        score_low: the worst score, as the server was told.
+        score_high: the best score.
         event: tell what became of the feedback with this id.
         export: a file of JSON Lines to write, or, of any form but lines, a folder for a data set.
         form: what is exported. lines: all, as operant prefer --replay reads it; events: one row each, with its texts;
@@ -1040,6 +1057,9 @@ class FeedbackConfig:
     """
 
     store: str = ""
+    root: str = ""
+    score_low: float = 0.0
+    score_high: float = 1.0
     event: str = ""
     export: str = ""
     form: Literal["lines", "events", "pairs", "ratings"] = "lines"

@@ -278,20 +278,25 @@ def route_baselines(table: Mapping[str, float], routes: Sequence[str], midpoint:
 
 
 def updated_routes(
-    table: Mapping[str, float], routes: Sequence[str], totals: Tensor, valid: Tensor, *, midpoint: float, rate: float
-) -> dict[str, float]:
+    table: Mapping[str, float], routes: Sequence[str], totals: Tensor, valid: Tensor, *, midpoint: float, rate: float,
+    weights: Sequence[float] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """The table after a batch: b ← b + rate · (mean reward of the route's valid rows − b). totals: float[N].
 
+    weights: float[N], 0 or more, 1 for each when not given; the n rows of a route then move its baseline by
+    rate · Σ w (R − b) / max(n, Σ w), so that rows that weigh little move it little.
     To be called after `route_baselines` was used. A new table; a route without a valid row keeps its number.
     """
-    seen: dict[str, list[float]] = {}
-    for route, total, usable in zip(routes, totals.tolist(), valid.tolist(), strict=True):
+    seen: dict[str, list[tuple[float, float]]] = {}
+    given = [1.0] * len(routes) if weights is None else weights
+    for route, total, usable, weight in zip(routes, totals.tolist(), valid.tolist(), given, strict=True):
         if usable:
-            seen.setdefault(route, []).append(total)
+            seen.setdefault(route, []).append((weight, total))
     new = dict(table)
-    for route, values in seen.items():
-        old = table.get(route, midpoint)
-        new[route] = old + rate * (sum(values) / len(values) - old)
+    for route, rows in seen.items():
+        old, whole = table.get(route, midpoint), max(float(len(rows)), sum(weight for weight, _ in rows))
+        moved, mean = sum(weight for weight, _ in rows) / whole, sum(weight * total for weight, total in rows) / whole
+        new[route] = old + rate * (mean - moved * old)
     return new
 
 

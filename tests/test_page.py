@@ -222,6 +222,24 @@ def test_the_watch_view_tells_of_versions_and_rolls_back(served: httpx.Client, o
 
 @needs_page
 @needs_browser
+def test_where_several_teach_the_watch_view_tells_them_apart(served: httpx.Client, opened: Callable[..., Any]) -> None:
+    page = opened()
+    answer = ask(page)
+    answer.get_by_role("button", name="Good answer").click()
+    learned(answer, "thumb")
+    about = events(served, "thumb")[-1]["completion_id"]
+    body = {"completion_id": about, "kind": "score", "value": -1, "source": "judge"}
+    assert served.post("/v1/feedback", json=body).status_code == 200
+    page.get_by_role("link", name="Watch").click()
+    row = page.locator("table.sources tr", has_text="judge")
+    row.wait_for()
+    told = next(one for one in served.get("/v1/sources").json()["data"] if one["source"] == "judge")
+    assert row.locator("td").all_inner_texts()[2:4] == [f"{told['reward']:.2f}", "1.00"]
+    assert page.locator("table.sources tr", has_text="owner").count() == 1
+
+
+@needs_page
+@needs_browser
 def test_it_speaks_chinese_and_fits_a_phone(opened: Callable[..., Any]) -> None:
     page = opened(viewport={"width": 390, "height": 844}, locale="zh-CN", has_touch=True, is_mobile=True)
     answer = ask(page, "你好")

@@ -19,6 +19,7 @@ from pydantic import Field
 from operant.live import feedback
 from operant.live.openai_api import Asked, Body
 from operant.live.service import ApiError, Service, caller_of, new_id, service_of
+from operant.live.sources import by_source
 from operant.live.store import EventStory, StoredCompletion
 
 __all__ = ["from_metadata", "record", "routes", "story_of"]
@@ -28,6 +29,7 @@ routes = APIRouter()
 Kind = Literal["score", "thumb", "edit", "comparison", "span", "comment", "retract"]
 LONGEST_WAIT = 30.0  # seconds that a request for a story may wait
 LOOK_AGAIN = 0.05
+PEOPLE = ("api", "metadata", "link")  # ways by which people rate; the others are the server's own
 _ID = re.compile(r"[\w.:-]{1,200}", re.ASCII)
 
 
@@ -63,8 +65,11 @@ async def record(
 ) -> dict[str, Any]:
     """Validate, commit and acknowledge one event, and wake the learner. `way`: by which it came in.
 
-    Raises ApiError 422 for what is no feedback, 409 for an idempotency key that was used for something else.
+    Raises ApiError 422 for what is no feedback, 409 for an idempotency key that was used for something else, 429 when
+    people say more than their rate.
     """
+    if way in PEOPLE:
+        service.admit("feedback", source)
     others: dict[str, StoredCompletion | None] = {}
     if body.get("kind") == "comparison" and isinstance(body.get("value"), str):
         others[body["value"]] = await stored_of(service, body["value"])
@@ -209,7 +214,22 @@ def _told(story: EventStory, seconds: float | None) -> str:
     moved = ""
     if story.logprob_before is not None and story.logprob_after is not None:
         moved = f"; log-probability of the text {story.logprob_before:.1f} → {story.logprob_after:.1f}"
-    return f"{when}, version {story.version}{moved}"
+    part = f"; {story.reason}" if story.reason else ""
+    return f"{when}, version {story.version}{moved}{part}"
+
+
+@routes.get("/v1/sources")
+async def sources(request: Request) -> dict[str, Any]:
+    """What each source has said, what became of it and how much its word counts: everybody, or, to a key without the
+    role operate, the key itself."""
+    service, caller = service_of(request), caller_of(request, "rate")
+    config = service.config
+    rows = await service.io(
+        by_source, service.store, service.versions, score_low=config.score_low, score_high=config.score_high
+    )
+    return {
+        "object": "list", "data": [row for row in rows if caller.may("operate") or row["source"] == caller.name]
+    }  # fmt: skip
 
 
 # --- signed links -----------------------------------------------------------------------------------------------------

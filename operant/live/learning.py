@@ -16,17 +16,20 @@ nothing moves and it is told. Each step is one along its own gradient, with no m
 what steadies it is that some earlier ratings are learned again in every step, and what keeps the words that nobody
 spoke of is a pull to the anchor version on the same answers: kl_coef · KL(π‖π_anchor) for each of their tokens.
 
-Nothing here reads a clock, a file or a network.
+Nothing that learns here reads a clock, a file or a network.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +41,7 @@ from operant import credit, objectives
 from operant.batch import drawn, from_sequences, from_trajectories, microbatches, place
 from operant.config import LiveConfig, PreferConfig
 from operant.learner import Learner, Sgd, logprobs_of
+from operant.live import influence
 from operant.live.gate import Anchors, divergence
 from operant.live.versions import Outcome
 from operant.policy import Policy
@@ -54,11 +58,18 @@ __all__ = [
 ]  # fmt: skip
 
 MEMORY = 256  # learned events that may be drawn again
+OPINIONS, OWN_OPINIONS = 1024, 64  # newest ones that reputation is read from, and those of one source
 HALVINGS = 24  # of a step, before it is given up
 PATIENCE = 4  # tries with earlier events, before the new ones are learned alone
 UNLIKELY = 1e-3  # a probability under the anchor version; tokens below it are counted
 _FAR = "the policy has moved too far from this text to push it down"
 _GREEDY = "greedy completion has no propensity"
+_DISTRUSTED = "what this source says of answers contradicts what others say of them; it counts again when they agree"
+_LESS = "its source is contradicted by others, or has nearly had its share of what was learned lately"
+_OVER = (
+    "over the cap: this source has had its share of what was learned lately, and others have to speak first; "
+    "--influence_cap sets the share"
+)
 
 
 class StoredCompletion(Protocol):
@@ -83,17 +94,30 @@ class EventSource(Protocol):
 class LearnerState:
     """What outlives a step beside weights and optimizer: each route's baseline, and learned events that may come again.
 
-    An entry of `memory` is {"offset", "event"}.
+    An entry of `memory` is {"offset", "event"}. Where several sources are needed there are also `opinions` of what is
+    good, {"thing", "source", "verdict", "event", "completion"}, and the `influence` that each source has had.
     """
 
     baselines: dict[str, float] = field(default_factory=dict)
     memory: list[dict[str, Any]] = field(default_factory=list)
+    opinions: list[dict[str, Any]] = field(default_factory=list)
+    influence: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> LearnerState:
+        """Of a version's folder."""
+        return cls(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+    def reputations(self) -> dict[str, float]:
+        """Of each source that has said what is good (`influence.reputations`)."""
+        return influence.reputations((o["thing"], o["source"], o["verdict"]) for o in self.opinions)
 
 
 @dataclass(slots=True)
 class Rated:
     """A text to say more or less often. marked: bool[T], the tokens that learn; advantage is theirs.
 
+    weight: beside the other rows of the step. part: of what an equal part for its source would give it.
     logprobs: float32[K], log π of the tokens that the policy drew, as the step begins; looked up once.
     """
 
@@ -103,6 +127,7 @@ class Rated:
     advantage: float
     marked: Bools
     weight: float = 1.0
+    part: float = 1.0
     fresh: bool = True
     logprobs: Tensor | None = None
 
@@ -115,6 +140,7 @@ class Paired:
     pair: Preference
     likelihood: bool
     weight: float = 1.0
+    part: float = 1.0
     fresh: bool = True
 
 
@@ -235,6 +261,12 @@ def prepare(
                 paired.append(row)
             else:
                 rated.append(row)
+    several = config.min_sources > 1
+    opinions = _opinions(state.opinions, [e for _, e in events], [*rated, *paired]) if several else state.opinions
+    trust = dataclasses.replace(state, opinions=opinions).reputations() if several else {}
+    if several:
+        _leave_out_who_may_not(rated, paired, trust, state.influence, config, outcomes)
+        _weigh(rated, trust, state.influence, config)
     baselines = _against_baselines(rated, state.baselines, config)
     for row in list(rated):
         reason = _fault(row)
@@ -247,15 +279,18 @@ def prepare(
     # a step is known by what it teaches, so that the draw is the same whether or not others have spoken
     seed = mixed_seed(seed, "replay", *(row.event.id for row in rows))
     replayed = _recalled(memory, look, codec, config, encoder, max_length, seed, known) if rows else []
-    forgotten = sorted({m["event"]["id"] for m in state.memory} - {m["event"]["id"] for m in memory})
+    forgotten = sorted(_ids(state) - _ids(LearnerState(memory=memory, opinions=opinions)))
     memory = memory + [{"offset": offsets[r.event.id], "event": dataclasses.asdict(r.event)} for r in rows]
-    if config.min_sources > 1:
-        _weigh_sources_alike(rows)
+    had = state.influence
+    if several:
+        given = _weigh([*rows, *replayed], trust, had, config)
+        replayed = [row for row in replayed if row.weight > 0]
+        had = influence.after(had, given, config.influence_window)
     return Lesson(
         rated=rated + [r for r in replayed if isinstance(r, Rated)],
         paired=paired + [r for r in replayed if isinstance(r, Paired)],
         outcomes=outcomes,
-        state=LearnerState(baselines, sorted(memory, key=lambda m: m["offset"])[-MEMORY:]),
+        state=LearnerState(baselines, sorted(memory, key=lambda m: m["offset"])[-MEMORY:], opinions, had),
         replayed=[r.event.id for r in replayed],
         forgotten=forgotten,
     )
@@ -381,7 +416,10 @@ def _against_baselines(rated: Sequence[Rated], table: Mapping[str, float], confi
     for row, advantage in zip(whole, (rewards - given).tolist(), strict=True):
         row.advantage = advantage
     valid = torch.ones(len(whole), dtype=torch.bool)
-    return credit.updated_routes(table, routes, rewards, valid, midpoint=0.0, rate=config.baseline_rate)
+    weights = [row.weight for row in whole]
+    return credit.updated_routes(
+        table, routes, rewards, valid, midpoint=0.0, rate=config.baseline_rate, weights=weights
+    )  # fmt: skip
 
 
 def _weight(row: Rated, config: LiveConfig) -> float:
@@ -482,11 +520,85 @@ def _recalled(
     return rows
 
 
-def _weigh_sources_alike(rows: Sequence[Rated | Paired]) -> None:
-    """In place: each source weighs the same in a step, however often it spoke; the sum stays the number of rows."""
-    count = Counter(row.event.source for row in rows)
+# --- several sources -------------------------------------------------------------------------------------------------
+
+
+def _ids(state: LearnerState) -> set[str]:
+    """Of the events that a state still rests on."""
+    return {entry["event"]["id"] for entry in state.memory} | {opinion["event"] for opinion in state.opinions}
+
+
+def _opinions(
+    known: Sequence[dict[str, Any]], events: Sequence[Feedback], rows: Sequence[Rated | Paired]
+) -> list[dict[str, Any]]:
+    """The opinions with those of these rows, and without what the events take back."""
+    retractions = [e for e in events if e.kind == "retract"]
+    kept = [
+        opinion for opinion in known if not any(
+            r.source == opinion["source"] and r.completion_id == opinion["completion"]
+            and r.value in (None, "", opinion["event"]) for r in retractions
+        )
+    ]  # fmt: skip
+    by_subject = {(opinion["thing"], opinion["source"]): opinion for opinion in kept}
     for row in rows:
-        row.weight = len(rows) / (len(count) * count[row.event.source])
+        thing, verdict = _verdict(row)
+        if verdict:
+            event = row.event
+            by_subject.pop((thing, event.source), None)  # what is said again is new
+            by_subject[thing, event.source] = {
+                "thing": thing, "source": event.source, "verdict": verdict, "event": event.id,
+                "completion": event.completion_id,
+            }  # fmt: skip
+    count: Counter[str] = Counter()
+    newest = []
+    for opinion in reversed(by_subject.values()):
+        count[opinion["source"]] += 1
+        if count[opinion["source"]] <= OWN_OPINIONS:
+            newest.append(opinion)
+    return newest[:OPINIONS][::-1]
+
+
+def _verdict(row: Rated | Paired) -> tuple[str, int]:
+    """What a rating calls good (1) or bad (−1), or neither (0): an answer, by its words; of two answers, the one that
+    comes first in an order of its own. To be asked while the advantage is the reward yet."""
+
+    def name(prompt: Prompt, tokens: Ints) -> str:
+        return hashlib.sha256(prompt.tokens.tobytes() + b"|" + tokens.astype("<i8").tobytes()).hexdigest()[:16]
+
+    if isinstance(row, Paired):
+        chosen, rejected = name(row.pair.prompt, row.pair.chosen), name(row.pair.prompt, row.pair.rejected)
+        first, second = sorted((chosen, rejected))
+        return f"{first} {second}", 0 if row.likelihood else 1 if chosen == first else -1
+    if row.event.kind == "span":
+        return "", 0
+    return name(row.prompt, row.completion.tokens), (row.advantage > 0) - (row.advantage < 0)
+
+
+def _leave_out_who_may_not(
+    rated: list[Rated], paired: list[Paired], trust: Mapping[str, float], had: Mapping[str, float], config: LiveConfig,
+    outcomes: dict[str, Outcome],
+) -> None:  # fmt: skip
+    """Drop, and tell, what comes from sources that have no weight in this step."""
+    rows: list[Rated | Paired] = [*rated, *paired]
+    given = _weigh(rows, trust, had, config)
+    for row in rows:
+        if given[row.event.source] <= 0:
+            reason = _DISTRUSTED if trust.get(row.event.source, 1.0) <= 0 else _OVER
+            outcomes[row.event.id] = Outcome("unused", reason)
+    rated[:] = [row for row in rated if row.event.id not in outcomes]
+    paired[:] = [row for row in paired if row.event.id not in outcomes]
+
+
+def _weigh(
+    rows: Sequence[Rated | Paired], trust: Mapping[str, float], had: Mapping[str, float], config: LiveConfig
+) -> dict[str, float]:
+    """Weigh rows in place, so that each source has its share of the step however often it spoke; the shares."""
+    count = Counter(row.event.source for row in rows)
+    given = influence.shares(sorted(count), trust, had, cap=config.influence_cap, window=config.influence_window)
+    for row in rows:
+        row.part = len(count) * given[row.event.source]
+        row.weight = row.part * len(rows) / (len(count) * count[row.event.source])
+    return given
 
 
 # --- what is taught → weights ----------------------------------------------------------------------------------------
@@ -559,7 +671,8 @@ def take_step(
             break
     for row, was, now in zip(new, before, after, strict=True):
         advantage = row.advantage if isinstance(row, Rated) else None
-        outcomes[row.event.id] = Outcome("unused" if reason else "used", reason, advantage, was, now)
+        told = reason if reason or row.part > 0.995 else f"weighed {row.part:.2f}: {_LESS}"
+        outcomes[row.event.id] = Outcome("unused" if reason else "used", told, advantage, was, now)
     return Taught(outcomes, stats, scale, kl, (reference, logits) if scale else None)
 
 

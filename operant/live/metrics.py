@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,6 +12,8 @@ from operant.types import Completion
 __all__ = ["Metrics"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+SOURCES = 200  # that metrics tell of; GET /v1/sources tells of all
 
 
 class Metrics:
@@ -32,13 +34,33 @@ class Metrics:
             "completion_seconds", "From a request to the last token of an answer, recorded", buckets=_SECONDS, **options
         )
         self.feedback = Counter("feedback", "Feedback events accepted", ["kind", "way"], **options)
+        self.limited = Counter(
+            "limited", "Requests refused because their key or source was over its rate", ["what"], **options
+        )
         self.storage_faults = Counter("storage_faults", "Calls to the store that failed", **options)
+        self._of_sources = {
+            "events": Gauge("source_events", "Its feedback by what became of it", ["source", "state"], **options),
+            "reward": Gauge("source_reward", "Mean of a source's thumbs and scores, -1 to 1", ["source"], **options),
+            "reputation": Gauge("source_reputation", "How far others agree with it, 0 to 1", ["source"], **options),
+            "influence": Gauge("source_influence", "Its share of what was learned lately", ["source"], **options),
+        }  # fmt: skip
         self._gauges: dict[str, Gauge] = {}
 
     def finished(self, completion: Completion, status: str, seconds: float) -> None:
         self.completions.labels(status).inc()
         self.tokens.inc(len(completion.tokens))
         self.completion_seconds.observe(seconds)
+
+    def tell_sources(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The most talkative of the rows of `sources.by_source`, as gauges with the label `source`."""
+        for gauge in self._of_sources.values():
+            gauge.clear()
+        for row in rows[:SOURCES]:
+            for name in ("pending", "used", "superseded", "unused"):
+                self._of_sources["events"].labels(row["source"], name).set(row[name])
+            for name in ("reward", "reputation", "influence"):
+                if row[name] is not None:
+                    self._of_sources[name].labels(row["source"]).set(row[name])
 
     def page(self, now: Mapping[str, float]) -> bytes:
         """The text that Prometheus reads, with these numbers as gauges of their names."""

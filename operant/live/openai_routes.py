@@ -46,6 +46,7 @@ async def chat_completions(request: Request, asked: ChatRequest) -> Response:
     """Answer a chat. Choices carry `completion_id`, by which they are rated."""
     service, caller = service_of(request), caller_of(request, "chat")
     metadata = _check(service, asked)
+    _admit(service, caller, asked, asked.n or 1)
     config, codec = service.config, service.codec
     prompt = chat_prompt(
         asked.messages, codec, encoder=service.encoder, prefix=config.prefix, separator=config.separator,
@@ -70,6 +71,7 @@ async def text_completions(request: Request, asked: TextRequest) -> Response:
     metadata = _check(service, asked)
     codec = service.codec
     prompts = text_prompts(asked, codec, encoder=service.encoder, route=metadata.get("route", ""))
+    _admit(service, caller, asked, len(prompts) * (asked.n or 1))
     generation = Generation(
         service, new_id("cmpl"), sampling_of(asked, TEXT_MAX_TOKENS, codec.vocab_size),
         user=asked.user or caller.name, owner=caller.name, stored=asked.store is not False,
@@ -88,6 +90,14 @@ def _check(service: Service, asked: CompletionRequest) -> dict[str, str]:
         )  # fmt: skip
     refuse_unsupported(asked)
     return check_metadata(asked.metadata)
+
+
+def _admit(service: Service, caller: Caller, asked: CompletionRequest, answers: int) -> None:
+    """Count answers against the rate of the key, and of the user that it names. An operator's key asks for others."""
+    names = [] if caller.may("operate") else [caller.name]
+    if asked.user and asked.user != caller.name:
+        names.append(f"{caller.name}/{asked.user}")
+    service.admit("chat", *names, cost=answers)
 
 
 def _kept(asked: CompletionRequest, kind: str) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from operant.live import feedback_api, forget_api, openai_routes, page, versions
 from operant.live.access import OWNER, Caller, Keys, Links, is_loopback
 from operant.live.feedback import BadFeedback
 from operant.live.implicit import Implicit
+from operant.live.limits import RateLimits
 from operant.live.metrics import Metrics
 from operant.live.service import ApiError, Service, caller_of, fault, service_of
+from operant.live.sources import by_source
 from operant.live.store import Conflict, Store, UnknownCompletion
 from operant.live.versions import Versions
 from operant.text import Codec
@@ -62,7 +64,8 @@ def create_app(
     """
     service = Service(
         engine, codec, encoder, max_length, store, versions, supervisor, config, keys or Keys(None),
-        links or Links.at(versions.root, int(config.link_days * 86400)), Metrics(), implicit, automatic, canary,
+        links or Links.at(versions.root, int(config.link_days * 86400)), Metrics(), _limits(config), implicit,
+        automatic, canary,
     )  # fmt: skip
 
     @contextlib.asynccontextmanager
@@ -83,6 +86,12 @@ def create_app(
     _tell_faults(app)
     app.add_middleware(Door, service=service)
     return app
+
+
+def _limits(config: ServeConfig) -> RateLimits:
+    """Nobody's own server counts what they say."""
+    shared = config.mode == "shared"
+    return RateLimits(config.chat_rate if shared else 0.0, config.feedback_rate if shared else 0.0)
 
 
 async def drain(service: Service, seconds: float | None = None) -> None:
@@ -132,6 +141,11 @@ async def metrics(request: Request) -> Response:
     with contextlib.suppress(ApiError):  # what else there is to tell is told while the store is away
         counts = await service.io(service.store.counts)
         now |= {f"events_{name}": float(counts[name]) for name in ("pending", "used", "superseded", "unused")}
+        rows = await service.io(
+            by_source, service.store, service.versions, score_low=service.config.score_low,
+            score_high=service.config.score_high,
+        )  # fmt: skip
+        service.metrics.tell_sources(rows)
     return Response(service.metrics.page(now), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

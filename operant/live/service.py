@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from fastapi import Request
 
 from operant.config import ServeConfig
 from operant.live.access import OWNER, Caller, Keys, Links, Role
+from operant.live.limits import RateLimits, What
 from operant.live.store import Conflict, UnknownCompletion
 from operant.live.versions import Versions
 from operant.text import Codec
@@ -87,6 +89,7 @@ class Service:
     keys: Keys
     links: Links
     metrics: Metrics
+    limits: RateLimits
     implicit: Implicit | None = None
     automatic: Automatic | None = None
     canary: Canary | None = None
@@ -127,6 +130,17 @@ class Service:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return task
+
+    def admit(self, what: What, *names: str, cost: float = 1.0) -> None:
+        """Count against the rate of each of these names. Raises ApiError 429 for the first that is over it."""
+        for name in names:
+            seconds = self.limits.wait(what, name, cost)
+            if seconds > 0:
+                self.metrics.limited.labels(what).inc()
+                raise ApiError(
+                    429, f"too much {what} of {name[:100]!r} in a minute; come again in {math.ceil(seconds)} s",
+                    code="rate_limit_exceeded", headers={"Retry-After": str(math.ceil(seconds))},
+                )  # fmt: skip
 
     def poke(self) -> None:
         """Tell the learner that something has come."""

@@ -480,6 +480,32 @@ class Store:
                 told["reasons"][reason] = count
         return told
 
+    def sources(self, *, score_low: float = 0.0, score_high: float = 1.0) -> list[dict[str, Any]]:
+        """For each source {"source", "events", "pending", "used", "superseded", "unused", "reward"}, the most talkative
+        first. reward: mean of its thumbs and scores on [−1, 1], None where there are none."""
+        state = sa.func.coalesce(OUTCOMES.c.state, "pending").label("state")
+        said = EVENTS.c.source, EVENTS.c.kind, EVENTS.c.value, state
+        query = sa.select(*said, sa.func.count().label("times")).outerjoin(OUTCOMES).group_by(*said)
+        found: dict[str, dict[str, Any]] = {}
+        rewards: dict[str, list[float]] = {}
+        with self.database.reading() as connection:
+            rows = connection.execute(query.where(EVENTS.c.source != FORGOTTEN)).all()
+        for source, kind, value, became, times in rows:
+            row = found.setdefault(
+                source,
+                {"source": source, "events": 0, "pending": 0, "used": 0, "superseded": 0, "unused": 0, "reward": None},
+            )
+            row["events"] += times
+            row[became] += times
+            if kind in ("thumb", "score"):
+                number = float(value) if kind == "thumb" else 2 * (value - score_low) / (score_high - score_low) - 1
+                summed = rewards.setdefault(source, [0.0, 0.0])
+                summed[0] += times * number
+                summed[1] += times
+        for source, (total, count) in rewards.items():
+            found[source]["reward"] = total / count
+        return sorted(found.values(), key=lambda row: (-row["events"], row["source"]))
+
     # --- care ---------------------------------------------------------------------------------------------------------
 
     def ready(self) -> None:

@@ -142,8 +142,7 @@ class Learning:
         learner = new_learner(policy, config)
         saved = torch.load(path / "learner.pt", map_location=policy.device, weights_only=True)
         learner.load_state_dict(saved["learner"])
-        state = LearnerState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
-        return cls(version, moves, policy, learner, state)
+        return cls(version, moves, policy, learner, LearnerState.load(path))
 
     def save(self, folder: Path) -> None:
         self.policy.save(folder / "model")
@@ -169,9 +168,12 @@ def run_record(
         name: r.version for r in earlier if r.version in line and r.state == "published"
         for name, outcome in r.outcomes.items() if outcome.state == "used"
     }  # fmt: skip
-    memory = [entry for entry in at.state.memory if entry["event"]["id"] not in forgotten]
+    state = dataclasses.replace(
+        at.state, memory=[entry for entry in at.state.memory if entry["event"]["id"] not in forgotten],
+        opinions=[opinion for opinion in at.state.opinions if opinion["event"] not in forgotten],
+    )  # fmt: skip
     lesson = prepare(
-        events, source.completion, at.policy.codec, LearnerState(at.state.baselines, memory), config,
+        events, source.completion, at.policy.codec, state, config,
         encoder=at.policy.family == "encoder-decoder", max_length=at.policy.max_length, seed=record.seed,
         learned=learned,
     )  # fmt: skip
@@ -361,8 +363,12 @@ class Worker:
         events = self.source.events_after(begin, EVERYTHING if several else self.config.batch_size)
         if not events or len({event.source for _, event in events}) < self.config.min_sources:
             return None
-        version = self.versions.next_version()
         at = self.current()
+        if several:  # of those who count
+            trust = at.state.reputations()
+            if len({e.source for _, e in events if trust.get(e.source, 1.0) > 0}) < self.config.min_sources:
+                return None
+        version = self.versions.next_version()
         return StepRecord(
             version=version, parent=at.version, moves=at.moves, begin_offset=begin, consumed_offset=events[-1][0],
             events=[event.id for _, event in events], seed=mixed_seed(self.config.seed, "live"),

@@ -53,6 +53,15 @@ export interface Versions {
   versions: Version[];
 }
 
+export interface Source {
+  source: string;
+  events: number;
+  used: number;
+  reward: number | null;
+  reputation: number | null;
+  influence: number | null;
+}
+
 export interface Health {
   model: string;
   version: number;
@@ -169,6 +178,11 @@ export async function stories(after: number): Promise<Story[]> {
     all.push(...page.data);
     if (!page.has_more) return all;
   }
+}
+
+export async function sources(): Promise<Source[]> {
+  const told: { data: Source[] } = await call("GET", "/v1/sources");
+  return told.data;
 }
 
 export const versions = (): Promise<Versions> => call("GET", "/v1/versions");

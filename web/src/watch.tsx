@@ -19,12 +19,13 @@ const STAGES = ["queued", "begun", "stepped", "gated", "served"] as const;
 interface Seen {
   stories: api.Story[];
   versions: api.Versions | null;
+  sources: api.Source[];
   fault: string;
 }
 
 /** Everything anew every two seconds; of the events those whose story may still change, and later ones. */
 function useServer(): [Seen, () => void] {
-  const [seen, setSeen] = useState<Seen>({ stories: [], versions: null, fault: "" });
+  const [seen, setSeen] = useState<Seen>({ stories: [], versions: null, sources: [], fault: "" });
   const [asked, ask] = useState(0);
   useEffect(() => {
     let gone = false;
@@ -34,9 +35,9 @@ function useServer(): [Seen, () => void] {
       try {
         const open = stories.find((one) => one.state === "pending" || (one.state === "used" && one.seconds === null));
         const after = open ? open.offset - 1 : (stories.at(-1)?.offset ?? 0);
-        const [versions, news] = await Promise.all([api.versions(), api.stories(after)]);
+        const [versions, sources, news] = await Promise.all([api.versions(), api.sources(), api.stories(after)]);
         stories = [...stories.filter((one) => one.offset <= after), ...news];
-        if (!gone) setSeen({ stories, versions, fault: "" });
+        if (!gone) setSeen({ stories, versions, sources, fault: "" });
       } catch (error) {
         if (!gone) setSeen((now) => ({ ...now, fault: String((error as Error).message) }));
       }
@@ -64,6 +65,7 @@ export function Watch() {
       <Reward stories={seen.stories} tongue={tongue} />
       <Latency stories={seen.stories} />
       <Versions versions={seen.versions} refresh={refresh} />
+      {seen.sources.length > 1 && <Sources sources={seen.sources} />}
       <Log stories={seen.stories} />
     </main>
   );
@@ -206,6 +208,43 @@ function Versions({ versions, refresh }: { versions: api.Versions | null; refres
                   )}
                   {one.state === "published" && !one.on_disk && <span class="hint">{say.gone}</span>}
                 </td>
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+    </section>
+  );
+}
+
+/** Shown where several teach. */
+function Sources({ sources }: { sources: api.Source[] }) {
+  const say = words();
+  const titles = [say.source, say.said, say.taught, say.meanReward, say.reputation, say.influence];
+  const number = (value: number | null) => (value === null ? "–" : value.toFixed(2));
+  return (
+    <section>
+      <h2>{say.sources}</h2>
+      <div class="scroll">
+        <table class="sources">
+          <thead>
+            <tr>
+              {titles.map((title) => (
+                <th key={title} scope="col">
+                  {title}
+                </th>
+              ))}
+            </tr>
+          </thead>
+          <tbody>
+            {sources.slice(0, SHOWN).map((one) => (
+              <tr key={one.source}>
+                <th scope="row">{one.source}</th>
+                <td>{one.events}</td>
+                <td>{one.used}</td>
+                <td>{number(one.reward)}</td>
+                <td>{number(one.reputation)}</td>
+                <td>{one.influence === null ? "–" : `${Math.round(100 * one.influence)}%`}</td>
               </tr>
             ))}
           </tbody>
