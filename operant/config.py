@@ -794,7 +794,7 @@ class LiveConfig:
     score_high: float = 1.0
     batch_size: int = 16
     min_sources: int = 1
-    influence_cap: float = 0.1
+    influence_cap: float = 0.05
     influence_window: float = 50.0
     replay_events: int = 7
     half_life: float = 0.0

@@ -36,9 +36,8 @@ def said(things: range, *verdicts: tuple[str, int]) -> list[tuple[str, str, int]
 
 
 def test_two_who_contradict_each_other_are_trusted_alike_and_less() -> None:
-    # r = (2 · 8 / (10 + 5 r) − 1) / 0.6, so 3 r² + 11 r − 6 = 0
-    r = (193**0.5 - 11) / 6
-    assert reputations(said(range(5), ("ann", 1), ("bob", -1))) == pytest.approx({"ann": r, "bob": r})
+    # r = (2 · 4 / (5 + 5 r) − 1) / 0.6, so 3 r² + 8 r − 3 = 0
+    assert reputations(said(range(5), ("ann", 1), ("bob", -1))) == pytest.approx({"ann": 1 / 3, "bob": 1 / 3})
     assert reputations(said(range(5), ("ann", 1), ("bob", 1))) == {"ann": 1.0, "bob": 1.0}
     assert reputations([]) == {} and reputations([("t", "ann", 1)]) == {"ann": 1.0}
 
@@ -49,10 +48,10 @@ def test_reputation_is_the_posterior_of_agreeing_with_trusted_fellows() -> None:
     found = reputations([*said(range(5), *fellows), *said(range(3), ("eve", 1)), *said(range(3, 5), ("eve", -1))])
     assert [found[name] for name in HONEST[:6]] == pytest.approx([1.0] * 6)
     rate = (np.arange(200_000) + 0.5) / 200_000
-    density = rate**7 * (1 - rate) * rate**18 * (1 - rate) ** 12  # the prior Beta(8, 2), and 18 of 30 meetings
+    density = rate**3 * rate**18 * (1 - rate) ** 12  # the prior Beta(4, 1), and 18 of 30 meetings
     mean = (rate * density).sum() / density.sum()
     assert found["eve"] == pytest.approx((2 * mean - 1) / 0.6, abs=1e-6)
-    assert found["eve"] == pytest.approx(0.5)
+    assert 0.4 < found["eve"] < 0.5
 
 
 def test_keys_that_agree_with_each_other_alone_gain_nothing() -> None:
@@ -91,8 +90,10 @@ def test_no_source_has_more_than_its_share_however_often_it_speaks() -> None:
     given_to: dict[str, float] = {}
     for step in range(600):
         given = shares(["loud", HONEST[step % 9]], {}, had, cap=0.2, window=20)
-        had = after(had, given, window=20)
-        assert had["loud"] <= max(0.2, 1 / len(had)) * 20 + 1e-9 and sum(had.values()) <= 20 + 1e-9
+        before, had = had.get("loud", 0.0), after(had, given, window=20)
+        # who comes new makes the part of all others smaller; then one waits
+        assert had["loud"] <= max(before, max(0.2, 1 / len(had)) * max(2.0, sum(had.values()))) + 1e-9
+        assert sum(had.values()) <= 20 + 1e-9
         if step >= 100:
             for source, share in given.items():
                 given_to[source] = given_to.get(source, 0.0) + share
@@ -112,7 +113,11 @@ def test_two_who_take_turns_learn_at_full_weight_and_two_of_many_do_not_go_on_al
         given = shares(["x", "y"], {}, had, cap=0.1, window=20)
         taken.append(sum(given.values()))
         had = after(had, given, window=20)
-    assert sum(taken) < 4 and taken[-1] < 1e-6
+    assert sum(taken) < 1 and taken[-1] < 1e-6
+    # nor do the first who come have the beginning for themselves
+    had = dict.fromkeys(HONEST, 0.01)
+    assert shares(["x", "y"], {}, had, cap=0.1, window=50) == pytest.approx({"x": 0.5, "y": 0.5})
+    assert sum(shares(["x", "y"], {}, had | {"x": 0.5, "y": 0.5}, cap=0.1, window=50).values()) < 0.1
     assert shares(["x"], {"x": 0.25}, {}, cap=1.0, window=20) == {"x": 0.25}
 
 
@@ -134,21 +139,22 @@ def test_what_is_over_the_cap_is_not_learned_and_is_told_why(make_policy: Make) 
     loud = store.add("c1", "thumb", 1, source="loud")
     # of a window of ten steps one source in ten may have one, and this one has had it
     had = LearnerState(influence=dict.fromkeys(HONEST, 0.5) | {"loud": 1.2})
-    lesson = read(policy, store, had, influence_window=10)
+    lesson = read(policy, store, had, influence_window=10, influence_cap=0.1)
     assert [row.event.source for row in lesson.taught] == ["quiet"]
     told = lesson.outcomes[loud.id]
     assert told.state == "unused" and told.reason.startswith("over the cap") and "--influence_cap" in told.reason
     assert loud.id not in {entry["event"]["id"] for entry in lesson.state.memory}
-    part = read(policy, store, LearnerState(influence=had.influence | {"loud": 0.9}), influence_window=10)
+    near = LearnerState(influence=had.influence | {"loud": 0.5})
+    part = read(policy, store, near, influence_window=10, influence_cap=0.1)
     weights = {row.event.source: row.weight for row in part.taught}
-    # a part of the half that it would have: up to the cap, and what it had fades by what both are given
-    share = (0.1 + 0.09 * 0.5) / (1 - 0.09)
+    # a part of the half that it would have: I' = 0.5 (1 − A / 10) + a is a tenth of Σ I' = 5 (1 − A / 10) + A
+    share = 0.1 * 0.5 / (1 - 0.1)
     assert weights == pytest.approx({"quiet": 1.0, "loud": 2 * share})
-    assert part.state.influence["loud"] == pytest.approx(1.0)
+    assert part.state.influence["loud"] == pytest.approx(0.1 * sum(part.state.influence.values()))
     policy.model.eval()
     config = LiveConfig(min_sources=2, replay_events=0, influence_window=10)
     outcomes = take_step(policy, new_learner(policy, config), part, anchors_of(policy), config).outcomes
-    assert outcomes[loud.id].state == "used" and outcomes[loud.id].reason.startswith("weighed 0.32: its source")
+    assert outcomes[loud.id].state == "used" and outcomes[loud.id].reason.startswith("weighed 0.11: its source")
     assert outcomes["e1"].reason == ""
     # one owner has no cap, and nothing is kept of it
     alone = read(policy, store, had, min_sources=1, influence_window=10)

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["PRIOR", "after", "reputations", "shares"]
 
-PRIOR = (8.0, 2.0)  # of a source that nobody has met: as if it had agreed in eight of ten meetings
+PRIOR = (4.0, 1.0)  # of a source that nobody has met: as if it had agreed in four of five meetings
+BEGIN = 0.1  # of the window: so much is taken as taught when less has been, or nobody could begin
 PER_PAIR = 5  # opinions that one fellow's word on a source is worth at most, however often the two have met
 ROUNDS = 100  # of a fixed point; what is left after them is below 1e-9 of what there was
 
@@ -63,20 +64,20 @@ def shares(
 ) -> dict[str, float]:
     """The share of a step that each of its sources has: as much as it would have, and as keeps it under the cap.
 
-        a_s = max(0, min(r_s / S, max(cap, 1 / N) · window − I_s (1 − Σ a / window)))
+        I'_s = I_s (1 − A / window) + a_s ≤ max(cap, 1 / N) · max(BEGIN · window, Σ I'),  0 ≤ a_s ≤ r_s / S
 
-    with the largest Σ a that holds. What one source has less no other has more: the step is shorter. sources: the S
+    with the largest A = Σ a that holds. What one source has less no other has more: the step is shorter. sources: the S
     different ones of the step. trust: r_s, 1 for one that is not in it. had: I_s, what each has had before, in steps
     (`after`); N counts those and the step's, so that few sources may have equal parts.
     """
     different = sorted(set(sources))
-    room = max(cap, 1 / max(1, len(had.keys() | set(different)))) * window
+    part, before = max(cap, 1 / max(1, len(had.keys() | set(different)))), sum(had.values())
     wanted = {s: trust.get(s, 1.0) / len(different) for s in different}
     given, whole = wanted, sum(wanted.values())
     for _ in range(ROUNDS):  # from above, so that it ends at the largest
-        given = {
-            s: max(0.0, min(wanted[s], room - had.get(s, 0.0) * (1 - min(1.0, whole / window)))) for s in different
-        }
+        fading = 1 - min(1.0, whole / window)
+        room = part * max(BEGIN * window, before * fading + whole)
+        given = {s: max(0.0, min(wanted[s], room - had.get(s, 0.0) * fading)) for s in different}
         whole = sum(given.values())
     return {s: 0.0 if share < 1e-9 else share for s, share in given.items()}
 
