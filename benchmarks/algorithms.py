@@ -1,6 +1,6 @@
 """Every algorithm on the quickstart's task: the same fine-tuned start, the same reward, the same wall time.
 
-Defaults of each row of `operant algorithms`, one learning rate for all unless `RATES` says otherwise; nothing tuned.
+Defaults of each row of `operant algorithms`, its learning rate included.
 Preference methods learn from pairs of the start's own samples, the best of four against the worst by the same reward.
 "one" draws one completion a prompt, from four times as many; "logged" learns from a log of the start's completions.
 
@@ -24,11 +24,6 @@ from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_li
 RUNS = ROOT / "runs" / "algorithms"
 RECORD = Records(RECORDS / "algorithms")
 MINUTES = 1.0
-RATE = "2e-4"
-# where 2e-4 drifted away on the dev prompts of the first seed
-RATES: dict[str, str] = {
-    "topr": "1e-4", "areinforce": "1e-4", "spo": "1e-4", "double_q": "1e-4", "dpo": "5e-5", "ipo": "5e-5", "kto": "5e-5",
-}  # fmt: skip
 MAX_TOKENS = 32
 # one completion a prompt, as many a step; and a log of the start's own completions in place of new ones
 ONE = ["reinforce dense one", "reinforce_pp dense one", "spo one"]
@@ -67,7 +62,7 @@ def measure(name: str) -> None:
     shutil.rmtree(out, ignore_errors=True)
     common = {
         "model": folder / "finetune" / "model", "seed": seed, "out": out, "threads": 1, "tensorboard": "false",
-        "max_minutes": MINUTES, "steps": 100_000, "lr": RATES.get(algorithm, RATE), "algorithm": algorithm,
+        "max_minutes": MINUTES, "steps": 100_000, "algorithm": algorithm,
         "save_every": 100_000,
     }  # fmt: skip
     if algorithm in ("dpo", "ipo", "kto"):
