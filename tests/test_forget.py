@@ -192,6 +192,7 @@ def test_steps_of_several_sources_are_made_again_with_those_that_are_left(world:
     forget("bob", here.store, here.config)
     now, other = here.serving(), never.serving()
     assert same(now, other) and remembered(now) == remembered(other) and now.state.baselines == other.state.baselines
+    assert now.state.opinions == other.state.opinions and now.state.influence == other.state.influence
     merged = [r for r in here.versions.records() if r.again >= 0 and len(r.events) > 3]
     assert merged  # of which one part alone had too few sources
 

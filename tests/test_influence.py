@@ -162,6 +162,22 @@ def test_what_is_over_the_cap_is_not_learned_and_is_told_why(make_policy: Make) 
     assert alone.state.influence == had.influence and not alone.state.opinions
 
 
+def test_an_opinion_that_has_no_room_is_not_told_as_forgotten(
+    make_policy: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others say decides what has room, and what is forgotten must not hang on others."""
+    policy, state = make_policy("gpt2"), LearnerState()
+    store = answered(policy)
+    monkeypatch.setattr("operant.live.learning.OPINIONS", 2)
+    state.opinions = [
+        {"thing": f"t{i}", "source": "ann", "verdict": 1, "event": f"old{i}", "completion": "c9"} for i in range(2)
+    ]
+    for name, source in (("c0", "bob"), ("c1", "cat")):
+        store.add(name, "thumb", 1, source=source)
+    lesson = read(policy, store, state)
+    assert [opinion["source"] for opinion in lesson.state.opinions] == ["bob", "cat"] and lesson.forgotten == []
+
+
 def test_whom_others_contradict_is_heard_and_not_learned_from(make_policy: Make) -> None:
     policy = make_policy("gpt2")
     store = answered(policy)

@@ -262,7 +262,8 @@ def prepare(
             else:
                 rated.append(row)
     several = config.min_sources > 1
-    opinions = _opinions(state.opinions, [e for _, e in events], [*rated, *paired]) if several else state.opinions
+    said = _opinions(state.opinions, [e for _, e in events], [*rated, *paired]) if several else state.opinions
+    opinions = said[-OPINIONS:]
     trust = dataclasses.replace(state, opinions=opinions).reputations() if several else {}
     if several:
         _leave_out_who_may_not(rated, paired, trust, state.influence, config, outcomes)
@@ -279,7 +280,8 @@ def prepare(
     # a step is known by what it teaches, so that the draw is the same whether or not others have spoken
     seed = mixed_seed(seed, "replay", *(row.event.id for row in rows))
     replayed = _recalled(memory, look, codec, config, encoder, max_length, seed, known) if rows else []
-    forgotten = sorted(_ids(state) - _ids(LearnerState(memory=memory, opinions=opinions)))
+    # what merely has no room any more is not among them: whether it has hangs on how much others said
+    forgotten = sorted(_ids(state) - _ids(LearnerState(memory=memory, opinions=said)))
     memory = memory + [{"offset": offsets[r.event.id], "event": dataclasses.asdict(r.event)} for r in rows]
     had = state.influence
     if several:
@@ -555,7 +557,7 @@ def _opinions(
         count[opinion["source"]] += 1
         if count[opinion["source"]] <= OWN_OPINIONS:
             newest.append(opinion)
-    return newest[:OPINIONS][::-1]
+    return newest[::-1]
 
 
 def _verdict(row: Rated | Paired) -> tuple[str, int]:
