@@ -159,11 +159,11 @@ ALGORITHMS = {
         ),
         Algorithm(
             "dpo", "Rafailov et al. 2023", "dpo", "none", "none", "per_completion", pairs=True, reference=True,
-            lr=5e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+            lr=2e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "ipo", "Azar et al. 2023", "ipo", "none", "none", "per_completion", pairs=True, reference=True,
-            lr=5e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+            lr=1e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "kto", "Ethayarajh et al. 2024", "kto", "none", "none", "per_completion", reference=True,
