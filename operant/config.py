@@ -767,8 +767,8 @@ class LiveConfig:
         batch_size: events that one step takes at most.
         min_sources: different sources that a step needs before it begins; with more than one, all weigh the same as far
             as they are trusted and under the cap. Whom others contradict does not count as one.
-        influence_cap: the share of what was learned lately that one source may have had, or an equal part where there
-            are few. What is over it is not learned. Only with several sources, as the next one.
+        influence_cap: the share of what was learned lately that one source may have had, or twice an equal part where
+            there are few. What is over it is not learned. Only with several sources, as the next one.
         influence_window: lately: so many steps, each counted as far as it was taught.
         replay_events: earlier events that every step learns again.
         half_life: hours after which an event is half as likely to be learned again; 0 draws uniformly.
@@ -794,7 +794,7 @@ class LiveConfig:
     score_high: float = 1.0
     batch_size: int = 16
     min_sources: int = 1
-    influence_cap: float = 0.05
+    influence_cap: float = 0.1
     influence_window: float = 50.0
     replay_events: int = 7
     half_life: float = 0.0

@@ -26,6 +26,7 @@ from operant.types import Feedback
 
 Make = Callable[..., Policy]
 HONEST = [f"h{i}" for i in range(9)]
+MANY = [f"m{i}" for i in range(30)]
 
 
 def said(things: range, *verdicts: tuple[str, int]) -> list[tuple[str, str, int]]:
@@ -92,7 +93,7 @@ def test_no_source_has_more_than_its_share_however_often_it_speaks() -> None:
         given = shares(["loud", HONEST[step % 9]], {}, had, cap=0.2, window=20)
         before, had = had.get("loud", 0.0), after(had, given, window=20)
         # who comes new makes the part of all others smaller; then one waits
-        assert had["loud"] <= max(before, max(0.2, 1 / len(had)) * max(2.0, sum(had.values()))) + 1e-9
+        assert had["loud"] <= max(before, max(0.2, 2 / len(had)) * max(2.0, sum(had.values()))) + 1e-9
         assert sum(had.values()) <= 20 + 1e-9
         if step >= 100:
             for source, share in given.items():
@@ -107,15 +108,15 @@ def test_two_who_take_turns_learn_at_full_weight_and_two_of_many_do_not_go_on_al
         given = shares(["ann", "bob"], {}, had, cap=0.1, window=10)
         assert given == pytest.approx({"ann": 0.5, "bob": 0.5})
         had = after(had, given, window=10)
-    had = dict.fromkeys((*HONEST, "x", "y"), 1.0)
+    had = dict.fromkeys(MANY, 1.0) | {"x": 3.75, "y": 3.75}
     taken = []
     for _ in range(40):
-        given = shares(["x", "y"], {}, had, cap=0.1, window=20)
+        given = shares(["x", "y"], {}, had, cap=0.1, window=40)
         taken.append(sum(given.values()))
-        had = after(had, given, window=20)
+        had = after(had, given, window=40)
     assert sum(taken) < 1 and taken[-1] < 1e-6
     # nor do the first who come have the beginning for themselves
-    had = dict.fromkeys(HONEST, 0.01)
+    had = dict.fromkeys(MANY, 0.003)
     assert shares(["x", "y"], {}, had, cap=0.1, window=50) == pytest.approx({"x": 0.5, "y": 0.5})
     assert sum(shares(["x", "y"], {}, had | {"x": 0.5, "y": 0.5}, cap=0.1, window=50).values()) < 0.1
     assert shares(["x"], {"x": 0.25}, {}, cap=1.0, window=20) == {"x": 0.25}
@@ -138,7 +139,7 @@ def test_what_is_over_the_cap_is_not_learned_and_is_told_why(make_policy: Make) 
     store.add("c0", "thumb", 1, source="quiet")
     loud = store.add("c1", "thumb", 1, source="loud")
     # of a window of ten steps one source in ten may have one, and this one has had it
-    had = LearnerState(influence=dict.fromkeys(HONEST, 0.5) | {"loud": 1.2})
+    had = LearnerState(influence=dict.fromkeys(MANY, 0.15) | {"loud": 1.2})
     lesson = read(policy, store, had, influence_window=10, influence_cap=0.1)
     assert [row.event.source for row in lesson.taught] == ["quiet"]
     told = lesson.outcomes[loud.id]

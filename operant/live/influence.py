@@ -64,14 +64,14 @@ def shares(
 ) -> dict[str, float]:
     """The share of a step that each of its sources has: as much as it would have, and as keeps it under the cap.
 
-        I'_s = I_s (1 − A / window) + a_s ≤ max(cap, 1 / N) · max(BEGIN · window, Σ I'),  0 ≤ a_s ≤ r_s / S
+        I'_s = I_s (1 − A / window) + a_s ≤ max(cap, 2 / N) · max(BEGIN · window, Σ I'),  0 ≤ a_s ≤ r_s / S
 
     with the largest A = Σ a that holds. What one source has less no other has more: the step is shorter. sources: the S
     different ones of the step. trust: r_s, 1 for one that is not in it. had: I_s, what each has had before, in steps
-    (`after`); N counts those and the step's, so that few sources may have equal parts.
+    (`after`); N counts those and the step's, so that each of few may have twice an equal part.
     """
     different = sorted(set(sources))
-    part, before = max(cap, 1 / max(1, len(had.keys() | set(different)))), sum(had.values())
+    part, before = max(cap, 2 / max(2, len(had.keys() | set(different)))), sum(had.values())
     wanted = {s: trust.get(s, 1.0) / len(different) for s in different}
     given, whole = wanted, sum(wanted.values())
     for _ in range(ROUNDS):  # from above, so that it ends at the largest
