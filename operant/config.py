@@ -788,7 +788,7 @@ class LiveConfig:
     baseline_rate: float = 0.1
     beta: float = 0.1
     sft_coef: float = 1.0
-    kl_coef: float = 0.05
+    kl_coef: float = 0.1
     anchor_coef: float = 0.0
     score_low: float = 0.0
     score_high: float = 1.0
