@@ -1,6 +1,6 @@
-"""Every algorithm on the quickstart's task: the same fine-tuned start, the same reward, the same wall time.
+"""Every algorithm on the quickstart's task: the same fine-tuned start, the same reward, the same time.
 
-Defaults of each row of `operant algorithms`, its learning rate included.
+Defaults of each row of `operant algorithms`, but one learning rate for all policy gradients; nothing tuned.
 Preference methods learn from pairs of the start's own samples, the best of four against the worst by the same reward.
 "one" draws one completion a prompt, from four times as many; "logged" learns from a log of the start's completions.
 
@@ -24,6 +24,8 @@ from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_li
 RUNS = ROOT / "runs" / "algorithms"
 RECORD = Records(RECORDS / "algorithms")
 MINUTES = 1.0
+RATE = "2e-4"  # of policy gradients by Adam
+OWN_RATE = ("trpo", "double_q", "dpo", "ipo", "kto")  # what they learn, or how they step, is something else
 MAX_TOKENS = 32
 # one completion a prompt, as many a step; and a log of the start's own completions in place of new ones
 ONE = ["reinforce dense one", "reinforce_pp dense one", "spo one"]
@@ -62,15 +64,15 @@ def measure(name: str) -> None:
     shutil.rmtree(out, ignore_errors=True)
     common = {
         "model": folder / "finetune" / "model", "seed": seed, "out": out, "threads": 1, "tensorboard": "false",
-        "max_minutes": MINUTES, "steps": 100_000, "algorithm": algorithm,
-        "save_every": 100_000,
+        "clock": "cpu", "max_minutes": MINUTES, "steps": 100_000, "lr": "auto" if algorithm in OWN_RATE else RATE,
+        "algorithm": algorithm, "save_every": 100_000,
     }  # fmt: skip
     if algorithm in ("dpo", "ipo", "kto"):
         command = ["prefer", *flags(**common, data=folder / "pairs.jsonl", dev_data=folder / "dev_pairs.jsonl")]
     else:
         command = ["train", *flags(
             **common, dev_data=folder / "data" / "dev.jsonl", reward="chrf", max_tokens=MAX_TOKENS, eval_every=10,
-            log_samples=0, dense="true" if "dense" in ways else "false",
+            log_samples=0, reward_workers=0, dense="true" if "dense" in ways else "false",
         )]  # fmt: skip
         if "logged" in ways:
             command += flags(logged=logged(folder, int(seed)))
@@ -82,7 +84,7 @@ def measure(name: str) -> None:
     facts = json.loads((out / "run.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = [
-        {"minutes": (r["time"] - rows[0]["time"]) / 60, "step": r["step"], "chrf": r["eval/chrf"]}
+        {"minutes": (r["seconds"] - rows[0]["seconds"]) / 60, "step": r["step"], "chrf": r["eval/chrf"]}
         for r in rows if "eval/chrf" in r
     ]  # fmt: skip
     completions = max((r["train/completions"] for r in rows if "train/completions" in r), default=0.0)
