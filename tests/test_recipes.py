@@ -41,6 +41,7 @@ OWN: dict[str, dict[str, Any]] = {
     "grpo": {"epochs": 2}, "dr_grpo": {"epochs": 2}, "gspo": {"epochs": 2, "clip_low": 0.2, "clip_high": 0.2},
     "ppo": {"epochs": 2, "critic_lr": 1e-2}, "a2c": {"critic_lr": 1e-2}, "topr": {"epochs": 2},
     "dapo": {"overlong_buffer": 0}, "areinforce": {"epochs": 2}, "trpo": {"delta": 0.3},  # not a learning rate
+    "double_q": {"q_beta": 0.03},  # the smaller, the further from where it began it may go
 }  # fmt: skip
 
 
