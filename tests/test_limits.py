@@ -109,3 +109,5 @@ def test_nobodys_own_server_counts_what_they_say(make_policy: Callable[..., Poli
     with serving(make_policy("gpt2", context=128), tmp_path, chat_rate=1, feedback_rate=1) as served:
         for value in (1, -1, 1):
             served.rate(served.chat()["id"], "thumb", value)
+        assert [event["value"] for event in served.http.get("/v1/feedback").json()["data"]] == [1, -1, 1]
+        assert "operant_limited_total{" not in served.http.get("/metrics").text

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_loop import (
     DEV,
@@ -59,6 +60,25 @@ def test_every_algorithm_raises_the_reward(
     train(make_policy(family), PROMPTS, quick(share_of_even), config, quiet=True)
     rewards = logged(tmp_path / "run", "train/reward_mean")
     assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.25
+
+
+@pytest.mark.parametrize(
+    ("reward", "options", "dense"),
+    [
+        ("chrf", {}, True),
+        ("chrf + 0.1*length(target=3)", {}, True),
+        ("length(target=3)", {}, False),  # nothing to split
+        ("chrf", {"algorithm": "grpo"}, False),  # which would sum it up
+        ("chrf", {"baseline": "group_centred"}, False),
+        ("chrf", {"dense": False}, False),
+    ],
+)
+def test_a_metric_is_paid_token_by_token_where_that_can_be(
+    reward: str, options: dict[str, Any], dense: bool, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    config = settings(tmp_path / "run", steps=1, reward_workers=0, **options)
+    train(make_policy("gpt2"), PROMPTS, reward, config, quiet=True)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dense"] is dense
 
 
 def flat(policy: Policy) -> Policy:
