@@ -57,7 +57,6 @@ class StepRecord:
 
     begin_offset, consumed_offset: the events of the step are those of the store in (begin_offset, consumed_offset].
     moves: how often the current version had moved when the step began; a step is published only if it has not since.
-    origin: the version that the step was pulled to (`LiveConfig.kl_coef`), or -1.
     again: the earlier step that this one makes again without the events of a source that is forgotten, or -1.
     anchor, since: of the pointer when the step began (see `Pointer`), from which its gate measured; -1 is not known.
     state: "pending"; "published" (there is a version of this number); "refused" (by the gate); "nothing" (no event
@@ -82,9 +81,13 @@ class StepRecord:
     baselines: dict[str, float] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     again: int = -1
-    origin: int = -1
     anchor: int = -1
     since: int = -1
+
+    @property
+    def pulled_to(self) -> int | None:
+        """The version that `LiveConfig.kl_coef` pulled the step to; None where the record knows of no pull."""
+        return self.anchor if self.coefficients.get("kl_coef") and self.anchor >= 0 else None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)

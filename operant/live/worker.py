@@ -202,7 +202,7 @@ def make_step(
 ) -> Taught:
     """`take_step` with the record's coefficients and seed, whatever the learner in memory was made with.
 
-    origin: the version of that number in the record; None for a record without one, which knew of no pull.
+    origin: the version that `record.pulled_to` names.
     """
     at.learner.lr = at.learner.critic_lr = config.lr
     if isinstance(at.learner.rule, Sgd):
@@ -231,7 +231,7 @@ def replayed(versions: Versions, version: int, source: EventSource, config: Work
         raise OperantError(f"version {version} was not made by a step; choose one that was")
     at = Learning.load(versions, record.parent, record.moves, config)
     lesson, used = run_record(record, at, source, versions, config)
-    origin = load_version(versions, record.origin, config) if record.origin >= 0 else None
+    origin = None if record.pulled_to is None else load_version(versions, record.pulled_to, config)
     make_step(record, at, lesson, _load_anchors(versions.root, at.policy), used, origin)
     if lesson.replayed != record.replayed:  # after the step, which leaves out what is too far, as the record does
         raise OperantError(f"the store lacks what step {version} learned again; give the --store that it began with")
@@ -418,10 +418,9 @@ class Worker:
         anchors = self._measured_on()
         record.replayed, record.forgotten, record.anchors = lesson.replayed, lesson.forgotten, list(anchors.ids)
         record.baselines = dict(at.state.baselines)
-        record.origin = self.versions.pointer().anchor if config.kl_coef else -1
         record.times["begun"] = time.time()
         self.versions.announce(record)
-        taught = make_step(record, at, lesson, anchors, config, self._origin(record.origin))
+        taught = make_step(record, at, lesson, anchors, config, self._origin(record.pulled_to))
         record.outcomes = taught.outcomes
         record.times["stepped"] = time.time()
         if taught.anchor_logits is None:
@@ -489,9 +488,9 @@ class Worker:
             self._kept_logits[role] = version, known
         return self._kept_logits[role][1]
 
-    def _origin(self, version: int) -> Policy | None:
+    def _origin(self, version: int | None) -> Policy | None:
         """The version that steps are pulled to."""
-        if version < 0:
+        if version is None:
             return None
         if self._origin_kept is None or self._origin_kept[0] != version:
             self._origin_kept = version, load_version(self.versions, version, self.config)
