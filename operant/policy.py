@@ -491,14 +491,15 @@ class Policy:
             arguments["position_ids"] = batch.position_ids
         return self.model(input_ids=batch.tokens, attention_mask=self._attention(batch), use_cache=False, **arguments)
 
-    def logprobs(self, batch: Batch, entropy: EntropyMode = "none") -> TokenLogprobs:
+    def logprobs(self, batch: Batch, entropy: EntropyMode = "none", logits: Tensor | None = None) -> TokenLogprobs:
         """log π(token_t | tokens before it in its segment, context), at the segment's temperature.
 
+        logits: of `acting_logits`, where they are known already.
         Returns float32[B, S], zero outside `action_mask`; and the entropy of the same distributions if asked,
         "measured" without a gradient, which saves two tensors of the vocabulary's size.
         """
         rows, columns = batch.action_mask.nonzero(as_tuple=True)
-        chosen = self.acting_logits(batch)
+        chosen = self.acting_logits(batch) if logits is None else logits
         acted = batch.tokens[rows, columns]
         out = torch.zeros(batch.tokens.shape, dtype=chosen.dtype, device=chosen.device)
         if entropy == "differentiable":

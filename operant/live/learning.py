@@ -809,19 +809,16 @@ def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Bat
             return config.anchor_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
         if origin is None or not config.kl_coef:
             return _loss_of_rows(policy.logprobs(batch).logprobs, batch, config), {}
-        rows, columns = batch.action_mask.nonzero(as_tuple=True)
         logits = policy.acting_logits(batch)
-        chosen = logits.log_softmax(-1).gather(-1, batch.tokens[rows, columns][:, None])[:, 0]
-        out = torch.zeros(batch.tokens.shape, dtype=chosen.dtype, device=chosen.device)
+        logprobs = policy.logprobs(batch, logits=logits).logprobs
         with torch.no_grad():
             theirs = origin.acting_logits(batch)
-        pull = objectives.full_kl(logits, theirs)
-        loss = _loss_of_rows(out.index_put((rows, columns), chosen), batch, config)
+        pull = torch.zeros_like(logprobs).masked_scatter(batch.action_mask, objectives.full_kl(logits, theirs))
         told = {}
         if batch.pair_ids is None:  # texts that the policy wrote itself
-            given = theirs.log_softmax(-1).gather(-1, batch.tokens[rows, columns][:, None])
+            given = origin.logprobs(batch, logits=theirs).logprobs
             told = {"kl_anchor": pull.detach().sum(), "unlikely": (given < math.log(UNLIKELY)).sum()}
-        return loss + config.kl_coef * out.index_put((rows, columns), pull), told
+        return _loss_of_rows(logprobs, batch, config) + config.kl_coef * pull, told
 
     return loss_of
 
