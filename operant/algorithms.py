@@ -270,14 +270,7 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
         shift=shift,
         rounds=config.dynamic_rounds if dynamic else 1,
         overlong_buffer=int(auto(config.overlong_buffer, int(algorithm.overlong * config.max_tokens))),
-        # the policy is the other half of double_q's Q, so its critic never shares a trunk with it
-        critic="separate"
-        if algorithm.loss == "double_q"
-        else None
-        if not has_critic
-        else "shared"
-        if config.critic == "shared"
-        else "separate",
+        critic=_critic(config, algorithm, has_critic),
         bootstrap=has_critic and bool(auto(config.bootstrap, dense)),
     )
 
@@ -315,6 +308,14 @@ def _baseline(config: TrainConfig, algorithm: Algorithm, dense: bool) -> Baselin
     if baseline == "control_variate" and _discount(config):
         return "position_leave_one_out"  # past rewards are a control variate for undiscounted returns only
     return baseline
+
+
+def _critic(config: TrainConfig, algorithm: Algorithm, has_critic: bool) -> Literal["shared", "separate"] | None:
+    if algorithm.loss == "double_q":
+        return "separate"  # the policy is the other half of its Q, and would move with a trunk that they share
+    if not has_critic:
+        return None
+    return "shared" if config.critic == "shared" else "separate"
 
 
 def places_tokens(config: TrainConfig) -> bool:

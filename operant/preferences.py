@@ -47,6 +47,11 @@ def good_or_bad(value: Any) -> bool | None:
     return word in _GOOD if word in _GOOD or word in _BAD else None
 
 
+def scaled(score: float, low: float, high: float) -> float:
+    """A score between low and high on the scale of thumbs, [−1, 1]: 2 (score − low) / (high − low) − 1."""
+    return 2 * (score - low) / (high - low) - 1
+
+
 def unpaired(pairs: Sequence[Preference]) -> list[Rating]:
     """Each pair as two ratings: the chosen completion is desirable, the rejected one is not."""
     out: list[Rating] = []

@@ -37,7 +37,7 @@ from operant.types import Completion, Feedback, OperantError
 if TYPE_CHECKING:
     from operant.live.store import StoredCompletion
 
-__all__ = ["Bet", "Canary", "Trial", "among", "reward_of", "wager"]
+__all__ = ["Bet", "Canary", "Trial", "among", "reward_of", "unit", "wager"]
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,11 @@ def among(name: str, salt: int, share: float) -> bool:
     return int.from_bytes(digest[:6], "big") < share * 2.0**48
 
 
+def unit(value: float, low: float, high: float) -> float:
+    """A reward between low and high, or beyond, in [0, 1]."""
+    return min(1.0, max(0.0, (value - low) / (high - low)))
+
+
 def reward_of(event: Feedback, low: float, high: float) -> float | None:
     """What a thumb or a score pays, in [0, 1]; None for all else."""
     if event.kind == "thumb":
@@ -85,7 +90,7 @@ def reward_of(event: Feedback, low: float, high: float) -> float | None:
         return None if good is None else float(good)
     if event.kind != "score" or event.value is None:
         return None
-    return min(1.0, max(0.0, (float(event.value) - low) / (high - low)))
+    return unit(float(event.value), low, high)
 
 
 @dataclass(slots=True)

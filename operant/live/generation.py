@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from operant.live.canary import among, version_of
+from operant.live.canary import among, unit, version_of
 from operant.live.engine import Busy, NotResident
 from operant.live.service import ApiError, Service
 from operant.sampler import TokenInfo
@@ -265,8 +265,7 @@ async def shadow(service: Service, shown: Completion, prompt: Prompt, sampling: 
         if version_of(unseen) != candidate or unseen.stop_reason == "cancelled":
             return
         paid = [await automatic.score(prompt, answer) for answer in (unseen, shown)]
-        low, wide = config.score_low, config.score_high - config.score_low
-        ours, theirs = (None if value is None else min(1.0, max(0.0, (value - low) / wide)) for value in paid)
+        ours, theirs = (None if value is None else unit(value, config.score_low, config.score_high) for value in paid)
         if ours is not None and theirs is not None:
             await asyncio.to_thread(canary.judged, candidate, ours - theirs)
 

@@ -45,7 +45,7 @@ from operant.live import influence
 from operant.live.gate import Anchors, divergence
 from operant.live.versions import Outcome
 from operant.policy import Policy
-from operant.preferences import Preference, good_or_bad
+from operant.preferences import Preference, good_or_bad, scaled
 from operant.replay import Replay, draw_named, subject
 from operant.run import mixed_seed
 from operant.stages.preference import preference_loss
@@ -345,7 +345,7 @@ def _understood(
         score = _number(event.value)
         if score is None or not config.score_low <= score <= config.score_high:
             return f"score outside {config.score_low:g} to {config.score_high:g}"
-        reward = 2 * (score - config.score_low) / (config.score_high - config.score_low) - 1
+        reward = scaled(score, config.score_low, config.score_high)
     return Rated(event, found.prompt, completion, reward, everything)
 
 
