@@ -323,6 +323,8 @@ def test_the_program_tells_sources_apart(make_policy: Make, tmp_path: Path, caps
         served.rate(answer["id"], "score", 0.75, source="judge")
         served.rate(answer["id"], "thumb", -1)
         served.rate(answer["id"], "comment", "why?")
+        rows = served.http.get("/v1/sources").json()["data"]
+        assert [row["influence"] for row in rows] == [None] * len(rows)  # nobody's is kept, so nobody has had nothing
     told = Program(capsys)("feedback", "--store", tmp_path / "store.db", "--root", tmp_path / "live").out
     lines = [line.split() for line in told.splitlines() if line.startswith("  ")]
     assert lines[0][:3] == ["owner", "2", "pending,"] and "reward -1.00" in told and "reward 0.50" in told

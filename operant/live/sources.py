@@ -17,7 +17,8 @@ def by_source(store: Store, versions: Versions | None, *, score_low: float, scor
 
     {"source", "events", "pending", "used", "superseded", "unused", "reward", "reputation", "influence"}. reward: mean
     of its thumbs and scores on [−1, 1], None where there are none. influence: its share of what the version that serves
-    was taught lately, of all sources' (`influence.after`). Both it and the reputation are None without `versions`.
+    was taught lately, of all sources' (`influence.after`), None while nobody's is kept, as on one person's own server.
+    Both it and the reputation are None without `versions`.
     """
     state = None
     if versions is not None and versions.exists():
@@ -28,6 +29,6 @@ def by_source(store: Store, versions: Versions | None, *, score_low: float, scor
     for row in store.sources(score_low=score_low, score_high=score_high):
         name = row["source"]
         row["reputation"] = None if state is None else trust.get(name, 1.0)
-        row["influence"] = None if state is None else state.influence.get(name, 0.0) / (whole or 1.0)
+        row["influence"] = None if state is None or not whole else state.influence.get(name, 0.0) / whole
         rows.append(row)
     return rows
