@@ -955,7 +955,7 @@ class VersionsConfig:
         root: the folder that the live loop writes.
         compare: two versions to measure against each other on the anchor answers.
         promote: let this version serve.
-        roll_back: serve the parent of the current version again, its optimizer included.
+        roll_back: serve the parent of the version that serves again, its optimizer included.
         evaluate: versions to judge by the ratings of what others wrote: SNIPS and its effective sample size.
         store: of `evaluate`; empty takes store.db in `root`.
         anchor: measure drift from this version on, which gives learning new room when the gate refuses for drift.

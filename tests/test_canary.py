@@ -18,6 +18,8 @@ from operant.config import ServeConfig
 from operant.live.canary import MOST_OF_ONE, Bet, Canary, Trial, among, reward_of, wager
 from operant.live.serve import live
 from operant.live.versions import Pointer, Versions
+from operant.live.versions_api import Rated, VersionList
+from operant.live.versions_api import Trial as VersionTrial
 from operant.policy import Policy
 from operant.types import Feedback, OperantError
 
@@ -177,6 +179,35 @@ def test_one_source_decides_nothing_and_an_answer_counts_once(tmp_path: Path) ->
     assert canary.trial() == before
 
 
+def test_how_far_a_trial_is_is_told_with_what_decides_it(tmp_path: Path) -> None:
+    versions = Line(tmp_path / "live")
+    canary = Canary(versions, ServeConfig(canary_share=0.25, canary_alpha=0.04, canary_margin=0.2, canary_pairs=9))
+    versions.publish_number(1)
+    canary.look()
+    for number, (version, value) in enumerate([(1, 1.0), (1, 0.5), (1, 0.5), (0, 0.25), (0, 0.0)]):
+        pay(canary, version, value, number)
+    told = canary.told()
+    assert told["rated"] == {"serving": 2, "candidate": 3} and told["pairs"] == 2 and told["difference"] == 0.625
+    assert (told["kind"], told["share"], told["margin"], told["most_pairs"]) == ("canary", 0.25, 0.2, 9)
+    assert told["needed"] == 25 and told["e_worse"] == 1.0  # it has seen nothing to bet on
+    assert told["e_better"] == pytest.approx(1 + 0.5 * (0.5 + 0.2))
+
+
+def test_going_back_while_a_version_is_tried_leaves_what_serves_and_not_what_is_tried(tmp_path: Path) -> None:
+    class Kept(Line):
+        def _folders(self) -> set[int]:
+            return {0, 1, 3, 4, 5}
+
+    versions = Kept(tmp_path / "live")
+    versions.publish_number(3)
+    canary = Canary(versions, ServeConfig(canary_share=0.5))
+    for number in (4, 5):
+        versions.publish_number(number)
+        assert canary.look() == (3, 4)
+    versions.roll_back()
+    assert canary.look() == (1, None)
+
+
 def test_whoever_moves_versions_by_hand_ends_the_trial(tmp_path: Path) -> None:
     versions = Line(tmp_path / "live")
     canary = Canary(versions, ServeConfig(shadow_share=1.0, reward="length(target=4)"))
@@ -227,6 +258,10 @@ def test_some_users_are_answered_by_what_is_tried_until_their_ratings_decide(
         told = lambda: served.http.get("/v1/versions").json()  # noqa: E731
         until(lambda: told()["trial"]["candidate"] == 1 and 1 in told()["resident"], "version 1 is tried")
         assert told()["current"] == 1 and told()["serving"] == 0
+        assert VersionList.model_validate(told()).trial == VersionTrial(
+            serving=0, candidate=1, kind="canary", share=0.5, rated=Rated(serving=0, candidate=0), pairs=0,
+            difference=None, e_better=1, e_worse=1, needed=20, margin=0.1, most_pairs=1000, promoted=0, refused=0,
+        )  # fmt: skip
         answered = {user: ask(served, user) for user in [f"u{i}" for i in range(40)]}
         versions = {user: answer["operant"]["version"] for user, answer in answered.items()}
         assert set(versions.values()) == {0, 1} and versions["u0"] == ask(served, "u0")["operant"]["version"]
@@ -244,6 +279,7 @@ def test_some_users_are_answered_by_what_is_tried_until_their_ratings_decide(
             lambda: any((row["trial"] or {}).get("verdict") == "refused" for row in told()["versions"]), "it is refused"
         )
         (refused,) = [row for row in told()["versions"] if row["version"] == 1]
+        VersionList.model_validate(told())
         assert refused["trial"]["against"] == 0 and "worse than version 0" in refused["trial"]["reason"]
         assert told()["serving"] == 0 and ask(served, "u0")["operant"]["version"] != 1
         assert "operant_canary_refused 1.0" in served.http.get("/metrics").text

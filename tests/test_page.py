@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from serving import Served, learning
 
 from operant.live.page import STATIC
 from operant.policy import Policy
@@ -73,8 +76,8 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.fixture
-def opened(served: httpx.Client, browser: Any) -> Iterator[Callable[..., Any]]:
+@contextlib.contextmanager
+def visitor(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
     """Open the page; at the end nothing was asked of another host, and nothing was complained about."""
     contexts: list[Any] = []
     asked: list[str] = []
@@ -88,14 +91,20 @@ def opened(served: httpx.Client, browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto(f"{served.base_url}/{view}")
+        page.goto(f"{address}/{view}")
         return page
 
     yield go
     for context in contexts:
         context.close()
-    assert [url for url in asked if not url.startswith(str(served.base_url))] == []
+    assert [url for url in asked if not url.startswith(address)] == []
     assert complaints == []
+
+
+@pytest.fixture
+def opened(served: httpx.Client, browser: Any) -> Iterator[Callable[..., Any]]:
+    with visitor(browser, str(served.base_url)) as go:
+        yield go
 
 
 def ask(page: Any, text: str = "the cat sat") -> Any:
@@ -209,7 +218,7 @@ def test_the_watch_view_tells_of_versions_and_rolls_back(served: httpx.Client, o
     page.get_by_role("button", name="Roll back").click()
     row = page.locator("tr.current", has_text="serves")
     page.wait_for_function(
-        "now => document.querySelector('tr.current th')?.textContent !== `version ${now}`", arg=before
+        "now => !document.querySelector('tr.current th')?.textContent.startsWith(`version ${now}`)", arg=before
     )
     current = served.get("/v1/versions").json()["current"]
     assert current < before and f"version {current}" in row.inner_text()
@@ -218,6 +227,88 @@ def test_the_watch_view_tells_of_versions_and_rolls_back(served: httpx.Client, o
     assert kinds and set(kinds) == {"thumb"}
     page.locator(".log summary").first.click()
     assert "log-probability" in page.locator(".log details[open] p").inner_text()
+
+
+PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+
+
+def trial_of(served: Served) -> dict[str, Any]:
+    told: dict[str, Any] = served.http.get("/v1/versions").json()["trial"]
+    return told
+
+
+def put_on_trial(served: Served) -> None:
+    """Teach something, and wait until version 1 is tried by half of the users."""
+    served.rate(served.chat(user="teacher")["id"], "edit", "a dog", source="teacher")
+    until = time.monotonic() + 90
+    while trial_of(served)["candidate"] != 1 or 1 not in served.http.get("/v1/versions").json()["resident"]:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@needs_page
+@needs_browser
+def test_the_watch_view_tells_of_a_trial_and_how_it_ended(
+    make_policy: Callable[..., Policy], tmp_path: Path, browser: Any
+) -> None:
+    with (
+        learning(make_policy("gpt2", context=128), tmp_path, canary_share=0.5, keep=20) as served,
+        visitor(browser, served.url) as opened,
+    ):
+        put_on_trial(served)
+        page = opened("#watch", **PHONE)
+        row = page.locator("table.lineage tr", has=page.get_by_role("rowheader", name=re.compile(r"^version 1\b")))
+        row.wait_for()
+        assert row.locator(".mark").all_inner_texts() == ["on trial"]
+        assert "serves" in page.locator("tr.current", has_text="version 0").inner_text()
+        assert "Version 1 is on trial against version 0: it answers 50% of the users" in (
+            page.locator(".trial").inner_text()
+        )
+        answers = [served.chat(user=f"u{i}", max_tokens=2) for i in range(60)]
+        tried = [one for one in answers if one["operant"]["version"] == 1]
+        others = [one for one in answers if one["operant"]["version"] == 0]
+        assert len(tried) > 15 and len(others) > 15
+        for i, pair in enumerate(zip(tried[:3], others[:3], strict=True)):  # all say that what is tried is worse
+            for value, one in zip((0.0, 1.0), pair, strict=True):
+                served.rate(one["id"], "score", value, source=f"rater{value}-{i}")
+        trial = trial_of(served)
+        assert trial["pairs"] == 3 and 1 < trial["e_worse"] < trial["needed"] == 20
+        page.get_by_text("pairs of ratings: 3 of at most 1000 · mean difference −1.00").wait_for()
+        meter = page.get_by_role("meter", name="worse", exact=True)
+        assert meter.evaluate("node => node.value") == pytest.approx(math.log(trial["e_worse"]) / math.log(20))
+        assert meter.get_attribute("aria-valuetext") == f"{math.floor(10 * trial['e_worse']) / 10} of 20"
+        assert page.get_by_role("meter", name="not worse by 0.1").evaluate("node => node.value") == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        for i, pair in enumerate(zip(tried[3:15], others[3:15], strict=True)):
+            for value, one in zip((0.0, 1.0), pair, strict=True):
+                served.rate(one["id"], "score", value, source=f"later{value}-{i}")
+        verdict = row.locator(".verdict.refused")
+        verdict.wait_for()
+        (found,) = [one["trial"] for one in served.http.get("/v1/versions").json()["versions"] if one["version"] == 1]
+        assert verdict.inner_text().startswith(f"trial lost: worse than version 0, after {found['pairs']} pairs (")
+        page.get_by_role("button", name="中文").tap()
+        page.get_by_text(f"试用未通过：{found['pairs']} 对之后比版本 0 差").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@needs_page
+@needs_browser
+def test_a_trial_is_ended_by_keyboard(make_policy: Callable[..., Policy], tmp_path: Path, browser: Any) -> None:
+    with (
+        learning(make_policy("gpt2", context=128), tmp_path, canary_share=0.5, keep=20) as served,
+        visitor(browser, served.url) as opened,
+    ):
+        put_on_trial(served)
+        page = opened("#watch")
+        page.get_by_role("button", name="End the trial").wait_for()
+        for _ in range(10):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.innerText") == "End the trial":
+                break
+        page.keyboard.press("Enter")
+        page.get_by_text("No version is on trial.").wait_for()
+        assert trial_of(served)["candidate"] is None
+        assert served.http.get("/v1/versions").json()["current"] == 0  # what learns next starts from what serves
 
 
 @needs_page
@@ -234,14 +325,14 @@ def test_where_several_teach_the_watch_view_tells_them_apart(served: httpx.Clien
     row = page.locator("table.sources tr", has_text="judge")
     row.wait_for()
     told = next(one for one in served.get("/v1/sources").json()["data"] if one["source"] == "judge")
-    assert row.locator("td").all_inner_texts()[2:4] == [f"{told['reward']:.2f}", "1.00"]
+    assert row.locator("td").all_inner_texts()[2:4] == [f"{told['reward']:.2f}".replace("-", "−"), "1.00"]
     assert page.locator("table.sources tr", has_text="owner").count() == 1
 
 
 @needs_page
 @needs_browser
 def test_it_speaks_chinese_and_fits_a_phone(opened: Callable[..., Any]) -> None:
-    page = opened(viewport={"width": 390, "height": 844}, locale="zh-CN", has_touch=True, is_mobile=True)
+    page = opened(locale="zh-CN", **PHONE)
     answer = ask(page, "你好")
     answer.get_by_role("button", name="差回答").tap()
     assert "版本" in learned(answer, "拇指")

@@ -143,6 +143,16 @@ class Canary:
             return Trial(self.versions.pointer().version)
         return Trial(**values)
 
+    def told(self) -> dict[str, Any]:
+        """The trial with its rules, as plain data: who is answered by what is tried, and what decides when."""
+        trial, config = self.trial(), self.config
+        told = trial.told()
+        return told | {
+            "kind": self.kind, "share": config.canary_share or config.shadow_share,
+            "rated": {name: told["pairs"] + len(trial.waiting[name]) for name in ("serving", "candidate")},
+            "needed": 1 / config.canary_alpha, "margin": config.canary_margin, "most_pairs": config.canary_pairs,
+        }  # fmt: skip
+
     def look(self) -> tuple[int, int | None]:
         """(what serves, what is tried), after a look at what was published since."""
         with self._lock:

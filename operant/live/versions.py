@@ -309,14 +309,14 @@ class Versions:
         return chosen
 
     def roll_back(self, to: int | None = None) -> PolicyVersion:
-        """Serve an earlier version again: `to`, or the nearest ancestor of the current one that is on disk.
+        """Serve an earlier version again: `to`, or the nearest ancestor on disk of the one that serves.
 
         The optimizer goes back with the weights; events stay consumed, and what they taught since is forgotten.
         Raises OperantError when there is nothing to go back to.
         """
         if to is not None:
             return self.promote(to)
-        now = self.pointer().version
+        now = int((self.trial() or {}).get("serving", self.pointer().version))
         there = self._folders()
         for ancestor in self.ancestors(now)[1:]:
             if ancestor in there:

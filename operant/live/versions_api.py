@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from operant.live.access import Caller
 from operant.live.openai_api import Asked
@@ -30,12 +30,93 @@ class Pin(Asked):
     version: int | None = Field(ge=0, lt=1 << 31)
 
 
-@routes.get("")
-async def versions(request: Request) -> dict[str, Any]:
-    """{"current", "anchor", "serving", "resident", "learner", "trial", "versions": [one for each step]}.
+# --- what is answered ------------------------------------------------------------------------------------------------
 
-    Operators also see who is pinned, and what the learner fails at.
-    """
+
+class Told(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Rated(Told):
+    serving: int
+    candidate: int
+
+
+class Trial(Told):
+    """How far the trial of a version is. It is decided by e-values, which may be looked at after every pair."""
+
+    serving: int = Field(description="the version that serves meanwhile")
+    candidate: int | None = Field(description="the version on trial; null while none is")
+    kind: Literal["canary", "shadow"] = Field(description="canary: it answers some users. shadow: it answers unseen")
+    share: float = Field(description="of the users (canary) or of the answers (shadow) that it answers")
+    rated: Rated = Field(description="answers of each whose rating counts; one source counts five times in a trial")
+    pairs: int = Field(description="ratings of one that were set against one of the other")
+    difference: float | None = Field(description="mean of candidate − serving, rewards on [0, 1]; null without pairs")
+    e_better: float = Field(description="evidence that it is not worse by `margin` or more")
+    e_worse: float = Field(description="evidence that it is worse")
+    needed: float = Field(description="it serves when e_better reaches this, and is refused when e_worse does")
+    margin: float = Field(description="by how much worse it must not be, rewards on [0, 1]")
+    most_pairs: int = Field(description="it is refused when so many pairs have decided nothing")
+    promoted: int = Field(description="trials so far that ended so")
+    refused: int = Field(description="trials so far that ended so")
+
+
+class Verdict(Told):
+    """How the trial of a version ended."""
+
+    verdict: Literal["promoted", "refused"]
+    reason: str
+    kind: Literal["canary", "shadow"]
+    against: int = Field(description="the version that served")
+    time: float = Field(description="when, in seconds since 1970")
+    alpha: float = Field(description="the significance: e-values decide at 1/alpha")
+    margin: float
+    pairs: int
+    difference: float
+    e_better: float
+    e_worse: float
+
+
+class Slow(Told):
+    """What the slow gate found on held-out prompts."""
+
+    model_config = ConfigDict(extra="allow")
+
+    passed: bool
+
+
+class OneVersion(Told):
+    version: int
+    parent: int | None
+    state: str = Field(description="published, refused by the gate, or nothing, where there was nothing to learn")
+    reason: str
+    events: int = Field(description="events that the step consumed")
+    used: int = Field(description="those of them that it learned from")
+    on_disk: bool = Field(description="whether its weights are kept")
+    slow: Slow | None = Field(description="null while it has not looked")
+    trial: Verdict | None = Field(description="null where no trial of it has ended")
+
+
+class Learner(Told):
+    state: str
+    fault: str | None = Field(None, description="what it fails at; operators only")
+
+
+class VersionList(Told):
+    object: Literal["list"]
+    current: int = Field(description="the version that learning goes on from; without a trial it serves, too")
+    anchor: int = Field(description="the version that what may be lost is measured from")
+    serving: int
+    resident: list[int] = Field(description="versions whose weights are in memory")
+    learner: Learner
+    trial: Trial | None = Field(description="null where the server tries no versions")
+    pins: dict[str, int] | None = Field(None, description="user to version; operators only")
+    versions: list[OneVersion]
+
+
+@routes.get("", responses={200: {"model": VersionList}})
+async def versions(request: Request) -> dict[str, Any]:
+    """What serves, what is on trial and how far that is, and every step with its verdict."""
     service = service_of(request)
     caller: Caller = request.state.caller
     told = await asyncio.to_thread(service.versions.overview)
@@ -43,7 +124,7 @@ async def versions(request: Request) -> dict[str, Any]:
     supervisor = service.supervisor
     learner = {"state": "none"} if supervisor is None else {"state": supervisor.state, "fault": supervisor.fault}
     if service.canary is not None:
-        told["trial"] = (await asyncio.to_thread(service.canary.trial)).told()
+        told["trial"] = await asyncio.to_thread(service.canary.told)
     if not caller.may("operate"):
         told.pop("pins")
         learner.pop("fault", None)
@@ -59,7 +140,7 @@ async def promote(request: Request, version: Number) -> dict[str, Any]:
 
 @routes.post("/rollback")
 async def roll_back(request: Request) -> dict[str, Any]:
-    """Serve the nearest ancestor of the current version again, its optimizer included."""
+    """Serve the nearest ancestor of the version that serves again, its optimizer included."""
     service, _ = service_of(request), caller_of(request, "operate")
     return await _move(service, service.versions.roll_back)
 

@@ -44,12 +44,45 @@ export interface Version {
   used: number;
   on_disk: boolean;
   slow: { passed: boolean; reason?: string } | null;
+  trial: Verdict | null;
+}
+
+/** How far the trial of a version is; candidate is null while none is tried. */
+export interface Trial {
+  serving: number;
+  candidate: number | null;
+  kind: "canary" | "shadow";
+  share: number;
+  rated: { serving: number; candidate: number };
+  pairs: number;
+  difference: number | null;
+  e_better: number;
+  e_worse: number;
+  needed: number;
+  margin: number;
+  most_pairs: number;
+  promoted: number;
+  refused: number;
+}
+
+/** How the trial of a version ended. */
+export interface Verdict {
+  verdict: "promoted" | "refused";
+  kind: "canary" | "shadow";
+  against: number;
+  alpha: number;
+  margin: number;
+  pairs: number;
+  difference: number;
+  e_better: number;
+  e_worse: number;
 }
 
 export interface Versions {
   current: number;
   anchor: number;
   serving: number;
+  trial: Trial | null;
   versions: Version[];
 }
 

@@ -47,7 +47,7 @@ function App() {
         <span class="health" aria-live="polite">
           {health === null
             ? say.offline
-            : `${fill(say.model, { model: health.model, version: health.version })} · ${fill(say.learner, { state: health.learner })}`}
+            : `${fill(say.model, { model: health.model, version: health.version })} · ${fill(say.learner, { state: say.learnerIs[health.learner] ?? health.learner })}`}
         </span>
         <button type="button" class="quiet" onClick={switchLanguage}>
           {say.language}

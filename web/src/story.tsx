@@ -2,6 +2,7 @@
 
 import type { Kind, Story } from "./api";
 import { fill, words } from "./i18n";
+import { minus } from "./text";
 
 /** An event as soon as it is acknowledged; its story comes later. */
 export interface Clicked {
@@ -24,8 +25,8 @@ export function told(one: Story): string {
   const what = one.kind === "edit" ? say.whatEdit : one.kind === "span" ? say.whatSpan : say.whatText;
   const moved = fill(say.moved, {
     what,
-    before: one.logprob_before.toFixed(1).replace("-", "−"),
-    after: one.logprob_after.toFixed(1).replace("-", "−"),
+    before: minus(one.logprob_before.toFixed(1)),
+    after: minus(one.logprob_after.toFixed(1)),
   });
   return fill(say.joined, { when, moved });
 }

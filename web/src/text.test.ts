@@ -1,5 +1,5 @@
 import { describe, expect, test } from "vitest";
-import { codePoints, events, marked, median, offsetIn, runningMean } from "./text";
+import { codePoints, events, marked, median, offsetIn, runningMean, scaled } from "./text";
 
 describe("places in a text", () => {
   test("are counted in code points, as the server counts them", () => {
@@ -39,4 +39,8 @@ test("median and running mean", () => {
   expect(median([4, 1, 2, 3])).toBe(2.5);
   expect(median([])).toBeNaN();
   expect(runningMean([1, 3, 5], 2)).toEqual([1, 2, 4]);
+});
+
+test("a score stands on the scale of thumbs", () => {
+  expect([1, 3, 5, 9].map((score) => scaled(score, 1, 5))).toEqual([-1, 0, 1, 1]);
 });

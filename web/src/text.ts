@@ -69,3 +69,13 @@ export function runningMean(values: number[], width: number): number[] {
     return sum / Math.min(i + 1, width);
   });
 }
+
+/** A score between low and high on the scale of thumbs, from −1 to 1. */
+export function scaled(score: number, low: number, high: number): number {
+  return Math.min(1, Math.max(-1, (2 * (score - low)) / (high - low) - 1));
+}
+
+/** A number's text with the sign that is one. */
+export function minus(number: string): string {
+  return number.replace("-", "−");
+}

@@ -7,13 +7,19 @@ import { fill, type Language, language, words } from "./i18n";
 import { color, Plot } from "./plot";
 import { useSignal } from "./state";
 import { told } from "./story";
-import { median, runningMean } from "./text";
+import { median, minus, runningMean, scaled } from "./text";
+import { before, ended, eValue, pairsOf, progress, trialOf } from "./trial";
 
 const EVERY = 2000;
 const MEAN_OF = 20;
 const LATENCY_OF = 50;
 const SHOWN = 200;
 const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000];
+// the ends of the scale and its middle, whatever was said
+const REWARDS = {
+  splits: [-1, -0.5, 0, 0.5, 1],
+  values: (_: uPlot, splits: number[]) => splits.map((value) => minus(String(value))),
+};
 const STAGES = ["queued", "begun", "stepped", "gated", "served"] as const;
 
 interface Seen {
@@ -54,6 +60,8 @@ function useServer(): [Seen, () => void] {
 
 export function Watch() {
   const [seen, refresh] = useServer();
+  const [scale, setScale] = useState<api.Scores>({ low: 0, high: 1 });
+  useEffect(() => void api.scores().then(setScale, () => undefined), []);
   const tongue = useSignal(language);
   return (
     <main class="watch">
@@ -62,8 +70,8 @@ export function Watch() {
           {seen.fault}
         </p>
       )}
-      <Reward stories={seen.stories} tongue={tongue} />
-      <Latency stories={seen.stories} />
+      <Reward stories={seen.stories} tongue={tongue} scale={scale} />
+      <Latency stories={seen.stories} tried={!!seen.versions?.trial} />
       <Versions versions={seen.versions} refresh={refresh} />
       {seen.sources.length > 1 && <Sources sources={seen.sources} />}
       <Log stories={seen.stories} />
@@ -71,26 +79,32 @@ export function Watch() {
   );
 }
 
-function Reward({ stories, tongue }: { stories: api.Story[]; tongue: Language }) {
+/** Thumbs as they are, and scores on their scale, as the means of the sources are told. */
+function Reward({ stories, tongue, scale }: { stories: api.Story[]; tongue: Language; scale: api.Scores }) {
   const say = words();
   const rated = stories.filter(
     (one) => (one.kind === "thumb" || one.kind === "score") && typeof one.value === "number",
   );
-  const values = rated.map((one) => one.value as number);
+  const values = rated.map((one) =>
+    one.kind === "thumb" ? (one.value as number) : scaled(one.value as number, scale.low, scale.high),
+  );
   const data: uPlot.AlignedData = useMemo(
     () => [rated.map((_, i) => i + 1), values, runningMean(values, MEAN_OF)],
     // what was rated never changes, it only grows
-    [values.length],
+    [values.length, scale],
   );
   // the words are those of the language
   const options = useMemo(
     () => ({
-      scales: { x: { time: false }, y: { range: { min: { pad: 0.1 }, max: { pad: 0.1 } } } },
+      scales: {
+        x: { time: false, range: (_: uPlot, low: number, high: number): [number, number] => [low - 0.5, high + 0.5] },
+        y: { range: [-1.1, 1.1] as [number, number] },
+      },
       legend: { show: false },
       cursor: { show: false },
       axes: [
-        { stroke: color("--soft"), grid: { show: false }, ticks: { show: false }, incrs: WHOLE },
-        { stroke: color("--soft"), grid: { stroke: color("--line") }, ticks: { show: false }, size: 40 },
+        { stroke: color("--soft"), grid: { show: false }, ticks: { show: false }, incrs: WHOLE, size: 30 },
+        { stroke: color("--soft"), grid: { stroke: color("--line") }, ticks: { show: false }, size: 40, ...REWARDS },
       ],
       series: [
         {},
@@ -117,7 +131,7 @@ function Reward({ stories, tongue }: { stories: api.Story[]; tongue: Language })
   );
 }
 
-function Latency({ stories }: { stories: api.Story[] }) {
+function Latency({ stories, tried }: { stories: api.Story[]; tried: boolean }) {
   const say = words();
   const whole = stories.filter((one) => ["received", ...STAGES].every((name) => name in one.times)).slice(-LATENCY_OF);
   if (whole.length === 0)
@@ -128,6 +142,8 @@ function Latency({ stories }: { stories: api.Story[] }) {
       </section>
     );
   const names = ["received", ...STAGES];
+  const name = (stage: (typeof STAGES)[number]): string =>
+    stage === "served" && tried ? say.tried : say.stages[stage];
   const parts = STAGES.map((name, i) =>
     Math.max(0, median(whole.map((one) => (one.times[name] as number) - (one.times[names[i] as string] as number)))),
   );
@@ -144,7 +160,7 @@ function Latency({ stories }: { stories: api.Story[] }) {
       <ul class="legend">
         {parts.map((part, i) => (
           <li key={STAGES[i]}>
-            <span class={`dot part${i}`} /> {say.stages[STAGES[i] as (typeof STAGES)[number]]} {seconds(part)}
+            <span class={`dot part${i}`} /> {name(STAGES[i] as (typeof STAGES)[number])} {seconds(part)}
           </li>
         ))}
       </ul>
@@ -170,18 +186,29 @@ function Versions({ versions, refresh }: { versions: api.Versions | null; refres
     }
     refresh();
   };
+  const { serving, trial } = versions;
   const rows = [...versions.versions].reverse();
+  const earlier = before(versions);
   const verdict = (one: api.Version): string => {
     const name = { published: say.published, refused: say.refused, nothing: say.nothing }[one.state] ?? one.state;
     const slow = one.slow ? `, ${one.slow.passed ? say.passed : say.failed}` : "";
     return `${name}${slow}${one.reason ? `: ${one.reason}` : ""}`;
   };
+  const marks = (one: api.Version): string[] => [
+    ...(one.version === serving ? [say.serving] : []),
+    ...(one.version === trial?.candidate ? [say.candidate] : []),
+    ...(one.version === versions.anchor ? [say.anchor] : []),
+    ...(one.version === versions.current && ![serving, trial?.candidate].includes(one.version) ? [say.newest] : []),
+  ];
+  const kind = (one: api.Version): string =>
+    one.version === serving ? "current" : one.version === trial?.candidate ? "tried" : "";
   return (
     <section>
       <h2>{say.versions}</h2>
+      {trial && <Trial trial={trial} onEnd={() => void act(() => api.promote(trial.serving))} />}
       <p>
-        <button type="button" disabled={rows.length < 2} onClick={() => void act(api.rollBack)}>
-          {say.roll}
+        <button type="button" disabled={earlier === null} onClick={() => void act(api.rollBack)}>
+          {earlier === null ? say.roll : fill(say.rollTo, { n: earlier })}
         </button>
       </p>
       {fault && (
@@ -190,18 +217,28 @@ function Versions({ versions, refresh }: { versions: api.Versions | null; refres
         </p>
       )}
       <div class="scroll">
-        <table>
+        <table class="lineage">
           <tbody>
             {rows.slice(0, SHOWN).map((one) => (
-              <tr key={one.version} class={one.version === versions.current ? "current" : ""}>
-                <th scope="row">{fill(say.versionOf, { n: one.version })}</th>
-                <td>{one.parent === null ? say.first : fill(say.lineage, { parent: one.parent })}</td>
-                <td>{fill(say.events, { n: one.events })}</td>
-                <td class="wide">{verdict(one)}</td>
+              <tr key={one.version} class={kind(one)}>
+                <th scope="row">
+                  {fill(say.versionOf, { n: one.version })}
+                  {marks(one).map((mark) => (
+                    <span key={mark} class="mark">
+                      {mark}
+                    </span>
+                  ))}
+                </th>
+                <td class="wide">
+                  {one.parent === null ? say.first : fill(say.lineage, { parent: one.parent })}
+                  {" · "}
+                  {fill(say.events, { n: one.events })}
+                  {" · "}
+                  {verdict(one)}
+                  {one.trial && <p class={`verdict ${one.trial.verdict}`}>{ended(one.trial)}</p>}
+                </td>
                 <td>
-                  {one.version === versions.current && <strong>{say.serving}</strong>}
-                  {one.version === versions.anchor && <span> {say.anchor}</span>}
-                  {one.version !== versions.current && one.on_disk && (
+                  {one.version !== serving && one.on_disk && (
                     <button type="button" class="quiet" onClick={() => void act(() => api.promote(one.version))}>
                       {say.promote}
                     </button>
@@ -217,11 +254,57 @@ function Versions({ versions, refresh }: { versions: api.Versions | null; refres
   );
 }
 
+/** What is on trial, and how far each of the two bets is from deciding it. */
+function Trial({ trial, onEnd }: { trial: api.Trial; onEnd: () => void }) {
+  const say = words();
+  if (trial.candidate === null)
+    return <p class="hint">{fill(say.trialNone, { promoted: trial.promoted, refused: trial.refused })}</p>;
+  const needed = Number(trial.needed.toPrecision(3));
+  const bets = [
+    { name: fill(say.trialFor, { margin: trial.margin }), value: trial.e_better, kind: "for" },
+    { name: say.trialAgainst, value: trial.e_worse, kind: "against" },
+  ];
+  return (
+    <div class="trial">
+      <p>{trialOf(trial)}</p>
+      <p class="hint">{fill(say.trialRule, { needed })}</p>
+      <div class="evidence">
+        {bets.map((bet) => (
+          <Evidence key={bet.kind} {...bet} needed={needed} />
+        ))}
+      </div>
+      <p class="hint">{pairsOf(trial)}</p>
+      <button type="button" onClick={onEnd}>
+        {say.trialEnd}
+      </button>
+    </div>
+  );
+}
+
+function Evidence({ name, value, kind, needed }: { name: string; value: number; kind: string; needed: number }) {
+  const far = progress(value, needed);
+  const text = fill(words().trialOf, { value: eValue(value), needed });
+  return (
+    <>
+      <span class="bet" id={`bet-${kind}`}>
+        {name}
+      </span>
+      <span class={`track ${kind}`}>
+        <meter aria-labelledby={`bet-${kind}`} aria-valuetext={text} value={far} />
+        <span style={{ width: `${100 * far}%` }} />
+      </span>
+      <span class="number" aria-hidden="true">
+        {text}
+      </span>
+    </>
+  );
+}
+
 /** Shown where several teach. */
 function Sources({ sources }: { sources: api.Source[] }) {
   const say = words();
   const titles = [say.source, say.said, say.taught, say.meanReward, say.reputation, say.influence];
-  const number = (value: number | null) => (value === null ? "–" : value.toFixed(2));
+  const number = (value: number | null) => (value === null ? "–" : minus(value.toFixed(2)));
   return (
     <section>
       <h2>{say.sources}</h2>
@@ -298,6 +381,7 @@ function Log({ stories }: { stories: api.Story[] }) {
 }
 
 function shown(one: api.Story): string {
+  if (typeof one.value === "number") return minus(String(one.value));
   const value = String(one.value ?? "");
   return value.length > 40 ? `${value.slice(0, 39)}…` : value;
 }
