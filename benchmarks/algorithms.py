@@ -2,7 +2,9 @@
 
 Defaults of each row of `operant algorithms`, but one learning rate for all policy gradients; nothing tuned.
 Preference methods learn from pairs of the start's own samples, the best of four against the worst by the same reward.
-"one" draws one completion a prompt, from four times as many; "logged" learns from a log of the start's completions.
+"one" draws one completion a prompt, from four times as many; "logged" learns from a log of the start's completions;
+"live" from the log of `operant serve`: 4,000 of its answers to the start's prompts, each rated over HTTP with one to
+five stars that chrF gives, exported as a user exports them.
 
 python -m benchmarks.algorithms                          three seeds, a minute a run
 python -m benchmarks.algorithms --names rloo ppo --seeds 0 --jobs 2
@@ -29,7 +31,9 @@ OWN_RATE = ("trpo", "double_q", "dpo", "ipo", "kto")  # what they learn, or how 
 MAX_TOKENS = 32
 # one completion a prompt, as many a step; and a log of the start's own completions in place of new ones
 ONE = ["reinforce dense one", "reinforce_pp dense one", "spo one"]
-LOGGED = ["topr logged", "areinforce logged", "double_q logged"]
+LOGGED = ["topr logged", "areinforce logged", "double_q logged", "topr live", "double_q live"]
+STARS = 5
+SERVED_PROMPTS = 1000
 
 
 def names() -> list[str]:
@@ -76,6 +80,8 @@ def measure(name: str) -> None:
         )]  # fmt: skip
         if "logged" in ways:
             command += flags(logged=logged(folder, int(seed)))
+        elif "live" in ways:
+            command += flags(logged=lived(folder, int(seed)))
         else:
             command += flags(data=folder / "data" / "prompts.jsonl")
         if "one" in ways:
@@ -152,6 +158,53 @@ def logged(folder: Path, seed: int) -> Path:
             }  # fmt: skip
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     path.with_suffix(".part").rename(path)
+    return path
+
+
+def lived(folder: Path, seed: int) -> Path:
+    """The start is served and rated, and what the store then holds is exported. Nothing is learned meanwhile."""
+    path = folder / "live-log"
+    if path.exists():
+        return path
+    from concurrent.futures import ThreadPoolExecutor
+
+    from benchmarks.population import Served
+    from operant.data import load_prompts, load_rows
+    from operant.rewards import Chrf
+    from operant.text import Codec
+
+    root = folder / "live"
+    shutil.rmtree(root, ignore_errors=True)
+    model = folder / "finetune" / "model"
+    rows = load_rows(folder / "data" / "prompts.jsonl")[:SERVED_PROMPTS]
+    prompts = load_prompts(rows, Codec.load(model))
+    chrf = Chrf()
+    program = Served(
+        model, root, "", seed=seed, mode="shared", min_sources=1000, chat_rate=0, feedback_rate=0,
+        score_low=1, score_high=STARS,
+    )  # fmt: skip
+
+    def ask_and_rate(number: int) -> None:
+        asked = {
+            "model": "default", "prompt": prompts[number].tokens.tolist(), "n": 4, "seed": number,
+            "max_tokens": MAX_TOKENS, "temperature": 1.0,
+        }  # fmt: skip
+        told = program.http.post("/v1/completions", json=asked).raise_for_status().json()
+        for choice in told["choices"]:
+            stars = 1 + round((STARS - 1) * chrf.measure(choice["text"], prompts[number].references))
+            body = {"completion_id": choice["completion_id"], "kind": "score", "value": stars}
+            program.http.post("/v1/feedback", json=body).raise_for_status()
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(ask_and_rate, range(len(prompts))))
+    finally:
+        program.close()
+    part = path.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    export = flags(store=root / "store.db", export=part, form="rewards", score_low=1, score_high=STARS)
+    subprocess.run([str(Path(sys.executable).with_name("operant")), "feedback", *export], check=True)
+    part.rename(path)
     return path
 
 

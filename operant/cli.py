@@ -668,7 +668,8 @@ def run_feedback(config: configs.FeedbackConfig) -> None:
                 raise OperantError(f"there is no feedback {config.event} in {store.name}; its id is in its receipt")
             told = dataclasses.asdict(story)
         elif config.export:
-            told = {config.form: exchange.export(store, config.export, config.form, midpoint=config.midpoint)}
+            scale = exchange.Scale(config.score_low, config.score_high, config.midpoint)
+            told = {config.form: exchange.export(store, config.export, config.form, scale=scale)}
         elif config.load:
             told = dict(exchange.load(store, config.load, config.format, metric=config.metric))
         elif config.backup:

@@ -1045,7 +1045,8 @@ class FeedbackConfig:
         event: tell what became of the feedback with this id.
         export: a file of JSON Lines to write, or, of any form but lines, a folder for a data set.
         form: what is exported. lines: all, as operant prefer --replay reads it; events: one row each, with its texts;
-            pairs: prompt, chosen, rejected; ratings: prompt, completion, label.
+            pairs: prompt, chosen, rejected; ratings: prompt, completion, label; rewards: prompt, completion, their
+            tokens and log-probabilities, and what each token was paid, as operant train --logged reads them.
         midpoint: a score above it is a good rating, one below it a bad one.
         load: a file of feedback to take in; nothing else may write the store meanwhile.
         format: of that file. lines: operant's own; langfuse, langsmith, tensorzero: an export of that tool.
@@ -1062,7 +1063,7 @@ class FeedbackConfig:
     score_high: float = 1.0
     event: str = ""
     export: str = ""
-    form: Literal["lines", "events", "pairs", "ratings"] = "lines"
+    form: Literal["lines", "events", "pairs", "ratings", "rewards"] = "lines"
     midpoint: float = 0.5
     load: str = ""
     format: Literal["lines", "langfuse", "langsmith", "tensorzero"] = "lines"

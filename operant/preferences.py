@@ -13,7 +13,9 @@ from operant.data import ABSENT, Fields, Pair, Row, TooLong, cell, find_column, 
 from operant.text import Codec
 from operant.types import Ints, OperantError, Prompt
 
-__all__ = ["Preference", "Rating", "good_or_bad", "load_preferences", "load_ratings", "unpaired"]
+__all__ = [
+    "Preference", "Rating", "good_or_bad", "load_preferences", "load_ratings", "reward_of", "scaled", "unpaired",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -50,6 +52,23 @@ def good_or_bad(value: Any) -> bool | None:
 def scaled(score: float, low: float, high: float) -> float:
     """A score between low and high on the scale of thumbs, [−1, 1]: 2 (score − low) / (high − low) − 1."""
     return 2 * (score - low) / (high - low) - 1
+
+
+def reward_of(kind: str, value: Any, low: float, high: float) -> float | None:
+    """What a thumb or a score pays, in [−1, 1]: a thumb 1 or −1, a score as `scaled` has it.
+
+    None for what is neither, for a thumb that says nothing, and for a score outside low to high.
+    """
+    if kind == "thumb":
+        good = good_or_bad(value)
+        return None if good is None else 1.0 if good else -1.0
+    if kind != "score":
+        return None
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        return None
+    return scaled(score, low, high) if low <= score <= high else None
 
 
 def unpaired(pairs: Sequence[Preference]) -> list[Rating]:

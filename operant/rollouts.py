@@ -122,7 +122,8 @@ def read_logged(
     """(prompt, completion, reward or None) of each row of a log, for `train(logged=…)`.
 
     rows: each with `tokens` or `completion` (a text, which is read with its end-of-text), `reward` (a number or one for
-    each token) if there is one, and `behavior_logprobs` of its tokens if they are known. prompts: one a row.
+    each token) if there is one, and `behavior_logprobs` of its tokens if they are known. prompts: one a row; a row's
+    `prompt_tokens`, if it has them, are what was asked, however the prompt's text is read now.
     Raises OperantError for a row without a completion, or with other than one log-probability a token.
     """
     out = []
@@ -139,6 +140,8 @@ def read_logged(
                 f"row {number} of the log has {len(behavior)} behavior_logprobs for {len(tokens)} tokens; "
                 "write the tokens beside them"
             )
+        if row.get("prompt_tokens"):
+            prompt = dataclasses.replace(prompt, tokens=np.array(row["prompt_tokens"], np.int64))
         text, ends = codec.text_and_ends(tokens)
         completion = Completion(
             id=f"logged-{number}", prompt_id=prompt.id, text=text, tokens=tokens, text_ends=ends,

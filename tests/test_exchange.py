@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from program import Program
 
-from operant.data import load_rows
-from operant.live.exchange import export, export_rows, load
+from operant.data import load_prompts, load_rows
+from operant.live.exchange import Scale, export, export_rows, load
 from operant.live.store import Store
 from operant.preferences import load_preferences, load_ratings
 from operant.replay import Replay
+from operant.rollouts import read_logged
 from operant.text import Codec
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
@@ -107,7 +108,7 @@ def test_pairs_and_ratings_are_what_other_trainers_read(store: Store, tmp_path: 
         {"prompt": "hi", "completion": "first", "label": False}, {"prompt": "hi", "completion": "second", "label": True}
     ]  # fmt: skip
     assert [r.desirable for r in load_ratings(load_rows(tmp_path / "ratings"), codec)] == [False, True]
-    assert [row["label"] for row in export_rows(store, "ratings", midpoint=0.8)] == [False, False, False]
+    assert [row["label"] for row in export_rows(store, "ratings", scale=Scale(midpoint=0.8))] == [False, False, False]
 
 
 def test_chats_stay_chats_unless_a_text_is_among_them(store: Store) -> None:
@@ -119,6 +120,40 @@ def test_chats_stay_chats_unless_a_text_is_among_them(store: Store) -> None:
     answer(store, "d", "fourth", asked="plain")
     rate(store, "e11", "d", "thumb", 1)
     assert [row["prompt"] for row in export_rows(store, "ratings")] == ["be\nhi", "be\nhi", "plain"]
+
+
+def test_rewards_are_a_log_to_learn_from(store: Store, tmp_path: Path, codec: Codec) -> None:
+    text = "one two"
+    tokens = codec.encode(text, eos=True)
+    size = len(tokens)
+    assert size > 3
+    ends = codec.text_and_ends(tokens)[1]
+    for name in "abc":
+        prompt = Prompt(f"p-{name}", np.array([5, 6, 7]), text="asked as it was", task="talk")
+        store.begin(name, prompt, Sampling())
+        logprobs = -np.arange(size, dtype=np.float32)
+        store.complete(Completion(name, prompt.id, text, tokens, ends, behavior_logprobs=logprobs))
+    rate(store, "e1", "a", "thumb", 1)
+    rate(store, "e2", "a", "score", 2.0, source="bob")  # the lower half of 0 to 8: -0.5
+    rate(store, "e3", "b", "span", -1, span=(0, 3))
+    rate(store, "e4", "b", "comment", "hm")
+    rate(store, "e5", "c", "thumb", -1)
+    rate(store, "e6", "c", "retract", None)
+    rate(store, "e7", "c", "edit", "better", source="bob")
+    assert export(store, tmp_path / "rewards", "rewards", scale=Scale(high=8.0)) == 2
+    rows = load_rows(tmp_path / "rewards")
+    first, second = (np.array(row["reward"]) for row in rows)
+    assert first.tolist() == [0.0] * (size - 1) + [0.25]  # the mean of two sources
+    said = int(np.searchsorted(ends, 3)) + 1  # tokens of "one"
+    np.testing.assert_allclose(second, [-1 / said] * said + [0.0] * (size - said))
+    prompts = load_prompts(rows, codec)
+    for (prompt, completion, reward), row in zip(read_logged(rows, prompts, codec), rows, strict=True):
+        assert prompt.tokens.tolist() == [5, 6, 7] and prompt.text == "asked as it was"
+        assert completion.tokens.tolist() == tokens.tolist() and completion.text == text
+        assert completion.behavior_logprobs is not None
+        assert completion.behavior_logprobs.tolist() == (-np.arange(size)).tolist() and reward == row["reward"]
+    outside = export_rows(store, "rewards", scale=Scale(high=1.0))  # bob's score says nothing now
+    assert outside[0]["reward"][-1] == 1.0
 
 
 def test_every_event_is_a_row_of_the_log(store: Store, tmp_path: Path) -> None:

@@ -11,20 +11,23 @@ import dataclasses
 import json
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from operant.data import Row, load_rows
 from operant.live.feedback import body_hash
 from operant.live.store import Conflict, EventStory, Store, UnknownCompletion
-from operant.preferences import good_or_bad
+from operant.preferences import good_or_bad, reward_of
 from operant.replay import Replay, line_of
-from operant.types import Feedback, OperantError, Prompt
+from operant.rewards import reward_trajectory
+from operant.types import Completion, Doubles, Feedback, OperantError, Prompt, Span
 
-__all__ = ["FORMATS", "Said", "export", "export_lines", "export_rows", "import_lines", "import_rows", "load"]
+__all__ = ["FORMATS", "Said", "Scale", "export", "export_lines", "export_rows", "import_lines", "import_rows", "load"]
 
 PAGE = 500  # events that are in memory at once
 
@@ -32,12 +35,22 @@ PAGE = 500  # events that are in memory at once
 # --- out --------------------------------------------------------------------------------------------------------------
 
 
-Form = Literal["lines", "events", "pairs", "ratings"]
+Form = Literal["lines", "events", "pairs", "ratings", "rewards"]
 
 
-def export(store: Store, path: str | Path, form: Form = "lines", *, midpoint: float = 0.5) -> int:
-    """Write a file of JSON Lines, or, of the other forms, a folder that `datasets.load_from_disk`, TRL with it, and
-    `operant prefer --data` read; how many lines or rows there are.
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What scores run from and to, and the one above which they are good."""
+
+    low: float = 0.0
+    high: float = 1.0
+    midpoint: float = 0.5
+
+
+def export(store: Store, path: str | Path, form: Form = "lines", *, scale: Scale = Scale()) -> int:
+    """Write a file of JSON Lines, or, of the other forms, a folder that `datasets.load_from_disk` and other trainers
+    with it read, `operant prefer --data` (pairs, ratings) and `operant train --logged` (rewards); how many lines or
+    rows there are.
 
     Raises OperantError when there is nothing to write, `path` is there already, or it cannot be written.
     """
@@ -50,7 +63,7 @@ def export(store: Store, path: str | Path, form: Form = "lines", *, midpoint: fl
                 return sum(bool(file.write(line)) for line in export_lines(store))
         import datasets
 
-        rows = export_rows(store, form, midpoint=midpoint)
+        rows = export_rows(store, form, scale=scale)
         if not rows:
             raise OperantError("the store holds nothing of that form; choose another --form, or collect feedback first")
         datasets.Dataset.from_list(rows).save_to_disk(str(path))
@@ -75,29 +88,36 @@ def export_lines(store: Store) -> Iterator[str]:
         yield line_of(event)
 
 
-def export_rows(store: Store, form: Literal["events", "pairs", "ratings"], *, midpoint: float = 0.5) -> list[Row]:
+def export_rows(
+    store: Store, form: Literal["events", "pairs", "ratings", "rewards"], *, scale: Scale = Scale()
+) -> list[Row]:
     """Rows of a data set.
 
     events: each event with its texts: id, completion_id, prompt, completion, kind, number (of a thumb, score or span),
         text (of an edit, comparison or comment), start, end, source, time, state.
     pairs: prompt, chosen, rejected, of edits and comparisons that stand (`Replay.standing`).
-    ratings: prompt, completion, label, of thumbs and scores that stand; a score above `midpoint` is good, and one of
+    ratings: prompt, completion, label, of thumbs and scores that stand; a score above the midpoint is good, and one of
         exactly that is left out.
+    rewards: prompt, completion, prompt_tokens, tokens, behavior_logprobs, reward, of completions with thumbs, scores or
+        spans that stand. reward is one number a token: thumbs and scores (`preferences.reward_of`) stand on the last,
+        spans are spread over theirs, and of several sources it is the mean.
 
-    Prompts and answers are chats when every prompt is one, else texts.
+    Of pairs and ratings, prompts and answers are chats when every prompt is one, else texts.
     """
     stories = list(_stories(store))
     if form == "events":
         return [_event_row(store, story) for story in stories]
     replay = Replay()
     replay.add(*(dataclasses.replace(story.event, time=float(story.offset)) for story in stories))
+    if form == "rewards":
+        return _rewarded(store, replay.standing(), scale)
     found: list[tuple[Prompt, Row]] = []
     for event in replay.standing():
         about = store.completion(event.completion_id)
         if about is None or about.completion is None:
             continue
         text = about.completion.text
-        row = _pair(store, event, text) if form == "pairs" else _rating(event, text, midpoint)
+        row = _pair(store, event, text) if form == "pairs" else _rating(event, text, scale.midpoint)
         if row is not None:
             found.append((about.prompt, row))
     chats = all(prompt.messages for prompt, _ in found)
@@ -145,6 +165,40 @@ def _rating(event: Feedback, text: str, midpoint: float) -> Row | None:
     elif event.kind == "score" and isinstance(event.value, int | float) and event.value != midpoint:
         good = event.value > midpoint
     return None if good is None else {"completion": text, "label": good}
+
+
+def _rewarded(store: Store, standing: Sequence[Feedback], scale: Scale) -> list[Row]:
+    said: dict[str, dict[str, list[Feedback]]] = {}  # by completion and source
+    for event in standing:
+        said.setdefault(event.completion_id, {}).setdefault(event.source, []).append(event)
+    rows = []
+    for name, sources in said.items():
+        about = store.completion(name)
+        if about is None or about.completion is None:
+            continue
+        prompt, completion = about.prompt, about.completion
+        paid = [p for events in sources.values() if (p := _paid(prompt, completion, events, scale)) is not None]
+        if paid:
+            known = completion.behavior_logprobs
+            rows.append({
+                "prompt": _text_of(prompt), "completion": completion.text, "prompt_tokens": prompt.tokens.tolist(),
+                "tokens": completion.tokens.tolist(), "behavior_logprobs": None if known is None else known.tolist(),
+                "reward": np.mean(paid, 0).tolist(),
+            })  # fmt: skip
+    return rows
+
+
+def _paid(prompt: Prompt, completion: Completion, events: Sequence[Feedback], scale: Scale) -> Doubles | None:
+    """What one source paid for each token, or None where it said nothing in numbers."""
+    values: list[Any] = []
+    for event in events:
+        if event.kind != "span":
+            values.append(reward_of(event.kind, event.value, scale.low, scale.high))
+        elif event.span and isinstance(event.value, int | float):
+            values.append([Span(*event.span, float(event.value))])
+    placed = [reward_trajectory(prompt, completion, "rating", value) for value in values if value is not None]
+    rewards = [trajectory.rewards for trajectory in placed if trajectory.missing is None]
+    return np.sum(rewards, 0) if rewards else None
 
 
 def _text_of(prompt: Prompt) -> str:

@@ -45,7 +45,7 @@ from operant.live import influence
 from operant.live.gate import Anchors, divergence
 from operant.live.versions import Outcome
 from operant.policy import Policy
-from operant.preferences import Preference, good_or_bad, scaled
+from operant.preferences import Preference, reward_of
 from operant.replay import Replay, draw_named, subject
 from operant.run import mixed_seed
 from operant.stages.preference import preference_loss
@@ -336,16 +336,10 @@ def _understood(
         return Rated(event, found.prompt, completion, value, marked & everything)
     if not everything.any():
         return "no token that the policy wrote"
-    if event.kind == "thumb":
-        good = good_or_bad(event.value)
-        if good is None:
-            return "thumb is neither up nor down"
-        reward = 1.0 if good else -1.0
-    else:
-        score = _number(event.value)
-        if score is None or not config.score_low <= score <= config.score_high:
-            return f"score outside {config.score_low:g} to {config.score_high:g}"
-        reward = scaled(score, config.score_low, config.score_high)
+    reward = reward_of(event.kind, event.value, config.score_low, config.score_high)
+    if reward is None:
+        fits = f"score outside {config.score_low:g} to {config.score_high:g}"
+        return "thumb is neither up nor down" if event.kind == "thumb" else fits
     return Rated(event, found.prompt, completion, reward, everything)
 
 

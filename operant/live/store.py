@@ -26,7 +26,7 @@ import sqlalchemy as sa
 from operant.live.database import Database, StoreFault
 from operant.live.tables import ARRAYS, COMPLETIONS, EVENTS, OUTCOMES, PROMPTS, STEPS
 from operant.live.versions import Outcome, StepRecord
-from operant.preferences import scaled
+from operant.preferences import reward_of
 from operant.replay import subject
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
@@ -498,8 +498,8 @@ class Store:
             )
             row["events"] += times
             row[became] += times
-            if kind in ("thumb", "score"):
-                number = float(value) if kind == "thumb" else scaled(value, score_low, score_high)
+            number = reward_of(kind, value, score_low, score_high)
+            if number is not None:
                 summed = rewards.setdefault(source, [0.0, 0.0])
                 summed[0] += times * number
                 summed[1] += times
