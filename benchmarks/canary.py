@@ -1,4 +1,4 @@
-"""How often the trial of a version errs, and how many pairs of ratings it takes (operant/live/canary.py): a simulation.
+"""How often the trial of a version errs, and how many pairs of ratings it takes (`live.serving.canary`): a simulation.
 
 Thumbs of two versions, of which what serves is liked in a share of its answers and the candidate in another; the
 defaults of `operant serve --canary_share`, looked at after every pair. Needs seconds and no model.
@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from operant.config import ServeConfig
-from operant.live.canary import Bet, wager
+from operant.live.serving.canary import Bet, wager
 
 RUNS, SEED = 1000, 0
 

@@ -61,7 +61,7 @@ class Crowd:
 def taught(model: Path, liking: Liking, kind: str, seed: int) -> dict[str, Any]:
     """The rounds of one crowd, with the honest keys' satisfaction on the way."""
     from benchmarks.population import ANCHORS, Measure, Served
-    from operant.live.access import Keys
+    from operant.live.serving.access import Keys
 
     crowd = Crowd(liking, kind, seed)
     with tempfile.TemporaryDirectory() as scratch:
@@ -166,8 +166,8 @@ def table(crowds: Mapping[tuple[str, str], Mapping[int, dict[str, Any]]]) -> str
 
 def sources(root: Path) -> dict[str, dict[str, float]]:
     """What each key's word counts for at the end, and what it has had."""
-    from operant.live.learning import LearnerState
-    from operant.live.versions import Versions
+    from operant.live.learning.lesson import LearnerState
+    from operant.live.storage.versions import Versions
 
     state = LearnerState.load(Path(Versions(root).current().path))
     trust, whole = state.reputations(), sum(state.influence.values())

@@ -75,7 +75,7 @@ class Server:
         found = {"server": self.pid}
         for file in Path(f"/proc/{self.pid}/task").glob("*/children"):
             for child in file.read_text().split():
-                if b"operant.live.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"operant.live.learning.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found["learner"] = int(child)
         return found
 

@@ -275,7 +275,7 @@ class Served:
 
     def policy(self) -> Any:
         """The weights that serve."""
-        from operant.live.versions import Versions
+        from operant.live.storage.versions import Versions
         from operant.policy import Policy
 
         return Policy.load(Path(Versions(self.root).current().path) / "model", device="cpu")

@@ -17,7 +17,7 @@ from operant import config as configs
 from operant.types import OperantError
 
 if TYPE_CHECKING:
-    from operant.live.forget import Forgotten
+    from operant.live.learning.forget import Forgotten
 
 EXAMPLES = {
     "pretrain": (
@@ -458,7 +458,7 @@ def run_serve(config: configs.ServeConfig) -> None:
 
 
 def run_keys(config: configs.KeysConfig) -> None:
-    from operant.live.access import Keys
+    from operant.live.serving.access import Keys
 
     if config.add is not None and config.remove is not None:
         raise OperantError("--add and --remove are two things; give one of them at a time")
@@ -485,9 +485,9 @@ def run_keys(config: configs.KeysConfig) -> None:
 def run_replay(config: configs.ReplayConfig) -> None:
     import torch
 
-    from operant.live.forget import verify
-    from operant.live.versions import Versions
-    from operant.live.worker import open_store
+    from operant.live.learning.forget import verify
+    from operant.live.learning.worker import open_store
+    from operant.live.storage.versions import Versions
 
     torch.set_num_threads(1)  # as the server's learner has them
     versions = Versions(config.root)
@@ -525,8 +525,8 @@ def run_forget(config: configs.ForgetConfig) -> None:
     import torch
     from filelock import FileLock, Timeout
 
-    from operant.live.forget import forget
-    from operant.live.store import Store
+    from operant.live.learning.forget import forget
+    from operant.live.storage.store import Store
 
     _need(config.source, "--source", "whom to forget")
     root = Path(config.root)
@@ -559,8 +559,8 @@ def run_forget(config: configs.ForgetConfig) -> None:
 
 def _forgotten_by_the_server(config: configs.ForgetConfig, progress: Callable[[int, int], None]) -> Forgotten:
     """Ask the server that is at work in this root, by a file as all processes do, and wait until it is done."""
-    from operant.live.forget import Plan, ask, forgotten
-    from operant.live.versions import Versions
+    from operant.live.learning.forget import Plan, ask, forgotten
+    from operant.live.storage.versions import Versions
 
     versions = Versions(config.root)
     asked = ask(versions, config.source)
@@ -579,7 +579,7 @@ def _forgotten_by_the_server(config: configs.ForgetConfig, progress: Callable[[i
 
 
 def run_versions(config: configs.VersionsConfig) -> None:
-    from operant.live.versions import Versions
+    from operant.live.storage.versions import Versions
 
     asked = {
         "--compare": bool(config.compare), "--evaluate": bool(config.evaluate),
@@ -592,7 +592,7 @@ def run_versions(config: configs.VersionsConfig) -> None:
         raise OperantError(f"{' and '.join(chosen)} are two things; give one of them at a time")
     versions = Versions(config.root)
     if config.compare:
-        from operant.live.worker import compare
+        from operant.live.learning.worker import compare
 
         if len(config.compare) != 2:
             raise OperantError("--compare takes two versions, such as [3, 5]")
@@ -600,8 +600,8 @@ def run_versions(config: configs.VersionsConfig) -> None:
         print(json.dumps(told) if config.json else "\n".join(f"{name:18} {value}" for name, value in told.items()))
         return
     if config.evaluate:
-        from operant.live.off_policy import evaluate
-        from operant.live.worker import open_store
+        from operant.live.learning.off_policy import evaluate
+        from operant.live.learning.worker import open_store
 
         judged = evaluate(versions, config.evaluate, open_store(config.store or str(Path(config.root) / "store.db")))
         if config.json:
@@ -647,10 +647,10 @@ def run_versions(config: configs.VersionsConfig) -> None:
 
 
 def run_feedback(config: configs.FeedbackConfig) -> None:
-    from operant.live import exchange
-    from operant.live.sources import by_source
-    from operant.live.store import Store
-    from operant.live.versions import Versions
+    from operant.live.learning.sources import by_source
+    from operant.live.storage import exchange
+    from operant.live.storage.store import Store
+    from operant.live.storage.versions import Versions
 
     _need(config.store, "--store", "FILE.db or a database URL")
     asked = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from operant.live.gate import Anchors
+from operant.live.learning.gate import Anchors
 from operant.policy import Policy
 from operant.sampler import Sampler
 from operant.types import Completion, Feedback, Prompt, Sampling

@@ -24,7 +24,7 @@ WATCHED = ((os, "fsync"), (os, "rename"), (os, "replace"), (Path, "unlink"), (sh
 
 def learn(root: Path, store: Path, kill_at: int, counts: Path) -> None:
     """Run the learner; before the durable write of that number, die. Never returns."""
-    from operant.live import worker
+    from operant.live.learning import worker
 
     seen = 0
 
@@ -70,7 +70,7 @@ def fork(root: Path, store: Path, kill_at: int) -> tuple[int, int]:
 def outcome(root: Path) -> dict[str, Any]:
     import torch
 
-    from operant.live.versions import Versions
+    from operant.live.storage.versions import Versions
 
     versions = Versions(root)
     now = Path(versions.current().path)
@@ -91,7 +91,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import operant.live.worker  # noqa: F401 - imported once, before the forks
+    import operant.live.learning.worker  # noqa: F401 - imported once, before the forks
 
     root, store = Path(sys.argv[1]), Path(sys.argv[2])
     work = root.parent / "work"

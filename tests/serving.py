@@ -13,13 +13,13 @@ import httpx
 import openai
 
 from operant.config import ServeConfig
-from operant.live.engine import Engine
+from operant.live.api.server import create_app
+from operant.live.api.service import Service
+from operant.live.learning.worker import Worker
 from operant.live.serve import _learner_config, live, server_of
-from operant.live.server import create_app
-from operant.live.service import Service
-from operant.live.store import Store
-from operant.live.versions import Versions
-from operant.live.worker import Worker
+from operant.live.serving.engine import Engine
+from operant.live.storage.store import Store
+from operant.live.storage.versions import Versions
 from operant.policy import Policy
 
 

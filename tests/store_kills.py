@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from operant.live.store import Store
+from operant.live.storage.store import Store
 from operant.types import Completion, Feedback, Prompt
 
 THREADS = 4

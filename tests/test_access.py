@@ -15,8 +15,8 @@ import pytest
 from program import Program
 from serving import Served, serving
 
-from operant.live import access
-from operant.live.access import Keys, Links, check_listening, is_loopback
+from operant.live.serving import access
+from operant.live.serving.access import Keys, Links, check_listening, is_loopback
 from operant.policy import Policy
 from operant.types import OperantError
 

@@ -15,11 +15,11 @@ from program import Program
 from serving import Served, learning
 
 from operant.config import ServeConfig
-from operant.live.canary import MOST_OF_ONE, Bet, Canary, Trial, among, reward_of, wager
+from operant.live.api.versions_api import Rated, VersionList
+from operant.live.api.versions_api import Trial as VersionTrial
 from operant.live.serve import live
-from operant.live.versions import Pointer, Versions
-from operant.live.versions_api import Rated, VersionList
-from operant.live.versions_api import Trial as VersionTrial
+from operant.live.serving.canary import MOST_OF_ONE, Bet, Canary, Trial, among, reward_of, wager
+from operant.live.storage.versions import Pointer, Versions
 from operant.policy import Policy
 from operant.types import Feedback, OperantError
 
@@ -108,7 +108,7 @@ class Line(Versions):
 
 
 def pay(canary: Canary, version: int, value: float, number: int, source: str = "") -> None:
-    from operant.live.store import StoredCompletion
+    from operant.live.storage.store import StoredCompletion
     from operant.types import Completion, Prompt
 
     tokens = np.array([1, 2])

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import logprob, prompts
 
-from operant.live.engine import Busy, Engine, NotResident, StepFailed, TokenInfo, held_back
+from operant.live.serving.engine import Busy, Engine, NotResident, StepFailed, TokenInfo, held_back
 from operant.policy import Policy
 from operant.sampler import Sampler
 from operant.types import Completion, OperantError, Prompt, Sampling

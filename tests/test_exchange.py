@@ -14,8 +14,8 @@ import pytest
 from program import Program
 
 from operant.data import load_prompts, load_rows
-from operant.live.exchange import Scale, export, export_rows, load
-from operant.live.store import Store
+from operant.live.storage.exchange import Scale, export, export_rows, load
+from operant.live.storage.store import Store
 from operant.preferences import load_preferences, load_ratings
 from operant.replay import Replay
 from operant.rollouts import read_logged

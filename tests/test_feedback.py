@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from operant.live.feedback import KINDS, BadFeedback, body_hash, parse
-from operant.live.store import StoredCompletion
+from operant.live.storage.feedback import KINDS, BadFeedback, body_hash, parse
+from operant.live.storage.store import StoredCompletion
 from operant.types import Completion, Feedback, OperantError, Prompt
 
 TEXT = "👍强化a good, a good day"

@@ -14,11 +14,11 @@ from live import answered
 from program import Program
 
 from operant.config import LearnerConfig, WorkerConfig
-from operant.live import forget as forgetting
-from operant.live.forget import forget, verify
-from operant.live.store import Store
-from operant.live.versions import Versions
-from operant.live.worker import Learning, Worker
+from operant.live.learning import forget as forgetting
+from operant.live.learning.forget import forget, verify
+from operant.live.learning.worker import Learning, Worker
+from operant.live.storage.store import Store
+from operant.live.storage.versions import Versions
 from operant.policy import Policy
 from operant.types import Feedback, OperantError
 

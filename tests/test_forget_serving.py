@@ -18,9 +18,9 @@ from serving import Served, learning
 from test_serve_kills import Server, free_port
 
 from operant.config import WorkerConfig
-from operant.live.forget import Plan, ask, forget, forgotten, verify
-from operant.live.store import Store
-from operant.live.versions import Versions
+from operant.live.learning.forget import Plan, ask, forget, forgotten, verify
+from operant.live.storage.store import Store
+from operant.live.storage.versions import Versions
 from operant.policy import Policy
 from operant.types import OperantError
 

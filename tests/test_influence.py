@@ -14,13 +14,14 @@ from program import Program
 from serving import learning, serving
 
 from operant.config import LiveConfig, WorkerConfig
-from operant.live import influence
-from operant.live.access import Keys
-from operant.live.forget import forget, verify
-from operant.live.influence import after, reputations, shares
-from operant.live.learning import LearnerState, new_learner, prepare, take_step
-from operant.live.store import Store
-from operant.live.worker import Learning, Worker
+from operant.live.learning import influence
+from operant.live.learning.forget import forget, verify
+from operant.live.learning.influence import after, reputations, shares
+from operant.live.learning.lesson import LearnerState, prepare
+from operant.live.learning.step import new_learner, take_step
+from operant.live.learning.worker import Learning, Worker
+from operant.live.serving.access import Keys
+from operant.live.storage.store import Store
 from operant.policy import Policy
 from operant.types import Feedback
 
@@ -169,7 +170,7 @@ def test_an_opinion_that_has_no_room_is_not_told_as_forgotten(
     """What others say decides what has room, and what is forgotten must not hang on others."""
     policy, state = make_policy("gpt2"), LearnerState()
     store = answered(policy)
-    monkeypatch.setattr("operant.live.learning.OPINIONS", 2)
+    monkeypatch.setattr("operant.live.learning.lesson.OPINIONS", 2)
     state.opinions = [
         {"thing": f"t{i}", "source": "ann", "verdict": 1, "event": f"old{i}", "completion": "c9"} for i in range(2)
     ]

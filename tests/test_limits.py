@@ -11,9 +11,9 @@ import openai
 import pytest
 from serving import serving
 
-from operant.live import limits
-from operant.live.access import Keys
-from operant.live.limits import Buckets
+from operant.live.serving import limits
+from operant.live.serving.access import Keys
+from operant.live.serving.limits import Buckets
 from operant.policy import Policy
 
 HELLO: Any = [{"role": "user", "content": "the cat sat"}]

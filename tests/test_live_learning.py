@@ -15,8 +15,9 @@ import torch
 from live import MemoryStore, Stored, anchors_of, answered, logprob
 
 from operant.config import LiveConfig
-from operant.live.gate import divergence, fast_gate, off_policy_value, slow_gate
-from operant.live.learning import LearnerState, Lesson, Taught, new_learner, prepare, rating_loss, take_step
+from operant.live.learning.gate import divergence, fast_gate, off_policy_value, slow_gate
+from operant.live.learning.lesson import LearnerState, Lesson, prepare
+from operant.live.learning.step import Taught, new_learner, rating_loss, take_step
 from operant.policy import Policy
 from operant.types import Batch, OperantError
 
@@ -98,7 +99,7 @@ def test_a_comparison_raises_the_chosen_text_over_the_other(family: str, make_po
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("value", [1.0, -1.0])
 def test_a_span_gives_its_own_tokens_a_gradient_and_no_others(family: str, value: float, make_policy: Make) -> None:
-    from operant.live import learning
+    from operant.live.learning import step
 
     policy = make_policy(family)
     store = answered(policy, max_tokens=12)
@@ -114,7 +115,7 @@ def test_a_span_gives_its_own_tokens_a_gradient_and_no_others(family: str, value
     covered = policy.codec.decode(completion.tokens[: first + row.marked.sum()])
     assert completion.text[:4] in covered and completion.text[:4] not in policy.codec.decode(completion.tokens[:first])
     config = LiveConfig()
-    batch = learning._rating_batch(policy, lesson.rated, config)
+    batch = step._rating_batch(policy, lesson.rated, config)
     logprobs = policy.logprobs(batch).logprobs.detach().requires_grad_()
     loss = (rating_loss(logprobs, batch, config.correction_band)[0] * batch.weights).sum()
     (gradient,) = torch.autograd.grad(loss, logprobs)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from operant import checkpoint
-from operant.live.versions import Moved, Outcome, StepRecord, Versions
+from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
 from operant.types import OperantError
 
 

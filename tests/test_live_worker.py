@@ -21,10 +21,10 @@ from program import Program
 
 from operant import checkpoint
 from operant.config import WorkerConfig
-from operant.live.gate import divergence, likelihood
-from operant.live.store import Store
-from operant.live.versions import Versions
-from operant.live.worker import FeedbackLog, Learning, Worker, main, open_store, replayed
+from operant.live.learning.gate import divergence, likelihood
+from operant.live.learning.worker import FeedbackLog, Learning, Worker, main, open_store, replayed
+from operant.live.storage.store import Store
+from operant.live.storage.versions import Versions
 from operant.policy import Policy
 from operant.replay import line_of
 from operant.types import OperantError
@@ -176,7 +176,7 @@ def test_a_roll_back_during_a_step_begins_the_step_again(
 ) -> None:
     loop = make_loop()
     loop.rate("c0", "thumb", 1)
-    from operant.live import worker
+    from operant.live.learning import worker
 
     real, calls = worker.take_step, []
 
@@ -314,7 +314,7 @@ def test_an_event_on_which_the_step_fails_is_told_and_does_not_stop_the_others(
     make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = make_loop(batch_size=1)
-    from operant.live import worker
+    from operant.live.learning import worker
 
     def failing(*arguments: Any, **known: Any) -> Any:
         raise RuntimeError("shapes differ")
@@ -351,7 +351,7 @@ def test_the_slow_gate_rolls_back_what_lost_too_much_and_moves_the_anchor_for_wh
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     loop = make_loop(heldout=str(tmp_path / "held.jsonl"), reference_field="reference")
     assert not loop.worker.judge()  # the anchor itself
-    from operant.live import worker
+    from operant.live.learning import worker
 
     values = {0: 40.0, 1: 41.0, 2: 39.0, 3: 30.0}
     asked: list[int] = []
@@ -485,7 +485,15 @@ def test_killed_at_every_durable_write_it_loses_no_event_and_learns_none_twice(
 
 
 def start(loop: Loop, store: Path, *flags: str) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-m", "operant.live.worker", "--root", loop.worker.config.root, "--store", str(store)]
+    arguments = [
+        sys.executable,
+        "-m",
+        "operant.live.learning.worker",
+        "--root",
+        loop.worker.config.root,
+        "--store",
+        str(store),
+    ]
     return subprocess.Popen(
         [*arguments, "--device", "cpu", "--lr", "0.001", *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, env=SAME_PACKAGE,

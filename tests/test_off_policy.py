@@ -13,8 +13,8 @@ from live import answered
 from program import Program
 
 from operant.config import WorkerConfig
-from operant.live.off_policy import evaluate
-from operant.live.worker import Worker
+from operant.live.learning.off_policy import evaluate
+from operant.live.learning.worker import Worker
 from operant.policy import Policy
 from operant.replay import line_of
 from operant.types import OperantError, Prompt

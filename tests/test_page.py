@@ -19,7 +19,7 @@ import httpx
 import pytest
 from serving import Served, learning
 
-from operant.live.page import STATIC
+from operant.live.api.page import STATIC
 from operant.policy import Policy
 
 WEB = Path(__file__).parents[1] / "web"

@@ -24,7 +24,7 @@ from serving import Served, learning
 import operant
 from operant.config import ServeConfig
 from operant.live.serve import live
-from operant.live.versions import Versions
+from operant.live.storage.versions import Versions
 from operant.policy import Policy
 from operant.types import OperantError
 

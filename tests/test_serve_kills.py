@@ -23,9 +23,9 @@ import torch
 
 import operant
 from operant.config import WorkerConfig
-from operant.live.store import Store
-from operant.live.versions import Versions
-from operant.live.worker import Learning, replayed
+from operant.live.learning.worker import Learning, replayed
+from operant.live.storage.store import Store
+from operant.live.storage.versions import Versions
 from operant.policy import Policy
 
 ROUNDS = 20
@@ -135,7 +135,7 @@ class Server:
         for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
             for pid in children.read_text().split():
                 with contextlib.suppress(OSError):
-                    if b"operant.live.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    if b"operant.live.learning.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                         return int(pid)
         return None
 

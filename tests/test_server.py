@@ -18,10 +18,10 @@ import pytest
 from live import logprob
 from serving import Served, serving
 
-from operant.live.access import Links
-from operant.live.automatic import Automatic
-from operant.live.implicit import Implicit
-from operant.live.store import StoreFault
+from operant.live.api.automatic import Automatic
+from operant.live.api.implicit import Implicit
+from operant.live.serving.access import Links
+from operant.live.storage.store import StoreFault
 from operant.policy import Policy
 from operant.types import Completion, Prompt
 

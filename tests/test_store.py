@@ -23,11 +23,11 @@ import pytest
 import sqlalchemy as sa
 from postgres import binaries, empty, server
 
-from operant.live import database, migrations, tables
-from operant.live import store as module
-from operant.live.database import address, connect, journal_mode
-from operant.live.store import Conflict, Store, StoredCompletion, StoreFault, UnknownCompletion
-from operant.live.versions import Outcome, StepRecord
+from operant.live.storage import database, migrations, tables
+from operant.live.storage import store as module
+from operant.live.storage.database import address, connect, journal_mode
+from operant.live.storage.store import Conflict, Store, StoredCompletion, StoreFault, UnknownCompletion
+from operant.live.storage.versions import Outcome, StepRecord
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
 SAMPLING = Sampling(temperature=0.7, stop=("end", "。"), banned=(3, 4), seed=2**62)

@@ -18,11 +18,11 @@ from live import MemoryStore, answered, logprob, prompts
 
 from operant import checkpoint
 from operant.config import WorkerConfig
-from operant.live import supervisor as module
-from operant.live.engine import RESIDENT, Busy, Engine
-from operant.live.supervisor import Supervisor, arguments_of
-from operant.live.versions import StepRecord, Versions
-from operant.live.worker import FeedbackLog, Worker
+from operant.live.learning.worker import FeedbackLog, Worker
+from operant.live.serving import supervisor as module
+from operant.live.serving.engine import RESIDENT, Busy, Engine
+from operant.live.serving.supervisor import Supervisor, arguments_of
+from operant.live.storage.versions import StepRecord, Versions
 from operant.policy import Policy
 from operant.replay import line_of
 from operant.types import Completion, OperantError, Sampling

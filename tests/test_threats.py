@@ -13,7 +13,7 @@ import pytest
 from serving import serving
 from test_serve import HELLO, Process
 
-from operant.live.access import Keys
+from operant.live.serving.access import Keys
 from operant.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]

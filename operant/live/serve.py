@@ -20,16 +20,16 @@ from filelock import FileLock, Timeout
 
 from operant import checkpoint
 from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_numbers
-from operant.live.access import Keys, check_listening
-from operant.live.versions import Versions
+from operant.live.serving.access import Keys, check_listening
+from operant.live.storage.versions import Versions
 from operant.types import OperantError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from operant.live.engine import Engine
-    from operant.live.store import Store
-    from operant.live.supervisor import Supervisor
+    from operant.live.serving.engine import Engine
+    from operant.live.serving.supervisor import Supervisor
+    from operant.live.storage.store import Store
 
 __all__ = ["Live", "live", "serve", "server_of"]
 
@@ -72,14 +72,14 @@ def serve(config: ServeConfig) -> None:
 @contextlib.contextmanager
 def live(config: ServeConfig) -> Iterator[Live]:
     """Everything but the socket: begin or take up the folder, reconcile the ledger, start engine and learner."""
-    from operant.live.automatic import Automatic
-    from operant.live.canary import Canary
-    from operant.live.engine import Engine
-    from operant.live.implicit import Implicit
-    from operant.live.server import create_app
-    from operant.live.store import Store
-    from operant.live.supervisor import Supervisor
-    from operant.live.worker import heldout_prompts
+    from operant.live.api.automatic import Automatic
+    from operant.live.api.implicit import Implicit
+    from operant.live.api.server import create_app
+    from operant.live.learning.worker import heldout_prompts
+    from operant.live.serving.canary import Canary
+    from operant.live.serving.engine import Engine
+    from operant.live.serving.supervisor import Supervisor
+    from operant.live.storage.store import Store
     from operant.policy import Policy
 
     _check_shares(config)
@@ -205,7 +205,7 @@ def _learner_config(config: ServeConfig, store: str) -> WorkerConfig:
 
 def _versions(config: WorkerConfig, store: Any) -> Versions:
     """The versions of the root, begun with the model when there are none."""
-    from operant.live.worker import Worker
+    from operant.live.learning.worker import Worker
 
     versions, root = Versions(config.root, config.keep), Path(config.root)
     origin = root / "origin.json"
@@ -240,7 +240,7 @@ def server_of(app: FastAPI, config: ServeConfig) -> Any:
     """A uvicorn server of an application of `create_app`."""
     import uvicorn
 
-    from operant.live.server import drain
+    from operant.live.api.server import drain
 
     class Server(uvicorn.Server):
         """Cuts off answers that go on too long after the server was told to stop."""

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from operant.live.access import Caller
-from operant.live.openai_api import Asked
-from operant.live.service import ApiError, Service, caller_of, service_of
+from operant.live.api.openai_api import Asked
+from operant.live.api.service import ApiError, Service, caller_of, service_of
+from operant.live.serving.access import Caller
 from operant.types import OperantError
 
 __all__ = ["routes"]

@@ -12,9 +12,9 @@ import torch
 from operant.batch import from_trajectories
 from operant.config import LiveConfig
 from operant.learner import logprobs_of
-from operant.live.gate import off_policy_value
-from operant.live.learning import EventSource
-from operant.live.versions import Versions
+from operant.live.learning.gate import off_policy_value
+from operant.live.learning.lesson import EventSource
+from operant.live.storage.versions import Versions
 from operant.policy import Policy
 from operant.replay import Replay
 from operant.types import OperantError, Trajectory

@@ -135,8 +135,8 @@ class Versions:
             return Pointer(**json.loads(self._pointer_file(self.beside).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise OperantError(
-                f"{self.root} serves no version yet; start with python -m operant.live.worker --root {self.root} "
-                "--model DIR --store FILE"
+                f"{self.root} serves no version yet; start with python -m operant.live.learning.worker "
+                f"--root {self.root} --model DIR --store FILE"
             ) from error
 
     def exists(self) -> bool:

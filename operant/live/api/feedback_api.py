@@ -16,11 +16,11 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import Field
 
-from operant.live import feedback
-from operant.live.openai_api import Asked, Body
-from operant.live.service import ApiError, Service, caller_of, new_id, service_of
-from operant.live.sources import by_source
-from operant.live.store import EventStory, StoredCompletion
+from operant.live.api.openai_api import Asked, Body
+from operant.live.api.service import ApiError, Service, caller_of, new_id, service_of
+from operant.live.learning.sources import by_source
+from operant.live.storage import feedback
+from operant.live.storage.store import EventStory, StoredCompletion
 
 __all__ = ["from_metadata", "record", "routes", "story_of"]
 

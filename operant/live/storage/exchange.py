@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from operant.data import Row, load_rows
-from operant.live.feedback import body_hash
-from operant.live.store import Conflict, EventStory, Store, UnknownCompletion
+from operant.live.storage.feedback import body_hash
+from operant.live.storage.store import Conflict, EventStory, Store, UnknownCompletion
 from operant.preferences import good_or_bad, reward_of
 from operant.replay import Replay, line_of
 from operant.rewards import reward_trajectory

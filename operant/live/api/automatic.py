@@ -11,14 +11,14 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-from operant.live.feedback import BadFeedback
-from operant.live.feedback_api import record, stored_of
-from operant.live.service import ApiError
+from operant.live.api.feedback_api import record, stored_of
+from operant.live.api.service import ApiError
+from operant.live.storage.feedback import BadFeedback
 from operant.rewards import RewardRunner, reward_by_name
 from operant.types import Completion, OperantError, Prompt
 
 if TYPE_CHECKING:
-    from operant.live.service import Service
+    from operant.live.api.service import Service
 
 __all__ = ["Automatic"]
 

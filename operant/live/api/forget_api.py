@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request
 from pydantic import Field
 
-from operant.live.forget import Forgotten, Plan, ask, forgotten
-from operant.live.openai_api import Asked
-from operant.live.service import ApiError, Service, caller_of, service_of
+from operant.live.api.openai_api import Asked
+from operant.live.api.service import ApiError, Service, caller_of, service_of
+from operant.live.learning.forget import Forgotten, Plan, ask, forgotten
 from operant.types import OperantError
 
 __all__ = ["routes"]

@@ -31,10 +31,11 @@ from filelock import FileLock
 
 from operant import checkpoint
 from operant.config import WorkerConfig
-from operant.live.learning import EventSource, fingerprint
-from operant.live.store import FORGOTTEN, Store
-from operant.live.versions import Pointer, StepRecord, Versions
-from operant.live.worker import Worker, replayed
+from operant.live.learning.lesson import EventSource
+from operant.live.learning.step import fingerprint
+from operant.live.learning.worker import Worker, replayed
+from operant.live.storage.store import FORGOTTEN, Store
+from operant.live.storage.versions import Pointer, StepRecord, Versions
 from operant.policy import Policy
 from operant.types import Feedback, OperantError
 

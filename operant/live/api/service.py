@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 
 from operant.config import ServeConfig
-from operant.live.access import OWNER, Caller, Keys, Links, Role
-from operant.live.limits import RateLimits, What
-from operant.live.store import Conflict, UnknownCompletion
-from operant.live.versions import Versions
+from operant.live.serving.access import OWNER, Caller, Keys, Links, Role
+from operant.live.serving.limits import RateLimits, What
+from operant.live.storage.store import Conflict, UnknownCompletion
+from operant.live.storage.versions import Versions
 from operant.text import Codec
 from operant.types import OperantError
 
 if TYPE_CHECKING:
-    from operant.live.automatic import Automatic
-    from operant.live.canary import Canary
-    from operant.live.engine import Engine
-    from operant.live.implicit import Implicit
-    from operant.live.metrics import Metrics
-    from operant.live.store import Store
-    from operant.live.supervisor import Supervisor
+    from operant.live.api.automatic import Automatic
+    from operant.live.api.implicit import Implicit
+    from operant.live.serving.canary import Canary
+    from operant.live.serving.engine import Engine
+    from operant.live.serving.metrics import Metrics
+    from operant.live.serving.supervisor import Supervisor
+    from operant.live.storage.store import Store
 
 __all__ = ["ApiError", "Service", "caller_of", "fault", "new_id", "service_of"]
 

@@ -15,16 +15,16 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from operant.live.feedback_api import record, stored_of
-from operant.live.openai_api import Message
-from operant.live.service import ApiError
-from operant.live.store import StoredCompletion
+from operant.live.api.feedback_api import record, stored_of
+from operant.live.api.openai_api import Message
+from operant.live.api.service import ApiError
+from operant.live.storage.store import StoredCompletion
 from operant.rewards.names import import_object
 from operant.types import OperantError
 
 if TYPE_CHECKING:
-    from operant.live.generation import Generation
-    from operant.live.service import Service
+    from operant.live.api.generation import Generation
+    from operant.live.api.service import Service
 
 __all__ = ["Implicit"]
 

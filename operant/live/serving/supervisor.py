@@ -23,11 +23,11 @@ from typing import IO, Literal, Protocol
 
 import operant
 from operant.config import WorkerConfig
-from operant.live.canary import Canary
-from operant.live.engine import Busy, Engine
-from operant.live.forget import Plan, empty, finish
-from operant.live.versions import StepRecord, Versions
-from operant.live.worker import STORE_VARIABLE
+from operant.live.learning.forget import Plan, empty, finish
+from operant.live.learning.worker import STORE_VARIABLE
+from operant.live.serving.canary import Canary
+from operant.live.serving.engine import Busy, Engine
+from operant.live.storage.versions import StepRecord, Versions
 from operant.policy import Policy
 from operant.types import OperantError
 
@@ -98,7 +98,7 @@ class _Backoff:
 
 
 class Supervisor:
-    """Runs `python -m operant.live.worker` and serves what `config.root` says is current, until it is closed.
+    """Runs `python -m operant.live.learning.worker` and serves what `config.root` says is current, until it is closed.
 
     config: the learner's settings. store: the ledger of what became of each event.
     command: runs instead of the learner, with the same lines on standard output. canary: says what of `current` serves.
@@ -111,7 +111,7 @@ class Supervisor:
         self.config = dataclasses.replace(
             config, watch_stdin=True, once=False, poll_seconds=max(config.poll_seconds, LEARNER_POLL_SECONDS)
         )
-        learner = [sys.executable, "-m", "operant.live.worker", *arguments_of(self.config)]
+        learner = [sys.executable, "-m", "operant.live.learning.worker", *arguments_of(self.config)]
         self.command = learner if command is None else list(command)
         self.versions = Versions(config.root, config.keep)
         self.restarts = 0

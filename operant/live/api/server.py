@@ -18,24 +18,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from operant import __version__
 from operant.config import ServeConfig
-from operant.live import feedback_api, forget_api, openai_routes, page, versions_api
-from operant.live.access import OWNER, Caller, Keys, Links, is_loopback
-from operant.live.feedback import BadFeedback
-from operant.live.implicit import Implicit
-from operant.live.limits import RateLimits
-from operant.live.metrics import Metrics
-from operant.live.service import ApiError, Service, caller_of, fault, service_of
-from operant.live.sources import by_source
-from operant.live.store import Conflict, Store, UnknownCompletion
-from operant.live.versions import Versions
+from operant.live.api import feedback_api, forget_api, openai_routes, page, versions_api
+from operant.live.api.implicit import Implicit
+from operant.live.api.service import ApiError, Service, caller_of, fault, service_of
+from operant.live.learning.sources import by_source
+from operant.live.serving.access import OWNER, Caller, Keys, Links, is_loopback
+from operant.live.serving.limits import RateLimits
+from operant.live.serving.metrics import Metrics
+from operant.live.storage.feedback import BadFeedback
+from operant.live.storage.store import Conflict, Store, UnknownCompletion
+from operant.live.storage.versions import Versions
 from operant.text import Codec
 from operant.types import OperantError
 
 if TYPE_CHECKING:
-    from operant.live.automatic import Automatic
-    from operant.live.canary import Canary
-    from operant.live.engine import Engine
-    from operant.live.supervisor import Supervisor
+    from operant.live.api.automatic import Automatic
+    from operant.live.serving.canary import Canary
+    from operant.live.serving.engine import Engine
+    from operant.live.serving.supervisor import Supervisor
 
 __all__ = ["create_app", "drain"]
 

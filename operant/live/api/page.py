@@ -7,13 +7,13 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
-from operant.live.service import ApiError
+from operant.live.api.service import ApiError
 
 __all__ = ["routes"]
 
 routes = APIRouter()
 
-STATIC = Path(__file__).resolve().with_name("static")
+STATIC = Path(__file__).resolve().parents[1] / "static"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from operant.live.learning import LearnerState
-from operant.live.store import Store
-from operant.live.versions import Versions
+from operant.live.learning.lesson import LearnerState
+from operant.live.storage.store import Store
+from operant.live.storage.versions import Versions
 
 __all__ = ["by_source"]
 

@@ -30,12 +30,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from operant.config import ServeConfig
-from operant.live.versions import Versions
+from operant.live.storage.versions import Versions
 from operant.preferences import good_or_bad
 from operant.types import Completion, Feedback, OperantError
 
 if TYPE_CHECKING:
-    from operant.live.store import StoredCompletion
+    from operant.live.storage.store import StoredCompletion
 
 __all__ = ["Bet", "Canary", "Trial", "among", "reward_of", "unit", "wager"]
 

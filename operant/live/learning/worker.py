@@ -1,6 +1,6 @@
 """The learner as a process of its own, so that the server answers while it learns and serves on when it dies.
 
-    python -m operant.live.worker --root runs/live --store feedback.db --model runs/train/model
+    python -m operant.live.learning.worker --root runs/live --store feedback.db --model runs/train/model
 
 It tells what it does in lines of JSON on standard output: {"ready": 2} when it begins, {"version": 3, …} when a version
 serves, {"step": 4, "state": "nothing" | "refused", …} when a step published nothing, {"rolled_back": 5, "version": 2,
@@ -34,25 +34,17 @@ from operant import checkpoint
 from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_numbers
 from operant.data import Fields, load_prompts, load_rows
 from operant.learner import Learner, Sgd
-from operant.live.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
-from operant.live.learning import (
-    EventSource,
-    LearnerState,
-    Lesson,
-    Taught,
-    fingerprint,
-    new_learner,
-    prepare,
-    take_step,
-)
-from operant.live.versions import Moved, Outcome, StepRecord, Versions
+from operant.live.learning.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
+from operant.live.learning.lesson import EventSource, LearnerState, Lesson, prepare
+from operant.live.learning.step import Taught, fingerprint, new_learner, take_step
+from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
 from operant.policy import Policy
 from operant.replay import Replay, line_of
 from operant.run import mixed_seed
 from operant.types import Completion, Feedback, OperantError, Prompt
 
 if TYPE_CHECKING:
-    from operant.live.forget import Remaking
+    from operant.live.learning.forget import Remaking
 
 __all__ = ["FeedbackLog", "Worker", "compare", "main", "replayed"]
 
@@ -377,7 +369,7 @@ class Worker:
         )  # fmt: skip
 
     def _forget(self) -> bool:
-        from operant.live import forget
+        from operant.live.learning import forget
 
         if self._remaking is None:
             self._remaking = forget.Remaking(self.config, self.source)
@@ -599,7 +591,7 @@ def open_store(name: str) -> EventSource:
         raise OperantError("--store is missing; give the database, or the file of JSON Lines, that holds the feedback")
     if name.endswith(".jsonl"):
         return FeedbackLog(name)
-    from operant.live.store import Store
+    from operant.live.storage.store import Store
 
     return Store(name, read_only=True)
 
@@ -608,14 +600,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the learner. Exit status 1, with one line on stderr, for a fault that the user can mend."""
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(prog="python -m operant.live.worker", exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(prog="python -m operant.live.learning.worker", exit_on_error=False)
     parser.add_class_arguments(WorkerConfig, as_group=False)
     try:
         try:
             config = WorkerConfig(**parser.parse_args(arguments).as_dict())
         except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
             raise OperantError(
-                f"{' '.join(str(error).split())[:400]} (see python -m operant.live.worker --help)"
+                f"{' '.join(str(error).split())[:400]} (see python -m operant.live.learning.worker --help)"
             ) from None
         if config.threads:
             torch.set_num_threads(config.threads)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from operant.live.service import ApiError
+from operant.live.api.service import ApiError
 from operant.text import Codec
 from operant.types import Ints, OperantError, Prompt, Sampling
 

@@ -20,8 +20,8 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 from sqlalchemy import exc
 
-from operant.live.migrations import upgrade
-from operant.live.tables import REVISION, TABLES
+from operant.live.storage.migrations import upgrade
+from operant.live.storage.tables import REVISION, TABLES
 from operant.types import OperantError
 
 __all__ = ["Database", "StoreFault", "journal_mode"]

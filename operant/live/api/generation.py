@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from operant.live.canary import among, unit, version_of
-from operant.live.engine import Busy, NotResident
-from operant.live.service import ApiError, Service
+from operant.live.api.service import ApiError, Service
+from operant.live.serving.canary import among, unit, version_of
+from operant.live.serving.engine import Busy, NotResident
 from operant.sampler import TokenInfo
 from operant.types import Completion, OperantError, Prompt, Sampling
 

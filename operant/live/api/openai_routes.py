@@ -12,10 +12,9 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
 
-from operant.live.access import Caller
-from operant.live.feedback_api import from_metadata, record
-from operant.live.generation import Ask, Choice, Generation
-from operant.live.openai_api import (
+from operant.live.api.feedback_api import from_metadata, record
+from operant.live.api.generation import Ask, Choice, Generation
+from operant.live.api.openai_api import (
     Asked,
     ChatRequest,
     CompletionRequest,
@@ -26,8 +25,9 @@ from operant.live.openai_api import (
     sampling_of,
     text_prompts,
 )
-from operant.live.service import ApiError, Service, caller_of, new_id, service_of
-from operant.live.store import StoredCompletion
+from operant.live.api.service import ApiError, Service, caller_of, new_id, service_of
+from operant.live.serving.access import Caller
+from operant.live.storage.store import StoredCompletion
 from operant.sampler import TokenInfo
 from operant.text import Codec
 from operant.types import Completion

@@ -1,0 +1,1 @@
+"""What a rating teaches: lessons, steps, gates, the learner process, and taking back."""

@@ -1,0 +1,1 @@
+"""What is kept on disk: conversations and feedback in a database, and the versions of the weights."""
