@@ -82,6 +82,8 @@ def measure(name: str) -> None:
             command += flags(logged=logged(folder, int(seed)))
         elif "live" in ways:
             command += flags(logged=lived(folder, int(seed)))
+            if algorithm == "double_q":
+                command += flags(q_beta=0.2)  # of twice as wide a range of rewards, as --help says
         else:
             command += flags(data=folder / "data" / "prompts.jsonl")
         if "one" in ways:

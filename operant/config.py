@@ -413,7 +413,8 @@ class TrainConfig(RunConfig, PairFields):
         cg_steps: Fisher-vector products a step (trpo).
         fisher_share: share of a step's completions that the Fisher matrix is taken from (trpo), at least eight of them.
         backtracks: lengths that its line search tries, each at most half of the one before, before it refuses the step.
-        q_beta: what it costs double_q to leave the model that it starts from: it says π_ref · exp(A / q_beta).
+        q_beta: what it costs double_q to leave the model that it starts from, in units of the reward: it says
+            π_ref · exp(A / q_beta). 0.1 is for rewards from 0 to 1; for people's, from −1 to 1, give 0.2.
         n_step: tokens whose rewards are taken as paid before a token's value is asked for (double_q).
         target_every: steps after which the lagging estimate is brought up to the learning one (double_q).
         replay_capacity: completions that are kept to learn from again (double_q).

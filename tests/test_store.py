@@ -23,6 +23,7 @@ import pytest
 import sqlalchemy as sa
 from postgres import binaries, empty, server
 
+import operant
 from operant.live.storage import database, migrations, tables
 from operant.live.storage import store as module
 from operant.live.storage.database import address, connect, journal_mode
@@ -413,7 +414,7 @@ def test_one_process_writes_and_others_read(store: Store, url: str, monkeypatch:
 
 def killed(url: str, rounds: int, seed: int) -> dict[str, int]:
     script = Path(__file__).with_name("store_kills.py")
-    environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(operant.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, str(script), url, str(rounds), str(seed)], capture_output=True, text=True, env=environment
     )
