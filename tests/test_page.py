@@ -19,7 +19,11 @@ import httpx
 import pytest
 from serving import Served, learning
 
+from operant.batch import from_sequences
+from operant.learner import logprobs_of
 from operant.live.api.page import STATIC
+from operant.live.storage.store import Store
+from operant.live.storage.versions import Versions
 from operant.policy import Policy
 
 WEB = Path(__file__).parents[1] / "web"
@@ -33,15 +37,14 @@ needs_page = pytest.mark.skipif(not (STATIC / "index.html").exists(), reason="th
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
 
 
-@pytest.fixture(scope="module")
-def served(make_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """`operant serve` on a tiny model, as a process of its own."""
-    folder = tmp_path_factory.mktemp("page")
-    make_policy("gpt2").save(folder / "model")
+@contextlib.contextmanager
+def program(policy: Policy, folder: Path, *options: str) -> Iterator[httpx.Client]:
+    """`operant serve` on a tiny model, as a process of its own; all that it keeps is in `folder`."""
+    policy.save(folder / "model")
     command = [
         str(Path(sys.executable).with_name("operant")), "serve", "--model", str(folder / "model"), "--root",
         str(folder / "live"), "--port", "0", "--threads", "1", "--max_tokens", "12", "--anchor_rows", "2",
-        "--anchor_tokens", "4", "--score_low", "-1",
+        "--anchor_tokens", "4", *options,
     ]  # fmt: skip
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"})
@@ -51,6 +54,12 @@ def served(make_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPath
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def served(make_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with program(make_policy("gpt2"), tmp_path_factory.mktemp("page"), "--score_low", "-1") as http:
+        yield http
 
 
 def address(log: Path, process: subprocess.Popen[bytes]) -> str:
@@ -145,6 +154,101 @@ def test_a_thumb_is_recorded_and_the_page_tells_what_it_did(served: httpx.Client
     answer.get_by_role("button", name="Take back").click()
     learned(answer, "take back")
     assert events(served, "retract")[-1]["value"] == event["id"]
+
+
+QUESTIONS = ["red", "blue dog", "green cat", "house", "sun and moon", "a dog", "the cat", "moon", "red house", "sun"]
+
+
+@needs_page
+@needs_browser
+def test_a_newcomer_sees_the_model_move(make_policy: Callable[..., Policy], tmp_path: Path, browser: Any) -> None:
+    """The tutorial's walk: ten answers and a thumb each, told click by click, measured on the weights that serve."""
+    told: list[tuple[str, str, float]] = []  # the answer's id, the button, log-probability after less before
+    with (
+        program(make_policy("gpt2", context=128), tmp_path) as served,
+        visitor(browser, str(served.base_url)) as opened,
+    ):
+        page = opened()
+        for count, question in enumerate(QUESTIONS, start=1):
+            answer = ask(page, question)
+            button = ("Good answer", "Bad answer")[count % 2]
+            answer.get_by_role("button", name=button).click()
+            line = learned(answer, "thumb")
+            found = re.search(
+                r"Learned in [\d.]+ s, version (\d+); log-probability of this answer: (\S+) → (\S+)", line
+            )
+            assert found is not None, line
+            assert int(found[1]) == count
+            before, after = (float(found[i].replace("−", "-")) for i in (2, 3))
+            told.append((events(served, "thumb")[-1]["completion_id"], button, after - before))
+            page.get_by_text(f"version {count} · learner: up").wait_for()
+            page.get_by_role("button", name="New chat").click()
+        page.get_by_role("link", name="Watch").click()
+        page.locator("tr.current th", has_text=f"version {len(QUESTIONS)}").wait_for()
+        rows = page.locator("table.lineage th").all_inner_texts()
+        assert [row.split("\n")[0] for row in rows] == [f"version {n}" for n in range(len(QUESTIONS), -1, -1)]
+        assert [text for text in page.locator(".log .moved").all_inner_texts() if "→" not in text] == []
+    measured = {one: moved(tmp_path, one) for one, _, _ in told}
+    for button, sign in (("Good answer", 1), ("Bad answer", -1)):
+        clicks = [(one, step) for one, pressed, step in told if pressed == button]
+        assert all(sign * step > 0 for _, step in clicks)
+        assert sign * sum(measured[one] for one, _ in clicks) > 0
+
+
+def moved(folder: Path, completion_id: str) -> float:
+    """The log-probability of a stored answer under the version that serves less that under the first."""
+    with contextlib.closing(Store(folder / "live" / "store.db")) as store:
+        stored = store.completion(completion_id)
+    assert stored is not None and stored.completion is not None and stored.prompt.tokens is not None
+    now = Path(Versions(folder / "live").current().path) / "model"
+    values = []
+    for model in (folder / "model", now):
+        policy = Policy.load(model, device="cpu")
+        batch = from_sequences(
+            [stored.prompt.tokens], [stored.completion.tokens], encoder=False, pad_id=policy.codec.pad_id
+        )
+        values.append(float((logprobs_of(policy, batch, 4096) * batch.action_mask).sum()))
+    return values[1] - values[0]
+
+
+@needs_page
+@needs_browser
+@pytest.mark.parametrize("conversation", [False, True])
+def test_a_question_stands_alone_where_the_model_was_not_taught_to_converse(
+    served: httpx.Client, opened: Callable[..., Any], conversation: bool
+) -> None:
+    page = opened()
+    if conversation:  # the page does as it is told; the tiny model has no chat template
+
+        def tell(route: Any) -> None:
+            told = served.get("/v1/models/default").json()
+            assert told["operant"]["conversation"] is False
+            told["operant"]["conversation"] = True
+            route.fulfill(json=told)
+
+        page.route("**/v1/models/default", tell)
+        page.reload()
+    hint = page.get_by_text("every question stands alone")
+    hint.wait_for(state="detached" if conversation else "visible")
+    sent: list[list[str]] = []
+    page.on(
+        "request",
+        lambda request: (
+            sent.append([one["content"] for one in request.post_data_json["messages"]])
+            if request.url.endswith("/v1/chat/completions")
+            else None
+        ),
+    )
+    first = ask(page, "a dog").locator(".said").inner_text()
+    count = page.locator("article.assistant").count()
+    page.get_by_placeholder("Say something").fill("the cat")
+    page.keyboard.press("Enter")
+    page.locator("article.assistant").nth(count).locator(".tools").wait_for()
+    assert sent[-1][-1] == "the cat"
+    if conversation:
+        assert sent[-1][-3] == "a dog" and " ".join(sent[-1][-2].split()) == " ".join(first.split())
+    else:
+        assert all(len(one) == 1 for one in sent)
 
 
 @needs_page

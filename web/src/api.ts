@@ -106,6 +106,12 @@ export interface Scores {
   high: number;
 }
 
+/** What the model is like. conversation: it was taught to take earlier turns into account. */
+export interface Model {
+  scores: Scores;
+  conversation: boolean;
+}
+
 /** A refusal by the server, in its words. */
 export class Refused extends Error {
   constructor(
@@ -223,9 +229,11 @@ export const rollBack = (): Promise<unknown> => call("POST", "/v1/versions/rollb
 export const promote = (version: number): Promise<unknown> => call("POST", `/v1/versions/${version}/promote`);
 export const health = (): Promise<Health> => call("GET", "/health");
 
-/** The ends of the scale of scores. */
-export async function scores(): Promise<Scores> {
-  const model: { operant?: { scores?: [number, number] } } = await call("GET", "/v1/models/default");
-  const [low, high] = model.operant?.scores ?? [0, 1];
-  return { low, high };
+export async function model(): Promise<Model> {
+  const told: { operant?: { scores?: [number, number]; conversation?: boolean } } = await call(
+    "GET",
+    "/v1/models/default",
+  );
+  const [low, high] = told.operant?.scores ?? [0, 1];
+  return { scores: { low, high }, conversation: told.operant?.conversation ?? true };
 }

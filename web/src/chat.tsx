@@ -4,9 +4,9 @@ import { useEffect, useRef, useState } from "preact/hooks";
 import * as api from "./api";
 import { fill, words } from "./i18n";
 import { Icon } from "./icons";
-import { signal, useSignal } from "./state";
+import { served, signal, useSignal } from "./state";
 import { type Clicked, settled, told } from "./story";
-import { type Marked, marked, offsetIn } from "./text";
+import { asked, type Marked, marked, offsetIn } from "./text";
 
 interface Turn {
   role: "user" | "assistant";
@@ -21,7 +21,7 @@ interface Turn {
 
 const turns = signal<Turn[]>([]);
 const busy = signal(false);
-const scale = signal<api.Scores>({ low: 0, high: 1 });
+const model = signal<api.Model>({ scores: { low: 0, high: 1 }, conversation: true });
 let stopping: AbortController | null = null;
 
 function turn(role: Turn["role"], text: string): Turn {
@@ -32,12 +32,10 @@ function draw(): void {
   turns.set([...turns.get()]);
 }
 
-function history(before: Turn): api.Message[] {
+/** What an answer is written after: the question alone where the model takes nothing else into account. */
+function history(answer: Turn): api.Message[] {
   const all = turns.get();
-  return all
-    .slice(0, all.indexOf(before))
-    .filter((one) => one.text !== "")
-    .map((one) => ({ role: one.role, content: one.text }));
+  return asked(all.slice(0, all.indexOf(answer)), model.get().conversation);
 }
 
 async function write(answer: Turn, messages: api.Message[]): Promise<void> {
@@ -83,6 +81,7 @@ async function say(about: Turn, feedback: Omit<api.Feedback, "completion_id">): 
     for (let tries = 0; tries < 12 && !(click.story && settled(click.story)); tries++) {
       click.story = await api.story(click.id, 10);
       draw();
+      if (settled(click.story)) served.set(served.get() + 1);
     }
   } catch (error) {
     about.fault = String((error as Error).message);
@@ -93,11 +92,12 @@ async function say(about: Turn, feedback: Omit<api.Feedback, "completion_id">): 
 export function Chat() {
   const all = useSignal(turns);
   const writing = useSignal(busy);
+  const { conversation } = useSignal(model);
   const say = words();
   const end = useRef<HTMLDivElement>(null);
   const last = all.at(-1);
   useEffect(() => {
-    api.scores().then(scale.set, () => undefined);
+    api.model().then(model.set, () => undefined);
   }, []);
   // scrolls when the last answer has grown
   useEffect(
@@ -108,6 +108,7 @@ export function Chat() {
     <main class="chat">
       <div class="turns" aria-live="polite">
         {all.length === 0 && <p class="welcome">{say.welcome}</p>}
+        {!conversation && <p class="hint">{say.alone}</p>}
         {all.map((one, i) =>
           one.role === "user" ? (
             <div class="turn user" key={i}>
@@ -294,7 +295,7 @@ function Thumb({ answer, value }: { answer: Turn; value: 1 | -1 }) {
 
 function Stars({ answer }: { answer: Turn }) {
   const say_ = words();
-  const { low, high } = useSignal(scale);
+  const { low, high } = useSignal(model).scores;
   const lit = answer.rated !== null && answer.rated >= 1 && answer.rated <= 5 ? answer.rated : 0;
   return (
     <span class="stars">

@@ -3,7 +3,7 @@ import { useEffect, useState } from "preact/hooks";
 import * as api from "./api";
 import { Chat } from "./chat";
 import { fill, language, switchLanguage, words } from "./i18n";
-import { useSignal } from "./state";
+import { served, useSignal } from "./state";
 import "./style.css";
 import { Watch } from "./watch";
 
@@ -29,7 +29,9 @@ function App() {
     const timer = window.setInterval(look, LOOK_EVERY);
     const follow = (): void => setView(location.hash === "#watch" ? "watch" : "chat");
     window.addEventListener("hashchange", follow);
+    const deaf = served.listen(look);
     return () => {
+      deaf();
       window.clearInterval(timer);
       window.removeEventListener("hashchange", follow);
     };

@@ -29,3 +29,6 @@ export function useSignal<T>(source: Signal<T>): T {
   useEffect(() => source.listen(() => draw((n) => n + 1)), [source]);
   return source.get();
 }
+
+/** Counts what was learned here, so that what serves is looked at again at once. */
+export const served = signal(0);

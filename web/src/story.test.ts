@@ -28,6 +28,8 @@ afterEach(() => {
 test("what a click did is told with its time, its version and what it moved", () => {
   expect(told(used)).toBe("Learned in 0.8 s, version 12; log-probability of this answer: −31.2 → −27.9");
   expect(told({ ...used, kind: "edit" })).toContain("your version: −31.2");
+  expect(told({ ...used, logprob_before: -0.3, logprob_after: -0.04 })).toContain("answer: −0.3 → −0.04");
+  expect(told({ ...used, reason: "at half its weight" })).toMatch(/−27.9; at half its weight$/);
   switchLanguage();
   expect(told(used)).toBe("0.8 秒内学会，版本 12；此回答的对数概率：−31.2 → −27.9");
 });

@@ -21,14 +21,21 @@ export function told(one: Story): string {
     one.seconds === null
       ? fill(say.learnedUnserved, { version })
       : fill(say.learned, { seconds: one.seconds.toFixed(1), version });
-  if (one.logprob_before === null || one.logprob_after === null) return when;
   const what = one.kind === "edit" ? say.whatEdit : one.kind === "span" ? say.whatSpan : say.whatText;
-  const moved = fill(say.moved, {
-    what,
-    before: minus(one.logprob_before.toFixed(1)),
-    after: minus(one.logprob_after.toFixed(1)),
-  });
-  return fill(say.joined, { when, moved });
+  const change = moved(one);
+  const parts = [when, ...(change ? [fill(say.moved, { what, change })] : []), ...(one.reason ? [one.reason] : [])];
+  return parts.join(say.semicolon);
+}
+
+/** From which log-probability to which the text went; "" where nothing was learned of it. */
+export function moved(one: Story): string {
+  if (one.state !== "used" || one.logprob_before === null || one.logprob_after === null) return "";
+  return `${nats(one.logprob_before)} → ${nats(one.logprob_after)}`;
+}
+
+/** A log-probability for a person: −0.04 is 96% and not the certainty that −0.0 would be. */
+function nats(logprob: number): string {
+  return minus(logprob.toFixed(logprob <= -0.1 ? 1 : 2));
 }
 
 export function settled(one: Story): boolean {

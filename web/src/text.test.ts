@@ -1,5 +1,5 @@
 import { describe, expect, test } from "vitest";
-import { codePoints, events, marked, median, offsetIn, runningMean, scaled } from "./text";
+import { asked, codePoints, events, marked, median, offsetIn, runningMean, scaled } from "./text";
 
 describe("places in a text", () => {
   test("are counted in code points, as the server counts them", () => {
@@ -43,4 +43,13 @@ test("median and running mean", () => {
 
 test("a score stands on the scale of thumbs", () => {
   expect([1, 3, 5, 9].map((score) => scaled(score, 1, 5))).toEqual([-1, 0, 1, 1]);
+});
+
+test("an answer is written after what was said, without questions that got no answer", () => {
+  const turns = (["a", "A", "b", "", "c"] as const).map((text, i) => ({
+    role: i % 2 ? ("assistant" as const) : ("user" as const),
+    text,
+  }));
+  expect(asked(turns, true).map((one) => one.content)).toEqual(["a", "A", "c"]);
+  expect(asked(turns, false)).toEqual([{ role: "user", content: "c" }]);
 });

@@ -79,3 +79,19 @@ export function scaled(score: number, low: number, high: number): number {
 export function minus(number: string): string {
   return number.replace("-", "−");
 }
+
+export interface Said {
+  role: "user" | "assistant";
+  text: string;
+}
+
+/** The messages that an answer to the last of these turns is written after. A question that got no answer is left out
+ * with it; without `conversation` the last question stands alone. */
+export function asked(turns: Said[], conversation: boolean): { role: "user" | "assistant"; content: string }[] {
+  const last = turns.length - 1;
+  return turns
+    .filter(
+      (one, i) => i === last || (conversation && one.text !== "" && (one.role !== "user" || !!turns[i + 1]?.text)),
+    )
+    .map((one) => ({ role: one.role, content: one.text }));
+}

@@ -6,7 +6,7 @@ import * as api from "./api";
 import { fill, type Language, language, words } from "./i18n";
 import { color, Plot } from "./plot";
 import { useSignal } from "./state";
-import { told } from "./story";
+import { moved, told } from "./story";
 import { median, minus, runningMean, scaled } from "./text";
 import { before, ended, eValue, pairsOf, progress, trialOf } from "./trial";
 
@@ -61,7 +61,14 @@ function useServer(): [Seen, () => void] {
 export function Watch() {
   const [seen, refresh] = useServer();
   const [scale, setScale] = useState<api.Scores>({ low: 0, high: 1 });
-  useEffect(() => void api.scores().then(setScale, () => undefined), []);
+  useEffect(
+    () =>
+      void api.model().then(
+        (one) => setScale(one.scores),
+        () => undefined,
+      ),
+    [],
+  );
   const tongue = useSignal(language);
   return (
     <main class="watch">
@@ -366,7 +373,7 @@ function Log({ stories }: { stories: api.Story[] }) {
                   {new Date(1000 * (one.times.received ?? 0)).toLocaleTimeString()}
                 </time>{" "}
                 <span class="kind">{say.kind[one.kind]}</span> <span class="value">{shown(one)}</span>{" "}
-                <span class="badge">{say.state[one.state]}</span>
+                <span class="badge">{say.state[one.state]}</span> <span class="moved">{moved(one)}</span>
               </summary>
               <p>
                 {say.what}: {told(one)}

@@ -213,9 +213,14 @@ def _told(story: EventStory, seconds: float | None) -> str:
     when = "learned, and not served yet" if seconds is None else f"learned in {seconds:.1f} s"
     moved = ""
     if story.logprob_before is not None and story.logprob_after is not None:
-        moved = f"; log-probability of the text {story.logprob_before:.1f} → {story.logprob_after:.1f}"
+        moved = f"; log-probability of the text {_nats(story.logprob_before)} → {_nats(story.logprob_after)}"
     part = f"; {story.reason}" if story.reason else ""
     return f"{when}, version {story.version}{moved}{part}"
+
+
+def _nats(logprob: float) -> str:
+    """A log-probability for a person: −0.04 is 96% and not the certainty that −0.0 would be."""
+    return f"{logprob:.1f}" if logprob <= -0.1 else f"{logprob:.2f}"
 
 
 @routes.get("/v1/sources")

@@ -344,6 +344,7 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "operant": {
             "version": service.version, "max_length": service.max_length,
             "scores": [service.config.score_low, service.config.score_high],
+            "conversation": bool(service.codec.tokenizer.chat_template),  # without: every question stands alone
         },
     }  # fmt: skip
 
