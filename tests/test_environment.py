@@ -470,7 +470,10 @@ def test_reward_rises_over_several_turns(
 
 
 @pytest.mark.slow
-def test_a_policy_learns_to_win_a_game_of_several_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("arch", "lr", "steps"), [("gpt2", "3e-4", 30), ("mbart", "1e-3", 60)])
+def test_a_policy_learns_to_win_a_game_of_several_turns(
+    arch: str, lr: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two turns for three numbers: without reading the answer no more than two games of three can be won."""
     generator = np.random.default_rng(0)
     heard = [f"\n{number}\n{word}" for number in (1, 2, 3) for word in ("higher", "lower")]
@@ -483,7 +486,7 @@ def test_a_policy_learns_to_win_a_game_of_several_turns(tmp_path: Path, monkeypa
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sft(
         SftConfig(
-            data=str(data), arch="gpt2", size="tiny", vocab_size=270, max_length=48, steps=40, lr=2e-3,
+            data=str(data), arch=arch, size="tiny", vocab_size=270, max_length=48, steps=40, lr=2e-3,
             out=str(tmp_path / "sft"), device="cpu", tensorboard=False, eval_every=40, patience=0,
         ),
         quiet=True,
@@ -495,8 +498,8 @@ def test_a_policy_learns_to_win_a_game_of_several_turns(tmp_path: Path, monkeypa
     main(
         [
             "train", "--model", str(tmp_path / "sft" / "model"), "--environment", "small:Small", "--max_tokens", "2",
-            "--algorithm", "ppo", "--group_size", "1", "--prompts_per_step", "96", "--epochs", "2", "--lr", "3e-4",
-            "--steps", "30", "--device", "cpu", "--out", str(tmp_path / "run"), "--eval_prompts", "24",
+            "--algorithm", "ppo", "--group_size", "1", "--prompts_per_step", "96", "--epochs", "2", "--lr", lr,
+            "--steps", str(steps), "--device", "cpu", "--out", str(tmp_path / "run"), "--eval_prompts", "24",
             "--eval_every", "10", "--tensorboard", "false",
         ]
     )  # fmt: skip

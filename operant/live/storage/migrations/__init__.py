@@ -1,6 +1,6 @@
 """Numbered changes of the store's tables, each made once, in order, when a store is opened for writing.
 
-A change never imports the tables of `store.py`: it says what it does to the tables as they were then.
+A change never imports `tables.py`: it says what it does to the tables as they were then.
 """
 
 from __future__ import annotations
