@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -308,7 +309,7 @@ def replace_file(file: Path, text: str, *, private: bool = False) -> None:
     Raises:
         OperantError: the disk is full or the place cannot be written. The old text stands.
     """
-    fresh = file.parent / f"{STAGING}{file.name}-{os.getpid()}"
+    fresh = file.parent / f"{STAGING}{file.name}-{os.getpid()}-{threading.get_ident()}"
     try:
         _make_folder(file.parent)
         if private:

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,23 @@ def test_whoever_moves_versions_by_hand_ends_the_trial(tmp_path: Path) -> None:
     assert canary.look() == (4, None)
 
 
+def test_a_trial_that_is_ended_by_hand_stays_ended_while_ratings_come_in(tmp_path: Path) -> None:
+    """Ratings, a person and a learner that starts touch the trial at once; none fails, and none undoes another's."""
+    versions = Line(tmp_path / "live")
+    canary = Canary(versions, ServeConfig(shadow_share=1.0, reward="length(target=4)", canary_pairs=10**6))
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(1, 9):
+            versions.publish_number(number)
+            assert canary.look()[1] == number
+            judged = [pool.submit(canary.judged, number, 0.0) for _ in range(12)]
+            cleaned = [pool.submit(versions.clean) for _ in range(12)]
+            time.sleep(0.002 * number)
+            versions.promote(number)
+            for done in (*judged, *cleaned):
+                done.result()
+            assert versions.trial() == {"serving": number, "promoted": 0, "refused": 0}
+
+
 # --- over HTTP --------------------------------------------------------------------------------------------------------
 
 
@@ -317,8 +335,9 @@ def test_a_share_that_cannot_be_is_refused_and_none_ends_a_trial(policy: Policy,
     with learning(policy, tmp_path) as served:
         assert served.http.get("/v1/versions").json()["trial"] is None
         Canary(served.service.versions, ServeConfig(canary_share=0.1))
-        assert json.loads((tmp_path / "live" / "trial.json").read_text())["serving"] == 0
+        assert json.loads((tmp_path / "live" / "trials" / "now.json").read_text())["serving"] == 0
     with learning(policy, tmp_path) as served:
         assert (
-            served.http.get("/v1/versions").json()["trial"] is None and not (tmp_path / "live" / "trial.json").exists()
+            served.http.get("/v1/versions").json()["trial"] is None
+            and not (tmp_path / "live" / "trials" / "now.json").exists()
         )

@@ -109,7 +109,7 @@ class Plan:
         return None if values is None else cls(**values)
 
     def write(self, versions: Versions) -> None:
-        checkpoint.replace_file(versions.plan_file, json.dumps(dataclasses.asdict(self), ensure_ascii=False))
+        versions.keep_plan(dataclasses.asdict(self))
 
 
 class Emptied(Protocol):

@@ -14,7 +14,7 @@ makes nobody rich: under a null the wealth W is a nonnegative supermartingale wi
 whatever the distribution and however often somebody looks. So the test is made after every difference: at W ≥ 1/α of
 the first the candidate serves, at W ≥ 1/α of the second, or after so many differences without either, it is refused.
 
-What is tried is `current`, where learning goes on; what serves is kept beside it in `trial.json` (`Versions.trial`).
+What is tried is `current`, where learning goes on; what serves is kept beside it (`Versions.trial`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import dataclasses
 import hashlib
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -95,7 +94,7 @@ def reward_of(event: Feedback, low: float, high: float) -> float | None:
 
 @dataclass(slots=True)
 class Trial:
-    """The file `trial.json`. candidate: what is tried against `serving`, if anything.
+    """The file `trials/now.json`. candidate: what is tried against `serving`, if anything.
 
     better, worse: the two gamblers. waiting: ratings of each that have no counterpart yet. counted: ratings of each
     source; rated: the completions that are counted. promoted, refused: verdicts so far.
@@ -131,7 +130,6 @@ class Canary:
     def __init__(self, versions: Versions, config: ServeConfig, changed: Callable[[], None] = lambda: None) -> None:
         self.versions, self.config, self.changed = versions, config, changed
         self.kind: Literal["canary", "shadow"] = "canary" if config.canary_share else "shadow"
-        self._lock = threading.RLock()
         self._now: tuple[int, int | None] = (versions.pointer().version, None)  # as `look` last saw it
         self._line: list[int] = []
         if versions.trial() is None:
@@ -155,7 +153,7 @@ class Canary:
 
     def look(self) -> tuple[int, int | None]:
         """(what serves, what is tried), after a look at what was published since."""
-        with self._lock:
+        with self.versions.trying():
             trial, current = self.trial(), self.versions.pointer().version
             if self.versions.forgetting():
                 self._now = trial.serving, trial.candidate
@@ -193,7 +191,7 @@ class Canary:
             return
         if self.kind != "canary" or reward is None or wrote is None or self.versions.pins().get(stored.user) == wrote:
             return
-        with self._lock:
+        with self.versions.trying():
             trial = self.trial()
             if trial.candidate is None or wrote not in (trial.serving, trial.candidate) or stored.id in trial.rated:
                 return
@@ -210,7 +208,7 @@ class Canary:
 
     def judged(self, candidate: int, difference: float) -> None:
         """Both have answered one prompt: the candidate's reward less that of the serving version, in [−1, 1]."""
-        with self._lock:
+        with self.versions.trying():
             trial = self.trial()
             if trial.candidate == candidate:
                 self._bet(trial, difference)

@@ -8,7 +8,7 @@
       current                   {"version", "moves", "anchor", "since"}: what serves, how often that has moved, the last
                                 version that the slow gate has passed, the version that drift is measured from
       pins.json                 {user: version}
-      trial.json                what serves while `current` is tried (canary.py); only where versions are tried
+      trials/now.json           what serves while `current` is tried (canary.py); only where versions are tried
       trials/00000042.json      what a trial found
       forgetting.json           what forgetting a source has come to (forget.py); `current.again` is then the pointer of
                                 the steps that are made again
@@ -255,6 +255,10 @@ class Versions:
         plan = self.plan()
         return plan is not None and plan["stage"] not in ("refused", "made")
 
+    def keep_plan(self, plan: Mapping[str, Any]) -> None:
+        with self._lock():  # the server asks for it while a learner may be starting
+            checkpoint.replace_file(self.plan_file, json.dumps(dict(plan), ensure_ascii=False))
+
     @property
     def plan_file(self) -> Path:
         return self.root / "forgetting.json"
@@ -262,16 +266,29 @@ class Versions:
     def trial(self) -> dict[str, Any] | None:
         """What `canary` has written down of what serves and what is tried; None where nothing is tried."""
         try:
-            trial: dict[str, Any] = json.loads((self.root / "trial.json").read_text(encoding="utf-8"))
+            trial: dict[str, Any] = json.loads(self._now_tried.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         return trial
 
     def keep_trial(self, trial: Mapping[str, Any] | None) -> None:
-        if trial is None:
-            (self.root / "trial.json").unlink(missing_ok=True)
-        else:
-            checkpoint.replace_file(self.root / "trial.json", json.dumps(dict(trial)))
+        with self.trying():
+            if trial is None:
+                self._now_tried.unlink(missing_ok=True)
+            else:
+                checkpoint.replace_file(self._now_tried, json.dumps(dict(trial)))
+
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        """Nobody else, thread or process, changes the trial meanwhile. Reentrant; pointers may be moved within it, and
+        it is never waited for while they are being moved."""
+        self._now_tried.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.root / "trial.lock", is_singleton=True):
+            yield
+
+    @property
+    def _now_tried(self) -> Path:
+        return self.root / "trials" / "now.json"
 
     def verdict(self, version: int) -> dict[str, Any] | None:
         """What a trial found of a version, or None where it was not tried."""
@@ -290,10 +307,11 @@ class Versions:
 
     def _serve_at_once(self, version: int) -> None:
         """Whoever moves the pointer by hand means it to serve: what is tried is tried no more."""
-        trial = self.trial()
-        if trial is not None:
-            counts = {name: trial[name] for name in ("promoted", "refused")}
-            self.keep_trial({"serving": version, **counts})
+        with self.trying():
+            trial = self.trial()
+            if trial is not None:
+                counts = {name: trial[name] for name in ("promoted", "refused")}
+                self.keep_trial({"serving": version, **counts})
 
     # --- moving pointers -----------------------------------------------------------------------------------------
 
@@ -305,7 +323,7 @@ class Versions:
             before = self.pointer()
             if version != before.version:
                 self._write_pointer(Pointer(version, before.moves + 1, before.anchor, since=version))
-            self._serve_at_once(version)
+        self._serve_at_once(version)
         return chosen
 
     def roll_back(self, to: int | None = None) -> PolicyVersion:
@@ -432,9 +450,11 @@ class Versions:
             for folder in (
                 self.root,
                 self.folder,
-                *(self.root / name for name in ("records", "pending", "slow", "trials")),
+                *(self.root / name for name in ("records", "pending", "slow")),
             ):
                 checkpoint.clean(folder)
+        with self.trying():  # the server writes here, with a learner or without
+            checkpoint.clean(self.root / "trials")
 
     def prune(self) -> list[int]:
         """Drop the weights of old versions and return their numbers; their records stay.
@@ -556,7 +576,7 @@ class Versions:
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / "versions.lock"):
+        with FileLock(self.root / "versions.lock", is_singleton=True):  # reentrant
             yield
 
 
