@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import math
@@ -17,11 +18,14 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from serving import Served, learning
 
 from operant.batch import from_sequences
 from operant.learner import logprobs_of
 from operant.live.api.page import STATIC
+from operant.live.learning import lesson, step
+from operant.live.learning.gate import fast_gate, slow_gate
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
 from operant.policy import Policy
@@ -440,6 +444,8 @@ def test_it_speaks_chinese_and_fits_a_phone(opened: Callable[..., Any]) -> None:
     answer = ask(page, "你好")
     answer.get_by_role("button", name="差回答").tap()
     assert "版本" in learned(answer, "拇指")
+    answer.get_by_role("button", name="撤回").tap()
+    assert re.search(r"在版本 \d+ 学过之后才撤回", learned(answer, "撤回"))
     for view in ("对话", "观察"):
         page.get_by_role("link", name=view).tap()
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -506,3 +512,44 @@ def test_both_languages_have_the_same_words() -> None:
     table = [{name: sorted(re.findall(r"\{\w+\}", text)) for name, text in half} for half in places]
     assert table[0] == table[1] and any(table[0].values())
     assert json.loads((WEB / "package.json").read_text())["private"]
+
+
+def test_what_the_server_gives_as_a_reason_is_told_in_chinese_too() -> None:
+    source = (WEB / "src" / "reasons.ts").read_text(encoding="utf-8")
+    table = re.findall(r'"([^"]+)",\s*"[^"]*[\u4e00-\u9fff][^"]*"', source)
+    known = [re.compile(re.sub(r"\\\{\w+\\\}", "(.+)", re.escape(english)), re.DOTALL) for english in table]
+
+    said = [*reasons_in(lesson), *reasons_in(step)]
+    assert {"retracted", "score outside 7 to 7", "no step within the KL budget moved the text the right way"} <= {*said}
+    bad, good = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
+    limits = {"kl_budget": 0.1, "drift_budget": 0.1, "likelihood_drop": 0.1}
+    said += fast_gate(bad, good, good, good, torch.tensor([1]), **limits).reason.split("; ")
+    said += [slow_gate({"bleu": 1.0}, {"bleu": 2.0}).reason]
+    assert [reason for reason in said if not any(pattern.fullmatch(reason) for pattern in known)] == []
+
+
+def reasons_in(module: Any) -> list[str]:
+    """The sentences of a module of learning that say why: what its functions return as a text, keep under such a name
+    or put into an outcome, and its constants. What is filled in reads 7."""
+    constants = {name: value for name, value in vars(module).items() if re.fullmatch("_[A-Z]+", name)}
+
+    def filled(part: ast.expr) -> str:
+        assert isinstance(part, ast.FormattedValue)
+        return str(constants.get(part.value.id, 7)) if isinstance(part.value, ast.Name) else "7"
+
+    def texts(node: ast.expr | None) -> list[str]:
+        if isinstance(node, ast.IfExp):
+            return texts(node.body) + texts(node.orelse)
+        if isinstance(node, ast.JoinedStr):
+            return ["".join(p.value if isinstance(p, ast.Constant) else filled(p) for p in node.values)]
+        return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value else []
+
+    found = []
+    for node in ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef) and node.returns and re.search(r"\bstr$", ast.unparse(node.returns)):
+            found += [text for r in ast.walk(node) if isinstance(r, ast.Return) for text in texts(r.value)]
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("reason", "told", "fits"):
+            found += texts(node.value)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "Outcome":
+            found += texts(node.args[1])
+    return found + [text for text in constants.values() if isinstance(text, str) and text not in "\n".join(found)]

@@ -2,6 +2,7 @@
 
 import type { Kind, Story } from "./api";
 import { fill, words } from "./i18n";
+import { reasonOf } from "./reasons";
 import { minus } from "./text";
 
 /** An event as soon as it is acknowledged; its story comes later. */
@@ -13,9 +14,11 @@ export interface Clicked {
 
 export function told(one: Story): string {
   const say = words();
+  const reason = reasonOf(one.reason);
   if (one.state === "pending") return say.pending;
-  if (one.state === "unused") return fill(say.unused, { reason: one.reason });
-  if (one.state === "superseded") return fill(say.superseded, { reason: one.reason ? ` (${one.reason})` : "" });
+  if (one.state === "unused") return fill(say.unused, { reason });
+  if (one.state === "superseded")
+    return fill(say.superseded, { reason: reason ? fill(say.brackets, { text: reason }) : "" });
   const version = one.version ?? "?";
   const when =
     one.seconds === null
@@ -23,7 +26,7 @@ export function told(one: Story): string {
       : fill(say.learned, { seconds: one.seconds.toFixed(1), version });
   const what = one.kind === "edit" ? say.whatEdit : one.kind === "span" ? say.whatSpan : say.whatText;
   const change = moved(one);
-  const parts = [when, ...(change ? [fill(say.moved, { what, change })] : []), ...(one.reason ? [one.reason] : [])];
+  const parts = [when, ...(change ? [fill(say.moved, { what, change })] : []), ...(reason ? [reason] : [])];
   return parts.join(say.semicolon);
 }
 

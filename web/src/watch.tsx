@@ -5,6 +5,7 @@ import type uPlot from "uplot";
 import * as api from "./api";
 import { fill, type Language, language, words } from "./i18n";
 import { color, Plot } from "./plot";
+import { reasonOf } from "./reasons";
 import { useSignal } from "./state";
 import { moved, told } from "./story";
 import { median, minus, runningMean, scaled } from "./text";
@@ -199,7 +200,7 @@ function Versions({ versions, refresh }: { versions: api.Versions | null; refres
   const verdict = (one: api.Version): string => {
     const name = { published: say.published, refused: say.refused, nothing: say.nothing }[one.state] ?? one.state;
     const slow = one.slow ? `, ${one.slow.passed ? say.passed : say.failed}` : "";
-    return `${name}${slow}${one.reason ? `: ${one.reason}` : ""}`;
+    return `${name}${slow}${one.reason ? say.colon + reasonOf(one.reason) : ""}`;
   };
   const marks = (one: api.Version): string[] => [
     ...(one.version === serving ? [say.serving] : []),
