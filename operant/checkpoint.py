@@ -186,9 +186,13 @@ def delete(path: Path) -> None:
     shutil.rmtree(grave, ignore_errors=True)
 
 
-def clean(folder: Path) -> int:
-    """Remove what killed saves and prunes left behind; return how many. Call it only while holding the run's lock."""
-    leftovers = [p for p in Path(folder).glob(".*") if p.name.startswith((STAGING, PRUNED))]
+def clean(folder: Path, *names: str) -> int:
+    """Remove what killed saves and prunes left behind; return how many. Call it only while holding the run's lock.
+
+    names: of the small files whose leftovers go, in a folder where others write too; all leftovers when left out.
+    """
+    prefixes = tuple(f"{STAGING}{name}-" for name in names) or (STAGING, PRUNED)
+    leftovers = [p for p in Path(folder).glob(".*") if p.name.startswith(prefixes)]
     for path in leftovers:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

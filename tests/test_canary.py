@@ -245,6 +245,40 @@ def test_a_trial_that_is_ended_by_hand_stays_ended_while_ratings_come_in(tmp_pat
             assert versions.trial() == {"serving": number, "promoted": 0, "refused": 0}
 
 
+def test_a_promotion_by_hand_and_a_verdict_do_not_interleave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = Line(tmp_path / "live")
+    canary = Canary(versions, ServeConfig(shadow_share=1.0, reward="length(target=4)", canary_pairs=1))
+    versions.publish_number(1)
+    assert canary.look() == (0, 1)
+    inside = versions._serve_at_once
+    with ThreadPoolExecutor(1) as pool:
+
+        def late(version: int) -> None:
+            judged.append(pool.submit(canary.judged, 1, -1.0))  # would refuse what is being promoted
+            time.sleep(0.2)
+            inside(version)
+
+        judged: list[Any] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(versions, "_serve_at_once", late)
+            versions.promote(1)
+        judged[0].result()
+    assert canary.look() == (1, None) and versions.pointer().version == 1
+
+
+def test_nothing_is_decided_while_a_source_is_being_forgotten(tmp_path: Path) -> None:
+    versions = Line(tmp_path / "live")
+    canary = Canary(versions, ServeConfig(shadow_share=1.0, reward="length(target=4)", canary_pairs=1))
+    versions.publish_number(1)
+    assert canary.look() == (0, 1)
+    versions.keep_plan({"source": "x", "number": 1, "stage": "asked"})
+    canary.judged(1, -1.0)
+    assert versions.verdict(1) is None
+    versions.plan_file.unlink()
+    canary.judged(1, -1.0)
+    assert canary.look() == (0, None) and versions.verdict(1) is not None
+
+
 # --- over HTTP --------------------------------------------------------------------------------------------------------
 
 

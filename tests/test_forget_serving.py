@@ -145,6 +145,8 @@ def test_meanwhile_nobody_moves_versions_and_one_at_a_time_is_forgotten(policy: 
         assert "forgotten" in running.fault("POST", "/v1/versions/0/promote", 409)["message"]
         with pytest.raises(OperantError, match="another source"):
             ask(versions, "bob")
+        with pytest.raises(OperantError, match="this source"):  # what ann has said since would stay
+            ask(versions, "ann")
         until = time.monotonic() + PATIENCE
         while (done := forgotten(versions, 1)) is None:
             assert time.monotonic() < until

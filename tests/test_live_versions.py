@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from operant import checkpoint
-from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
+from operant.live.storage.versions import Moved, Outcome, Pointer, StepRecord, Versions
 from operant.types import OperantError
 
 
@@ -199,11 +200,88 @@ def test_what_a_crash_leaves_is_completed(tmp_path: Path) -> None:
     assert versions.consumed() == record.consumed_offset == 6
 
 
-def test_a_first_version_without_its_pointer_is_used(tmp_path: Path) -> None:
+def test_a_first_start_that_was_cut_off_is_made_anew_with_the_model_of_the_next_one(tmp_path: Path) -> None:
     versions = begun(tmp_path)
     (tmp_path / "live" / "current").unlink()
     versions.begin(write("again"), {})
-    assert weights(versions, 0) == "v0"
+    assert weights(versions, 0) == "again"
+
+
+def test_a_root_that_lost_its_pointer_keeps_its_versions(tmp_path: Path) -> None:
+    versions = begun(tmp_path)
+    step(versions)
+    (tmp_path / "live" / "current").unlink()
+    versions.begin(write("again"), {})
+    assert [weights(versions, number) for number in (0, 1)] == ["v0", "v1"] and versions.current().version == 0
+
+
+def test_a_decision_about_a_pointer_that_has_moved_is_not_carried_out(tmp_path: Path) -> None:
+    versions = begun(tmp_path)
+    for _ in range(2):
+        step(versions)
+    seen = versions.pointer().moves
+    versions.roll_back()
+    for decide in (versions.promote, versions.roll_back, versions.pass_anchor):
+        with pytest.raises(Moved):
+            decide(2, moves=seen)
+    assert versions.pointer() == Pointer(1, seen + 1, 0, since=1)
+    versions.pass_anchor(1, moves=seen + 1)
+    assert versions.pointer().anchor == 1
+
+
+def test_a_copy_of_a_record_that_is_wrong_is_mended_before_its_version_goes(tmp_path: Path) -> None:
+    versions = begun(tmp_path, keep=2)
+    step(versions)
+    wrong = dataclasses.replace(versions.record(1), state="nothing", reason="the step failed", outcomes={})
+    checkpoint.replace_file(versions._record_file(1), wrong.to_json())
+    for _ in range(5):
+        step(versions)
+    assert 1 not in versions._folders()
+    for found in (versions.record(1), Versions(versions.root).record(1)):
+        assert found.state == "published" and found.outcomes["e1"].state == "used"
+
+
+def test_a_kill_while_a_step_is_made_again_leaves_no_step_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = begun(tmp_path)
+    for _ in range(3):
+        step(versions)
+    versions.keep_plan({"source": "x", "number": 1, "stage": "emptied"})
+    beside = Versions(versions.root, beside=True)
+    beside.put(Pointer(0, 0, 0))
+    again = record_of(versions, parent=0, moves=0, again=2)
+    beside.announce(again)
+    with monkeypatch.context() as patch:
+        patch.setattr(beside, "_write_pointer", dies)
+        with pytest.raises(Killed):
+            beside.publish(again, write("again"), {"passed": True})
+    assert Versions(versions.root).finish() is None  # the start of the next learner
+    beside = Versions(versions.root, beside=True)
+    assert beside.finish() is None
+    assert beside.pointer().version == again.version and versions.pointer().version == 3
+    assert versions.pending() is None
+
+
+def test_records_are_read_while_versions_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = begun(tmp_path, keep=1)
+    for _ in range(3):
+        step(versions)
+    other = Versions(versions.root, keep=1)
+    there = other._folders()
+
+    def listed() -> Any:
+        step(versions)  # whose `tidy` drops what has just been listed
+        return there
+
+    monkeypatch.setattr(other, "_folders", listed)
+    assert [record.version for record in other.records()][:4] == [0, 1, 2, 3]
+
+
+class Killed(BaseException):
+    """As kill -9 ends a process: nothing that comes after it is done."""
+
+
+def dies(*given: Any) -> None:
+    raise Killed
 
 
 def test_a_step_that_publishes_nothing_consumes_its_events(tmp_path: Path) -> None:

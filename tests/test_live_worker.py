@@ -20,9 +20,10 @@ from live import MemoryStore, answered, logprob
 from program import Program
 
 from operant import checkpoint
-from operant.config import WorkerConfig
+from operant.config import ServeConfig, WorkerConfig
 from operant.live.learning.gate import divergence, likelihood
 from operant.live.learning.worker import FeedbackLog, Learning, Worker, main, open_store, replayed
+from operant.live.serving.canary import Canary
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
 from operant.policy import Policy
@@ -376,6 +377,83 @@ def test_the_slow_gate_rolls_back_what_lost_too_much_and_moves_the_anchor_for_wh
     found = loop.versions.slow(3)
     assert found is not None and not found["passed"]
     assert same(loop.worker.current().policy, as_saved(loop, 1).policy)
+
+
+def judging(loop: Loop, values: dict[int, float], monkeypatch: pytest.MonkeyPatch, during: Any = None) -> None:
+    """The slow gate finds these BLEUs of versions; `during` happens while it measures what serves."""
+    from operant.live.learning import worker
+
+    def measured(policy: Policy, prompts: Any) -> Any:
+        number = next(v.version for v in loop.versions.all() if same(as_saved(loop, v.version).policy, policy))
+        if number == loop.versions.pointer().version and during is not None:
+            during()
+        return {"bleu": values[number]}, []
+
+    monkeypatch.setattr(worker, "slow_metrics", measured)
+
+
+@pytest.fixture
+def make_judged(make_loop: Callable[..., Loop], tmp_path: Path) -> Callable[..., Loop]:
+    (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": "the cat", "reference": "sat"}) + "\n")
+    return lambda: make_loop(heldout=str(tmp_path / "held.jsonl"), reference_field="reference")
+
+
+def test_a_roll_back_of_the_slow_gate_that_could_not_be_made_is_made_later(
+    make_judged: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_judged()
+    loop.rate("c0", "thumb", 1)
+    plan = {"source": "x", "number": 1, "stage": "asked"}
+    judging(loop, {0: 40.0, 1: 10.0}, monkeypatch, lambda: loop.versions.keep_plan(plan))
+    with pytest.raises(OperantError, match="being forgotten"):
+        loop.worker.judge()
+    loop.versions.plan_file.unlink()
+    judging(loop, {0: 40.0, 1: 10.0}, monkeypatch)
+    assert loop.worker.judge() and loop.versions.pointer().version == 0
+    found = loop.versions.slow(1)
+    assert found is not None and not found["passed"]
+
+
+@pytest.mark.parametrize("bleu", [41.0, 10.0])
+def test_what_a_person_decides_while_the_slow_gate_measures_stands(
+    bleu: float, make_judged: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_judged()
+    loop.rate("c0", "thumb", 1)
+    loop.rate("c1", "thumb", 1)
+    judging(loop, {0: 40.0, 1: 40.0, 2: bleu}, monkeypatch, loop.versions.roll_back)
+    assert loop.worker.judge()
+    pointer = loop.versions.pointer()
+    assert (pointer.version, pointer.anchor) == (1, 0) and loop.versions.slow(2) is None
+
+
+def test_what_is_tried_and_found_bad_does_not_take_down_what_serves(
+    make_judged: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_judged()
+    loop.rate("c0", "thumb", 1)
+    canary = Canary(loop.versions, ServeConfig(canary_share=0.1))
+    loop.rate("c1", "thumb", 1)
+    assert canary.look() == (1, 2)
+    judging(loop, {0: 40.0, 2: 10.0}, monkeypatch)
+    assert loop.worker.judge() and canary.look() == (1, None)
+
+
+def test_a_fault_after_a_version_was_published_leaves_it_published(
+    make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_loop()
+    event = loop.store.add("c0", "thumb", 1)
+
+    def gone(told: dict[str, Any]) -> None:
+        raise RuntimeError("nobody listens")
+
+    loop.worker.say = gone
+    with pytest.raises(RuntimeError, match="nobody listens"):
+        loop.worker.once()
+    assert not list((loop.versions.root / "records").glob("00000001.json"))
+    record = loop.again().versions.record(1)
+    assert record.state == "published" and record.outcomes[event.id].state == "used"
 
 
 def test_the_slow_gate_measures_generation(make_loop: Callable[..., Loop], tmp_path: Path) -> None:

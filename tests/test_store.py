@@ -608,6 +608,26 @@ def test_while_it_is_open_it_prunes_by_itself(tmp_path: Path) -> None:
     assert not store._retaining.is_alive()
 
 
+def test_it_prunes_nothing_by_itself_while_that_is_forbidden(tmp_path: Path) -> None:
+    asked, forbidden = threading.Event(), True
+
+    def forgetting() -> bool:
+        asked.set()
+        return forbidden
+
+    with Store(tmp_path / "live.db") as store:
+        converse(store, "a")
+        store.retain(1e-9, 0, every_s=0.01, unless=forgetting)
+        assert asked.wait(20)
+        time.sleep(0.1)
+        assert len(store.list_completions()) == 1
+        forbidden = False
+        until = time.monotonic() + 20
+        while store.list_completions() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert store.list_completions() == []
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_events_in_are_pending_used_superseded_and_unused_by_reason(seed: int, tmp_path: Path) -> None:
     draw = random.Random(seed)

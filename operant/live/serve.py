@@ -106,7 +106,8 @@ def live(config: ServeConfig) -> Iterator[Live]:
             heldout_prompts(config, policy)  # said now, not when the first version waits to be judged
         store.reconcile(versions.records())
         store.served(current.version, time.time())
-        store.retain(86_400 * config.max_age_days, config.max_bytes)
+        # a forgetting makes steps again from what is stored
+        store.retain(86_400 * config.max_age_days, config.max_bytes, unless=versions.forgetting)
         if implicit is not None:
             implicit.recall(reversed(store.list_completions(limit=1000, order="desc", prefix="chatcmpl-")))
         engine = Engine(policy, current.version, max_rows=config.max_rows, queue=config.queue, threads=config.threads)

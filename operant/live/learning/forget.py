@@ -131,9 +131,10 @@ def ask(versions: Versions, source: str) -> Plan:
     with FileLock(versions.root / "forgetting.lock"):
         there = Plan.read(versions)
         if there is not None and there.stage != "refused":
-            if there.source == source:
+            if there.source == source and there.stage in ("asked", "planned"):
                 return there
-            raise OperantError("another source is being forgotten; ask again when that is done")
+            which = "this" if there.source == source else "another"  # what this one has said since would stay
+            raise OperantError(f"{which} source is being forgotten; ask again when that is done")
         numbers = [int(file.stem) for file in (versions.root / TOMBSTONES).glob("[0-9]*.json")]
         plan = Plan(source, 1 + max(numbers, default=0))
         plan.write(versions)

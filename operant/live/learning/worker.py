@@ -37,7 +37,7 @@ from operant.learner import Learner, Sgd
 from operant.live.learning.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
 from operant.live.learning.lesson import EventSource, LearnerState, Lesson, prepare
 from operant.live.learning.step import Taught, fingerprint, new_learner, take_step
-from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
+from operant.live.storage.versions import Moved, Outcome, Pointer, StepRecord, Versions
 from operant.policy import Policy
 from operant.replay import Replay, line_of
 from operant.run import mixed_seed
@@ -287,7 +287,7 @@ class Worker:
     ) -> None:
         check_numbers(config)
         self.config, self.source = config, source
-        self.say = say or (lambda told: print(json.dumps(told, ensure_ascii=False), flush=True))
+        self.say = say or _print
         self.versions = Versions(config.root, config.keep)
         self.at: Learning | None = None
         self._anchors: Anchors | None = None
@@ -308,8 +308,7 @@ class Worker:
                 raise OperantError(f"{self.config.root} holds no version yet; give --model to begin with")
             policy = Policy.load(self.config.model, device=self.config.device, dtype=self.config.dtype)
             policy.model.eval()
-            if not _anchor_file(self.versions.root).exists():
-                self._write_anchors(policy)
+            self._write_anchors(policy)
             first = Learning(0, 0, policy, new_learner(policy, self.config), LearnerState())
             self.versions.begin(first.save, fingerprint(policy))
         self.versions.finish()
@@ -342,6 +341,9 @@ class Worker:
             self.at = None  # weights in memory may be half-way
             raise
         except Exception as error:
+            if record.version in {version.version for version in self.versions.all()}:
+                self.at = None
+                raise  # it is published, whatever failed after that
             # the same events would fail again after every restart, and nothing would be learned any more
             log.exception("step %d failed", record.version)
             reason = f"the step failed: {type(error).__name__}: {error}"
@@ -526,14 +528,24 @@ class Worker:
             self._anchor_metrics = pointer.anchor, slow_metrics(origin, prompts)[0]
         measured = slow_metrics(self.current().policy, prompts)[0]
         verdict = slow_gate(measured, self._anchor_metrics[1], self.config.tolerance)
+        try:  # before it is noted, so that what a fault or a kill leaves undone is done by the next look
+            if not verdict.passed:
+                back = self._falls_back_to(pointer)
+                self.versions.roll_back(back, moves=pointer.moves)
+                self.say({"rolled_back": pointer.version, "version": back, "reason": verdict.reason})
+            elif slow_gate(measured, self._anchor_metrics[1], 0.0).passed:
+                self.versions.pass_anchor(pointer.version, moves=pointer.moves)
+        except Moved:
+            return True  # somebody has decided meanwhile, and what serves now is looked at anew
         self.versions.note_slow(pointer.version, {"anchor": pointer.anchor, **dataclasses.asdict(verdict)})
-        if not verdict.passed:
-            if self.versions.pointer().moves == pointer.moves:
-                self.versions.roll_back(pointer.anchor)
-                self.say({"rolled_back": pointer.version, "version": pointer.anchor, "reason": verdict.reason})
-        elif slow_gate(measured, self._anchor_metrics[1], 0.0).passed:
-            self.versions.pass_anchor(pointer.version)
         return True
+
+    def _falls_back_to(self, pointer: Pointer) -> int:
+        """What serves instead of what the slow gate refused: the anchor version, or, where that one is only tried, what
+        serves beside it."""
+        trial = self.versions.trial() or {}
+        tried = trial.get("candidate") is not None and trial["serving"] in self.versions.ancestors(pointer.version)
+        return int(trial["serving"]) if tried else pointer.anchor
 
     def _heldout_prompts(self) -> list[Prompt]:
         if self._heldout is None:
@@ -577,6 +589,13 @@ class Worker:
             return True
         ready, _, _ = select.select([sys.stdin], [], [], seconds)
         return not ready or bool(os.read(sys.stdin.fileno(), 1 << 16))
+
+
+def _print(told: dict[str, Any]) -> None:
+    try:
+        print(json.dumps(told, ensure_ascii=False), flush=True)
+    except BrokenPipeError:  # the server is gone; what is done is on the disk
+        raise SystemExit(1) from None
 
 
 def _why(taught: Taught) -> str:

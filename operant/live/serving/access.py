@@ -128,6 +128,7 @@ class Keys:
 
     def _write(self, keys: list[Key]) -> None:
         assert self.path is not None
+        checkpoint.clean(self.path.parent, self.path.name)
         checkpoint.replace_file(
             self.path, json.dumps([asdict(key) for key in keys], ensure_ascii=False, indent=1), private=True
         )
@@ -156,6 +157,7 @@ class Links:
         """With the secret of this root, which is made when there is none."""
         file = Path(root) / "link.secret"
         with FileLock(Path(root) / "link.secret.lock"):
+            checkpoint.clean(file.parent, file.name)
             if not file.exists():
                 checkpoint.replace_file(file, secrets.token_urlsafe(32), private=True)
             secret = file.read_text(encoding="utf-8").strip()

@@ -195,6 +195,8 @@ class Canary:
             trial = self.trial()
             if trial.candidate is None or wrote not in (trial.serving, trial.candidate) or stored.id in trial.rated:
                 return
+            if self.versions.forgetting():  # what is decided now could not be carried out
+                return
             if trial.counted.get(who, 0) >= MOST_OF_ONE:
                 return
             trial.counted[who] = trial.counted.get(who, 0) + 1
@@ -210,7 +212,7 @@ class Canary:
         """Both have answered one prompt: the candidate's reward less that of the serving version, in [−1, 1]."""
         with self.versions.trying():
             trial = self.trial()
-            if trial.candidate == candidate:
+            if trial.candidate == candidate and not self.versions.forgetting():
                 self._bet(trial, difference)
 
     def _bet(self, trial: Trial, difference: float) -> None:

@@ -171,7 +171,8 @@ class Engine:
         samplers, asked = self._samplers, list(ids)
         if len(prompt.tokens) == 0:
             raise OperantError("the prompt is empty, so nothing predicts the first token; give some text")
-        sampler = samplers[self._version] if version is None else samplers.get(version)
+        serving = next(reversed(samplers))  # read with them, not beside them
+        sampler = samplers.get(serving if version is None else version)
         if sampler is None:
             raise _not_resident(version)
         if sampler.room(prompt, sampling) < 1:

@@ -16,7 +16,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -543,11 +543,18 @@ class Store:
             self.database.shrink()
         return counts
 
-    def retain(self, max_age_s: float, max_bytes: int, every_s: float = 3600.0) -> None:
-        """Prune by these rules, now and every so many seconds, until the store is closed."""
+    def retain(
+        self, max_age_s: float, max_bytes: int, every_s: float = 3600.0, *, unless: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Prune by these rules, now and every so many seconds, until the store is closed; not while `unless` is true,
+        but soon after it."""
 
         def run() -> None:
             while True:
+                if unless():
+                    if self._closing.wait(min(every_s, 10.0)):
+                        return
+                    continue
                 try:
                     gone = self.prune(max_age_s, max_bytes)
                 except OperantError as error:

@@ -172,11 +172,12 @@ class Versions:
     def records(self) -> list[StepRecord]:
         """The record of every finished step, oldest first, also of those without weights: the whole lineage."""
         found: dict[int, StepRecord] = {}
-        for file in sorted((self.root / "records").glob("[0-9]*.json")):
-            record = self._finished(file)
-            found[record.version] = record
         for number, c in self._folders().items():
-            found[number] = self._finished(c.path / "record.json")
+            with contextlib.suppress(FileNotFoundError):  # gone meanwhile; its record was copied before
+                found[number] = self._finished(c.path / "record.json")
+        for file in (self.root / "records").glob("[0-9]*.json"):
+            if int(file.stem) not in found:
+                found[int(file.stem)] = self._finished(file)
         return [found[number] for number in sorted(found)]
 
     def record(self, version: int) -> StepRecord:
@@ -315,37 +316,44 @@ class Versions:
 
     # --- moving pointers -----------------------------------------------------------------------------------------
 
-    def promote(self, version: int) -> PolicyVersion:
-        """Let a version serve. What learns next starts from it, with its optimizer."""
-        with self._lock():
-            self._expect_leave()
-            chosen = self.get(version)
-            before = self.pointer()
-            if version != before.version:
-                self._write_pointer(Pointer(version, before.moves + 1, before.anchor, since=version))
-        self._serve_at_once(version)
+    def promote(self, version: int, *, moves: int | None = None) -> PolicyVersion:
+        """Let a version serve. What learns next starts from it, with its optimizer.
+
+        moves: of the pointer on which this was decided; raises Moved when it has moved since.
+        """
+        with self.trying():
+            with self._lock():
+                self._expect_leave()
+                chosen = self.get(version)
+                before = self._unmoved(moves)
+                if version != before.version:
+                    self._write_pointer(Pointer(version, before.moves + 1, before.anchor, since=version))
+            self._serve_at_once(version)
         return chosen
 
-    def roll_back(self, to: int | None = None) -> PolicyVersion:
+    def roll_back(self, to: int | None = None, *, moves: int | None = None) -> PolicyVersion:
         """Serve an earlier version again: `to`, or the nearest ancestor on disk of the one that serves.
 
         The optimizer goes back with the weights; events stay consumed, and what they taught since is forgotten.
-        Raises OperantError when there is nothing to go back to.
+        Raises OperantError when there is nothing to go back to, and Moved as `promote` does.
         """
         if to is not None:
-            return self.promote(to)
-        now = int((self.trial() or {}).get("serving", self.pointer().version))
-        there = self._folders()
-        for ancestor in self.ancestors(now)[1:]:
-            if ancestor in there:
-                return self.promote(ancestor)
+            return self.promote(to, moves=moves)
+        with self.trying():
+            now = int((self.trial() or {}).get("serving", self.pointer().version))
+            there = self._folders()
+            for ancestor in self.ancestors(now)[1:]:
+                if ancestor in there:
+                    return self.promote(ancestor, moves=moves)
         raise OperantError(f"version {now} has no ancestor on disk to roll back to; choose one with --promote N")
 
-    def pass_anchor(self, version: int) -> None:
-        """The slow gate, or a person, has passed this version: from now on drift and loss are measured from it."""
+    def pass_anchor(self, version: int, *, moves: int | None = None) -> None:
+        """The slow gate, or a person, has passed this version: from now on drift and loss are measured from it. Raises
+        Moved as `promote` does."""
         with self._lock():
             self._expect_leave()
             self.get(version)
+            self._unmoved(moves)
             self._write_pointer(dataclasses.replace(self.pointer(), anchor=version, since=version))
 
     def follow(self, version: int) -> None:
@@ -363,8 +371,9 @@ class Versions:
     def serve_what_was_made_again(self) -> Pointer:
         """Let the last version that was made again serve, at once and with all that its pointer says."""
         made = Versions(self.root, self.keep, beside=True).pointer()
-        self.put(made)
-        self._serve_at_once(made.version)
+        with self.trying():
+            self.put(made)
+            self._serve_at_once(made.version)
         return made
 
     def pin(self, user: str, version: int | None) -> None:
@@ -389,7 +398,10 @@ class Versions:
                 version=0, parent=-1, moves=0, begin_offset=0, consumed_offset=0, events=[], seed=0, coefficients={},
                 fingerprint=dict(fingerprint), state="published",
             )  # fmt: skip
-            if 0 not in self._folders():  # else a crash came between the folder and the pointer
+            there = self._folders()
+            if list(there) == [0]:  # of a start that was cut off, perhaps with another model
+                checkpoint.delete(there.pop(0).path)
+            if 0 not in there:
                 self._save(record, write, {"passed": True, "reason": "the first version"})
             self._write_pointer(Pointer(0, 0, 0))
         return self.get(0)
@@ -433,7 +445,7 @@ class Versions:
         """
         with self._lock():
             record = self.pending()
-            if record is None:
+            if record is None or (record.again >= 0 and not self.beside):  # a forgetting goes on with its own
                 return None
             if record.version in self._folders():
                 now = self.pointer()
@@ -447,11 +459,8 @@ class Versions:
     def clean(self) -> None:
         """Remove the half-written files of killed processes. Call it at start, with no other learner at work."""
         with self._lock():
-            for folder in (
-                self.root,
-                self.folder,
-                *(self.root / name for name in ("records", "pending", "slow")),
-            ):
+            checkpoint.clean(self.root, "current", "current.again", "pins.json", "forgetting.json", "anchors.jsonl")
+            for folder in (self.folder, *(self.root / name for name in ("records", "pending", "slow"))):
                 checkpoint.clean(folder)
         with self.trying():  # the server writes here, with a learner or without
             checkpoint.clean(self.root / "trials")
@@ -527,10 +536,12 @@ class Versions:
         return OperantError(f"the weights of version {version} are not on disk; choose one of those there: {there}")
 
     def _keep_records(self, there: Mapping[int, checkpoint.Checkpoint]) -> None:
-        """A copy of each version's record outside of its folder, which is about to go."""
+        """A copy of each version's record outside of its folder, which is about to go. The folder is right about it."""
         for number, c in there.items():
-            if not self._record_file(number).exists():
-                checkpoint.replace_file(self._record_file(number), (c.path / "record.json").read_text(encoding="utf-8"))
+            file, text = self._record_file(number), (c.path / "record.json").read_text(encoding="utf-8")
+            if not file.exists() or file.read_text(encoding="utf-8") != text:
+                checkpoint.replace_file(file, text)
+                self._records.pop(file, None)
 
     def _folders(self) -> dict[int, checkpoint.Checkpoint]:
         found = {c.step: c for c in checkpoint.list_checkpoints(self.folder)}
@@ -561,6 +572,13 @@ class Versions:
 
     def _forget_pending(self, version: int) -> None:
         self._pending_file(version).unlink(missing_ok=True)
+
+    def _unmoved(self, moves: int | None) -> Pointer:
+        """The pointer, unless it has moved since it had made so many moves: then Moved is raised."""
+        now = self.pointer()
+        if moves is not None and now.moves != moves:
+            raise Moved
+        return now
 
     def _write_pointer(self, pointer: Pointer) -> None:
         checkpoint.replace_file(self._pointer_file(self.beside), json.dumps(dataclasses.asdict(pointer)))
