@@ -33,7 +33,7 @@ __all__ = ["COMMAND", "INTRUDERS", "KEYS", "ROUNDS", "Crowd", "table", "taught"]
 COMMAND = "`python -m benchmarks.population --kinds crowd adversary sybils`"
 
 INTRUDERS = {"crowd": 0, "adversary": 1, "sybils": 2}
-KEYS, ROUNDS, EVERY, NOISE = 20, 60, 30, 0.1
+KEYS, ROUNDS, EVERY, NOISE = 20, 150, 50, 0.1
 PATIENCE = 30.0  # seconds for a round to be learned; without a quorum it waits for the next one
 
 
