@@ -87,11 +87,28 @@ def test_honest_raters_who_err_one_time_in_ten_keep_their_weight() -> None:
 # --- the cap ----------------------------------------------------------------------------------------------------------
 
 
+def whole(*sources: str) -> dict[str, float]:
+    """Sources all of whose ratings are learned at full weight."""
+    return dict.fromkeys(sources, 1.0)
+
+
+def test_who_blames_uses_up_as_little_as_is_learned_of_it() -> None:
+    assert shares({"praises": 1.0, "blames": 0.2}, {}, {}, cap=1.0, window=20) == {"praises": 0.5, "blames": 0.1}
+    # so of two who are heard as often, among many who blame, the one who praises is over its share sooner
+    had = dict.fromkeys(MANY, 0.2)
+    given = dict.fromkeys(("praises", "blames"), 0.0)
+    for _ in range(10):
+        new = shares({"praises": 1.0, "blames": 0.2}, {}, had, cap=0.1, window=50)
+        had = after(had, new, window=50)
+        given = {name: given[name] + new[name] for name in given}
+    assert given["praises"] < 1 and given["blames"] > 0.5
+
+
 def test_no_source_has_more_than_its_share_however_often_it_speaks() -> None:
     had: dict[str, float] = {}
     given_to: dict[str, float] = {}
     for step in range(600):
-        given = shares(["loud", HONEST[step % 9]], {}, had, cap=0.2, window=20)
+        given = shares(whole("loud", HONEST[step % 9]), {}, had, cap=0.2, window=20)
         before, had = had.get("loud", 0.0), after(had, given, window=20)
         # who comes new makes the part of all others smaller; then one waits
         assert had["loud"] <= max(before, max(0.2, 2 / len(had)) * max(2.0, sum(had.values()))) + 1e-9
@@ -106,21 +123,21 @@ def test_no_source_has_more_than_its_share_however_often_it_speaks() -> None:
 def test_two_who_take_turns_learn_at_full_weight_and_two_of_many_do_not_go_on_alone() -> None:
     had: dict[str, float] = {}
     for _ in range(200):
-        given = shares(["ann", "bob"], {}, had, cap=0.1, window=10)
+        given = shares(whole("ann", "bob"), {}, had, cap=0.1, window=10)
         assert given == pytest.approx({"ann": 0.5, "bob": 0.5})
         had = after(had, given, window=10)
     had = dict.fromkeys(MANY, 1.0) | {"x": 3.75, "y": 3.75}
     taken = []
     for _ in range(40):
-        given = shares(["x", "y"], {}, had, cap=0.1, window=40)
+        given = shares(whole("x", "y"), {}, had, cap=0.1, window=40)
         taken.append(sum(given.values()))
         had = after(had, given, window=40)
     assert sum(taken) < 1 and taken[-1] < 1e-6
     # nor do the first who come have the beginning for themselves
     had = dict.fromkeys(MANY, 0.003)
-    assert shares(["x", "y"], {}, had, cap=0.1, window=50) == pytest.approx({"x": 0.5, "y": 0.5})
-    assert sum(shares(["x", "y"], {}, had | {"x": 0.5, "y": 0.5}, cap=0.1, window=50).values()) < 0.1
-    assert shares(["x"], {"x": 0.25}, {}, cap=1.0, window=20) == {"x": 0.25}
+    assert shares(whole("x", "y"), {}, had, cap=0.1, window=50) == pytest.approx({"x": 0.5, "y": 0.5})
+    assert sum(shares(whole("x", "y"), {}, had | {"x": 0.5, "y": 0.5}, cap=0.1, window=50).values()) < 0.1
+    assert shares(whole("x"), {"x": 0.25}, {}, cap=1.0, window=20) == {"x": 0.25}
 
 
 # --- in a step --------------------------------------------------------------------------------------------------------
@@ -312,7 +329,9 @@ def test_sources_are_told_apart_to_operators_and_themselves_to_others(make_polic
         rows = served.http.get("/v1/sources", headers=heads["boss"]).json()["data"]
         assert [row["source"] for row in rows] == ["ann", "bob"]
         assert [row["reward"] for row in rows] == [1.0, -1.0] and [row["events"] for row in rows] == [1, 1]
-        assert all(0 < row["reputation"] < 1 and row["influence"] == pytest.approx(0.5) for row in rows)
+        assert all(0 < row["reputation"] < 1 for row in rows)
+        # who blames is learned at a fifth
+        assert [row["influence"] for row in rows] == pytest.approx([5 / 6, 1 / 6])
         assert served.http.get("/v1/sources", headers=heads["bob"]).json()["data"] == rows[1:]
         page = served.http.get("/metrics", headers=heads["boss"]).text
         assert 'operant_source_reward{source="bob"} -1.0' in page and 'operant_source_influence{source="ann"}' in page

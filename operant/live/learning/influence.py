@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 __all__ = ["PRIOR", "after", "reputations", "shares"]
 
@@ -60,19 +60,21 @@ def reputations(opinions: Iterable[tuple[str, str, int]]) -> dict[str, float]:
 
 
 def shares(
-    sources: Sequence[str], trust: Mapping[str, float], had: Mapping[str, float], *, cap: float, window: float
+    sources: Mapping[str, float], trust: Mapping[str, float], had: Mapping[str, float], *, cap: float, window: float
 ) -> dict[str, float]:
     """The share of a step that each of its sources has: as much as it would have, and as keeps it under the cap.
 
-        I'_s = I_s (1 − A / window) + a_s ≤ max(cap, 2 / N) · max(BEGIN · window, Σ I'),  0 ≤ a_s ≤ r_s / S
+        I'_s = I_s (1 − A / window) + a_s ≤ max(cap, 2 / N) · max(BEGIN · window, Σ I'),  0 ≤ a_s ≤ w_s r_s / S
 
     with the largest A = Σ a that holds. What one source has less no other has more: the step is shorter. sources: the S
-    different ones of the step. trust: r_s, 1 for one that is not in it. had: I_s, what each has had before, in steps
+    different ones of the step, each with the mean weight w_s > 0 of what it says: who blames is learned at a fraction
+    (`LiveConfig.bad_weight`) and uses up as little of what it may have. trust: r_s, 1 for one that is not in it. had:
+    I_s, what each has had before, in steps
     (`after`); N counts those and the step's, so that each of few may have twice an equal part.
     """
-    different = sorted(set(sources))
+    different = sorted(sources)
     part, before = max(cap, 2 / max(2, len(had.keys() | set(different)))), sum(had.values())
-    wanted = {s: trust.get(s, 1.0) / len(different) for s in different}
+    wanted = {s: sources[s] * trust.get(s, 1.0) / len(different) for s in different}
     given, whole = wanted, sum(wanted.values())
     for _ in range(ROUNDS):  # from above, so that it ends at the largest
         fading = 1 - min(1.0, whole / window)

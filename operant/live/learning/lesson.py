@@ -39,6 +39,7 @@ from operant.types import Bools, Completion, Feedback, Ints, OperantError, Promp
 __all__ = ["EventSource", "LearnerState", "Lesson", "Paired", "Rated", "StoredCompletion", "prepare", "weight_of"]
 
 MEMORY = 256  # learned events that may be drawn again
+LEAST = 0.01  # weight that a rating is taken to have where influence is counted
 OPINIONS, OWN_OPINIONS = 1024, 64  # newest ones that reputation is read from, and those of one source
 _GREEDY = "greedy completion has no propensity"
 _DISTRUSTED = "what this source says of answers contradicts what others say of them; it counts again when they agree"
@@ -524,8 +525,12 @@ def _weigh(
 ) -> dict[str, float]:
     """Weigh rows in place, so that each source has its share of the step however often it spoke; the shares."""
     count = Counter(row.event.source for row in rows)
-    given = influence.shares(sorted(count), trust, had, cap=config.influence_cap, window=config.influence_window)
+    mean = dict.fromkeys(sorted(count), 0.0)
     for row in rows:
-        row.part = len(count) * given[row.event.source]
+        weight = max(LEAST, weight_of(row, config)) if isinstance(row, Rated) else 1.0
+        mean[row.event.source] += weight / count[row.event.source]
+    given = influence.shares(mean, trust, had, cap=config.influence_cap, window=config.influence_window)
+    for row in rows:
+        row.part = len(count) * given[row.event.source] / mean[row.event.source]
         row.weight = row.part * len(rows) / (len(count) * count[row.event.source])
     return given
