@@ -69,8 +69,8 @@ def shares(
     with the largest A = Σ a that holds. What one source has less no other has more: the step is shorter. sources: the S
     different ones of the step, each with the mean weight w_s > 0 of what it says: who blames is learned at a fraction
     (`LiveConfig.bad_weight`) and uses up as little of what it may have. trust: r_s, 1 for one that is not in it. had:
-    I_s, what each has had before, in steps
-    (`after`); N counts those and the step's, so that each of few may have twice an equal part.
+    I_s, what each has had before, in steps (`after`); N counts those and the step's, so that each of few may have twice
+    an equal part.
     """
     different = sorted(sources)
     part, before = max(cap, 2 / max(2, len(had.keys() | set(different)))), sum(had.values())
