@@ -146,7 +146,7 @@ ALGORITHMS = {
             honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
-            "areinforce", "Arnal et al. 2025", "reinforce", "route", "route", "per_completion", shift=0.1,
+            "areinforce", "Arnal et al. 2025", "reinforce", "route", "route", "per_completion", shift=0.3,
             honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
