@@ -81,6 +81,8 @@ class Estimator:
         metrics["train/advantage_std"] = float(advantages[mask].std()) if int(mask.sum()) > 1 else 0.0
         if recipe.whiten:
             advantages = credit.whiten(advantages, taught)
+        if config.discount_state:  # last, for whitening would bring the discounted tokens back to the others' size
+            advantages = advantages * credit.discount_weights(mask, self.gamma)
         self.remember(trajectories, (rewards * mask).sum(1), whole)
         if recipe.baseline == "running":
             known = mask & (usable if usable.dim() == 2 else usable[:, None])
@@ -156,7 +158,6 @@ class Estimator:
         return credit.advantages(
             rewards, mask, groups, valid, baseline=self.recipe.baseline, gamma=self.gamma,
             running=running, beta=beta, given=given, shift=self.recipe.shift,
-            discount_state=self.config.discount_state,
         )  # fmt: skip
 
     def of_penalty(self, trajectories: list[Trajectory], penalty: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
@@ -170,7 +171,6 @@ class Estimator:
             baseline = "none"  # what they remember is of the task's reward
         return credit.advantages(
             penalty, mask, group_numbers(trajectories), valid, baseline=baseline, gamma=self.gamma,
-            discount_state=self.config.discount_state,
         )[0]  # fmt: skip
 
     def against_critic(
@@ -187,8 +187,6 @@ class Estimator:
             torch.where(valid[:, None], rewards, 0.0), of_row, mask,
             gamma=self.gamma, lam=self.recipe.lam, bootstrap=after,
         )  # fmt: skip
-        if self.config.discount_state:
-            advantages = advantages * credit.discount_weights(mask, self.gamma)
         return advantages * valid[:, None], returns, valid
 
     def coefficient(

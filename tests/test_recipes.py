@@ -133,6 +133,39 @@ def test_a_critic_follows_only_where_the_limit_cut_a_text_off(
         assert batch.advantages[0, start : start + 2].tolist() == pytest.approx([-8.0, -8.0])
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "whiten"), [("reinforce_pp", True), ("reinforce_pp", False), ("ppo", True), ("rloo", False)]
+)
+def test_the_discount_of_the_state_comes_last(
+    algorithm: str, whiten: bool, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Whitening does not undo it, and a critic that knows nothing explains nothing."""
+    from operant.algorithms import resolve
+    from operant.estimate import Estimator, Rollout
+    from operant.rewards import reward_trajectory
+
+    policy, gamma, size = make_policy("gpt2"), 0.8, 12
+    policy.add_critic(separate=False)
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        completion = Completion(
+            str(i), f"p{i // 4}", "", generator.integers(40, 80, size), np.zeros(size, np.int64),
+            behavior_logprobs=np.full(size, -1.0, np.float32),
+        )  # fmt: skip
+        rows.append(reward_trajectory(PROMPTS[i // 4], completion, "any", generator.random(size).tolist()))
+
+    def estimated(discount_state: bool) -> tuple[torch.Tensor, dict[str, float]]:
+        config = settings(tmp_path, algorithm=algorithm, gamma=gamma, discount_state=discount_state, whiten=whiten)
+        batch, metrics = Estimator(policy, config, resolve(config, dense=True), {})(Rollout(rows, rows))
+        assert batch.advantages is not None
+        return batch.advantages[batch.action_mask].reshape(len(rows), size), metrics
+
+    (plain, _), (weighed, metrics) = estimated(False), estimated(True)
+    torch.testing.assert_close(weighed, plain * gamma ** torch.arange(size))
+    assert metrics.get("train/explained_variance", 0.0) == 0.0
+
+
 def test_a_critic_leaves_rows_with_missing_rewards_alone(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     calls = iter(range(1000))
 
