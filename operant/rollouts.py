@@ -48,7 +48,7 @@ class Rollouts:
         kept: list[Trajectory] = []
         seen: list[Trajectory] = []
         rounds = 0
-        while rounds < self.recipe.rounds and (lacking := self.config.prompts_per_step - _groups(kept)) > 0:
+        while rounds < self.recipe.rounds and (lacking := self.lacking(kept)) > 0:
             new = self.once(step, rounds, lacking)
             seen += new
             kept += informative(new) if self.recipe.rounds > 1 else new
@@ -57,6 +57,11 @@ class Rollouts:
         # a step in which no group had different rewards teaches nothing and is still told
         taken = kept or seen
         return Rollout(taken, seen, self.greedy(taken) if self.recipe.baseline == "greedy" else None, rounds)
+
+    def lacking(self, kept: list[Trajectory]) -> int:
+        """Groups that the step still wants. A prompt that comes twice is two: counted by prompt, a step of more prompts
+        than there are could never be full."""
+        return self.config.prompts_per_step - len(kept) // self.config.group_size
 
     def once(self, step: int, number: int, count: int) -> list[Trajectory]:
         chosen = [self.prompts[i] for i in self.order.slice(self.state["drawn"], count)]
@@ -169,7 +174,3 @@ def informative(trajectories: list[Trajectory]) -> list[Trajectory]:
     keep = credit.informative((rewards * mask).sum(1), group_numbers(trajectories), valid)
     teaching = {t.prompt.id for t, yes in zip(trajectories, keep.tolist(), strict=True) if yes}
     return [t for t in trajectories if t.prompt.id in teaching]
-
-
-def _groups(trajectories: list[Trajectory]) -> int:
-    return len({t.prompt.id for t in trajectories})

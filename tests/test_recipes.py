@@ -213,6 +213,16 @@ def test_what_an_algorithm_remembers_is_resumed_bit_for_bit(
         assert max(rounds) > 1 and state["drawn"] > 6 * 3 and rounds == logged(parts, "train/rounds")
 
 
+def test_dynamic_sampling_is_content_with_a_prompt_that_comes_twice(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    always = iter(range(1000))
+    config = settings(tmp_path / "run", algorithm="dapo", steps=3, overlong_buffer=0)
+    train(make_policy("gpt2"), PROMPTS[:2], quick(lambda p, c: float(next(always))), config, quiet=True)
+    assert logged(tmp_path / "run", "train/rounds") == [1.0] * 3
+    assert logged(tmp_path / "run", "train/completions") == [12.0, 24.0, 36.0]
+
+
 def test_dynamic_sampling_fills_the_batch_with_groups_that_differ(
     make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
