@@ -37,7 +37,7 @@ from operant.rewards import (
     potential_diagnostics,
     reward_by_name,
 )
-from operant.rollouts import Logged, Rollouts, judged
+from operant.rollouts import Logged, Rollouts, check_prompts, judged
 from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
@@ -88,8 +88,8 @@ def train(
         learn from instead of new ones (see `rollouts.read_logged`); then there are no prompts.
     callbacks: called as (step, metrics) after each step, True stops.
 
-    Raises OperantError for a combination that the algorithm cannot honour, for missing data, and when every reward of
-    several steps in a row was missing.
+    Raises OperantError for a combination that the algorithm cannot honour, for missing data, for prompts that do not
+    fit the model or share an id, and when every reward of several steps in a row was missing.
     """
     config = dataclasses.replace(config or TrainConfig(), **options)
     if config.environment:
@@ -124,6 +124,13 @@ def train(
                 "a log takes the place of prompts; set config.logged to where it is from, leave prompts out"
             )
         check_references(runner.reward, [prompt for prompt, _, value in logged if value is None])
+        told = []
+        asked = (prompts, dev_prompts[: config.eval_prompts])
+        if tight := sum(check_prompts(policy, part, config.max_tokens) for part in asked):
+            told.append(
+                f"{tight} of {sum(map(len, asked))} prompts leave less than {config.max_tokens} tokens for a "
+                f"completion (the model's context has {policy.max_length})"
+            )
         if config.sft_coef and not pairs:
             raise OperantError("sft_coef is set but there are no labelled pairs; give --sft_data, or --sft_coef 0")
         if config.target and not dev_prompts and not config.environment:
@@ -137,6 +144,8 @@ def train(
                 run, config, recipe, policy, list(prompts), runner, list(dev_prompts), list(pairs),
                 judged(logged, runner),
             )  # fmt: skip
+            for text in told:
+                run.note(text)
             return loop.go(callbacks)
     finally:
         runner.close()

@@ -16,9 +16,10 @@ from operant.algorithms import Recipe
 from operant.batch import completion_axes, group_numbers
 from operant.config import TrainConfig
 from operant.estimate import Rollout
+from operant.policy import Policy
 from operant.rewards import Limited, RewardRunner, reward_trajectory
 from operant.run import DataOrder, Run, mixed_seed
-from operant.sampler import Sampler
+from operant.sampler import Sampler, check_room, room
 from operant.text import Codec
 from operant.types import Completion, OperantError, Prompt, Sampling, Trajectory
 
@@ -119,6 +120,23 @@ class Logged:
     def take(self, step: int) -> Rollout:
         taken = [self.trajectories[i] for i in self.order.take(step)]
         return Rollout(taken, taken)
+
+
+def check_prompts(policy: Policy, prompts: Sequence[Prompt], max_tokens: int) -> int:
+    """How many of the prompts leave a completion less than `max_tokens`.
+
+    Raises OperantError for one that leaves no room at all, and for an id that names two different prompts: completions
+    of one id are compared with each other.
+    """
+    known: dict[str, Prompt] = {}
+    for prompt in prompts:
+        check_room(policy, prompt, max_tokens)
+        if not np.array_equal(known.setdefault(prompt.id, prompt).tokens, prompt.tokens):
+            raise OperantError(
+                f"prompt id {prompt.id!r} names two different prompts, whose completions would be compared with each "
+                "other; give each an id of its own, such as dataclasses.replace(prompt, id=…)"
+            )
+    return sum(room(policy, prompt, max_tokens) < max_tokens for prompt in prompts)
 
 
 def read_logged(
