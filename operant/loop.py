@@ -37,7 +37,7 @@ from operant.rewards import (
     potential_diagnostics,
     reward_by_name,
 )
-from operant.rollouts import Logged, Rollouts, check_prompts, judged
+from operant.rollouts import Logged, Rollouts, check_logged, check_prompts, judged, with_propensities
 from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
@@ -89,7 +89,8 @@ def train(
     callbacks: called as (step, metrics) after each step, True stops.
 
     Raises OperantError for a combination that the algorithm cannot honour, for missing data, for prompts that do not
-    fit the model or share an id, and when every reward of several steps in a row was missing.
+    fit the model or share an id, for a log that the policy cannot read or learn from, and when every reward of several
+    steps in a row was missing.
     """
     config = dataclasses.replace(config or TrainConfig(), **options)
     if config.environment:
@@ -123,8 +124,15 @@ def train(
             raise OperantError(
                 "a log takes the place of prompts; set config.logged to where it is from, leave prompts out"
             )
-        check_references(runner.reward, [prompt for prompt, _, value in logged if value is None])
         told = []
+        usable = with_propensities(recipe.algorithm, logged)
+        if len(usable) < len(logged):
+            told.append(
+                f"{len(logged) - len(usable)} of {len(logged)} logged completions have no behavior_logprobs, which "
+                f"{config.algorithm} learns by, and are left out"
+            )
+        check_logged(policy, usable)
+        check_references(runner.reward, [prompt for prompt, _, value in usable if value is None])
         asked = (prompts, dev_prompts[: config.eval_prompts])
         if tight := sum(check_prompts(policy, part, config.max_tokens) for part in asked):
             told.append(
@@ -142,7 +150,7 @@ def train(
         with Run(config, "train", quiet=quiet) as run:
             loop = _Loop(
                 run, config, recipe, policy, list(prompts), runner, list(dev_prompts), list(pairs),
-                judged(logged, runner),
+                judged(usable, runner),
             )  # fmt: skip
             for text in told:
                 run.note(text)
