@@ -388,7 +388,8 @@ class TrainConfig(RunConfig, PairFields):
             but double_q also need behavior_logprobs, as operant sample --json prints them: rows without are left out.
         max_turns: an episode that has not ended by then is cut off.
         dense: pay metric rewards token by token through a potential instead of at the end; auto does so where a metric
-            of the reward has one and the algorithm, with its baseline, can place what tokens are paid.
+            of the reward has one and the algorithm, with its baseline, can place what tokens are paid. True also
+            declares that a function of your own pays per token; one that does without is noticed when it does.
         potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
         reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
         reward_seconds: time limit for one reward (one token of a streaming one); a slower one is a missing reward.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import re
@@ -82,7 +83,8 @@ def train(
     policy: changed in place; afterwards it has the best weights by `config.best_metric` on `dev_prompts`.
         With `config.environment` the policy plays its episodes instead, and there are neither prompts nor a reward.
     reward: any `reward(prompt, completion) -> float | one per token | spans | None`, or a name such as "chrf", which
-        `config.dense` and `config.potential` complete.
+        `config.dense` and `config.potential` complete. `dense=True` declares that a function pays per token; one that
+        does without is noticed at the first step that it does.
     config: a TrainConfig; `options` replace single fields of it, such as `steps=200, out="runs/mine"`.
     pairs: labelled pairs for `sft_coef`. logged: completions that were written before, with a reward each or None, to
         learn from instead of new ones (see `rollouts.read_logged`); then there are no prompts.
@@ -101,12 +103,12 @@ def train(
     elif reward is None:
         raise OperantError("there is no reward to learn from; give one, or an environment")
     elif isinstance(reward, str):
-        dense = has_potential(reward) and places_tokens(config) if config.dense == "auto" else config.dense
-        potential = None if config.potential == "auto" or not dense else config.potential
-        config = dataclasses.replace(config, reward=reward, dense=dense)
-        reward = reward_by_name(reward, dense=dense or None, potential=potential)
+        config = dataclasses.replace(config, reward=reward)
+        reward = named_reward(config)
     else:  # what the run folder and report tell
-        config = dataclasses.replace(config, reward=as_reward(reward).name, dense=config.dense is True)
+        reward = declared(as_reward(reward), config)
+        config = dataclasses.replace(config, reward=reward.name)
+    config = dataclasses.replace(config, dense=bool(reward.dense))
     runner = RewardRunner(
         reward, workers=None if config.reward_workers < 0 else config.reward_workers, time_limit=config.reward_seconds
     )
@@ -224,7 +226,7 @@ class _Loop:
             begun = time.perf_counter()
             rollout = self.rollouts.take(step)
             sampled_seconds = time.perf_counter() - begun
-            batch, metrics = self.estimator(rollout)
+            batch, metrics = self.estimate(rollout)
             stats = self.learn(batch, step)
             self.sampler.load(step + 1)
             metrics |= self.describe(rollout, stats)
@@ -253,6 +255,17 @@ class _Loop:
         )  # fmt: skip
 
     # --- one step ------------------------------------------------------------------------------------------------
+
+    def estimate(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
+        """The batch to learn from. Told once: that a reward turned out to pay per token."""
+        before = self.state.get("dense")
+        batch, metrics = self.estimator(rollout)
+        if self.state.get("dense") != before:
+            self.run.note(
+                f"reward '{self.config.reward}' pays per token and did not say so: from here on it is estimated as a "
+                "dense one. Say so with dense=True (--dense), or an attribute dense of the function"
+            )
+        return batch, metrics
 
     def learn(self, batch: Batch, step: int) -> StepStats:
         """One or, with a ratio, several optimizer steps on the batch."""
@@ -338,6 +351,33 @@ class _Loop:
                     metrics[f"train/phi_corr/{i}"] = value
         self.state["rewards"] = self.runner.state_dict()
         return metrics
+
+
+def named_reward(config: TrainConfig) -> Any:
+    """The reward that `config.reward` names, completed by `config.dense` and `config.potential`."""
+    dense = has_potential(config.reward) and places_tokens(config) if config.dense == "auto" else config.dense
+    potential = None if config.potential == "auto" or not dense else config.potential
+    if config.dense is True and potential is None and not has_potential(config.reward):
+        plain = reward_by_name(config.reward)
+        if plain.dense or isinstance(plain, Reward):  # it pays tokens by itself
+            return declared(plain, config)
+    return reward_by_name(config.reward, dense=dense or None, potential=potential)
+
+
+def declared(reward: Any, config: TrainConfig) -> Any:
+    """The reward; a plain function as one that pays per token, if `config.dense` says so.
+
+    Raises OperantError for a dense reward that is asked of one which was made to pay at the end.
+    """
+    if config.dense is not True or reward.dense:
+        return reward
+    if not isinstance(reward, Reward):
+        raise OperantError(
+            f"dense is true, and reward {reward.name!r} pays at the end; make it, or its parts, with dense=True"
+        )
+    reward = copy.copy(reward)
+    reward.dense = True
+    return reward
 
 
 def _paid_elsewhere(prompt: Prompt, completion: Completion) -> None:

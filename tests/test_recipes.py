@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from operant.algorithms import ALGORITHMS
 from operant.critic import FILE
 from operant.loop import train
 from operant.policy import Policy
-from operant.types import Completion, OperantError, Prompt
+from operant.rewards import Chrf
+from operant.types import Completion, OperantError, Prompt, Span
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +82,68 @@ def test_a_metric_is_paid_token_by_token_where_that_can_be(
     config = settings(tmp_path / "run", steps=1, reward_workers=0, **options)
     train(make_policy("gpt2"), PROMPTS, reward, config, quiet=True)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dense"] is dense
+
+
+def spans_of_even(prompt: Prompt, completion: Completion) -> list[Span]:
+    return [Span(i, i + 1, 0.1) for i in range(0, len(completion.text), 2)]
+
+
+@pytest.mark.parametrize("function", [dense_even, spans_of_even])
+def test_a_function_that_pays_per_token_is_estimated_so_whether_it_says_it_or_not(
+    function: Callable[..., Any], make_policy: Callable[..., Policy], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def run(name: str, reward: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(weights, state) of the last checkpoint."""
+        train(make_policy("gpt2"), PROMPTS, reward, settings(tmp_path / name, steps=3, **options))
+        weights, _, facts = everything(tmp_path / name)
+        told = yaml.safe_load((tmp_path / name / "config.yaml").read_text())["dense"]
+        assert told is (name not in ("undeclared", "one_number"))
+        assert capsys.readouterr().err.count("pays per token and did not say so") == (name == "undeclared")
+        return weights, facts["state"]
+
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(pays=function))  # type: ignore[misc]
+    declared, _ = run("declared", quick(function, dense=True))
+    for name, reward, options in (
+        ("undeclared", quick(function), {}),
+        ("asked", quick(function), {"dense": True}),
+        ("by_name", "mine:pays", {"dense": True, "reward_workers": 0}),
+    ):
+        weights, state = run(name, reward, **options)
+        assert same(weights, declared) and state["dense"] is (name == "undeclared")
+    # a baseline that is given by name is the one that is taken
+    weights, _ = run("one_number", quick(function), baseline="leave_one_out")
+    assert not same(weights, declared)
+
+
+def test_a_reward_that_is_noticed_to_pay_per_token_is_resumed_bit_for_bit(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Its first two steps pay at the end."""
+
+    def later(calls: Any) -> Any:
+        return quick(lambda p, c: dense_even(p, c) if next(calls) >= 24 else share_of_even(p, c))
+
+    calls = iter(range(1000))
+    train(make_policy("gpt2"), PROMPTS, later(iter(range(1000))), settings(tmp_path / "whole"), quiet=True)
+    train(
+        make_policy("gpt2"), PROMPTS, later(calls), settings(tmp_path / "parts"), quiet=True,
+        callbacks=[interrupted(4)],
+    )  # fmt: skip
+    assert everything(tmp_path / "parts")[2]["state"]["dense"] is True
+    train(make_policy("gpt2"), PROMPTS, later(calls), settings(tmp_path / "parts", resume=True), quiet=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert "train/beta" not in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[1]
+    assert len(logged(tmp_path / "whole", "train/beta")) == 4
+
+
+def test_a_reward_that_pays_at_the_end_is_not_dense_for_the_asking(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    for reward, told in ((Chrf(), "reward 'chrf' pays at the end"), ("length", "takes the option 'dense'")):
+        with pytest.raises(OperantError, match=told):
+            train(make_policy("gpt2"), PROMPTS, reward, settings(tmp_path / "run", dense=True), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def flat(policy: Policy) -> Policy:
