@@ -305,8 +305,9 @@ def _baseline(config: TrainConfig, algorithm: Algorithm, dense: bool) -> Baselin
     if config.baseline != "auto":
         return config.baseline  # type: ignore[return-value]
     baseline: Baseline = algorithm.dense_baseline if dense else algorithm.baseline
-    if baseline == "control_variate" and _discount(config):
-        return "position_leave_one_out"  # past rewards are a control variate for undiscounted returns only
+    if baseline in ("leave_one_out", "control_variate") and _discount(config):
+        # what a token is worth grows towards the end, and past rewards are a control variate for undiscounted returns
+        return "position_leave_one_out"
     return baseline
 
 

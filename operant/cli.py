@@ -276,7 +276,7 @@ def run_prefer(config: configs.PreferConfig) -> None:
 
 
 def run_train(config: configs.TrainConfig) -> None:
-    from operant.data import Fields, load_prompts, load_rows
+    from operant.data import Fields, load_prompts, load_rows, row_ids
     from operant.loop import train
     from operant.policy import Policy
     from operant.report import terminal_curve
@@ -310,7 +310,12 @@ def run_train(config: configs.TrainConfig) -> None:
         pair_fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
         pairs = load_fitting_pairs(load_rows(config.sft_data), policy, config, pair_fields)
     reward = None if config.environment else config.reward
-    logged = read_logged(rows, prompts, policy.codec) if config.logged else []
+    logged = []
+    if config.logged:  # --too_long skip leaves rows out
+        place = {name: i for i, name in enumerate(row_ids(rows, fields))}
+        logged = read_logged(
+            rows, prompts, policy.codec, places=[place[p.id] for p in prompts], vocabulary=policy.vocabulary
+        )
     result = train(
         policy, [] if logged else prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs, logged=logged
     )
@@ -414,6 +419,7 @@ def run_sample(config: configs.SampleConfig) -> None:
                 assert completion.behavior_logprobs is not None
                 row = {
                     "prompt": text, "completion": completion.text, "stop_reason": completion.stop_reason,
+                    "prompt_tokens": tokens.tolist(), "tokenizer_hash": completion.tokenizer_hash,
                     "tokens": completion.tokens.tolist(), "logprob": float(completion.model_logprobs.sum()),  # type: ignore[union-attr]
                     "behavior_logprobs": [round(x, 6) for x in completion.behavior_logprobs.tolist()],
                 }  # fmt: skip

@@ -385,10 +385,11 @@ class TrainConfig(RunConfig, PairFields):
             its id or module:Class. The policy then plays episodes of several turns and learns from what each pays.
         logged: completions that were written before, instead of new ones, for algorithms that may learn from stale
             ones: rows of prompt, completion (or its tokens) and reward; without a reward, --reward judges them. All
-            but double_q also need behavior_logprobs, as operant sample --json prints them.
+            but double_q also need behavior_logprobs, as operant sample --json prints them: rows without are left out.
         max_turns: an episode that has not ended by then is cut off.
         dense: pay metric rewards token by token through a potential instead of at the end; auto does so where a metric
-            of the reward has one and the algorithm, with its baseline, can place what tokens are paid.
+            of the reward has one and the algorithm, with its baseline, can place what tokens are paid. True also
+            declares that a function of your own pays per token; one that does without is noticed when it does.
         potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
         reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
         reward_seconds: time limit for one reward (one token of a streaming one); a slower one is a missing reward.
@@ -687,7 +688,7 @@ class SampleConfig:
         prefix: text put before every prompt.
         separator: text between prompt and completion for decoder-only models.
         stop: strings that end a completion.
-        json: print one JSON object a completion, with its log-probabilities.
+        json: print one JSON object a completion, with its tokens and log-probabilities: a row for train --logged.
     """
 
     model: str = ""

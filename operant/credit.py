@@ -331,7 +331,8 @@ def advantages(
     `given` float[N] of `route_baselines`. A row whose number is NaN is not usable.
     The critic's advantages are `gae`'s. `shift` lowers the baseline: off policy the update must push good completions
     up more than it pushes bad ones down (Arnal et al. 2025, δV = −shift); on policy any shift has the same mean.
-    `discount_state` weighs token t with γ^t, the exact gradient; without it the usual, biased one (Thomas 2014).
+    `discount_state` weighs token t with γ^t, the exact gradient; without it the usual, biased one (Thomas 2014). Who
+    whitens leaves it out and takes `discount_weights` afterwards.
     """
     if valid.dim() == 2 and baseline not in PER_POSITION:
         valid = (valid | ~mask).all(1) & mask.any(1)

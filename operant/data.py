@@ -474,6 +474,12 @@ def _ids(rows: Sequence[Row], questions: Sequence[_Question], fields: Fields) ->
     return names
 
 
+def row_ids(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
+    """The `Prompt.id` of each row, also of those that `load_prompts` leaves out: all different."""
+    fields = fields or Fields()
+    return _ids(rows, _questions(rows, fields), fields)
+
+
 def load_prompts(
     rows: Sequence[Row],
     codec: Codec,

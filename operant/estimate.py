@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from operant import credit, objectives
-from operant.algorithms import SUMMING_BASELINES, Recipe
+from operant.algorithms import SUMMING_BASELINES, Recipe, resolve
 from operant.batch import (
     completion_axes,
     drawn,
@@ -47,25 +48,29 @@ class Rollout:
 class Estimator:
     """Rewards → advantages, placed on the batch's columns.
 
-    `state` holds what outlives a step and is saved with it: the running mean and each route's baseline.
+    `state` holds what outlives a step and is saved with it: the running mean, each route's baseline, and whether a
+    reward that was not declared dense has paid before a last token. From that step on `recipe` is a dense reward's.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, recipe: Recipe, state: dict[str, Any]) -> None:
         self.policy, self.config, self.recipe, self.state = policy, config, recipe, state
-        begun = {"running": [], "running_weight": [], "routes": {}, "kl_coef": config.kl_coef}
+        begun = {"running": [], "running_weight": [], "routes": {}, "dense": False, "kl_coef": config.kl_coef}
         self.gamma: float | Tensor = config.gamma
         for name, begin in begun.items():
             state.setdefault(name, begin)
+        if state["dense"]:
+            self.recipe = self.dense_recipe()
 
     def __call__(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
-        config, recipe, trajectories = self.config, self.recipe, rollout.trajectories
+        config, trajectories = self.config, rollout.trajectories
+        rewards, mask, whole = completion_axes(trajectories)
+        self.notice_dense(rewards, mask)
+        recipe = self.recipe
         batch = from_trajectories(
             trajectories, encoder=self.policy.family == "encoder-decoder", pad_id=self.policy.codec.pad_id,
             normalisation=recipe.normalisation, constant=float(config.max_tokens),
         )  # fmt: skip
-        rewards, mask, whole = completion_axes(trajectories)
         metrics: dict[str, float] = {}
-        self.refuse_dense(rewards, mask)
         if recipe.overlong_buffer:
             rewards = rewards + self.overlong(mask, metrics)
         penalty = self.kl_penalty(batch, trajectories)
@@ -81,6 +86,8 @@ class Estimator:
         metrics["train/advantage_std"] = float(advantages[mask].std()) if int(mask.sum()) > 1 else 0.0
         if recipe.whiten:
             advantages = credit.whiten(advantages, taught)
+        if config.discount_state:  # last, for whitening would bring the discounted tokens back to the others' size
+            advantages = advantages * credit.discount_weights(mask, self.gamma)
         self.remember(trajectories, (rewards * mask).sum(1), whole)
         if recipe.baseline == "running":
             known = mask & (usable if usable.dim() == 2 else usable[:, None])
@@ -97,14 +104,23 @@ class Estimator:
 
     # --- rewards -------------------------------------------------------------------------------------------------
 
-    def refuse_dense(self, rewards: Tensor, mask: Tensor) -> None:
-        """A function that pays per token without having said so must not be summed silently."""
-        sums = self.recipe.baseline in SUMMING_BASELINES or not self.recipe.algorithm.honours_dense
-        if sums and bool((rewards * mask)[:, :-1].logical_and(mask[:, 1:]).any()):
+    def notice_dense(self, rewards: Tensor, mask: Tensor) -> None:
+        """A function that pays per token without having said so must not be summed silently, nor compared with one
+        number for all its tokens where it is for `auto` to say."""
+        if self.state["dense"] or not bool((rewards * mask)[:, :-1].logical_and(mask[:, 1:]).any()):
+            return
+        if self.recipe.baseline in SUMMING_BASELINES or not self.recipe.algorithm.honours_dense:
             raise OperantError(
                 f"{self.recipe.algorithm.name} would sum the dense reward that the function returned; "
                 "use --algorithm rloo or ppo"
             )
+        recipe = self.dense_recipe()
+        self.state["dense"] = recipe != self.recipe
+        self.recipe = recipe
+
+    def dense_recipe(self) -> Recipe:
+        dense = resolve(self.config, dense=True)
+        return dataclasses.replace(self.recipe, baseline=dense.baseline, bootstrap=dense.bootstrap)
 
     def overlong(self, mask: Tensor, metrics: dict[str, float]) -> Tensor:
         """The penalty on length, on each row's last token."""
@@ -156,7 +172,6 @@ class Estimator:
         return credit.advantages(
             rewards, mask, groups, valid, baseline=self.recipe.baseline, gamma=self.gamma,
             running=running, beta=beta, given=given, shift=self.recipe.shift,
-            discount_state=self.config.discount_state,
         )  # fmt: skip
 
     def of_penalty(self, trajectories: list[Trajectory], penalty: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
@@ -170,7 +185,6 @@ class Estimator:
             baseline = "none"  # what they remember is of the task's reward
         return credit.advantages(
             penalty, mask, group_numbers(trajectories), valid, baseline=baseline, gamma=self.gamma,
-            discount_state=self.config.discount_state,
         )[0]  # fmt: skip
 
     def against_critic(
@@ -187,8 +201,6 @@ class Estimator:
             torch.where(valid[:, None], rewards, 0.0), of_row, mask,
             gamma=self.gamma, lam=self.recipe.lam, bootstrap=after,
         )  # fmt: skip
-        if self.config.discount_state:
-            advantages = advantages * credit.discount_weights(mask, self.gamma)
         return advantages * valid[:, None], returns, valid
 
     def coefficient(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import re
@@ -37,7 +38,7 @@ from operant.rewards import (
     potential_diagnostics,
     reward_by_name,
 )
-from operant.rollouts import Logged, Rollouts, judged
+from operant.rollouts import Logged, Rollouts, check_logged, check_prompts, judged, with_propensities
 from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
@@ -82,14 +83,16 @@ def train(
     policy: changed in place; afterwards it has the best weights by `config.best_metric` on `dev_prompts`.
         With `config.environment` the policy plays its episodes instead, and there are neither prompts nor a reward.
     reward: any `reward(prompt, completion) -> float | one per token | spans | None`, or a name such as "chrf", which
-        `config.dense` and `config.potential` complete.
+        `config.dense` and `config.potential` complete. `dense=True` declares that a function pays per token; one that
+        does without is noticed at the first step that it does.
     config: a TrainConfig; `options` replace single fields of it, such as `steps=200, out="runs/mine"`.
     pairs: labelled pairs for `sft_coef`. logged: completions that were written before, with a reward each or None, to
         learn from instead of new ones (see `rollouts.read_logged`); then there are no prompts.
     callbacks: called as (step, metrics) after each step, True stops.
 
-    Raises OperantError for a combination that the algorithm cannot honour, for missing data, and when every reward of
-    several steps in a row was missing.
+    Raises OperantError for a combination that the algorithm cannot honour, for missing data, for prompts that do not
+    fit the model or share an id, for a log that the policy cannot read or learn from, and when every reward of several
+    steps in a row was missing.
     """
     config = dataclasses.replace(config or TrainConfig(), **options)
     if config.environment:
@@ -100,12 +103,12 @@ def train(
     elif reward is None:
         raise OperantError("there is no reward to learn from; give one, or an environment")
     elif isinstance(reward, str):
-        dense = has_potential(reward) and places_tokens(config) if config.dense == "auto" else config.dense
-        potential = None if config.potential == "auto" or not dense else config.potential
-        config = dataclasses.replace(config, reward=reward, dense=dense)
-        reward = reward_by_name(reward, dense=dense or None, potential=potential)
+        config = dataclasses.replace(config, reward=reward)
+        reward = named_reward(config)
     else:  # what the run folder and report tell
-        config = dataclasses.replace(config, reward=as_reward(reward).name, dense=config.dense is True)
+        reward = declared(as_reward(reward), config)
+        config = dataclasses.replace(config, reward=reward.name)
+    config = dataclasses.replace(config, dense=bool(reward.dense))
     runner = RewardRunner(
         reward, workers=None if config.reward_workers < 0 else config.reward_workers, time_limit=config.reward_seconds
     )
@@ -123,7 +126,21 @@ def train(
             raise OperantError(
                 "a log takes the place of prompts; set config.logged to where it is from, leave prompts out"
             )
-        check_references(runner.reward, [prompt for prompt, _, value in logged if value is None])
+        told = []
+        usable = with_propensities(recipe.algorithm, logged)
+        if len(usable) < len(logged):
+            told.append(
+                f"{len(logged) - len(usable)} of {len(logged)} logged completions have no behavior_logprobs, which "
+                f"{config.algorithm} learns by, and are left out"
+            )
+        check_logged(policy, usable)
+        check_references(runner.reward, [prompt for prompt, _, value in usable if value is None])
+        asked = (prompts, dev_prompts[: config.eval_prompts])
+        if tight := sum(check_prompts(policy, part, config.max_tokens) for part in asked):
+            told.append(
+                f"{tight} of {sum(map(len, asked))} prompts leave less than {config.max_tokens} tokens for a "
+                f"completion (the model's context has {policy.max_length})"
+            )
         if config.sft_coef and not pairs:
             raise OperantError("sft_coef is set but there are no labelled pairs; give --sft_data, or --sft_coef 0")
         if config.target and not dev_prompts and not config.environment:
@@ -135,8 +152,10 @@ def train(
         with Run(config, "train", quiet=quiet) as run:
             loop = _Loop(
                 run, config, recipe, policy, list(prompts), runner, list(dev_prompts), list(pairs),
-                judged(logged, runner),
+                judged(usable, runner),
             )  # fmt: skip
+            for text in told:
+                run.note(text)
             return loop.go(callbacks)
     finally:
         runner.close()
@@ -207,7 +226,7 @@ class _Loop:
             begun = time.perf_counter()
             rollout = self.rollouts.take(step)
             sampled_seconds = time.perf_counter() - begun
-            batch, metrics = self.estimator(rollout)
+            batch, metrics = self.estimate(rollout)
             stats = self.learn(batch, step)
             self.sampler.load(step + 1)
             metrics |= self.describe(rollout, stats)
@@ -236,6 +255,17 @@ class _Loop:
         )  # fmt: skip
 
     # --- one step ------------------------------------------------------------------------------------------------
+
+    def estimate(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
+        """The batch to learn from. Told once: that a reward turned out to pay per token."""
+        before = self.state.get("dense")
+        batch, metrics = self.estimator(rollout)
+        if self.state.get("dense") != before:
+            self.run.note(
+                f"reward '{self.config.reward}' pays per token and did not say so: from here on it is estimated as a "
+                "dense one. Say so with dense=True (--dense), or an attribute dense of the function"
+            )
+        return batch, metrics
 
     def learn(self, batch: Batch, step: int) -> StepStats:
         """One or, with a ratio, several optimizer steps on the batch."""
@@ -321,6 +351,33 @@ class _Loop:
                     metrics[f"train/phi_corr/{i}"] = value
         self.state["rewards"] = self.runner.state_dict()
         return metrics
+
+
+def named_reward(config: TrainConfig) -> Any:
+    """The reward that `config.reward` names, completed by `config.dense` and `config.potential`."""
+    dense = has_potential(config.reward) and places_tokens(config) if config.dense == "auto" else config.dense
+    potential = None if config.potential == "auto" or not dense else config.potential
+    if config.dense is True and potential is None and not has_potential(config.reward):
+        plain = reward_by_name(config.reward)
+        if plain.dense or isinstance(plain, Reward):  # it pays tokens by itself
+            return declared(plain, config)
+    return reward_by_name(config.reward, dense=dense or None, potential=potential)
+
+
+def declared(reward: Any, config: TrainConfig) -> Any:
+    """The reward; a plain function as one that pays per token, if `config.dense` says so.
+
+    Raises OperantError for a dense reward that is asked of one which was made to pay at the end.
+    """
+    if config.dense is not True or reward.dense:
+        return reward
+    if not isinstance(reward, Reward):
+        raise OperantError(
+            f"dense is true, and reward {reward.name!r} pays at the end; make it, or its parts, with dense=True"
+        )
+    reward = copy.copy(reward)
+    reward.dense = True
+    return reward
 
 
 def _paid_elsewhere(prompt: Prompt, completion: Completion) -> None:

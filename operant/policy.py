@@ -103,10 +103,9 @@ class Policy:
         self.critic: Critic | None = None
         self._lagging: nn.ModuleDict | None = None
         self._reference: Any = None  # a frozen model, or the name of a frozen adapter; None: the adapter switched off
-        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
-        if codec.vocab_size > vocabulary:
+        if codec.vocab_size > self.vocabulary:
             raise OperantError(
-                f"the tokenizer has {codec.vocab_size} tokens but the model only {vocabulary}; "
+                f"the tokenizer has {codec.vocab_size} tokens but the model only {self.vocabulary}; "
                 "load the tokenizer that belongs to this model"
             )
         self._full_precision = False
@@ -324,6 +323,11 @@ class Policy:
             if isinstance(value, int) and value > 0:
                 return value
         return 2**20
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model knows: the tokenizer's, and those that its embeddings are padded with."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
     def parameters_count(self) -> int:

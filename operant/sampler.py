@@ -185,16 +185,7 @@ class Sampler:
 
         Raises OperantError when the prompt is empty or leaves no room for a token.
         """
-        if len(prompt.tokens) == 0:
-            raise OperantError(
-                f"prompt {prompt.id!r} is empty, so nothing predicts its first token; give text or a separator"
-            )
-        if self.room(prompt, sampling) < 1:
-            raise OperantError(
-                f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and the model's context "
-                f"{self.policy.max_length}; "
-                "shorten it, or load it with --too_long truncate"
-            )
+        check_room(self.policy, prompt, sampling.max_tokens)
         if ids is None:
             ids = [f"{prompt.id}#{self._sequence + i}" for i in range(n)]
             self._sequence += n
@@ -203,9 +194,7 @@ class Sampler:
 
     def room(self, prompt: Prompt, sampling: Sampling) -> int:
         """How many tokens a completion of this prompt may have; below 1 when the prompt does not fit."""
-        used = len(prompt.tokens) if self.policy.family == "decoder" else 1
-        fits = len(prompt.tokens) <= self.policy.max_length
-        return min(sampling.max_tokens, self.policy.max_length - used) if fits else 0
+        return room(self.policy, prompt, sampling.max_tokens)
 
     def cancel(self, completion_id: str) -> Completion | None:
         """Drop one completion. Returns what was written of it, or None if it had not begun or is unknown."""
@@ -472,6 +461,26 @@ class Sampler:
             template_hash=self.policy.codec.template_hash,
             stream_rewards=np.array(row.rewards, np.float32) if row.session is not None else None,
             meta=row.meta,
+        )
+
+
+def room(policy: LanguagePolicy, prompt: Prompt, max_tokens: int) -> int:
+    """How many tokens a completion of this prompt may have; below 1 when the prompt does not fit."""
+    used = len(prompt.tokens) if policy.family == "decoder" else 1
+    fits = len(prompt.tokens) <= policy.max_length
+    return min(max_tokens, policy.max_length - used) if fits else 0
+
+
+def check_room(policy: LanguagePolicy, prompt: Prompt, max_tokens: int) -> None:
+    """Raises OperantError when the prompt is empty or leaves no room for a token."""
+    if len(prompt.tokens) == 0:
+        raise OperantError(
+            f"prompt {prompt.id!r} is empty, so nothing predicts its first token; give text or a separator"
+        )
+    if room(policy, prompt, max_tokens) < 1:
+        raise OperantError(
+            f"prompt {prompt.id!r} has {len(prompt.tokens)} tokens and the model's context {policy.max_length}; "
+            "shorten it, or load it with --too_long truncate"
         )
 
 

@@ -451,6 +451,34 @@ def test_faults_are_found_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        ([Prompt("p0", np.arange(40, 44))], "prompt id 'p0' names two different prompts"),
+        ([Prompt("long", np.arange(40, 90))], "prompt 'long' has 50 tokens and the model's context 48"),
+        ([Prompt("full", np.arange(40, 88))], "prompt 'full' has 48 tokens and the model's context 48"),
+    ],
+)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_prompts_that_share_an_id_or_do_not_fit_are_found_before_anything_is_written(
+    held_out: bool, prompts: list[Prompt], told: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    asked, dev = (PROMPTS, [PROMPTS[0], *prompts]) if held_out else ([*PROMPTS, *prompts], DEV)
+    with pytest.raises(OperantError, match=told):
+        train(make_policy("gpt2"), asked, quick(share_of_even), settings(tmp_path / "run"), dev_prompts=dev, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_leave_little_room_are_told_once(
+    make_policy: Callable[..., Policy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tight = Prompt("tight", np.arange(40, 85))
+    again = [PROMPTS[0], PROMPTS[0], Prompt("d0", PROMPTS[1].tokens)]  # the same prompt twice is fine
+    config = settings(tmp_path / "run", steps=2)
+    train(make_policy("gpt2"), [*again, tight], quick(share_of_even), config, dev_prompts=DEV)
+    assert capsys.readouterr().err.count("1 of 7 prompts leave less than 6 tokens for a completion") == 1
+
+
 def test_a_grouped_estimator_that_would_sum_a_dense_answer_refuses_it(
     make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -319,6 +320,140 @@ def test_a_log_alone_makes_the_policy_better(
         return float(np.mean([share_of_even(p, c) for p, g in zip(DEV, groups, strict=True) for c in g]))
 
     assert worth(Policy.load(tmp_path / "run" / "model", device="cpu")) > worth(policy) + 0.1
+
+
+def a_row(number: int = 0, **columns: Any) -> dict[str, Any]:
+    """Of a log that is as it should be, but for `columns`; None leaves one out."""
+    row = {"tokens": [40 + number, 44, 70], "reward": float(number % 2), "behavior_logprobs": [-1.0, -2.0, -1.5]}
+    return {name: value for name, value in (row | columns).items() if value is not None}
+
+
+def learn_from(
+    policy: Policy, out: Path, rows: list[dict[str, Any]], algorithm: str = "topr", vocabulary: int | None = None
+) -> None:
+    asked = [PROMPTS[i % len(PROMPTS)] for i in range(len(rows))]
+    train(
+        policy, reward=quick(lambda p, c: None), config=settings(out, algorithm=algorithm, logged="x", steps=2),
+        logged=read_logged(rows, asked, policy.codec, vocabulary=vocabulary),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"tokens": [40, 5000, 3]}, "row 3 of the log: tokens hold the id 5000, and the model knows 0 to"),
+        ({"tokens": [40, -1, 3]}, "row 3 of the log: tokens hold the id -1"),
+        ({"tokens": [40.7, 41, 3]}, "row 3 of the log: tokens are no list of whole numbers"),
+        ({"tokens": ["a", "b", "c"]}, "row 3 of the log: tokens are no list of whole numbers"),
+        ({"tokens": "[40, 41, 3]"}, "row 3 of the log: tokens are no list of whole numbers"),
+        ({"prompt_tokens": [40, 5000]}, "row 3 of the log: prompt_tokens hold the id 5000"),
+        ({"tokens": [40] * 80, "behavior_logprobs": [-1.0] * 80}, "logged-3 has 80 tokens.*the model's context is 48"),
+        ({"prompt_tokens": [40] * 60}, "logged-3 has 3 tokens after a prompt of 60.*the model's context is 48"),
+        ({"behavior_logprobs": [-1.0, float("nan"), -1.0]}, "row 3 of the log: one of its behavior_logprobs is nan"),
+        ({"behavior_logprobs": [-1.0, None, -1.0]}, "row 3 of the log: one of its behavior_logprobs is nan"),
+        ({"behavior_logprobs": ["a", "b", "c"]}, "row 3 of the log: behavior_logprobs are no list of numbers"),
+        ({"behavior_logprobs": [-1.0]}, "row 3 of the log has 1 behavior_logprobs for 3 tokens"),
+        ({"reward": "good"}, "row 3 of the log has the reward 'good'; give a number"),
+        ({"tokenizer_hash": "another"}, "row 3 of the log was written with another tokenizer"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(
+    columns: dict[str, Any], told: str, family: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    rows = [a_row(i, **(columns if i == 2 else {})) for i in range(12)]
+    with pytest.raises(OperantError, match=told):
+        learn_from(make_policy(family), tmp_path / "run", rows)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_that_only_the_model_knows_are_no_ids_of_a_smaller_one(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy = make_policy("gpt2")
+    with pytest.raises(OperantError, match="logged-1: its tokens hold the id 5000"):
+        learn_from(policy, tmp_path / "run", [a_row(tokens=[40, 5000, 3])], vocabulary=6000)
+
+
+@pytest.mark.parametrize("algorithm", ["topr", "areinforce", "double_q"])
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"reward": float("nan")}, r"no logged completion has a reward: 12 of 12 rewards are missing \(12 nan\)"),
+        ({"reward": ""}, r"no logged completion has a reward: 12 of 12 rewards are missing \(12 none\)"),
+    ],
+)
+def test_a_log_without_one_reward_teaches_nothing_and_says_so(
+    columns: dict[str, Any], told: str, algorithm: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    with pytest.raises(OperantError, match=told):
+        learn_from(make_policy("gpt2"), tmp_path / "run", [a_row(i, **columns) for i in range(12)], algorithm)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["topr", "areinforce", "double_q"])
+def test_rows_without_propensities_are_left_out_by_those_that_need_them(
+    algorithm: str, make_policy: Callable[..., Policy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = [a_row(i, **({} if i % 3 else {"behavior_logprobs": None})) for i in range(12)]
+    none = [a_row(i, behavior_logprobs=None) for i in range(12)]
+    learn_from(make_policy("gpt2"), tmp_path / "mixed", mixed, algorithm)
+    told = capsys.readouterr().err.count("4 of 12 logged completions have no behavior_logprobs")
+    assert told == (algorithm != "double_q")
+    if algorithm == "double_q":
+        learn_from(make_policy("gpt2"), tmp_path / "none", none, algorithm)
+        return
+    assert min(logged(tmp_path / "mixed", "train/usable")) == 1.0
+    with pytest.raises(OperantError, match=f"{algorithm} learns by the probabilities.*no row of the log has behavior"):
+        learn_from(make_policy("gpt2"), tmp_path / "none", none, algorithm)
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_csv_gives_as_text_is_a_reward(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy = make_policy("gpt2")
+    rows = [a_row(i, reward=f" {i / 4} ") for i in range(12)]
+    assert [value for _, _, value in read_logged(rows, [PROMPTS[0]] * 12, policy.codec)] == [i / 4 for i in range(12)]
+    learn_from(policy, tmp_path / "run", rows)
+    assert logged(tmp_path / "run", "train/grad_norm")[0] > 0
+
+
+def test_rows_whose_prompt_is_skipped_take_their_completion_with_them(
+    make_policy: Callable[..., Policy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the others are numbered as in the file."""
+    make_policy("gpt2").save(tmp_path / "model")
+
+    def learn(name: str, **columns: Any) -> None:
+        rows = [a_row(i, prompt="the cat " * (20 if i == 1 else 1)) for i in range(6)]
+        rows[4] |= columns
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        main(
+            [
+                "train", "--model", str(tmp_path / "model"), "--logged", str(tmp_path / "log.jsonl"), "--algorithm",
+                "topr", "--too_long", "skip", "--max_tokens", "8", "--steps", "1", "--prompts_per_step", "5",
+                "--group_size", "1", "--device", "cpu", "--out", str(tmp_path / name), "--tensorboard", "false",
+                "--reward", "length",
+            ]
+        )  # fmt: skip
+
+    learn("run")
+    assert logged(tmp_path / "run", "train/reward_mean") == [pytest.approx(2 / 5)]  # of rows 0, 2, 3, 4, 5
+    with pytest.raises(SystemExit):
+        learn("odd", reward="good")
+    assert "row 5 of the log has the reward 'good'" in capsys.readouterr().err
+
+
+def test_what_is_sampled_is_a_log_of_the_same_tokenizer(
+    make_policy: Callable[..., Policy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = make_policy("gpt2")
+    policy.save(tmp_path / "model")
+    main(["sample", "--model", str(tmp_path / "model"), "--prompt", "the cat", "--max_tokens", "4", "--n", "2",
+          "--device", "cpu", "--json"])  # fmt: skip
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["tokenizer_hash"] for row in rows] == [policy.codec.hash] * 2
+    for prompt, completion, _ in read_logged(rows, [Prompt("p", np.array([50]))] * 2, policy.codec):
+        assert prompt.tokens.tolist() == policy.codec.encode_prompt("the cat\n").tolist() and completion.trainable
 
 
 def test_a_log_is_read_or_refused_in_one_line(make_policy: Callable[..., Policy], tmp_path: Path) -> None:

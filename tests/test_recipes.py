@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from operant.algorithms import ALGORITHMS
 from operant.critic import FILE
 from operant.loop import train
 from operant.policy import Policy
-from operant.types import Completion, OperantError, Prompt
+from operant.rewards import Chrf
+from operant.types import Completion, OperantError, Prompt, Span
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +82,68 @@ def test_a_metric_is_paid_token_by_token_where_that_can_be(
     config = settings(tmp_path / "run", steps=1, reward_workers=0, **options)
     train(make_policy("gpt2"), PROMPTS, reward, config, quiet=True)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["dense"] is dense
+
+
+def spans_of_even(prompt: Prompt, completion: Completion) -> list[Span]:
+    return [Span(i, i + 1, 0.1) for i in range(0, len(completion.text), 2)]
+
+
+@pytest.mark.parametrize("function", [dense_even, spans_of_even])
+def test_a_function_that_pays_per_token_is_estimated_so_whether_it_says_it_or_not(
+    function: Callable[..., Any], make_policy: Callable[..., Policy], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def run(name: str, reward: Any, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(weights, state) of the last checkpoint."""
+        train(make_policy("gpt2"), PROMPTS, reward, settings(tmp_path / name, steps=3, **options))
+        weights, _, facts = everything(tmp_path / name)
+        told = yaml.safe_load((tmp_path / name / "config.yaml").read_text())["dense"]
+        assert told is (name not in ("undeclared", "one_number"))
+        assert capsys.readouterr().err.count("pays per token and did not say so") == (name == "undeclared")
+        return weights, facts["state"]
+
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(pays=function))  # type: ignore[misc]
+    declared, _ = run("declared", quick(function, dense=True))
+    for name, reward, options in (
+        ("undeclared", quick(function), {}),
+        ("asked", quick(function), {"dense": True}),
+        ("by_name", "mine:pays", {"dense": True, "reward_workers": 0}),
+    ):
+        weights, state = run(name, reward, **options)
+        assert same(weights, declared) and state["dense"] is (name == "undeclared")
+    # a baseline that is given by name is the one that is taken
+    weights, _ = run("one_number", quick(function), baseline="leave_one_out")
+    assert not same(weights, declared)
+
+
+def test_a_reward_that_is_noticed_to_pay_per_token_is_resumed_bit_for_bit(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Its first two steps pay at the end."""
+
+    def later(calls: Any) -> Any:
+        return quick(lambda p, c: dense_even(p, c) if next(calls) >= 24 else share_of_even(p, c))
+
+    calls = iter(range(1000))
+    train(make_policy("gpt2"), PROMPTS, later(iter(range(1000))), settings(tmp_path / "whole"), quiet=True)
+    train(
+        make_policy("gpt2"), PROMPTS, later(calls), settings(tmp_path / "parts"), quiet=True,
+        callbacks=[interrupted(4)],
+    )  # fmt: skip
+    assert everything(tmp_path / "parts")[2]["state"]["dense"] is True
+    train(make_policy("gpt2"), PROMPTS, later(calls), settings(tmp_path / "parts", resume=True), quiet=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert "train/beta" not in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[1]
+    assert len(logged(tmp_path / "whole", "train/beta")) == 4
+
+
+def test_a_reward_that_pays_at_the_end_is_not_dense_for_the_asking(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    for reward, told in ((Chrf(), "reward 'chrf' pays at the end"), ("length", "takes the option 'dense'")):
+        with pytest.raises(OperantError, match=told):
+            train(make_policy("gpt2"), PROMPTS, reward, settings(tmp_path / "run", dense=True), quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def flat(policy: Policy) -> Policy:
@@ -133,6 +198,39 @@ def test_a_critic_follows_only_where_the_limit_cut_a_text_off(
         assert batch.advantages[0, start : start + 2].tolist() == pytest.approx([-8.0, -8.0])
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "whiten"), [("reinforce_pp", True), ("reinforce_pp", False), ("ppo", True), ("rloo", False)]
+)
+def test_the_discount_of_the_state_comes_last(
+    algorithm: str, whiten: bool, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Whitening does not undo it, and a critic that knows nothing explains nothing."""
+    from operant.algorithms import resolve
+    from operant.estimate import Estimator, Rollout
+    from operant.rewards import reward_trajectory
+
+    policy, gamma, size = make_policy("gpt2"), 0.8, 12
+    policy.add_critic(separate=False)
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        completion = Completion(
+            str(i), f"p{i // 4}", "", generator.integers(40, 80, size), np.zeros(size, np.int64),
+            behavior_logprobs=np.full(size, -1.0, np.float32),
+        )  # fmt: skip
+        rows.append(reward_trajectory(PROMPTS[i // 4], completion, "any", generator.random(size).tolist()))
+
+    def estimated(discount_state: bool) -> tuple[torch.Tensor, dict[str, float]]:
+        config = settings(tmp_path, algorithm=algorithm, gamma=gamma, discount_state=discount_state, whiten=whiten)
+        batch, metrics = Estimator(policy, config, resolve(config, dense=True), {})(Rollout(rows, rows))
+        assert batch.advantages is not None
+        return batch.advantages[batch.action_mask].reshape(len(rows), size), metrics
+
+    (plain, _), (weighed, metrics) = estimated(False), estimated(True)
+    torch.testing.assert_close(weighed, plain * gamma ** torch.arange(size))
+    assert metrics.get("train/explained_variance", 0.0) == 0.0
+
+
 def test_a_critic_leaves_rows_with_missing_rewards_alone(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     calls = iter(range(1000))
 
@@ -178,6 +276,16 @@ def test_what_an_algorithm_remembers_is_resumed_bit_for_bit(
     if options["algorithm"] == "dapo":
         rounds = logged(whole, "train/rounds")
         assert max(rounds) > 1 and state["drawn"] > 6 * 3 and rounds == logged(parts, "train/rounds")
+
+
+def test_dynamic_sampling_is_content_with_a_prompt_that_comes_twice(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    always = iter(range(1000))
+    config = settings(tmp_path / "run", algorithm="dapo", steps=3, overlong_buffer=0)
+    train(make_policy("gpt2"), PROMPTS[:2], quick(lambda p, c: float(next(always))), config, quiet=True)
+    assert logged(tmp_path / "run", "train/rounds") == [1.0] * 3
+    assert logged(tmp_path / "run", "train/completions") == [12.0, 24.0, 36.0]
 
 
 def test_dynamic_sampling_fills_the_batch_with_groups_that_differ(
