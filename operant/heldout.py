@@ -100,7 +100,7 @@ class HeldOut:
     def keep_samples(self, completions: Sequence[Completion]) -> None:
         count = min(self.config.log_samples, len(completions))
         shown = list(zip(self.prompts, completions, strict=True))[:count]
-        rewards = self.runner.run(shown, update=False) if shown else []
+        rewards = self.runner.run(shown, update=False, scaled=False) if shown else []
         self.run.log.samples(
             self.run.step,
             [

@@ -19,11 +19,12 @@ from conftest import TEXTS
 
 from operant.config import PretrainConfig, SftConfig, TrainConfig
 from operant.data import Pair
-from operant.loop import train
+from operant.evaluate import evaluate
+from operant.loop import TrainResult, train
 from operant.policy import Policy
-from operant.rewards import Reward, RunningNorm, Stop, Sum
+from operant.rewards import Reward, RewardRunner, RunningNorm, Stop, Sum
 from operant.stages import pretrain, sft
-from operant.types import Completion, OperantError, Prompt
+from operant.types import Completion, OperantError, Prompt, Sampling
 
 PROMPTS = [Prompt(f"p{i}", np.arange(40, 43 + i % 3), references=("x",)) for i in range(6)]
 DEV = [Prompt(f"d{i}", np.arange(50, 52 + i), references=("x",)) for i in range(3)]
@@ -159,6 +160,35 @@ def test_a_reward_is_learned(
     train(policy, PROMPTS, reward, config, quiet=True)
     rewards = logged(tmp_path / "run", "train/reward_mean")
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
+
+
+def test_a_normalised_reward_is_held_out_on_its_own_scale(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    def tenfold(prompt: Prompt, completion: Completion) -> float:
+        return 10 * share_of_even(prompt, completion)
+
+    def run(name: str, **options: Any) -> TrainResult:
+        config = settings(
+            tmp_path / name, steps=8, eval_every=4, save_every=4, keep=9, prompts_per_step=6, group_size=6, lr=1e-2,
+            log_samples=len(DEV), **options,
+        )  # fmt: skip
+        reward = Sum([RunningNorm(quick(tenfold))], [2.0])
+        return train(make_policy("gpt2"), PROMPTS, reward, config, dev_prompts=DEV, quiet=True)
+
+    result = run("run")
+    held_out = logged(tmp_path / "run", "eval/reward")
+    assert held_out[-1] > held_out[0] and result.best_step > 0
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    for step, value in zip((0, 4, 8), held_out, strict=True):
+        saved = max((tmp_path / "run" / "checkpoints").glob(f"step-{step:08d}*"))
+        with RewardRunner(quick(tenfold), workers=0) as bare:
+            values, _ = evaluate(
+                Policy.load(saved / "model", device="cpu"), DEV, runner=bare,
+                sampling=Sampling(temperature=0.0, max_tokens=6),
+            )  # fmt: skip
+        assert value == pytest.approx(2 * values["reward"])
+        assert np.mean([row["reward"] for row in samples if row["step"] == step]) == pytest.approx(value)
+    reached = run("reached", target=f"reward>={np.mean(held_out)}")
+    assert reached.steps > 0 and reached.stop_reason.startswith("the target")
 
 
 # --- exact resume ----------------------------------------------------------------------------------------------------
@@ -486,7 +516,8 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from conftest import TEXTS, tiny_model
 from test_loop import PROMPTS, quick, settings, share_of_even
-from operant.loop import train
+from operant.evaluate import evaluate
+from operant.loop import TrainResult, train
 from operant.policy import Policy
 from operant.text import Codec
 from pathlib import Path

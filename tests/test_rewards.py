@@ -258,6 +258,17 @@ def test_running_normalisation_learns_in_training_only_and_resumes():
         runner.load_state_dict(RewardRunner(constant(0.0, "v")).state_dict())
 
 
+def test_held_out_rewards_are_paid_before_normalisation_wherever_it_stands():
+    values = iter([2.0, 6.0, 8.0])
+    norm = RunningNorm(Reward(lambda prompt, completion: next(values), "v", in_process=True))
+    reward = Sum([Clip(norm, -9, 9), constant([1.0, 0.0, 0.0], "w")], [0.5, 2.0])
+    with RewardRunner(reward, workers=0) as runner:
+        runner.run([(prompt(), completion("ab"))] * 2)
+        (held_out,) = runner.run([(prompt(), completion("ab"))], update=False, scaled=False)
+    assert held_out.rewards.tolist() == [2, 0, 4] and held_out.parts == {"v": 8.0, "w": 1.0}
+    assert (norm.count, norm.mean) == (2, 4.0)
+
+
 # Streaming
 
 

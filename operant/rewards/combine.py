@@ -82,8 +82,9 @@ class Combination:
     def _weights(self) -> Sequence[float]:
         return [1.0] * len(self.children)
 
-    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool) -> list[Trajectory]:
-        """rows[k][i]: completion i under child k. `update`: let running statistics learn from this batch."""
+    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool, scaled: bool = True) -> list[Trajectory]:
+        """rows[k][i]: completion i under child k. `update`: let running statistics learn from this batch. `scaled`:
+        normalise by them."""
         return [self._join(parts) for parts in zip(*rows, strict=True)]
 
     def _join(self, parts: Sequence[Trajectory]) -> Trajectory:
@@ -201,8 +202,9 @@ class Clip(Combination):
 class RunningNorm(Combination):
     """(R − mean) / (std + ε) with mean and standard deviation over every completion seen so far (Welford 1962).
 
-    A batch is added to the statistics before it is normalised; evaluation leaves them alone. Token rewards are divided
-    by the deviation and the last sampled token pays the mean's share.
+    A batch is added to the statistics before it is normalised. Token rewards are divided by the deviation and the last
+    sampled token pays the mean's share. Held-out rewards are R itself and leave the statistics alone: on today's scale,
+    those of different steps could not be compared. What stands around a norm, such as a clip, then acts on R too.
     """
 
     kind = "norm"
@@ -218,12 +220,12 @@ class RunningNorm(Combination):
         deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
         return deviation if deviation > 1e-12 else 1.0
 
-    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool) -> list[Trajectory]:
+    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool, scaled: bool = True) -> list[Trajectory]:
         if update:
             for part in rows[0]:
                 if part.missing is None:
                     self._add(_total(part))
-        return super().combine(rows, update=update)
+        return super().combine(rows, update=update, scaled=scaled) if scaled else list(rows[0])
 
     def _add(self, total: float) -> None:
         self.count += 1
@@ -281,11 +283,13 @@ def leaves(reward: Any) -> Iterator[Any]:
         yield reward
 
 
-def combined(reward: Any, rows: Iterator[list[Trajectory]], *, update: bool) -> list[Trajectory]:
-    """Trajectories of `reward` from those of its `leaves`, in their order; `update` as in `Combination.combine`."""
+def combined(reward: Any, rows: Iterator[list[Trajectory]], *, update: bool, scaled: bool = True) -> list[Trajectory]:
+    """Trajectories of `reward` from those of its `leaves`, in their order; `update`, `scaled` as in
+    `Combination.combine`."""
     if not isinstance(reward, Combination):
         return next(rows)
-    return reward.combine([combined(child, rows, update=update) for child in reward.children], update=update)
+    parts = [combined(child, rows, update=update, scaled=scaled) for child in reward.children]
+    return reward.combine(parts, update=update, scaled=scaled)
 
 
 def streamed_by(completion: Completion, index: int) -> Completion:
