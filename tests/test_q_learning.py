@@ -266,11 +266,14 @@ def test_it_learns_a_reward_while_it_writes(family: str, make_policy: Callable[.
     assert logged(tmp_path / "run", "train/replay")[-1] == 30 * 36
 
 
-def test_a_resumed_run_is_the_run_that_never_stopped(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    temperature: float, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
     def run(name: str, steps: int, resume: bool = False) -> None:
         config = settings(
             tmp_path / name, algorithm="double_q", steps=steps, resume=resume, priority=1.0, replay_capacity=20,
-            target_every=2,
+            target_every=2, temperature=temperature,
         )  # fmt: skip
         train(make_policy("gpt2"), PROMPTS, quick(share_of_even), config, quiet=True)
 
