@@ -3,9 +3,10 @@
 A combination is computed in the training process from its parts' token rewards, so its state lives in one place
 whatever ran the parts. When a part is missing, so is the combination: the unknown summand of a sum is not zero.
 
-Sums keep token rewards. The others act on the completion's total R; over a dense part the tokens keep what they were
-paid and the last sampled token pays the difference to the new total. Multiplying every token instead would let early
-rewards depend on what was written later, and a return-to-go that drops them would be biased.
+Sums keep token rewards. The others act on the completion's total R, which is unknown where one token's reward is. Over
+a dense part the tokens keep what they were paid and the last sampled token pays the difference to the new total.
+Multiplying every token instead would let early rewards depend on what was written later, and a return-to-go that drops
+them would be biased.
 
 A combination with a streaming part streams: the part is paid while the text is written and may end it; the other parts
 judge what there is then.
@@ -25,8 +26,12 @@ from operant.types import Completion, Doubles, OperantError, Prompt, Trajectory
 
 
 class Combination:
-    """Base of all combinations: `children` are rewards, `combine` joins their trajectories of one batch."""
+    """Base of all combinations: `children` are rewards, `combine` joins their trajectories of one batch.
 
+    needs_total: whether it reads its parts' totals, which are unknown when one token's reward is.
+    """
+
+    needs_total = True
     batched = False
     in_process = True
     kind = "combination"
@@ -93,6 +98,8 @@ class Combination:
         first = parts[0]
         if missing is None and not all(part.observed.any() for part in parts):
             missing = "none: a part observed no token"
+        if missing is None and self.needs_total and not all(part.observed.all() for part in parts):
+            missing = "partial: the total of a part with a missing token is not known"
         if missing is not None:
             gone = missing_trajectory(first.prompt, first.completion, self.name, missing)
             gone.parts = merged
@@ -125,6 +132,7 @@ class Sum(Combination):
     """Σ_k w_k · r_k, token by token."""
 
     kind = "sum"
+    needs_total = False
 
     def __init__(self, children: Sequence[Any], weights: Sequence[float] | None = None) -> None:
         super().__init__(children)
@@ -223,7 +231,7 @@ class RunningNorm(Combination):
     def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool, scaled: bool = True) -> list[Trajectory]:
         if update:
             for part in rows[0]:
-                if part.missing is None:
+                if part.missing is None and part.observed.all():
                     self._add(_total(part))
         return super().combine(rows, update=update, scaled=scaled) if scaled else list(rows[0])
 
