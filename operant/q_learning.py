@@ -123,16 +123,20 @@ class QEstimator:
         if "replay" in state:
             self.buffer.load_json(state["replay"])
         state.setdefault("q_batches", 0)
+        state.setdefault("v_begun", state["q_batches"] > 0)
 
     def __call__(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
         config = self.config
         if not self.offline:
             self.buffer.add(rollout.trajectories)
         number = self.state["q_batches"]
-        if number == 0 and self.buffer.rows and self.policy.critic is not None:
+        first = bool(self.buffer.rows) and not self.state["v_begun"]
+        if first:
             # until V knows the level of the reward, every token looks better than the average
+            assert self.policy.critic is not None
             self.policy.critic.begin_at(float(np.mean([drawn_rewards(t)[0].sum() for t in self.buffer.rows])))
-        if number % config.target_every == 0:
+            self.state["v_begun"] = True
+        if first or number % config.target_every == 0:
             self.policy.catch_up()
         self.state["q_batches"] = number + 1
         metrics = {"train/replay": float(len(self.buffer.rows))}
