@@ -49,8 +49,8 @@ class HeldOut:
         """Held-out evaluation; keeps the best weights and ends the run at the target."""
         if not self.active:
             return
-        self.run.measured_step = self.run.step
         values = self.look()
+        self.run.measured_step = self.run.step
         if not self.state["first"]:
             self.state["first"] = values
         value = values[self.config.best_metric]
