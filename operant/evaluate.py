@@ -27,9 +27,9 @@ def evaluate(
     """Answer every prompt once and measure the answers.
 
     Returns ({metric: value}, completions in the prompts' order). BLEU and chrF are on sacrebleu's scale of 0 to 100;
-    exact, rougeL and reward are means; length is in tokens; distinct2 the share of different bigrams. Reference
-    metrics are left out when no prompt has references; a missing reward is left out of its mean. bleu_tokenize: one of
-    sacrebleu's tokenizers, or "auto" for what the references are written in.
+    exact, rougeL and reward are means, the reward before any running normalisation; length is in tokens; distinct2 the
+    share of different bigrams. Reference metrics are left out when no prompt has references; a missing reward is left
+    out of its mean. bleu_tokenize: one of sacrebleu's tokenizers, or "auto" for what the references are written in.
     """
     sampler = Sampler(policy, max_rows=max_rows)
     completions = [group[0] for group in sampler.sample(prompts, sampling, progress=progress)]
@@ -40,7 +40,7 @@ def evaluate(
         tokenize = bleu_tokenizer(references) if bleu_tokenize == "auto" else bleu_tokenize
         values.update(corpus_metrics([c.text for _, c in judged], references, names=tuple(metrics), tokenize=tokenize))
     if runner is not None:
-        trajectories = runner.run(list(zip(prompts, completions, strict=True)), update=False)
+        trajectories = runner.run(list(zip(prompts, completions, strict=True)), update=False, scaled=False)
         seen = [float(t.rewards.sum()) for t in trajectories if t.observed.all()]
         values["reward"] = float(np.mean(seen)) if seen else math.nan
         values["reward_missing"] = float(len(trajectories) - len(seen))

@@ -49,8 +49,8 @@ class HeldOut:
         """Held-out evaluation; keeps the best weights and ends the run at the target."""
         if not self.active:
             return
-        self.run.measured_step = self.run.step
         values = self.look()
+        self.run.measured_step = self.run.step
         if not self.state["first"]:
             self.state["first"] = values
         value = values[self.config.best_metric]
@@ -100,7 +100,7 @@ class HeldOut:
     def keep_samples(self, completions: Sequence[Completion]) -> None:
         count = min(self.config.log_samples, len(completions))
         shown = list(zip(self.prompts, completions, strict=True))[:count]
-        rewards = self.runner.run(shown, update=False) if shown else []
+        rewards = self.runner.run(shown, update=False, scaled=False) if shown else []
         self.run.log.samples(
             self.run.step,
             [

@@ -16,7 +16,7 @@ from operant.config import TrainConfig
 from operant.estimate import Rollout
 from operant.learner import whole_batch
 from operant.policy import Policy
-from operant.types import Batch, Completion, OperantError, Prompt, Trajectory
+from operant.types import Batch, Completion, OperantError, Prompt, Sampling, Trajectory
 
 
 @dataclass(slots=True)
@@ -67,6 +67,7 @@ class ReplayBuffer:
                     "id": t.prompt.id, "prompt": t.prompt.tokens.tolist(), "tokens": t.completion.tokens.tolist(),
                     "drawn": drawn(t.completion).tolist(), "rewards": rewards.tolist(),
                     "truncated": t.completion.truncated, "turns": t.completion.turns, "weight": weight,
+                    "temperature": t.completion.sampling.temperature if t.completion.sampling else 1.0,
                 }
             )  # fmt: skip
         return out
@@ -81,6 +82,7 @@ class ReplayBuffer:
             completion = Completion(
                 id=row["id"], prompt_id=row["id"], text="", tokens=tokens, text_ends=np.zeros(len(tokens), np.int64),
                 sampled=sampled, truncated=row["truncated"],
+                sampling=Sampling(temperature=row.get("temperature", 1.0)),
                 turns=None if row["turns"] is None else tuple((start, end) for start, end in row["turns"]),
             )  # fmt: skip
             prompt = Prompt(row["id"], np.array(row["prompt"], np.int64))
@@ -121,16 +123,20 @@ class QEstimator:
         if "replay" in state:
             self.buffer.load_json(state["replay"])
         state.setdefault("q_batches", 0)
+        state.setdefault("v_begun", state["q_batches"] > 0)
 
     def __call__(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
         config = self.config
         if not self.offline:
             self.buffer.add(rollout.trajectories)
         number = self.state["q_batches"]
-        if number == 0 and self.buffer.rows and self.policy.critic is not None:
+        first = bool(self.buffer.rows) and not self.state["v_begun"]
+        if first:
             # until V knows the level of the reward, every token looks better than the average
+            assert self.policy.critic is not None
             self.policy.critic.begin_at(float(np.mean([drawn_rewards(t)[0].sum() for t in self.buffer.rows])))
-        if number % config.target_every == 0:
+            self.state["v_begun"] = True
+        if first or number % config.target_every == 0:
             self.policy.catch_up()
         self.state["q_batches"] = number + 1
         metrics = {"train/replay": float(len(self.buffer.rows))}

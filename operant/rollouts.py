@@ -97,7 +97,8 @@ class Rollouts:
 
     def note_missing(self, trajectories: list[Trajectory], step: int) -> None:
         """Ends a run whose reward never answers."""
-        by_position = self.recipe.baseline in credit.PER_POSITION
+        # double Q-learning has no baseline, and needs every reward of a completion for its targets
+        by_position = self.recipe.baseline in credit.PER_POSITION and self.recipe.algorithm.loss != "double_q"
         if any(t.observed.any() if by_position else t.observed.all() for t in trajectories):
             self.state["all_missing"] = 0
             return

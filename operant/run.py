@@ -68,7 +68,9 @@ class Run:
                 stats = learner.step(…)
                 run.record(stats, {"train/…": …})
 
-    On leaving, the newest weights are saved, the best become `out/model`, and the report is written.
+    On leaving, the newest weights are saved, the best become `out/model`, and the report is written. A second Ctrl-C
+    leaves in the middle of a step: nothing of that step is saved, and the newest checkpoint is what a resumed run goes
+    on from.
     """
 
     def __init__(self, config: RunConfig, stage: str, *, quiet: bool = False) -> None:
@@ -97,6 +99,7 @@ class Run:
         self._now = time.process_time if config.clock == "cpu" else time.perf_counter
         self._begun = self._now()
         self._attached = self._logs = False
+        self._inside = False  # a step has begun and not ended: what it has moved so far belongs to no step's end
         self._saved_step = -1
         self._interrupts = 0
         self.interrupted = False
@@ -118,6 +121,8 @@ class Run:
             try:
                 # a failed run has a report too
                 if self._attached and (error is None or isinstance(error, KeyboardInterrupt) or self.failed):
+                    if self._inside and isinstance(error, KeyboardInterrupt) and not self.failed:
+                        self._back()
                     self._finish()
             finally:
                 if self._logs:
@@ -138,7 +143,7 @@ class Run:
         self.interrupted = True
         self.stop("interrupted; go on with --resume")
         if self._progress is not None:
-            self._progress.note("Ctrl-C: finishing this step and saving (again to leave at once)")
+            self._progress.note("Ctrl-C: finishing this step and saving (again to leave at once, without it)")
 
     def stop(self, reason: str, *, failed: bool = False, decided: bool = False) -> None:
         """End after the current step, with the reason in the report; `failed` makes the program's exit status 1.
@@ -182,6 +187,10 @@ class Run:
         self.policy.restore(path / "model")
         saved = torch.load(path / "learner.pt", map_location=self.policy.device, weights_only=True)
         self.learner.load_state_dict(saved["learner"])
+        self._recall(path)
+
+    def _recall(self, path: Path) -> None:
+        """The run's own facts as they were in a checkpoint."""
         facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
         self.step = self._saved_step = int(facts["step"])
         self.best_value, self.best_step = facts["best_value"], facts["best_step"]
@@ -192,7 +201,7 @@ class Run:
         self.measured_step = facts.get("measured_step", -1)
         if not self.folder.finished:
             self.stop_reason = self.decided = facts.get("decided", "")
-        self.spent_seconds = facts["spent_seconds"]
+        self.spent_seconds, self._begun = facts["spent_seconds"], self._now()
         self.state.clear()
         self.state.update(facts["state"])
 
@@ -237,7 +246,9 @@ class Run:
             self._progress = progress
             while self.step < total and not self.stop_reason:
                 torch.manual_seed(mixed_seed(self.config.seed, self.stage, self.step))
+                self._inside = True
                 yield self.step
+                self._inside = False
                 if self.config.max_minutes and self.seconds > 60 * self.config.max_minutes:
                     self.stop(f"the time limit of {self.config.max_minutes:g} minutes")
                 if self.step % self.config.save_every == 0 and self.step != self._saved_step and not self.failed:
@@ -299,6 +310,15 @@ class Run:
             self._progress.note(text)
         elif not self.quiet:
             print(text, file=sys.stderr)
+
+    def _back(self) -> None:
+        """Forget the step that was left in its middle; what the weights are now is never saved."""
+        self.step, self.stop_reason, self.decided = self._saved_step, "", ""
+        newest = checkpoint.latest(self.folder.checkpoints)
+        if newest is not None:
+            self._recall(newest)
+        if not self.decided:
+            self.stop_reason = f"interrupted in the middle of a step; --resume goes on from step {self._saved_step}"
 
     def _finish(self) -> None:
         if not self.failed and self.step != self._saved_step:

@@ -19,11 +19,13 @@ from conftest import TEXTS
 
 from operant.config import PretrainConfig, SftConfig, TrainConfig
 from operant.data import Pair
-from operant.loop import train
+from operant.evaluate import evaluate
+from operant.learner import Adam
+from operant.loop import TrainResult, train
 from operant.policy import Policy
-from operant.rewards import Reward, RunningNorm, Stop, Sum
-from operant.stages import pretrain, sft
-from operant.types import Completion, OperantError, Prompt
+from operant.rewards import Reward, RewardRunner, RunningNorm, Stop, Sum
+from operant.stages import pretrain, sft, supervised
+from operant.types import Completion, OperantError, Prompt, Sampling
 
 PROMPTS = [Prompt(f"p{i}", np.arange(40, 43 + i % 3), references=("x",)) for i in range(6)]
 DEV = [Prompt(f"d{i}", np.arange(50, 52 + i), references=("x",)) for i in range(3)]
@@ -161,6 +163,35 @@ def test_a_reward_is_learned(
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3
 
 
+def test_a_normalised_reward_is_held_out_on_its_own_scale(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    def tenfold(prompt: Prompt, completion: Completion) -> float:
+        return 10 * share_of_even(prompt, completion)
+
+    def run(name: str, **options: Any) -> TrainResult:
+        config = settings(
+            tmp_path / name, steps=8, eval_every=4, save_every=4, keep=9, prompts_per_step=6, group_size=6, lr=1e-2,
+            log_samples=len(DEV), **options,
+        )  # fmt: skip
+        reward = Sum([RunningNorm(quick(tenfold))], [2.0])
+        return train(make_policy("gpt2"), PROMPTS, reward, config, dev_prompts=DEV, quiet=True)
+
+    result = run("run")
+    held_out = logged(tmp_path / "run", "eval/reward")
+    assert held_out[-1] > held_out[0] and result.best_step > 0
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    for step, value in zip((0, 4, 8), held_out, strict=True):
+        saved = max((tmp_path / "run" / "checkpoints").glob(f"step-{step:08d}*"))
+        with RewardRunner(quick(tenfold), workers=0) as bare:
+            values, _ = evaluate(
+                Policy.load(saved / "model", device="cpu"), DEV, runner=bare,
+                sampling=Sampling(temperature=0.0, max_tokens=6),
+            )  # fmt: skip
+        assert value == pytest.approx(2 * values["reward"])
+        assert np.mean([row["reward"] for row in samples if row["step"] == step]) == pytest.approx(value)
+    reached = run("reached", target=f"reward>={np.mean(held_out)}")
+    assert reached.steps > 0 and reached.stop_reason.startswith("the target")
+
+
 # --- exact resume ----------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +235,81 @@ def test_the_loop_resumes_bit_for_bit(
         assert len(state["running"]) == len(state["running_weight"]) and state["running_weight"][0] > 0
     if isinstance(reward(), RunningNorm):
         assert state["rewards"]["reward"]["count"] == 6 * 12
+
+
+def leaving(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """Raises what a second Ctrl-C raises when the function has done its `call`-th work."""
+    calls = iter(range(1, 10_000))
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        answer = function(*arguments, **options)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return answer
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("where", "call", "saved"),
+    [
+        ("reward", 1, 0),  # of the held-out completions before the first step
+        ("reward", 3 + 3 * 12 + 3 + 5, 2),  # sampling the fourth step
+        ("reward", 3 + 3 * 12 + 2, 2),  # of the held-out completions after the third
+        ("update", 4, 2),
+    ],
+)
+def test_leaving_in_the_middle_of_a_step_saves_nothing_of_it(
+    where: str, call: int, saved: int, make_policy: Callable[..., Policy], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def run(name: str, function: Callable[..., float] = share_of_even, resume: bool = False) -> None:
+        train(
+            make_policy("gpt2"), PROMPTS, RunningNorm(quick(function, name="even")), dev_prompts=DEV, quiet=True,
+            config=settings(tmp_path / name, algorithm="reinforce", save_every=2, eval_every=3, resume=resume),
+        )  # fmt: skip
+
+    run("whole")
+    with monkeypatch.context() as patch:
+        if where == "update":
+            patch.setattr(Adam, "step", leaving(Adam.step, call))
+        with pytest.raises(KeyboardInterrupt):
+            run("parts", leaving(share_of_even, call if where == "reward" else 0))
+    facts = json.loads((tmp_path / "parts" / "run.json").read_text())
+    assert facts["steps"] == everything(tmp_path / "parts")[2]["step"] == saved
+    assert (tmp_path / "parts" / "model").is_dir()
+    if saved:
+        assert facts["stop_reason"] == f"interrupted in the middle of a step; --resume goes on from step {saved}"
+    run("parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    for key in ("train/reward_mean", "train/loss", "eval/reward"):
+        assert same(logged(tmp_path / "whole", key), logged(tmp_path / "parts", key))
+
+
+@pytest.mark.parametrize(("where", "saved"), [("update", 4), ("held out", 2)])
+def test_leaving_a_supervised_stage_in_the_middle_of_a_step(
+    where: str, saved: int, make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, resume: bool = False) -> None:
+        policy = make_policy("gpt2")
+        config = SftConfig(
+            out=str(tmp_path / name), batch_size=4, steps=6, eval_every=3, save_every=2, lr=3e-3, device="cpu",
+            tensorboard=False, seed=2, resume=resume,
+        )  # fmt: skip
+        sft(config, policy=policy, pairs=pairs(policy), dev_pairs=pairs(policy)[:3], quiet=True)
+
+    run("whole")
+    with monkeypatch.context() as patch:
+        if where == "update":
+            patch.setattr(Adam, "step", leaving(Adam.step, 6))
+        else:
+            patch.setattr(supervised, "mean_loss", leaving(supervised.mean_loss, 2))
+        with pytest.raises(KeyboardInterrupt):
+            run("parts")
+    assert everything(tmp_path / "parts")[2]["step"] == saved
+    run("parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert same(logged(tmp_path / "whole", "eval/loss"), logged(tmp_path / "parts", "eval/loss"))
 
 
 def pairs(policy: Policy) -> list[Pair]:

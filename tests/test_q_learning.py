@@ -21,6 +21,7 @@ from operant.estimate import Rollout
 from operant.loop import train
 from operant.policy import Policy
 from operant.q_learning import QEstimator, ReplayBuffer
+from operant.rewards.seam import missing_trajectory
 from operant.rollouts import read_logged
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
@@ -190,6 +191,25 @@ def test_at_first_every_token_is_worth_the_mean_return(make_policy: Callable[...
     torch.testing.assert_close(batch.returns[batch.action_mask], torch.full((int(batch.action_mask.sum()),), 0.7))
 
 
+def test_the_values_begin_at_the_first_returns_that_are_known(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy("gpt2")
+    policy.freeze_reference()
+    policy.add_critic()
+    policy.add_lagging()
+    rows = rows_of(policy)
+    unknown = [missing_trajectory(t.prompt, t.completion, "r", "none: not yet") for t in rows]
+    for t in rows:
+        t.rewards[:] = 0
+        t.rewards[-1] = 0.7
+    estimator = QEstimator(policy, TrainConfig(algorithm="double_q", n_step=2, target_every=10), {})
+    batch, metrics = estimator(Rollout(unknown, unknown))
+    assert metrics == {"train/replay": 0.0} and not batch.weights.any()
+    batch, metrics = estimator(Rollout(rows, rows))
+    assert metrics["train/q_mean"] == pytest.approx(0.7, abs=1e-5) and batch.returns is not None
+    # the lagging copy too, which would have caught up only later
+    torch.testing.assert_close(batch.returns[batch.action_mask], torch.full((int(batch.action_mask.sum()),), 0.7))
+
+
 def test_a_policy_that_is_its_own_advantages_is_the_reference_reweighted() -> None:
     logprobs, reference = (torch.randn(2, 5, dtype=torch.float64).log_softmax(-1) for _ in range(2))
     value = torch.tensor([[3.0], [-1.0]], dtype=torch.float64)
@@ -267,11 +287,14 @@ def test_it_learns_a_reward_while_it_writes(family: str, make_policy: Callable[.
     assert logged(tmp_path / "run", "train/replay")[-1] == 30 * 36
 
 
-def test_a_resumed_run_is_the_run_that_never_stopped(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    temperature: float, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
     def run(name: str, steps: int, resume: bool = False) -> None:
         config = settings(
             tmp_path / name, algorithm="double_q", steps=steps, resume=resume, priority=1.0, replay_capacity=20,
-            target_every=2,
+            target_every=2, temperature=temperature,
         )  # fmt: skip
         train(make_policy("gpt2"), PROMPTS, quick(share_of_even), config, quiet=True)
 
@@ -279,6 +302,17 @@ def test_a_resumed_run_is_the_run_that_never_stopped(make_policy: Callable[..., 
     run("parts", 3)
     run("parts", 5, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_completions_with_an_unknown_token_reward_are_no_rewards(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    def after_the_first(prompt: Prompt, completion: Completion) -> list[float | None]:
+        return [None, *(float(token % 2) for token in completion.tokens[1:])]
+
+    config = settings(tmp_path / "run", algorithm="double_q", steps=5)
+    with pytest.raises(OperantError, match=r"every reward was missing.*partial"):
+        train(make_policy("gpt2"), PROMPTS, quick(after_the_first, dense=True), config, quiet=True)
 
 
 def write_log(policy: Policy, path: Path, rewarded: bool = True) -> None:

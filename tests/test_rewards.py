@@ -215,6 +215,22 @@ def test_a_missing_part_makes_the_whole_missing():
     assert Sum([constant(None, "b")])(prompt(), completion("a")) is None
 
 
+def test_a_total_with_an_unknown_token_is_unknown():
+    half = constant([1.0, None, 2.0], "half")
+    norm = RunningNorm(half)
+    for reward in (Clip(half, 0, 9), Gate(half, constant(1.0, "a")), Gate(constant(1.0, "a"), half), norm,
+                   Product([half, constant(1.0, "a")]), Sum([constant(1.0, "a"), Clip(half)])):  # fmt: skip
+        with RewardRunner(reward, workers=0) as runner:
+            (trajectory,) = runner.run([(prompt(), completion("ab"))])
+            assert trajectory.missing == "partial: the total of a part with a missing token is not known"
+            assert not trajectory.observed.any() and trajectory.parts["half"] == 3.0
+            assert runner.counts == {"partial": 1}
+        assert reward(prompt(), completion("ab")) is None
+    assert norm.count == 0
+    known = run_one(Sum([half, constant(1.0, "a")]))  # token by token
+    assert known.observed.tolist() == [True, False, True] and known.rewards[known.observed].tolist() == [1, 3]
+
+
 def test_product_gate_and_clip():
     assert run_one(Product([constant(0.5, "a"), constant(0.5, "b")])).rewards.tolist() == [0, 0, 0.25]
     assert run_one(Gate(constant(0.4, "a"), constant(2.0, "b"), closed=-1)).rewards.tolist() == [0, 0, -1]
@@ -256,6 +272,17 @@ def test_running_normalisation_learns_in_training_only_and_resumes():
     assert (other.count, other.mean, other.squares) == (norm.count, norm.mean, norm.squares) == (4, 4.0, 20.0)
     with pytest.raises(OperantError), RewardRunner(RunningNorm(constant(0.0, "v")), workers=0) as runner:
         runner.load_state_dict(RewardRunner(constant(0.0, "v")).state_dict())
+
+
+def test_held_out_rewards_are_paid_before_normalisation_wherever_it_stands():
+    values = iter([2.0, 6.0, 8.0])
+    norm = RunningNorm(Reward(lambda prompt, completion: next(values), "v", in_process=True))
+    reward = Sum([Clip(norm, -9, 9), constant([1.0, 0.0, 0.0], "w")], [0.5, 2.0])
+    with RewardRunner(reward, workers=0) as runner:
+        runner.run([(prompt(), completion("ab"))] * 2)
+        (held_out,) = runner.run([(prompt(), completion("ab"))], update=False, scaled=False)
+    assert held_out.rewards.tolist() == [2, 0, 4] and held_out.parts == {"v": 8.0, "w": 1.0}
+    assert (norm.count, norm.mean) == (2, 4.0)
 
 
 # Streaming

@@ -3,9 +3,10 @@
 A combination is computed in the training process from its parts' token rewards, so its state lives in one place
 whatever ran the parts. When a part is missing, so is the combination: the unknown summand of a sum is not zero.
 
-Sums keep token rewards. The others act on the completion's total R; over a dense part the tokens keep what they were
-paid and the last sampled token pays the difference to the new total. Multiplying every token instead would let early
-rewards depend on what was written later, and a return-to-go that drops them would be biased.
+Sums keep token rewards. The others act on the completion's total R, which is unknown where one token's reward is. Over
+a dense part the tokens keep what they were paid and the last sampled token pays the difference to the new total.
+Multiplying every token instead would let early rewards depend on what was written later, and a return-to-go that drops
+them would be biased.
 
 A combination with a streaming part streams: the part is paid while the text is written and may end it; the other parts
 judge what there is then.
@@ -25,8 +26,12 @@ from operant.types import Completion, Doubles, OperantError, Prompt, Trajectory
 
 
 class Combination:
-    """Base of all combinations: `children` are rewards, `combine` joins their trajectories of one batch."""
+    """Base of all combinations: `children` are rewards, `combine` joins their trajectories of one batch.
 
+    needs_total: whether it reads its parts' totals, which are unknown when one token's reward is.
+    """
+
+    needs_total = True
     batched = False
     in_process = True
     kind = "combination"
@@ -82,8 +87,9 @@ class Combination:
     def _weights(self) -> Sequence[float]:
         return [1.0] * len(self.children)
 
-    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool) -> list[Trajectory]:
-        """rows[k][i]: completion i under child k. `update`: let running statistics learn from this batch."""
+    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool, scaled: bool = True) -> list[Trajectory]:
+        """rows[k][i]: completion i under child k. `update`: let running statistics learn from this batch. `scaled`:
+        normalise by them."""
         return [self._join(parts) for parts in zip(*rows, strict=True)]
 
     def _join(self, parts: Sequence[Trajectory]) -> Trajectory:
@@ -92,6 +98,8 @@ class Combination:
         first = parts[0]
         if missing is None and not all(part.observed.any() for part in parts):
             missing = "none: a part observed no token"
+        if missing is None and self.needs_total and not all(part.observed.all() for part in parts):
+            missing = "partial: the total of a part with a missing token is not known"
         if missing is not None:
             gone = missing_trajectory(first.prompt, first.completion, self.name, missing)
             gone.parts = merged
@@ -124,6 +132,7 @@ class Sum(Combination):
     """Σ_k w_k · r_k, token by token."""
 
     kind = "sum"
+    needs_total = False
 
     def __init__(self, children: Sequence[Any], weights: Sequence[float] | None = None) -> None:
         super().__init__(children)
@@ -201,8 +210,9 @@ class Clip(Combination):
 class RunningNorm(Combination):
     """(R − mean) / (std + ε) with mean and standard deviation over every completion seen so far (Welford 1962).
 
-    A batch is added to the statistics before it is normalised; evaluation leaves them alone. Token rewards are divided
-    by the deviation and the last sampled token pays the mean's share.
+    A batch is added to the statistics before it is normalised. Token rewards are divided by the deviation and the last
+    sampled token pays the mean's share. Held-out rewards are R itself and leave the statistics alone: on today's scale,
+    those of different steps could not be compared. What stands around a norm, such as a clip, then acts on R too.
     """
 
     kind = "norm"
@@ -218,12 +228,12 @@ class RunningNorm(Combination):
         deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
         return deviation if deviation > 1e-12 else 1.0
 
-    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool) -> list[Trajectory]:
+    def combine(self, rows: Sequence[Sequence[Trajectory]], *, update: bool, scaled: bool = True) -> list[Trajectory]:
         if update:
             for part in rows[0]:
-                if part.missing is None:
+                if part.missing is None and part.observed.all():
                     self._add(_total(part))
-        return super().combine(rows, update=update)
+        return super().combine(rows, update=update, scaled=scaled) if scaled else list(rows[0])
 
     def _add(self, total: float) -> None:
         self.count += 1
@@ -281,11 +291,13 @@ def leaves(reward: Any) -> Iterator[Any]:
         yield reward
 
 
-def combined(reward: Any, rows: Iterator[list[Trajectory]], *, update: bool) -> list[Trajectory]:
-    """Trajectories of `reward` from those of its `leaves`, in their order; `update` as in `Combination.combine`."""
+def combined(reward: Any, rows: Iterator[list[Trajectory]], *, update: bool, scaled: bool = True) -> list[Trajectory]:
+    """Trajectories of `reward` from those of its `leaves`, in their order; `update`, `scaled` as in
+    `Combination.combine`."""
     if not isinstance(reward, Combination):
         return next(rows)
-    return reward.combine([combined(child, rows, update=update) for child in reward.children], update=update)
+    parts = [combined(child, rows, update=update, scaled=scaled) for child in reward.children]
+    return reward.combine(parts, update=update, scaled=scaled)
 
 
 def streamed_by(completion: Completion, index: int) -> Completion:

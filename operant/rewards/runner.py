@@ -85,17 +85,18 @@ class RewardRunner:
             process.kill()
         self._processes.clear()
 
-    def run(self, pairs: Sequence[Pair], *, update: bool = True) -> list[Trajectory]:
+    def run(self, pairs: Sequence[Pair], *, update: bool = True, scaled: bool = True) -> list[Trajectory]:
         """Trajectories in the order of `pairs`; one whose reward is missing has nothing observed and says why.
 
-        update: whether running normalisations learn from this batch (False in evaluation). Never raises for what a
-        reward function does; raises OperantError when worker processes cannot be started.
+        update: whether running normalisations learn from this batch. scaled: whether they are applied. Both are False
+        in evaluation, whose rewards must mean the same at every step. Never raises for what a reward function does;
+        raises OperantError when worker processes cannot be started.
         """
         pairs = list(pairs)
         if not pairs:
             return []
         rows = [self._run_leaf(index, pairs) for index in range(len(self._leaves))]
-        trajectories = combined(self.reward, iter(rows), update=update)
+        trajectories = combined(self.reward, iter(rows), update=update, scaled=scaled)
         for trajectory in trajectories:
             if trajectory.missing is None and not trajectory.observed.all():
                 self.counts["partial"] += 1

@@ -114,8 +114,8 @@ def fit(
     def measure() -> None:
         if not measurable:
             return
-        run.measured_step = run.step
         value = look()
+        run.measured_step = run.step
         improved = value > run.best_value
         state["stale"] = 0 if improved else state["stale"] + 1
         if patience and state["stale"] >= patience:
