@@ -18,6 +18,7 @@ PREFERENCE_LOSSES = ("dpo", "ipo", "kto")
 GROUP_BASELINES = ("leave_one_out", "position_leave_one_out", "control_variate", "group_scaled", "group_centred")
 TRUST_REGION_SETTINGS = ("delta", "damping", "cg_steps", "fisher_share", "backtracks")
 VALUE_SETTINGS = ("q_beta", "n_step", "target_every", "replay_capacity", "priority", "support")
+LOGGED_SHIFT = 3.0  # how many times as far a baseline is lowered for a log as for what is sampled
 POLICY_SETTINGS = ("kl_coef", "entropy_coef", "sft_coef", "baseline_shift", "whiten", "baseline", "normalisation")
 SUMMING_BASELINES = ("group_scaled", "group_centred")  # one number for all tokens of a completion
 
@@ -146,7 +147,7 @@ ALGORITHMS = {
             honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
-            "areinforce", "Arnal et al. 2025", "reinforce", "route", "route", "per_completion", shift=0.3,
+            "areinforce", "Arnal et al. 2025", "reinforce", "route", "route", "per_completion", shift=0.1,
             honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
@@ -252,7 +253,8 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
             "use --algorithm dapo, or --dynamic_sampling false"
         )
     whiten = bool(auto(config.whiten, algorithm.whiten and algorithm.baseline == baseline))
-    shift = float(auto(config.baseline_shift, algorithm.shift))
+    # on a log, which has all that the policy will ever be told, blame that is balanced by nothing new wrecks it sooner
+    shift = float(auto(config.baseline_shift, (LOGGED_SHIFT if config.logged else 1) * algorithm.shift))
     if shift and (has_critic or whiten):
         raise OperantError(
             f"baseline_shift is {shift}, and {'a critic' if has_critic else 'whitening'} would undo it; "

@@ -433,7 +433,8 @@ class TrainConfig(RunConfig, PairFields):
         dynamic_rounds: at most so many rounds of sampling a step.
         overlong_buffer: tokens before max_tokens over which a penalty on length grows; 0 for none.
         overlong_penalty: that penalty at max_tokens.
-        baseline_shift: how far the baseline is lowered, for learning off policy.
+        baseline_shift: how far the baseline is lowered, for learning off policy; auto is 0.1 for areinforce, and 0.3
+            when it learns from a log.
         baseline_rate: how fast a route's persistent baseline follows its rewards.
         reward_midpoint: where such a baseline begins: the middle of the reward's scale.
         route_by: what a route is: the prompt's task, or each prompt for itself.
