@@ -277,10 +277,10 @@ def run_prefer(config: configs.PreferConfig) -> None:
 
 def run_train(config: configs.TrainConfig) -> None:
     from operant.data import Fields, load_prompts, load_rows, row_ids
+    from operant.logged import read_logged
     from operant.loop import train
     from operant.policy import Policy
     from operant.report import terminal_curve
-    from operant.rollouts import read_logged
     from operant.runlog import read_jsonl
     from operant.stages.sft import load_fitting_pairs, load_split_rows
 

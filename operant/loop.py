@@ -26,6 +26,7 @@ from operant.estimate import Estimator, Rollout
 from operant.evaluate import distinct
 from operant.heldout import HeldOut, check_metric, read_target
 from operant.learner import Learner, logprobs_of
+from operant.logged import Logged, check_logged, judged, with_propensities
 from operant.policy import Policy
 from operant.q_learning import QEstimator
 from operant.rewards import (
@@ -38,7 +39,7 @@ from operant.rewards import (
     potential_diagnostics,
     reward_by_name,
 )
-from operant.rollouts import Logged, Rollouts, check_logged, check_prompts, judged, with_propensities
+from operant.rollouts import Rollouts, check_prompts
 from operant.run import DataOrder, Run, mixed_seed
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
@@ -87,7 +88,7 @@ def train(
         does without is noticed at the first step that it does.
     config: a TrainConfig; `options` replace single fields of it, such as `steps=200, out="runs/mine"`.
     pairs: labelled pairs for `sft_coef`. logged: completions that were written before, with a reward each or None, to
-        learn from instead of new ones (see `rollouts.read_logged`); then there are no prompts.
+        learn from instead of new ones (see `logged.read_logged`); then there are no prompts.
     callbacks: called as (step, metrics) after each step, True stops.
 
     Raises OperantError for a combination that the algorithm cannot honour, for missing data, for prompts that do not

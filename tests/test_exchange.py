@@ -16,9 +16,9 @@ from program import Program
 from operant.data import load_prompts, load_rows
 from operant.live.storage.exchange import Scale, export, export_rows, load
 from operant.live.storage.store import Store
+from operant.logged import read_logged
 from operant.preferences import load_preferences, load_ratings
 from operant.replay import Replay
-from operant.rollouts import read_logged
 from operant.text import Codec
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 

@@ -18,11 +18,11 @@ from operant.algorithms import resolve
 from operant.cli import main
 from operant.config import TrainConfig
 from operant.estimate import Rollout
+from operant.logged import read_logged
 from operant.loop import train
 from operant.policy import Policy
 from operant.q_learning import QEstimator, ReplayBuffer
 from operant.rewards.seam import missing_trajectory
-from operant.rollouts import read_logged
 from operant.sampler import Sampler
 from operant.surrogate import Surrogate
 from operant.types import Batch, Completion, OperantError, Prompt, Sampling, Trajectory
