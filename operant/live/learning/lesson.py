@@ -40,7 +40,9 @@ __all__ = ["EventSource", "LearnerState", "Lesson", "Paired", "Rated", "StoredCo
 
 MEMORY = 256  # learned events that may be drawn again
 LEAST = 0.01  # weight that a rating is taken to have where influence is counted
-OPINIONS, OWN_OPINIONS = 1024, 64  # newest ones that reputation is read from, and those of one source
+# newest ones that reputation is read from, and those of one source: few enough that one does not push out all others,
+# many enough that who is contradicted does not bury that under what it says of its own answers
+OPINIONS, OWN_OPINIONS = 1024, 256
 _GREEDY = "greedy completion has no propensity"
 _DISTRUSTED = "what this source says of answers contradicts what others say of them; it counts again when they agree"
 _OVER = (
