@@ -14,7 +14,7 @@ from program import Program
 from serving import learning, serving
 
 from operant.config import LiveConfig, WorkerConfig
-from operant.live.learning import influence
+from operant.live.learning import influence, lesson
 from operant.live.learning.forget import forget, verify
 from operant.live.learning.influence import after, reputations, shares
 from operant.live.learning.lesson import LearnerState, prepare
@@ -195,6 +195,25 @@ def test_an_opinion_that_has_no_room_is_not_told_as_forgotten(
         store.add(name, "thumb", 1, source=source)
     lesson = read(policy, store, state)
     assert [opinion["source"] for opinion in lesson.state.opinions] == ["bob", "cat"] and lesson.forgotten == []
+
+
+def test_a_flood_of_own_answers_does_not_bury_who_contradicted_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two in league are contradicted by others in a few meetings, and then praise each other's answers at length."""
+
+    def said(thing: str, source: str, verdict: int) -> dict[str, Any]:
+        return {
+            "thing": thing, "source": source, "verdict": verdict, "event": f"{thing} {source}", "completion": thing,
+        }  # fmt: skip
+
+    met = [said(f"t{i}", s, v) for i in range(9) for s, v in (("x", -1), ("y", -1), (HONEST[i], 1))]
+    flood = [said(f"own{i}", s, 1) for i in range(100) for s in ("x", "y")]
+
+    def reputation() -> float:
+        return LearnerState(opinions=lesson._opinions([*met, *flood], [], [])).reputations()["x"]
+
+    assert reputation() == 0
+    monkeypatch.setattr(lesson, "OWN_OPINIONS", 64)  # too few
+    assert reputation() > 0.5
 
 
 def test_whom_others_contradict_is_heard_and_not_learned_from(make_policy: Make) -> None:
