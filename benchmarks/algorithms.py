@@ -296,7 +296,7 @@ def plot(path: Path) -> None:
     for axis, (name, records) in zip(flat, drawn.items()):
         for other in drawn.values():
             for record in other:
-                axis.plot(*line(record), color="#dddddd", linewidth=0.7)
+                axis.plot(*line(record), color="#dddddd", linewidth=0.7, antialiased=False)  # a third of the bytes
         for record in records:
             axis.plot(*line(record), color="#1f6feb", linewidth=1.4)
         axis.set_title(name, fontsize=9, loc="left")

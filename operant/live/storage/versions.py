@@ -307,12 +307,11 @@ class Versions:
         return self.root / "trials" / f"{version:08d}.json"
 
     def _serve_at_once(self, version: int) -> None:
-        """Whoever moves the pointer by hand means it to serve: what is tried is tried no more."""
-        with self.trying():
-            trial = self.trial()
-            if trial is not None:
-                counts = {name: trial[name] for name in ("promoted", "refused")}
-                self.keep_trial({"serving": version, **counts})
+        """Whoever moves the pointer by hand means it to serve: what is tried is tried no more. Call it in `trying`."""
+        trial = self.trial()
+        if trial is not None:
+            counts = {name: trial[name] for name in ("promoted", "refused")}
+            self.keep_trial({"serving": version, **counts})
 
     # --- moving pointers -----------------------------------------------------------------------------------------
 
