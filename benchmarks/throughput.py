@@ -1,12 +1,15 @@
 """Speed and memory of this machine: sampling, the reward, the update. Prints one JSON object a line.
 
 python -m benchmarks.throughput --arch t5 --size tiny --prompts 32 --group_size 8
+python -m benchmarks.throughput --arch gpt2 --size base --dtype bf16
+python -m benchmarks.throughput --arch gpt2 --size base --dtype bf16 --cudnn_attention    on a GPU, with what is off there
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import resource
 import statistics
@@ -14,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from operant import objectives
 from operant.batch import from_trajectories
@@ -27,12 +32,20 @@ from operant.text import Codec
 from operant.types import Batch, Sampling
 
 
+def settle() -> None:
+    """Wait for what a GPU still has to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def timed(repeat: int, call: Callable[[], Any]) -> tuple[float, Any]:
     """Median seconds over `repeat` calls after one that warms up, and what the last call returned."""
     result, seconds = call(), []
     for _ in range(repeat):
+        settle()
         begun = time.perf_counter()
         result = call()
+        settle()
         seconds.append(time.perf_counter() - begun)
     return statistics.median(seconds), result
 
@@ -47,12 +60,15 @@ def main() -> None:
     parser.add_argument("--reward", default="chrf")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bf16"))
+    parser.add_argument("--cudnn_attention", action="store_true", help="turn it on again, on a GPU")
     given = parser.parse_args()
 
     task = make_task(0, labelled=0, prompts=given.prompts, dev=0, test=0, raw=2000)
     codec = Codec.train_bpe(task.raw, vocab_size=800, sentinels=32)
-    policy = Policy.new(given.arch, given.size, codec, max_length=256, device=given.device)
+    policy = Policy.new(given.arch, given.size, codec, max_length=256, device=given.device, dtype=given.dtype)
     policy.model.eval()
+    torch.backends.cuda.enable_cudnn_sdp(given.cudnn_attention)
     encoder = policy.family == "encoder-decoder"
     prompts = load_prompts(task.prompts, codec, encoder=encoder)
     sampler = Sampler(policy, max_rows=given.prompts * given.group_size)
@@ -63,8 +79,10 @@ def main() -> None:
         logprobs = policy.logprobs(batch).logprobs
         return objectives.reinforce(logprobs, logprobs.detach().new_ones(logprobs.shape)), {}
 
+    seeds = itertools.count()  # new texts, and so new lengths, every time
+
     def sample() -> Any:
-        return sampler.sample(prompts, Sampling(max_tokens=given.max_tokens), given.group_size)
+        return sampler.sample(prompts, Sampling(max_tokens=given.max_tokens, seed=next(seeds)), given.group_size)
 
     seconds, groups = timed(given.repeat, sample)
     pairs = [(prompt, completion) for prompt, group in zip(prompts, groups) for completion in group]
@@ -79,6 +97,11 @@ def main() -> None:
     batch = from_trajectories(trajectories, encoder=encoder, pad_id=codec.pad_id)
     seconds, _ = timed(given.repeat, lambda: learner.step([batch], loss_of))
     print(json.dumps({"part": "update", "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}))
+    if policy.device.type == "cuda":
+        learner._repeatable = False
+        free, _ = timed(given.repeat, lambda: learner.step([batch], loss_of))
+        learner._repeatable = True
+        print(json.dumps({"part": "update in any order", "seconds": free, "of_one_order": seconds / free}))
     if not encoder:
         # side by side: each prompt once for its group, and once for every completion
         repeated = dataclasses.replace(batch, prompt_ids=None)
@@ -95,7 +118,8 @@ def main() -> None:
 
     # Linux counts in KiB, macOS in bytes.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (20 if sys.platform == "darwin" else 10))
-    print(json.dumps({"part": "memory", "peak_mib": peak}))
+    gpu = {"gpu_peak_mib": torch.cuda.max_memory_allocated() / (1 << 20)} if torch.cuda.is_initialized() else {}
+    print(json.dumps({"part": "memory", "peak_mib": peak} | gpu))
 
 
 if __name__ == "__main__":

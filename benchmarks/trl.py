@@ -4,6 +4,7 @@ python -m benchmarks.trl                a table
 python -m benchmarks.trl --json         the last line holds only the ratios, above 1 where operant is better
 python -m benchmarks.trl --write        the table goes into docs/results.md
 python -m benchmarks.trl --fresh        measures again what runs/bench already holds
+python -m benchmarks.trl --device cuda --size base --dtype bf16        on a GPU, 88 M parameters
 
 Both train the same GPT-2-shaped model of 4.3 M parameters in float32, from the same folder, on the same prompts, 4 a
 step with 8 completions each, with the same learning rate and reward; each run is its own process, the two alternate.
@@ -12,7 +13,7 @@ length is a quarter of the 64 that are allowed.
 
 TRL runs with what its guides on speed and memory advise and this machine can use: no gradient checkpointing (its
 default is on), beta 0 and therefore no reference model, one batch for generation and update, the fused AdamW, no
-logging, no checkpoints. vLLM and the hub's kernels need a GPU. `--trl_option name=value` tries others.
+logging, no checkpoints; on a GPU without vLLM and the hub's kernels. `--trl_option name=value` tries others.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ SYSTEMS = ("operant", "trl")
 ALGORITHMS = ("grpo", "rloo")
 SETTINGS = ("fixed", "natural")
 PROMPTS, GROUP, MAX_TOKENS, VOCABULARY = 4, 8, 64, 4096
+SHAPES = {  # of GPT-2; `tiny` has 4.3 M parameters with this vocabulary, `base` 88 M
+    "tiny": {"n_embd": 256, "n_layer": 4, "n_head": 4, "n_inner": 1024},
+    "base": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": 3072},
+}
 WARMUP = 2  # steps that are not measured: allocators and caches fill
 SWEEP = (3e-4, 1e-3, 3e-3)
 MOMENTS = (1 / 3, 2 / 3, 1.0)  # of the learning time, where the reward is read
@@ -67,7 +72,7 @@ def reward(text: str) -> float:
     return text.count("a") / max(1, len(text))
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, size: str) -> None:
     """Write the models `fixed` and `natural` with their tokenizer, once."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -76,7 +81,7 @@ def prepare(folder: Path) -> None:
 
     codec = Codec.train_bpe(texts(4000, 12, seed=1), vocab_size=VOCABULARY)
     torch.manual_seed(0)
-    shape = {"n_embd": 256, "n_layer": 4, "n_head": 4, "n_inner": 1024, "n_positions": 256}
+    shape = SHAPES[size] | {"n_positions": 256}
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     ids = {"pad_token_id": codec.pad_id, "bos_token_id": codec.bos_id, "eos_token_id": codec.eos_id}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=codec.vocab_size, **shape, **still, **ids)).eval()
@@ -116,13 +121,16 @@ class Watch:
         self.rewards: list[float] = []
 
     def generate(self, call: Callable[[], Any], lengths: Callable[[Any], list[int]]) -> Any:
+        settle()
         begun, cpu = time.perf_counter(), time.process_time()
         answer = call()
+        settle()
         seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
         self.generated.append((seconds, sum(lengths(answer)), cpu))
         return answer
 
     def step(self) -> None:
+        settle()
         self.ends.append(time.time() - self.started)
         self.cpu.append(time.process_time())
 
@@ -142,8 +150,21 @@ class Watch:
         }
 
 
+def settle() -> None:
+    """Wait for what a GPU still has to do."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def peak_mib() -> float:
-    """Peak resident memory of this process. ru_maxrss would count its parent's before exec."""
+    """Peak memory: what was allocated on the GPU where one is used, else what was resident of this process.
+    ru_maxrss would count its parent's before exec."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / (1 << 20)
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(found[1]) / 1024
@@ -155,7 +176,7 @@ def peak_mib() -> float:
 def run_operant(given: argparse.Namespace, watch: Watch) -> dict[str, Any]:
     import operant
 
-    policy = operant.Policy.load(given.model, device="cpu")
+    policy = operant.Policy.load(given.model, device=given.device, dtype=given.dtype)
     rows = [{"prompt": text} for text in texts(256, 5, seed=3)]
     prompts = operant.load_prompts(rows, policy.codec, separator="")
     sample = operant.Sampler.sample
@@ -223,7 +244,8 @@ def run_trl(given: argparse.Namespace, watch: Watch) -> dict[str, Any]:
             "output_dir": str(out), "per_device_train_batch_size": PROMPTS * GROUP, "num_generations": GROUP,
             "max_completion_length": MAX_TOKENS, "learning_rate": given.lr, "max_steps": given.steps,
             "lr_scheduler_type": "constant", "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0,
-            "max_grad_norm": 1.0, "beta": 0.0, "bf16": False, "gradient_checkpointing": False, "use_cpu": True,
+            "max_grad_norm": 1.0, "beta": 0.0, "bf16": given.dtype == "bf16", "gradient_checkpointing": False,
+            "use_cpu": given.device == "cpu",
             "optim": "adamw_torch_fused", "report_to": "none", "logging_strategy": "no", "save_strategy": "no",
             "disable_tqdm": True, "dataloader_pin_memory": False, **own,
         }
@@ -252,9 +274,17 @@ def run_trl(given: argparse.Namespace, watch: Watch) -> dict[str, Any]:
 # --- cells: one small file for each finished run ---------------------------------------------------------------------
 
 
+def models(size: str) -> Path:
+    return CELLS / ("models" if size == "tiny" else f"models-{size}")
+
+
 def cell(given: argparse.Namespace, system: str, algorithm: str, setting: str, **what: Any) -> dict[str, Any]:
     """The facts of one run: from runs/bench, or measured now in a process of its own."""
     order = {"system": system, "algorithm": algorithm, "setting": setting, "threads": given.threads} | what
+    if given.device != "cpu":
+        order |= {"device": given.device}
+    if (given.size, given.dtype) != ("tiny", "float32"):
+        order |= {"size": given.size, "dtype": given.dtype}
     if system == "trl" and given.trl_option:
         order["options"] = given.trl_option
     name = "-".join(re.sub(r"\W+", "_", f"{value}") for value in order.values())
@@ -262,7 +292,8 @@ def cell(given: argparse.Namespace, system: str, algorithm: str, setting: str, *
         return RECORDS.get(name)
     command = [
         sys.executable, "-m", "benchmarks.trl", "--child", system, "--algorithm", algorithm,
-        "--model", str(CELLS / "models" / setting), "--threads", str(given.threads),
+        "--model", str(models(given.size) / setting), "--threads", str(given.threads),
+        "--device", given.device, "--size", given.size, "--dtype", given.dtype,
         "--lr", str(what.get("lr", 1e-6)), "--steps", str(what["steps"]), "--seconds", str(what.get("seconds", 0.0)),
         *(argument for option in given.trl_option for argument in ("--trl_option", option)),
     ]  # fmt: skip
@@ -368,6 +399,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14, help="steps of a run, of which the first two are not measured")
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", default="tiny", choices=list(SHAPES))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bf16"))
     parser.add_argument(
         "--learn_seconds", type=float, default=60.0, help="length of the runs that learn; 0 leaves them out"
     )
@@ -389,10 +423,11 @@ def main() -> None:
     if find_spec("trl") is None:
         sys.exit(INSTALL)
     CELLS.mkdir(parents=True, exist_ok=True)
-    if not all((CELLS / "models" / setting / "config.json").exists() for setting in SETTINGS):
+    folder = models(given.size)
+    if not all((folder / setting / "config.json").exists() for setting in SETTINGS):
         # in a process of its own: what this one has in memory must not count for its children
         subprocess.run(
-            [sys.executable, "-c", f"from benchmarks.trl import *; prepare(Path({str(CELLS / 'models')!r}))"],
+            [sys.executable, "-c", f"from benchmarks.trl import *; prepare(Path({str(folder)!r}), {given.size!r})"],
             check=True, cwd=ROOT,
         )  # fmt: skip
     if given.repeat:
@@ -414,9 +449,10 @@ def side_by_side(given: argparse.Namespace) -> None:
     if given.json:
         print(json.dumps(ratios(found)))
         return
+    place = "" if given.device == "cpu" else f" --device {given.device} --size {given.size} --dtype {given.dtype}"
     lengths = {s: statistics.mean(f["length"] for f in found["operant", given.algorithms[0], s]) for s in SETTINGS}
     lines = [
-        f"`python -m benchmarks.trl --repeat {given.repeat} --steps {given.steps} --threads {given.threads}`: "
+        f"`python -m benchmarks.trl --repeat {given.repeat} --steps {given.steps} --threads {given.threads}{place}`: "
         f"median [lowest, highest] of {given.repeat} pairs of runs. {machine()}. Mean length "
         + ", ".join(f"{name} {length:.1f}" for name, length in lengths.items())
         + " tokens.",
@@ -428,7 +464,7 @@ def side_by_side(given: argparse.Namespace) -> None:
     text = "\n".join(lines)
     print(text)
     if given.write:
-        write_section("trl", text)
+        write_section("trl" if given.device == "cpu" else f"trl {given.device}", text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """What makes a Transformers model cheaper without changing what it computes: attention over rows whose tokens stand
-once, the log-probabilities of chosen tokens, and GELU in one kernel."""
+once, the log-probabilities of chosen tokens, and GELU in one kernel; all with the same bits every time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,17 +21,88 @@ NAME = "operant_rows"
 CHUNK = 2**18  # elements of logits worked on at once: they stay in the processor's cache
 
 
+@dataclass(frozen=True)
+class Picks:
+    """Which of `count` rows are taken, one or several times: `take` picks them, and its gradient goes the way back.
+
+    index: int64[K]. real: bool[K] or None, False where a pick is filling whose gradient is zero.
+
+    The gradient of a row is the sum over its picks. On a CPU autograd's own way adds them in one order, and is a few
+    percent faster. On CUDA it adds them with atomic operations, in an order that differs from run to run; made to keep
+    one order, it sorts all K rows anew for each layer. There the way back is found once, from the indices, and
+    followed by gathering alone.
+    """
+
+    index: Tensor
+    count: int
+    real: Tensor | None = None
+
+    def take(self, rows: Tensor) -> Tensor:
+        """rows: float[count, …]. Returns float[K, …]; differentiable twice."""
+        return TakeRows.apply(rows, self) if rows.device.type == "cuda" else rows.index_select(0, self.index)
+
+    @cached_property
+    def back(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, bool]:
+        """first int64[count]: each row's first pick, any where `absent` bool[count] says there is none (None: all have
+        one). several int64[M]: the rows that are taken several times. again int64[M, G]: their later picks, with
+        `spare` bool[M, G] where there are fewer. And whether these rows are the first M of all."""
+        picks = torch.arange(len(self.index), device=self.index.device)
+        if self.real is not None:
+            picks = picks[self.real]
+        taken = self.index[picks]
+        order = picks[torch.argsort(taken, stable=True)]
+        counts = torch.bincount(taken, minlength=self.count)
+        starts = counts.cumsum(0) - counts
+        absent = counts == 0
+        first = order[starts.clamp(max=len(order) - 1)]
+        several = (counts > 1).nonzero()[:, 0]
+        more = counts[several]
+        step = torch.arange(1, max(1, int(counts.max())), device=order.device)[None]
+        spare = step >= more[:, None]
+        again = order[(starts[several][:, None] + step).clamp(max=len(order) - 1)]
+        leading = bool((several == torch.arange(len(several), device=order.device)).all())
+        return first, absent if bool(absent.any()) else None, several, again, spare, leading
+
+
+class TakeRows(torch.autograd.Function):
+    """`rows[picks.index]`, with a gradient that is gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, picks: Picks) -> Tensor:
+        ctx.picks = picks
+        return rows.index_select(0, picks.index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        grad, picks = gradients[0].flatten(1), ctx.picks
+        if not len(grad):
+            return gradients[0].new_zeros(picks.count, *gradients[0].shape[1:]), None
+        first, absent, several, again, spare, leading = picks.back
+        out = grad.index_select(0, first)
+        if absent is not None:
+            out = out.masked_fill(absent[:, None], 0.0)
+        if again.numel():
+            later = grad.index_select(0, again.reshape(-1)).unflatten(0, again.shape)
+            later = later.masked_fill(spare[..., None], 0.0).sum(1)
+            if leading:
+                out[: len(several)] += later
+            else:
+                out = out.index_add(0, several, later)
+        return out.unflatten(1, gradients[0].shape[1:]), None
+
+
 @dataclass(slots=True)
 class RowLayout:
     """N tokens that stand in one row, and the (B, S) rows in which they attend.
 
-    source: int64[N], the flat place in (B, S) of each token. expand: int64[B, S], the token at each place (any where
-    there is none): a prompt that several rows share stands in `source` once and in `expand` several times.
+    expand: for each of the B·S places the token there (any where there is none): a prompt that several rows share
+    stands among the N once and in the rows several times. source: for each of the N tokens its place.
     inner: the model's own attention implementation. calls: how many layers attended.
     """
 
-    source: Tensor
-    expand: Tensor
+    expand: Picks
+    source: Picks
+    width: int
     inner: str
     calls: int = 0
 
@@ -58,11 +130,10 @@ def _attend(
     if layout is None:
         raise RuntimeError("a model is learned from in one thread and used in another; give each its own")
     layout.calls += 1
-    rows, width = layout.expand.shape
-    flat = layout.expand.reshape(-1)
+    width = layout.width
 
     def expanded(states: Tensor) -> Tensor:
-        return states[0].transpose(0, 1).index_select(0, flat).unflatten(0, (rows, width)).transpose(1, 2)
+        return layout.expand.take(states[0].transpose(0, 1)).unflatten(0, (-1, width)).transpose(1, 2)
 
     # padding stands behind the tokens that count, so causality alone keeps it out
     mask = None
@@ -72,7 +143,7 @@ def _attend(
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(layout.inner, eager)
     output = attend(module, expanded(query), expanded(key), expanded(value), mask, **kwargs)[0]
-    return output.flatten(0, 1).index_select(0, layout.source)[None], None
+    return layout.source.take(output.flatten(0, 1))[None], None
 
 
 AttentionInterface.register(NAME, _attend)

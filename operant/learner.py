@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -222,6 +224,27 @@ class Sgd:
         """Takes any: there is nothing to restore."""
 
 
+@contextlib.contextmanager
+def same_bits(device: torch.device) -> Iterator[None]:
+    """Inside, sums over rows that share an index, and attention's gradient, add up in one order on a GPU as well.
+
+    An operation that cannot raises RuntimeError. Elsewhere than on CUDA nothing changes.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    options: Any = torch.utils.deterministic
+    filling = options.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    options.fill_uninitialized_memory = False  # a check for bugs, which costs a pass over memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        options.fill_uninitialized_memory = filling
+
+
 class Learner:
     """Applies an `UpdateRule` to a policy. `step` counts every attempt; `skipped_in_row` the sick ones in a row."""
 
@@ -248,12 +271,14 @@ class Learner:
         self.steps = 0
         self.skipped = 0
         self.skipped_in_row = 0
+        self._repeatable = True  # until the model shows otherwise
 
     def step(self, batches: Iterable[Batch], loss_of: TokenLoss) -> StepStats:
         """One optimizer step over micro-batches that share one denominator: Σ weights · loss / denominator.
 
         A non-finite loss or gradient leaves weights and optimizer as they were and is counted; so does a step that the
-        rule refuses.
+        rule refuses. The same step gives the same bits, on a GPU too; a model that has no such way there is warned of
+        once (RuntimeWarning) and learns all the same.
         """
         begun = time.perf_counter()
         lr = learning_rate(self.steps, self.lr, self.warmup_steps, self.total_steps, self.schedule)
@@ -263,7 +288,7 @@ class Learner:
             critic_lr = learning_rate(self.steps, self.critic_lr, self.warmup_steps, self.total_steps, self.schedule)
             self.rule.set_lr(lr, critic_lr)
 
-        result, norm, reason = self.rule.step(StepLoss(self.policy, list(batches), loss_of))
+        result, norm, reason = self._apply(StepLoss(self.policy, list(batches), loss_of))
         self.steps += 1
         if reason:
             self.skipped += 1
@@ -285,6 +310,20 @@ class Learner:
             coefficients=coefficients,
             extra=means | result.told,
         )
+
+    def _apply(self, closure: StepLoss) -> tuple[ClosureResult, float, str]:
+        if self._repeatable:
+            try:
+                with same_bits(self.policy.device):
+                    return self.rule.step(closure)
+            except RuntimeError as error:
+                if "deterministic" not in str(error):
+                    raise
+                # raised in a pass over the model, before any weight has moved
+                what = str(error).splitlines()[0]
+                warnings.warn(f"two runs on this GPU will differ in their last bits: {what}", RuntimeWarning, 3)
+                self._repeatable = False
+        return self.rule.step(closure)
 
     def state_dict(self) -> dict[str, Any]:
         return {

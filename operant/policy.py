@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from operant.attention import PickedLogprobs, RowLayout, attending_in_rows, one_kernel_gelu
+from operant.attention import PickedLogprobs, Picks, RowLayout, attending_in_rows, one_kernel_gelu
 from operant.cache import DecodeState
 from operant.critic import Critic
 from operant.text import Codec, looks_like_path
@@ -30,6 +31,8 @@ transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint 
 Family = Literal["decoder", "encoder-decoder"]
 EntropyMode = Literal["none", "measured", "differentiable"]
 LAGGING = "lagging.safetensors"
+# read when CUDA's matrix library starts: with it a product has the same bits every time
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # (layers, heads, width, feed-forward width): `tiny` trains on a laptop in minutes, `base` is the published size.
 SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
@@ -71,6 +74,9 @@ class TokenLogprobs:
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA, then MPS, then CPU. Raises OperantError for a device that is not there."""
+    # cuDNN's attention compiles a plan for every new shape, and the cache's shape is new at every decode step: on an
+    # H200 in bf16 sampling took 3 to 9 times as long with it
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -539,12 +545,16 @@ class Policy:
         if layout is not None:
             source, expand = layout
             own = self._base().config._attn_implementation
+            picked = RowLayout(
+                Picks(expand.reshape(-1), len(source), (batch.segment_ids >= 0).reshape(-1)),
+                Picks(source, expand.numel()), width, own,
+            )  # fmt: skip
             arguments = {
                 "input_ids": batch.tokens.reshape(-1)[source][None],
                 "position_ids": batch.position_ids.reshape(-1)[source][None],
                 "use_cache": False,
             }
-            with attending_in_rows(self._base().config, RowLayout(source, expand, own)) as used:
+            with attending_in_rows(self._base().config, picked) as used:
                 chosen = self._head_at(expand[rows, columns - 1], lambda: self.model(**arguments))
             if used.calls == self._decoder_layers():
                 return chosen
@@ -553,7 +563,8 @@ class Policy:
 
     def _layout(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Where the tokens of a decoder's batch stand when no prompt is repeated and nothing is padded: their places
-        in the flattened batch int64[N], and for every (row, column) the place among these N, int64[B, S].
+        in the flattened batch int64[N], those that several rows share first, and for every (row, column) the place
+        among these N, int64[B, S].
 
         None where nothing would be saved, for packed rows, and for attention that cannot be laid out so.
         """
@@ -571,10 +582,13 @@ class Policy:
         like = like.to(column.device)
         real, prompt = batch.segment_ids >= 0, column < starts[:, None]
         own = real & ~(prompt & (like != torch.arange(rows, device=column.device))[:, None])
-        source = own.reshape(-1).nonzero()[:, 0]
+        shared = own & prompt & (torch.bincount(like, minlength=rows) > 1)[:, None]
+        source = torch.cat([part.reshape(-1).nonzero()[:, 0] for part in (shared, own & ~shared)])
         if len(source) == rows * width:
             return None
-        place = own.reshape(-1).cumsum(0).sub_(1).view(rows, width)
+        place = torch.zeros(rows * width, dtype=torch.long, device=column.device)
+        place[source] = torch.arange(len(source), device=column.device)
+        place = place.view(rows, width)
         return source, torch.where(prompt, place[like], place) * real
 
     def _head_at(self, places: Tensor, forward: Callable[[], Any]) -> Tensor:
@@ -587,8 +601,11 @@ class Policy:
 
         def take(module: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             taken.append(True)
-            hidden = arguments[0]
-            return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, places)[None], *arguments[1:])
+            return (at_places(arguments[0])[None], *arguments[1:])
+
+        def at_places(states: Tensor) -> Tensor:
+            flat = states.reshape(-1, states.shape[-1])
+            return Picks(places, len(flat)).take(flat)
 
         head = self._base().get_output_embeddings()
         handle = head.register_forward_pre_hook(take) if head is not None else None
@@ -598,7 +615,7 @@ class Policy:
         finally:
             if handle is not None:
                 handle.remove()
-        return _upcast(logits[0] if taken else logits.reshape(-1, logits.shape[-1]).index_select(0, places))
+        return _upcast(logits[0] if taken else at_places(logits))
 
     def _attention(self, batch: Batch) -> Tensor:
         """bool[B, S] for one segment a row; bool[B, 1, S, S], causal inside each segment, for packed rows."""

@@ -72,7 +72,13 @@ def tiny_model(family: str, codec: Codec, context: int = 48, dropout: float = 0.
 
 @pytest.fixture(scope="session")
 def make_policy(codec: Codec) -> Callable[..., Policy]:
-    def make(family: str, *, dtype: str = "float32", **options: Any) -> Policy:
-        return Policy(tiny_model(family, codec, **options), codec, device="cpu", dtype=dtype)
+    def make(family: str, *, dtype: str = "float32", device: str = "cpu", **options: Any) -> Policy:
+        return Policy(tiny_model(family, codec, **options), codec, device=device, dtype=dtype)
 
     return make
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the report takes longer than learning."""
+    monkeypatch.setattr("operant.run.write_report", lambda folder: None)

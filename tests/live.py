@@ -73,12 +73,15 @@ def logprob(policy: Policy, prompt: Prompt, tokens: Sequence[int]) -> np.ndarray
     """log π of each token, float64[T], by the model's own call."""
     import torch
 
+    def row(ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([ids], device=policy.device)
+
     tokens = [int(t) for t in tokens]
     asked = prompt.tokens.tolist()
     with torch.no_grad():
         if policy.family == "encoder-decoder":
             start = [policy.model.config.decoder_start_token_id, *tokens[:-1]]
-            logits = policy.model(input_ids=torch.tensor([asked]), decoder_input_ids=torch.tensor([start])).logits[0]
+            logits = policy.model(input_ids=row(asked), decoder_input_ids=row(start)).logits[0]
         else:
-            logits = policy.model(input_ids=torch.tensor([[*asked, *tokens]])).logits[0, len(asked) - 1 : -1]
-    return logits.double().log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)].numpy()
+            logits = policy.model(input_ids=row([*asked, *tokens])).logits[0, len(asked) - 1 : -1]
+    return logits.cpu().double().log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)].numpy()

@@ -10,7 +10,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from operant import attention
-from operant.attention import PickedLogprobs
+from operant.attention import PickedLogprobs, Picks, TakeRows
 from operant.batch import from_sequences
 from operant.policy import Policy
 from operant.text import Codec
@@ -35,6 +35,26 @@ def test_picked_logprobs_have_the_values_and_both_derivatives_of_log_softmax(
     expected = torch.autograd.grad((table[torch.arange(5), tokens] * weights).sum(), logits)[0]
     assert torch.allclose(torch.autograd.grad((picked * weights).sum(), logits)[0], expected)
     assert torch.autograd.gradgradcheck(lambda x: PickedLogprobs.apply(x, tokens, False)[0], [logits])
+
+
+@pytest.mark.parametrize(
+    ("index", "filling"),
+    [([2, 0, 2, 4, 2, 0], []), ([3, 1, 0, 2, 4], []), ([1, 1, 1], []), ([2, 0, 0, 1, 0], [1, 4]), ([], []), ([0], [])],
+)
+def test_picked_rows_have_the_values_and_both_derivatives_of_indexing(index: list[int], filling: list[int]) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    real = torch.tensor([i not in filling for i in range(len(index))], dtype=torch.bool)
+    picks = Picks(torch.tensor(index, dtype=torch.long), 5, real if filling else None)
+    assert torch.equal(picks.take(rows), rows[index]) and torch.equal(TakeRows.apply(rows, picks), rows[index])
+    weights = torch.randn(len(index), 2, 3, dtype=torch.float64) * real[:, None, None]
+    given, expected = (
+        torch.autograd.grad((r * weights).sum(), rows)[0] for r in (TakeRows.apply(rows, picks), rows[index])
+    )
+    assert torch.allclose(given, expected)
+    if index:
+        weigh = real[:, None, None].double()
+        assert torch.autograd.gradgradcheck(lambda x: (TakeRows.apply(x, picks) * weigh).sin(), [rows])
 
 
 def test_a_model_whose_attention_cannot_be_laid_out_is_computed_row_by_row(

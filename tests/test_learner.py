@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from operant import learner as module
 from operant.batch import from_sequences
-from operant.learner import Adam, Learner, Sgd, learning_rate
+from operant.learner import Adam, Learner, Sgd, learning_rate, same_bits
 from operant.policy import Policy
 from operant.types import Batch, OperantError
 
@@ -214,3 +217,59 @@ def test_a_plain_step_that_is_not_finite_is_not_made(make_policy: Callable[..., 
     learner = Learner(policy, lr=0.2, rule=Sgd(policy.trainable_parameters(), 0.2))
     stats = learner.step([batch_of(policy)], lambda p, b: (p.logprobs(b).logprobs * math.nan, {}))
     assert stats.skipped and "nan" in stats.reason and same(before, weights(policy))
+
+
+def test_an_operation_that_keeps_no_order_is_told_once_and_used(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def as_on_a_gpu(device: torch.device) -> Iterator[None]:
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def loss(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))  # has no fixed order anywhere
+        return likelihood(policy, batch)
+
+    policy = make_policy("gpt2")
+    free = Learner(copy.deepcopy(policy), lr=1e-3)
+    free.step([batch_of(policy)], loss)
+    monkeypatch.setattr(module, "same_bits", as_on_a_gpu)
+    learner = Learner(policy, lr=1e-3)
+    with pytest.warns(RuntimeWarning, match=r"two runs on this GPU will differ in their last bits: put_"):
+        assert not learner.step([batch_of(policy)], loss).skipped
+    assert same(weights(policy), weights(free.policy))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not learner.step([batch_of(policy)], loss).skipped
+
+    def faulty(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Learner(policy, lr=1e-3).step([batch_of(policy)], faulty)
+
+
+def test_one_order_is_asked_for_while_a_step_is_made_and_not_after() -> None:
+    asked = torch.are_deterministic_algorithms_enabled
+    with same_bits(torch.device("cpu")):
+        assert not asked()
+
+    def stopped() -> None:
+        with same_bits(torch.device("cuda")):
+            assert asked()
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        stopped()
+    assert not asked() and torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with same_bits(torch.device("cuda")):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert asked() and torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -27,12 +27,6 @@ from operant.types import OperantError
 WORDS = "cat mat dog red house one two three four five".split()
 
 
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the report takes longer than learning."""
-    monkeypatch.setattr("operant.run.write_report", lambda folder: None)
-
-
 def rows(count: int = 24) -> list[dict[str, str]]:
     """After any two words, `sat` is preferred to `ran`."""
     picked = [(WORDS[i % 10], WORDS[(i * 3 + i // 10) % 10]) for i in range(count)]
