@@ -54,13 +54,29 @@ class Task:
     batch: int
     pretrain_minutes: float
     minutes: dict[str, tuple[float, float, float]]  # by regime: at most for the base, a try of a learning rate, an arm
+    settle: tuple[str, ...] = ()  # regimes in which the base goes on at SETTLING until it has stopped rising again
 
 
+SETTLING = "3e-4"  # with all labels, English to German stops rising at 1e-3 long before it has learned what it can
 SHORT = {"few": (4.0, 3.0, 6.0)}
 TASKS = {
     t.name: t
     for t in (
-        Task("tatoeba", "tatoeba_ende", "en", "de", 500, "mbart", 2000, 128, 40, 64, 6, SHORT | {"all": (20, 4, 4)}),
+        Task(
+            "tatoeba",
+            "tatoeba_ende",
+            "en",
+            "de",
+            500,
+            "mbart",
+            2000,
+            128,
+            40,
+            64,
+            6,
+            SHORT | {"all": (20, 4, 4)},
+            ("all",),
+        ),
         Task("e2e", "e2e_nlg", "mr", "refs", 200, "llama", 1000, 256, 80, 32, 3, SHORT | {"all": (6, 4, 4)}),
     )
 }
@@ -95,19 +111,30 @@ def cells(tasks: Sequence[str], regimes: Sequence[str], seeds: Sequence[int]) ->
         out += [Cell(f"{task}/pretrain"), Cell(f"{task}/judge")]
     for regime in regimes:
         for task in tasks:
-            first = f"{task}/{regime}/{seeds[0]}"
-            out.append(Cell(f"{first}/base", (f"{task}/pretrain", f"{task}/judge")))
-            out.append(Cell(f"{first}/variance", (f"{first}/base",)))
+            first, begin = f"{task}/{regime}/{seeds[0]}", start_of(task, regime)
+            made = (f"{task}/pretrain", f"{task}/judge")
+            out += starts(first, begin, made)
+            out.append(Cell(f"{first}/variance", (f"{first}/{begin}",)))
             sweep = [f"{first}/{arm}@{rate}" for arm in ARMS for rate in RATES]
-            out += [Cell(name, (f"{first}/base", f"{first}/variance")) for name in sweep]
+            out += [Cell(name, (f"{first}/{begin}", f"{first}/variance")) for name in sweep]
             for seed in seeds:
-                base = f"{task}/{regime}/{seed}/base"
-                out.append(Cell(base, (f"{task}/pretrain", f"{task}/judge")))
-                out += [Cell(f"{task}/{regime}/{seed}/{arm}", (base, *sweep)) for arm in ARMS]
+                here = f"{task}/{regime}/{seed}"
+                out += starts(here, begin, made)
+                out += [Cell(f"{here}/{arm}", (f"{here}/{begin}", *sweep)) for arm in ARMS]
             if regime == "few":
                 more = [*OTHERS[task], *(f"{arm} long" for arm in ARMS if task in LONGER)]
-                out += [Cell(f"{first}/{arm}", (f"{first}/base", *sweep)) for arm in more]
+                out += [Cell(f"{first}/{arm}", (f"{first}/{begin}", *sweep)) for arm in more]
     return list({cell.name: cell for cell in out}.values())
+
+
+def start_of(task: str, regime: str) -> str:
+    """The cell whose model every arm starts from."""
+    return "settled" if regime in TASKS[task].settle else "base"
+
+
+def starts(folder: str, begin: str, needs: tuple[str, ...]) -> list[Cell]:
+    base = Cell(f"{folder}/base", needs)
+    return [base] if begin == "base" else [base, Cell(f"{folder}/{begin}", (base.name,))]
 
 
 def chosen_rate(task: str, regime: str, arm: str) -> str:
@@ -118,7 +145,7 @@ def chosen_rate(task: str, regime: str, arm: str) -> str:
 
 def done(cell: Cell) -> bool:
     """Measured and, where others start from its weights, these are still there."""
-    kept = cell.name.endswith(("/pretrain", "/judge", "/base"))
+    kept = cell.name.endswith(("/pretrain", "/judge", "/base", "/settled"))
     return RECORD.has(cell.name) and (not kept or (RUNS / cell.name / "model").exists())
 
 
@@ -149,7 +176,7 @@ def measure(name: str) -> None:
     if len(parts) > 2:
         values |= {"select_bleu": facts["best_value"], "dev": judged(task, out / "model"), "curve": curve(out)}
     RECORD.put(name, values)
-    if len(parts) > 2 and parts[3] != "base":
+    if len(parts) > 2 and parts[3] not in ("base", "settled"):
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
@@ -223,7 +250,7 @@ def pretrain_command(task: Task, data: Path, arch: str, minutes: float) -> list[
 
 
 def stage_command(task: Task, regime: str, seed: int, cell: str, data: Path) -> list[str]:
-    """The program's arguments for `base` or an arm."""
+    """The program's arguments for `base`, `settled` or an arm."""
     pairs, prompts = labelled(data, regime, seed)
     model = RUNS / task.name / "pretrain" / "model"
     fields = flags(
@@ -231,15 +258,17 @@ def stage_command(task: Task, regime: str, seed: int, cell: str, data: Path) -> 
         max_tokens=task.max_tokens, best_metric="bleu", eval_prompts=CHOOSING, keep=1,
     )  # fmt: skip
     tune = ["sft", *COMMON, *fields, *flags(data=pairs, batch_size=task.batch, steps=100_000)]
-    if cell == "base":
+    folder = RUNS / task.name / regime / str(seed)
+    if cell in ("base", "settled"):
         # until the BLEU of held-out completions, which rises longer than the dev loss falls, has stopped rising
         longest = task.minutes[regime][0]
-        return [*tune, *flags(model=model, lr="1e-3", eval_every=50, patience=8, max_minutes=longest)]
+        begin, rate = (model, "1e-3") if cell == "base" else (folder / "base" / "model", SETTLING)
+        return [*tune, *flags(model=begin, lr=rate, eval_every=50, patience=8, max_minutes=longest)]
     arm, _, tried = cell.removesuffix(" long").partition("@")
     given = OTHERS[task.name].get(arm)
     rate = tried or given or chosen_rate(task.name, regime, arm if given is None else "terminal")
     minutes = LONGER[task.name] if cell.endswith(" long") else task.minutes[regime][1 if tried else 2]
-    start = flags(model=RUNS / task.name / regime / str(seed) / "base" / "model", lr=rate, max_minutes=minutes)
+    start = flags(model=folder / start_of(task.name, regime) / "model", lr=rate, max_minutes=minutes)
     if arm == "continued":
         return [*tune, *start, *flags(eval_every=50, patience=0)]
     command = ["train", *COMMON, *fields, *start, *flags(
@@ -358,7 +387,7 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
 
     torch.set_num_threads(1)
     _, rest = labelled(data, regime, seed)
-    policy = Policy.load(RUNS / task.name / regime / str(seed) / "base" / "model")
+    policy = Policy.load(RUNS / task.name / regime / str(seed) / start_of(task.name, regime) / "model")
     policy.model.eval()
     encoder = policy.family == "encoder-decoder"
     fields = Fields(prompt=task.prompt, references=task.reference)
@@ -425,8 +454,9 @@ COLUMNS = {"bleu": ("BLEU", 1), "chrf": ("chrF", 1), "rougeL": ("ROUGE-L", 3), "
 
 
 def seeds_of(task: str, regime: str) -> list[int]:
-    """Seeds with a base and every arm measured."""
-    found = sorted({int(p.name.split(".")[2]) for p in RECORD.folder.glob(f"{task}.{regime}.*.base.json")})
+    """Seeds with their start and every arm measured."""
+    begin = start_of(task, regime)
+    found = sorted({int(p.name.split(".")[2]) for p in RECORD.folder.glob(f"{task}.{regime}.*.{begin}.json")})
     return [s for s in found if all(arm_record(task, regime, s, arm) for arm in ARMS)]
 
 
@@ -444,7 +474,7 @@ def table(task: str, regime: str) -> str:
     seeds = seeds_of(task, regime)
     if not seeds:
         return ""
-    base = [RECORD.get(f"{task}/{regime}/{s}/base") for s in seeds]
+    base = [RECORD.get(f"{task}/{regime}/{s}/{start_of(task, regime)}") for s in seeds]
     arms = {arm: [r for s in seeds if (r := arm_record(task, regime, s, arm))] for arm in ARMS}
     rows = [dev_row("fine-tuned to its plateau", base)]
     rows += [dev_row(title, arms[arm]) for arm, title in ARMS.items()]
