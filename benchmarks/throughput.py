@@ -2,7 +2,7 @@
 
 python -m benchmarks.throughput --arch t5 --size tiny --prompts 32 --group_size 8
 python -m benchmarks.throughput --arch gpt2 --size base --dtype bf16
-python -m benchmarks.throughput --arch gpt2 --size base --dtype bf16 --cudnn_attention    on a GPU, with what is off there
+python -m benchmarks.throughput --arch gpt2 --size base --dtype bf16 --cudnn_attention    with what is off on a GPU
 """
 
 from __future__ import annotations
