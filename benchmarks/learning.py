@@ -32,6 +32,7 @@ RUNS = ROOT / "runs" / "learning"
 RECORD = Records(RECORDS / "learning")
 REGIMES = ("few", "all")
 RATES = ("1e-4", "3e-4")  # tried on the first seed; the better one on the selection set is every seed's
+SETTLED_RATES = ("3e-5", "1e-4")  # from weights that have settled at a lower rate
 REWARD = "bleu + chrf"
 FEW = 0.1
 JUDGE_MINUTES = 2.5  # of pretraining for the language model that says how fluent answers are
@@ -115,7 +116,7 @@ def cells(tasks: Sequence[str], regimes: Sequence[str], seeds: Sequence[int]) ->
             made = (f"{task}/pretrain", f"{task}/judge")
             out += starts(first, begin, made)
             out.append(Cell(f"{first}/variance", (f"{first}/{begin}",)))
-            sweep = [f"{first}/{arm}@{rate}" for arm in ARMS for rate in RATES]
+            sweep = [f"{first}/{arm}@{rate}" for arm in ARMS for rate in rates_of(task, regime)]
             out += [Cell(name, (f"{first}/{begin}", f"{first}/variance")) for name in sweep]
             for seed in seeds:
                 here = f"{task}/{regime}/{seed}"
@@ -132,6 +133,10 @@ def start_of(task: str, regime: str) -> str:
     return "settled" if regime in TASKS[task].settle else "base"
 
 
+def rates_of(task: str, regime: str) -> tuple[str, ...]:
+    return SETTLED_RATES if start_of(task, regime) == "settled" else RATES
+
+
 def starts(folder: str, begin: str, needs: tuple[str, ...]) -> list[Cell]:
     base = Cell(f"{folder}/base", needs)
     return [base] if begin == "base" else [base, Cell(f"{folder}/{begin}", (base.name,))]
@@ -140,7 +145,9 @@ def starts(folder: str, begin: str, needs: tuple[str, ...]) -> list[Cell]:
 def chosen_rate(task: str, regime: str, arm: str) -> str:
     """The learning rate whose BLEU on the selection set was higher in the first seed's sweep."""
     first = first_seed(task, regime)
-    return max(RATES, key=lambda rate: RECORD.get(f"{task}/{regime}/{first}/{arm}@{rate}")["select_bleu"])
+    return max(
+        rates_of(task, regime), key=lambda rate: RECORD.get(f"{task}/{regime}/{first}/{arm}@{rate}")["select_bleu"]
+    )
 
 
 def done(cell: Cell) -> bool:
