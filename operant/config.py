@@ -103,6 +103,8 @@ def check_numbers(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if field.name == "stop" and (isinstance(value, str) or "" in value):
+            raise OperantError(f"stop is {value!r}; it must be a list of texts, none of them empty: correct --stop")
         if field.name not in _NUMBERS or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         words, holds = _NUMBERS[field.name]

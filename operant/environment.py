@@ -93,9 +93,15 @@ class TextEnv(gymnasium.Env[Ints, np.int64]):
         terminated = token == self.codec.eos_id
         info: dict[str, Any] = {}
         if self._session is not None:
-            answer = self._session.step(token, piece)
-            terminated = terminated or isinstance(answer, Stop)
-            reward = float(answer.reward if isinstance(answer, Stop) else answer)
+            try:
+                answer = self._session.step(token, piece)
+                terminated = terminated or isinstance(answer, Stop)
+                paid = answer.reward if isinstance(answer, Stop) else answer
+                reward = 0.0 if paid is None else float(paid)
+                if paid is None:
+                    info["missing"] = "none: the reward returned None"
+            except Exception as error:
+                reward, info["missing"] = 0.0, f"raised: {type(error).__name__}: {error}"
         truncated = not terminated and len(self._tokens) >= self.max_tokens
         if self._session is None:
             reward = self._earned(terminated or truncated, info)

@@ -155,7 +155,7 @@ class Player:
                 f"the first observation of {self.name!r} has {len(tokens)} tokens and the model's context "
                 f"{self.sampler.policy.max_length}; give a model with more, or a shorter observation"
             )
-        return _Episode(f"{group}#{copy}", environment, prompt, info=dict(info))
+        return _Episode(f"{group}#{copy}", environment, prompt, info=dict(info or {}))
 
     def _turn(self, episode: _Episode, answer: Completion) -> None:
         assert answer.behavior_logprobs is not None and answer.model_logprobs is not None
@@ -169,13 +169,17 @@ class Player:
         episode.versions += answer.policy_version.tolist()
         episode.rewards += [0.0] * len(answer.tokens)
         try:
-            observation, reward, terminated, truncated, episode.info = episode.environment.step(answer.text)
+            observation, reward, terminated, truncated, info = episode.environment.step(answer.text)
+            episode.info = info or {}
+            if reward is None:
+                episode.fault, episode.ended = "none: the environment paid nothing", True
+                return
+            paid: list[Any] = [float(reward)]
+            if "spans" in episode.info:
+                paid.append([Span(int(a), int(b), float(value)) for a, b, value in episode.info["spans"]])
         except Exception as error:
             episode.fault, episode.ended = f"raised: {type(error).__name__}: {error}", True
             return
-        paid: list[Any] = [float(reward)]
-        if "spans" in episode.info:
-            paid.append([Span(int(a), int(b), float(value)) for a, b, value in episode.info["spans"]])
         for value in paid:
             placed = reward_trajectory(episode.prompt, answer, NAME, value)
             if placed.missing is not None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from operant.policy import LanguagePolicy
 from operant.rewards import RewardRunner, corpus_metrics
-from operant.sampler import Sampler
+from operant.sampler import Sampler, StreamingReward
 from operant.types import Completion, Prompt, Sampling
 
 
@@ -20,6 +20,7 @@ def evaluate(
     sampling: Sampling,
     metrics: Sequence[str] = ("bleu", "chrf", "rougeL", "exact"),
     runner: RewardRunner | None = None,
+    stream: StreamingReward | None = None,
     bleu_tokenize: str = "auto",
     max_rows: int = 256,
     progress: Callable[[int], None] | None = None,
@@ -29,10 +30,12 @@ def evaluate(
     Returns ({metric: value}, completions in the prompts' order). BLEU and chrF are on sacrebleu's scale of 0 to 100;
     exact, rougeL and reward are means, the reward before any running normalisation; length is in tokens; distinct2 the
     share of different bigrams. Reference metrics are left out when no prompt has references; a missing reward is left
-    out of its mean. bleu_tokenize: one of sacrebleu's tokenizers, or "auto" for what the references are written in.
+    out of its mean. stream: a streaming reward to pay while the answers are written, which it does not end: what it
+    would have ended is paid what was due by then. bleu_tokenize: one of sacrebleu's tokenizers, or "auto" for what the
+    references are written in.
     """
-    sampler = Sampler(policy, max_rows=max_rows)
-    completions = [group[0] for group in sampler.sample(prompts, sampling, progress=progress)]
+    sampler = Sampler(policy, max_rows=max_rows, audit_fraction=1.0)
+    completions = [group[0] for group in sampler.sample(prompts, sampling, stream=stream, progress=progress)]
     values: dict[str, float] = {}
     judged = [(p, c) for p, c in zip(prompts, completions, strict=True) if p.references]
     if judged:

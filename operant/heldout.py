@@ -14,7 +14,7 @@ from operant.config import TrainConfig
 from operant.evaluate import evaluate
 from operant.learner import logprobs_of
 from operant.policy import Policy
-from operant.rewards import RewardRunner
+from operant.rewards import Limited, RewardRunner
 from operant.run import Run
 from operant.types import Completion, OperantError, Prompt, Sampling
 
@@ -74,8 +74,9 @@ class HeldOut:
         sampling = Sampling(temperature=0.0, max_tokens=self.config.max_tokens, stop=tuple(self.config.stop))
         before = self.runner.state_dict()
         values, completions = evaluate(
-            self.policy, self.prompts, sampling=sampling, runner=self.runner, max_rows=self.config.max_rows
-        )
+            self.policy, self.prompts, sampling=sampling, runner=self.runner, max_rows=self.config.max_rows,
+            stream=Limited(self.runner.reward, self.config.reward_seconds) if self.runner.reward.streaming else None,
+        )  # fmt: skip
         values["kl_ref"] = self.drift(completions)
         self.run.log.log(self.run.step, {f"eval/{name}": value for name, value in values.items()})
         self.keep_samples(completions)

@@ -66,12 +66,14 @@ def read_logged(
     for place, prompt in zip(places, prompts):
         row, name = rows[place], f"row {place + 1} of the log"
         known = codec.vocab_size if vocabulary is None else vocabulary
-        if row.get("tokenizer_hash") not in (None, "", codec.hash) and (row.get("tokens") or row.get("prompt_tokens")):
+        if row.get("tokenizer_hash") not in (None, "", codec.hash) and (
+            _given(row, "tokens") or _given(row, "prompt_tokens")
+        ):
             raise OperantError(
                 f"{name} was written with another tokenizer; give the model that wrote it, or leave its tokens, "
                 "prompt_tokens and behavior_logprobs out, and its text is read anew"
             )
-        if row.get("tokens"):
+        if _given(row, "tokens"):
             tokens = _token_ids(row["tokens"], known, f"{name}: tokens")
         elif isinstance(row.get("completion"), str):
             tokens = codec.encode(row["completion"], eos=True, target=True)
@@ -80,7 +82,7 @@ def read_logged(
         behavior = None
         if not _blank(row.get("behavior_logprobs")):
             behavior = _logprobs(row["behavior_logprobs"], len(tokens), name)
-        if row.get("prompt_tokens"):
+        if _given(row, "prompt_tokens"):
             asked = _token_ids(row["prompt_tokens"], known, f"{name}: prompt_tokens")
             prompt = dataclasses.replace(prompt, tokens=asked)
         text, ends = codec.text_and_ends(tokens)
@@ -91,6 +93,12 @@ def read_logged(
         )  # fmt: skip
         out.append((prompt, completion, _reward(row.get("reward"), name)))
     return out
+
+
+def _given(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a row has something there: lists and arrays may be empty."""
+    value = row.get(column)
+    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
 
 
 def _blank(value: Any) -> bool:

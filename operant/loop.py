@@ -96,6 +96,7 @@ def train(
     steps in a row was missing.
     """
     config = dataclasses.replace(config or TrainConfig(), **options)
+    prompts, dev_prompts, pairs, logged = list(prompts), list(dev_prompts), list(pairs), list(logged)
     if config.environment:
         if prompts or reward is not None or dev_prompts or pairs:
             raise OperantError("an environment asks and pays by itself; leave prompts and reward out, or --environment")
@@ -115,7 +116,8 @@ def train(
     )
     try:
         recipe = resolve(config, dense=runner.reward.dense)
-        check_references(runner.reward, prompts)
+        for asked in (prompts, dev_prompts[: config.eval_prompts]):
+            check_references(runner.reward, asked)
         read_target(config.target)
         if config.environment:
             check_episode_metric("--best_metric", config.best_metric)
@@ -136,10 +138,10 @@ def train(
             )
         check_logged(policy, usable)
         check_references(runner.reward, [prompt for prompt, _, value in usable if value is None])
-        asked = (prompts, dev_prompts[: config.eval_prompts])
-        if tight := sum(check_prompts(policy, part, config.max_tokens) for part in asked):
+        parts = (prompts, dev_prompts[: config.eval_prompts])
+        if tight := sum(check_prompts(policy, part, config.max_tokens) for part in parts):
             told.append(
-                f"{tight} of {sum(map(len, asked))} prompts leave less than {config.max_tokens} tokens for a "
+                f"{tight} of {sum(map(len, parts))} prompts leave less than {config.max_tokens} tokens for a "
                 f"completion (the model's context has {policy.max_length})"
             )
         if config.sft_coef and not pairs:
@@ -152,12 +154,15 @@ def train(
                 check_metric("--target", re.split(r"[<>]", config.target)[0].strip(), dev_prompts)
         with Run(config, "train", quiet=quiet) as run:
             loop = _Loop(
-                run, config, recipe, policy, list(prompts), runner, list(dev_prompts), list(pairs),
+                run, config, recipe, policy, prompts, runner, dev_prompts, pairs,
                 judged(usable, runner),
             )  # fmt: skip
             for text in told:
                 run.note(text)
-            return loop.go(callbacks)
+            try:
+                return loop.go(callbacks)
+            finally:
+                loop.close()
     finally:
         runner.close()
 
@@ -254,6 +259,12 @@ class _Loop:
             stop_reason=self.run.stop_reason, best_step=self.run.best_step,
             first=self.state["first"], best=self.held_out.best,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of the environments."""
+        for part in (self.rollouts, self.held_out):
+            if isinstance(part, (Episodes, HeldOutEpisodes)):
+                part.player.close()
 
     # --- one step ------------------------------------------------------------------------------------------------
 

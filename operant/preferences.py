@@ -260,9 +260,21 @@ def _answer(value: Any, column: str, number: int) -> tuple[tuple[dict[str, str],
 
 
 def _common_words(left: str, right: str) -> int:
-    """How many characters both texts begin with, back to the last space: a word is not cut in two."""
+    """How many characters both texts begin with, back to the last space: a word is not cut in two. 0 where what they
+    share is the beginning of a word."""
     length = next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
-    return next((i for i in range(length - 1, 0, -1) if left[i].isspace()), length)
+    space = next((i for i in range(length - 1, 0, -1) if left[i].isspace()), None)
+    if space is not None:
+        return space
+    inside = (
+        length > 0 and _of_a_word(left[length - 1]) and any(_of_a_word(t[length : length + 1]) for t in (left, right))
+    )
+    return 0 if inside else length
+
+
+def _of_a_word(character: str) -> bool:
+    """A letter or digit of a script that puts spaces between its words; before the Chinese and Japanese ones."""
+    return character.isalnum() and character < "\u2e80"
 
 
 def _not_empty(text: str, column: str, number: int) -> None:

@@ -161,6 +161,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
             except BaseException:
                 folder.discard()  # nothing was learned: leave no half-made run in the way of the next try
                 raise
+            folder.keep()
             circle.run()
             (folder.path / "results.json").write_text(json.dumps(circle.results, indent=1), encoding="utf-8")
             shutil.copytree(folder.path / "reward" / "model", folder.path / "model", dirs_exist_ok=True)

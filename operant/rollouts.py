@@ -98,7 +98,14 @@ class Rollouts:
         """Ends a run whose reward never answers."""
         # double Q-learning has no baseline, and needs every reward of a completion for its targets
         by_position = self.recipe.baseline in credit.PER_POSITION and self.recipe.algorithm.loss != "double_q"
-        if any(t.observed.any() if by_position else t.observed.all() for t in trajectories):
+
+        def teaches(t: Trajectory) -> bool:
+            """Some return is known: any at γ = 0, else only those after the last reward that is missing."""
+            if not by_position:
+                return bool(t.observed.all())
+            return bool(t.observed.any() and (self.config.gamma == 0.0 or t.observed[-1]))
+
+        if any(map(teaches, trajectories)):
             self.state["all_missing"] = 0
             return
         self.state["all_missing"] += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -80,8 +81,10 @@ class Run:
             torch.set_num_threads(config.threads)
         # a decaying learning rate depends on the number of steps, which is then part of what is learned
         constant = getattr(config, "schedule", "constant") == "constant"
+        # said of one start, and not of the run: the next start from this file must not throw it away
+        kept = dataclasses.replace(config, resume=False, overwrite=False)
         self.folder = RunFolder.open(
-            config.out, to_yaml(config), resume=config.resume, overwrite=config.overwrite,
+            config.out, to_yaml(kept), resume=config.resume, overwrite=config.overwrite,
             free_keys=FREE_KEYS if constant else FREE_KEYS - {"steps"},
         )  # fmt: skip
         self.step = 0
@@ -150,9 +153,10 @@ class Run:
 
         decided: by what was learned (a target, patience), not by a clock or a person. Call it before `measured`, whose
         checkpoint then knows: a run that is killed before it has finished ends there on resume too."""
+        if decided and not self.failed and not self.decided:  # also where a person has stopped it in the same step
+            self.decided = reason
         if not self.stop_reason:
             self.stop_reason = reason
-            self.decided = reason if decided else ""
             self.failed = reason if failed else None
 
     # --- attaching and resuming ----------------------------------------------------------------------------------
@@ -180,6 +184,7 @@ class Run:
         self._logs = True
         if found is None:
             self.save()
+        self.folder.keep()
         self._attached = True
         self._begun = self._now()
 
@@ -354,7 +359,11 @@ class Run:
     def restore_best(self) -> None:
         """Put the best checkpoint's weights into the policy."""
         if self.best_checkpoint and not self.crowned:
-            self.policy.restore(self.folder.checkpoints / self.best_checkpoint / "model")
+            best = self.folder.checkpoints / self.best_checkpoint
+            if fault := checkpoint.verify(best):
+                self.note(f"the best checkpoint {best} is broken ({fault}); the newest weights are kept")
+            else:
+                self.policy.restore(best / "model")
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -63,6 +63,7 @@ FREE_KEYS = frozenset(
 )
 
 _LOCK = ".lock"
+_ASIDE = ".replaced"  # the run that --overwrite replaces, until the new one has begun
 _RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html")
 _RUN_FOLDERS = ("checkpoints", "curves", "model", "tensorboard")
 
@@ -71,8 +72,8 @@ class RunFolder:
     """One run's folder, locked by this process until `close` (or the end of a `with` block, or of the process).
 
     Make it with `RunFolder.open`. `path`, `checkpoints` and `curves` are folders; `resumed` says whether the run had
-    been started before, `finished` whether it had come to an end that was written down; `config` is the resolved
-    configuration as YAML.
+    been started before, `finished` whether it had come to an end of its own that was written down; `config` is the
+    resolved configuration as YAML.
     """
 
     def __init__(self, path: Path, config: str, *, resumed: bool, lock: FileLock) -> None:
@@ -103,18 +104,21 @@ class RunFolder:
     ) -> RunFolder:
         """Make or reopen a run folder and lock it. On a fault nothing in it has been changed.
 
-        A run that took no step, killed or failed before its first, is no run: a new one takes its place.
+        A run that took no step, killed or failed before its first, is no run: a new one takes its place. Where there is
+        no run, nothing may stand that a run would write: it is the user's.
 
         Args:
             out: the folder; made when missing.
             config_yaml: the resolved configuration, a YAML mapping.
             resume: go on with the run in it, whose configuration must agree except in `free_keys`.
-            overwrite: throw the run in it away and start again. Files that operant did not write stay.
+            overwrite: start again in place of the run in it, which is thrown away by `keep` and put back by `discard`.
+                Files that operant did not write stay.
             free_keys: keys that may differ on resume: a dotted path (`data.limit`), or the last part of one.
 
         Raises:
-            OperantError: another process uses the folder; it holds a run and neither `resume` nor `overwrite` is set;
-                `resume` with no run in it or with another configuration; the place is a file or not writable.
+            OperantError: another process uses the folder; it holds a run and neither `resume` nor `overwrite` is set,
+                or no run and something that one would replace; `resume` with no run in it or with another
+                configuration; the place is a file or not writable.
         """
         if not str(out).strip():
             raise OperantError("--out is empty: give a folder for the run")
@@ -124,20 +128,26 @@ class RunFolder:
         if resume and overwrite:
             raise OperantError("--resume and --overwrite exclude each other: give one of them")
         new_parents = [parent for parent in path.parents if not parent.exists()]
-        if resume and not _started(path):
+        if resume and not (_started(path) or (path / _ASIDE).exists()):
             raise OperantError(
                 f"there is no run to resume in {path}: leave --resume out to start one, or correct --out"
             )
         lock = _acquire(path)
         try:
+            _settle(path)
             resumed = _started(path)
+            mine = next((name for name in (*_RUN_FOLDERS, *_RUN_FILES) if (path / name).exists()), None)
+            if mine is not None and not resumed:
+                raise OperantError(
+                    f"{path} holds no run, but {mine}, which one would replace: choose another --out, or move it away"
+                )
             if resumed and resume:
                 _compare(path, config_yaml, free_keys)
-            elif resumed and overwrite:
-                _wipe(path)
+            elif resumed and overwrite and not _nothing_learned(path):
+                _set_aside(path)
                 resumed = False
             elif resumed:
-                if not _nothing_learned(path):
+                if not overwrite and not _nothing_learned(path):
                     raise OperantError(
                         f"{path} already holds a run: go on with it by --resume, or choose another --out "
                         "(--overwrite throws it away)"
@@ -146,12 +156,13 @@ class RunFolder:
                 resumed = False
             _sweep(path)
             facts: dict[str, Any] = _read_json(path / "run.json") if resumed else {"started": time.time()}
-            finished = "finished" in facts
+            # one that a person stopped goes on as if nobody had
+            finished = "finished" in facts and not str(facts.get("stop_reason")).startswith("interrupted")
             if resumed:
                 facts = {k: v for k, v in facts.items() if k not in ("finished", "stop_reason")}
                 facts["resumed"] = [*facts.get("resumed", []), time.time()]
+            _write_atomically(path / "run.json", json.dumps(facts, indent=1))  # first: it makes the rest a run's
             _write_atomically(path / "config.yaml", config_yaml)
-            _write_atomically(path / "run.json", json.dumps(facts, indent=1))
             for name in ("checkpoints", "curves"):
                 (path / name).mkdir(exist_ok=True)
         except OSError as error:
@@ -177,9 +188,15 @@ class RunFolder:
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
+    def keep(self) -> None:
+        """The run has begun: what it replaces is thrown away."""
+        shutil.rmtree(self.path / _ASIDE, ignore_errors=True)
+
     def discard(self) -> None:
-        """Take back a run that never began: remove what operant put here, the folder too if nothing else is in it."""
+        """Take back a run that never began: remove what operant put here, the folder too if nothing else is in it. What
+        it was to replace is there again."""
         _wipe(self.path)
+        _put_back(self.path)
         self.close()
         with contextlib.suppress(OSError):
             (self.path / _LOCK).unlink(missing_ok=True)
@@ -433,7 +450,35 @@ def _unwritable(path: Path, error: OSError) -> OperantError:
 
 
 def _started(path: Path) -> bool:
-    return (path / "config.yaml").exists() or (path / "metrics.jsonl").exists()
+    return (path / "run.json").exists()
+
+
+def _set_aside(path: Path) -> None:
+    shutil.rmtree(path / _ASIDE, ignore_errors=True)
+    (path / _ASIDE).mkdir()
+    # run.json first: without it what is left here is still the old run's
+    for name in ("run.json", *_RUN_FOLDERS, *_RUN_FILES):
+        if (path / name).exists():
+            os.rename(path / name, path / _ASIDE / name)
+
+
+def _put_back(path: Path) -> None:
+    if (path / _ASIDE).is_dir():
+        for name in (*_RUN_FOLDERS, *sorted(_RUN_FILES, key="run.json".__eq__)):  # run.json last
+            if (path / _ASIDE / name).exists():
+                os.rename(path / _ASIDE / name, path / name)
+        shutil.rmtree(path / _ASIDE, ignore_errors=True)
+
+
+def _settle(path: Path) -> None:
+    """After a process that was killed while it replaced a run: the new one stays if it has begun, else the old one."""
+    if (path / _ASIDE).is_dir():
+        if _started(path) and not _nothing_learned(path):
+            shutil.rmtree(path / _ASIDE, ignore_errors=True)
+            return
+        if _started(path):
+            _wipe(path)
+        _put_back(path)
 
 
 def _nothing_learned(path: Path) -> bool:

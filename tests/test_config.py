@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 import yaml
@@ -48,6 +49,14 @@ def test_numbers_out_of_range_are_refused_by_name(name: str, value: float) -> No
     with pytest.raises(OperantError, match=re.escape(f"{name} is {value}; it must be ")) as fault:
         configs.check_numbers(configs.TrainConfig(**{name: value}))
     assert "\n" not in str(fault.value) and f"--{name}" in str(fault.value)
+
+
+@pytest.mark.parametrize("value", ["END", [""], ["a", ""]])
+def test_stop_strings_are_a_list_without_empty_ones(value: Any) -> None:
+    """A text would stop at each of its letters, an empty one everywhere."""
+    with pytest.raises(OperantError, match="must be a list of texts"):
+        configs.check_numbers(configs.TrainConfig(stop=value))
+    configs.check_numbers(configs.TrainConfig(stop=["END"]))
 
 
 def test_edges_are_allowed() -> None:

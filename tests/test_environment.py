@@ -113,6 +113,31 @@ def test_a_missing_reward_is_told_and_never_a_number_of_its_own(codec: Codec) ->
     assert last[1] == 0.0 and last[4]["missing"].startswith("none")
 
 
+class Faulty:
+    """A streaming reward that fails at its second token."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault, self.seen = fault, 0
+
+    def start(self, prompt: Prompt) -> Faulty:
+        return Faulty(self.fault)
+
+    def step(self, token: int, text: str) -> float | None:
+        self.seen += 1
+        if self.seen == 2:
+            if self.fault == "raise":
+                raise ValueError("boom")
+            return None
+        return 1.0
+
+
+@pytest.mark.parametrize(("fault", "told"), [("raise", "raised: ValueError: boom"), ("none", "none: ")])
+def test_a_streaming_reward_that_fails_is_told_and_pays_nothing_there(codec: Codec, fault: str, told: str) -> None:
+    rows = write(TextEnv(["one"], Faulty(fault), codec, max_tokens=3), codec, "abc")
+    assert [row[1] for row in rows] == [1.0, 0.0, 1.0]
+    assert rows[1][4]["missing"].startswith(told) and "missing" not in rows[2][4]
+
+
 def test_several_run_side_by_side(codec: Codec) -> None:
     vector = gymnasium.make_vec(
         "operant/Text-v0", 3, "sync", prompts=["one"], reward=Vowels(), tokenizer=codec, max_tokens=3
@@ -177,8 +202,16 @@ class Echo(gymnasium.Env[str, str]):
         if self.fault == "raise":
             raise ValueError("out of order")
         over = self.turn == 3
-        info = {"spans": [(0, 1, 0.5)]} if action else {}
-        reward = float("nan") if self.fault == "nan" else float(self.turn)
+        info: Any = {"spans": [(0, 1, 0.5)]} if action else {}
+        reward: Any = float("nan") if self.fault == "nan" else float(self.turn)
+        if self.fault == "no reward":
+            reward = None
+        if self.fault == "reward list":
+            reward = [1.0]
+        if self.fault == "bad span":
+            info = {"spans": [(0, 1)]}
+        if self.fault == "no info":
+            info = None
         return f"turn {self.turn}", reward, over and not self.truncate, over and self.truncate, info
 
 
@@ -358,7 +391,11 @@ def test_only_drawn_tokens_have_an_advantage(algorithm: str, family: str, make_p
     )
 
 
-@pytest.mark.parametrize(("fault", "reason"), [("raise", "raised: ValueError: out of order"), ("nan", "nan:")])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("raise", "raised: ValueError: out of order"), ("nan", "nan:"), ("no reward", "none: the environment"),
+     ("reward list", "raised: TypeError"), ("bad span", "raised: ValueError")],
+)  # fmt: skip
 def test_an_environment_that_fails_costs_its_episode_the_reward(
     fault: str, reason: str, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
@@ -366,6 +403,23 @@ def test_an_environment_that_fails_costs_its_episode_the_reward(
     for t in trajectories:
         assert t.missing is not None and t.missing.startswith(reason)
         assert not t.observed.any() and np.isnan(t.rewards).all()
+
+
+def test_environments_are_closed_when_the_run_ends_or_fails(
+    make_policy: Callable[..., Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(Echo, "close", lambda self: closed.append("closed"))
+    config = settings(tmp_path / "run", environment=f"{__name__}:Echo", max_tokens=2, steps=1, eval_prompts=2)
+    train(make_policy("gpt2", context=96), config=config, quiet=True)
+    assert len(closed) == config.prompts_per_step * config.group_size + 2
+
+    def stop(step: int, metrics: dict[str, float]) -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(make_policy("gpt2", context=96), config=config, overwrite=True, callbacks=[stop], quiet=True)
+    assert len(closed) == 2 * (config.prompts_per_step * config.group_size + 2)
 
 
 def test_an_episode_ends_where_turns_or_the_context_do(make_policy: Callable[..., Policy]) -> None:

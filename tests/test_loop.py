@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -402,6 +403,42 @@ def test_some_missing_rewards_cost_only_their_rows(make_policy: Callable[..., Po
     assert all(math.isfinite(x) for x in logged(tmp_path / "run", "train/loss"))
 
 
+@pytest.mark.parametrize("algorithm", ["rloo", "reinforce"])
+def test_where_no_return_is_ever_known_the_run_says_so(
+    algorithm: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    def but_the_last(prompt: Prompt, completion: Completion) -> list[float | None]:
+        return [*(1.0 for _ in completion.tokens[1:]), None]
+
+    reward, config = quick(but_the_last, dense=True), settings(tmp_path / "run", algorithm=algorithm)
+    with pytest.raises(OperantError, match="every reward was missing"):
+        train(make_policy("gpt2"), PROMPTS, reward, config, quiet=True)
+    if algorithm == "reinforce":  # each reward is its own return
+        train(
+            make_policy("gpt2"),
+            PROMPTS,
+            reward,
+            settings(tmp_path / "near", algorithm=algorithm, gamma=0.0),
+            quiet=True,
+        )
+        assert logged(tmp_path / "near", "train/grad_norm")[0] > 0
+
+
+def test_held_out_prompts_need_references_where_the_reward_does(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    bare = [Prompt("d0", np.arange(50, 53))]
+    with pytest.raises(OperantError, match=r"reward 'chrf' needs references and 1 of 1 prompts have none.*d0"):
+        train(make_policy("gpt2"), PROMPTS, "chrf", settings(tmp_path / "run"), dev_prompts=bare, quiet=True)
+
+
+def test_prompts_may_come_from_a_generator(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    found = train(
+        make_policy("gpt2"), (p for p in PROMPTS), quick(share_of_even), settings(tmp_path, steps=1), quiet=True
+    )  # type: ignore[arg-type]
+    assert found.steps == 1
+
+
 @pytest.mark.parametrize(("baseline", "by_position"), [("position_leave_one_out", True), ("control_variate", False)])
 def test_tokens_after_the_last_missing_reward_are_taught_where_the_baseline_allows(
     baseline: str, by_position: bool, make_policy: Callable[..., Policy], tmp_path: Path
@@ -442,6 +479,52 @@ def test_rows_without_a_usable_reward_are_taught_nothing_at_all(
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
+def test_a_target_that_is_reached_in_the_step_of_a_ctrl_c_ends_the_run_that_goes_on(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    value, signals = [0.0], [signal.SIGINT]
+
+    def later(prompt: Prompt, completion: Completion) -> float:
+        if value[0] and signals:
+            signal.raise_signal(signals.pop())
+        return value[0]
+
+    def rise(step: int, metrics: dict[str, float]) -> bool:
+        value[0] = float(step >= 3)
+        return False
+
+    config = settings(tmp_path / "run", eval_every=2, target="reward>=1")
+    first = train(make_policy("gpt2"), PROMPTS, quick(later), config, dev_prompts=DEV, callbacks=[rise], quiet=True)
+    assert first.steps == 4 and first.stop_reason.startswith("interrupted")
+    again = train(
+        make_policy("gpt2"), PROMPTS, quick(later), config, dev_prompts=DEV, callbacks=[rise], resume=True, quiet=True
+    )
+    assert again.steps == 4 and again.stop_reason.startswith("the target")
+
+
+def test_a_best_checkpoint_that_was_lost_costs_no_run(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    worth = [0.0]
+
+    def falling(prompt: Prompt, completion: Completion) -> float:
+        return worth[0] + 0.01 * share_of_even(prompt, completion)
+
+    def fall(step: int, metrics: dict[str, float]) -> bool:
+        worth[0] = -float(step)
+        return False
+
+    def run(**options: Any) -> TrainResult:
+        config = settings(tmp_path / "run", eval_every=1, save_every=2, **options)
+        return train(
+            make_policy("gpt2"), PROMPTS, quick(falling), config, dev_prompts=DEV, callbacks=[fall], quiet=True
+        )
+
+    assert run(steps=4).best_step < 4
+    for lost in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[:-1]:
+        shutil.rmtree(lost)
+    assert run(steps=6, resume=True).steps == 6
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stop_reason"] == "all 6 steps done"
+
+
 class UpToThree:
     """Pays 0.25 for each token and ends the row at the third; in every fourth row the first token takes too long."""
 
@@ -472,6 +555,29 @@ def test_a_streaming_part_of_a_sum_ends_rows_and_a_hanging_one_costs_only_its_ro
     assert logged(out, "train/missing/timeout") == [3, 6] and logged(out, "train/usable") == [0.75, 0.75]
     assert 0 < logged(out, "train/reward/up-to-three")[0] <= 1.5
     assert json.loads((out / "run.json").read_text())["optimises"] == ["exact"]
+
+
+class Slow:
+    """Pays a half for each token, and takes its time for it."""
+
+    name = "slow"
+
+    def start(self, prompt: Prompt) -> Slow:
+        return self
+
+    def step(self, token: int, text: str) -> float:
+        time.sleep(0.05)
+        return 0.5
+
+
+def test_a_streaming_reward_has_its_time_for_each_token_of_held_out_texts_too(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    config = settings(out, steps=1, group_size=1, prompts_per_step=1, algorithm="reinforce", reward_seconds=0.2)
+    train(make_policy("gpt2"), PROMPTS, Slow(), config, dev_prompts=DEV[:1], quiet=True)
+    assert logged(out, "eval/reward") == [0.5 * length for length in logged(out, "eval/length")]
+    assert max(logged(out, "eval/length")) * 0.05 > config.reward_seconds  # all together would be too slow
 
 
 def test_every_token_carries_the_version_that_drew_it(make_policy: Callable[..., Policy], tmp_path: Path) -> None:

@@ -288,6 +288,20 @@ def test_settings_without_a_use_are_refused(options: dict[str, Any], told: str, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_examples_that_the_model_cannot_read_are_refused(
+    family: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy = make_policy(family)
+    made = load_preferences(rows(8), policy.codec, encoder=policy.family == "encoder-decoder")
+    long = dataclasses.replace(made[0], rejected=np.full(60, 70))
+    foreign = dataclasses.replace(made[0], chosen=np.array([policy.vocabulary]))
+    for example, told in ((long, r"has \d+ tokens and the model's context 48"), (foreign, "holds the token 288")):
+        for algorithm in ("dpo", "kto"):
+            with pytest.raises(OperantError, match=told):
+                prefer(settings(tmp_path, algorithm=algorithm), policy=policy, examples=[*made, example], quiet=True)
+
+
 def test_ratings_where_pairs_are_needed(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     policy = make_policy("gpt2")
     with pytest.raises(OperantError, match="--algorithm kto"):

@@ -128,6 +128,9 @@ def test_long_rows(codec: Codec) -> None:
         ([{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}],
          "row 1 has nothing in the column 'rejected'"),
         ([{"chosen": "b", "rejected": "c"}], "row 1 has no prompt"),
+        ([{"chosen": "cat sat", "rejected": "car sat"}], "row 1 has no prompt"),  # and not "ca"
+        ([{"chosen": "Sure", "rejected": "Sorry"}], "row 1 has no prompt"),
+        ([{"chosen": "cats", "rejected": "cat"}], "row 1 has no prompt"),
         ([{"chosen": [said("b")], "rejected": [said("c")]}], "row 1 has no prompt"),
         ([{"chosen": [USER, said("b")], "rejected": [OTHER, said("c")]}], "two different chats"),
         ([{"chosen": [USER], "rejected": [USER, said("c")]}], "does not end with the assistant's message"),

@@ -443,6 +443,17 @@ def test_rows_without_propensities_are_left_out_by_those_that_need_them(
     assert not (tmp_path / "none").exists()
 
 
+def test_tokens_may_be_arrays(make_policy: Callable[..., Policy]) -> None:
+    codec = make_policy("gpt2").codec
+    row = {
+        "tokens": np.array([70, 71]),
+        "prompt_tokens": np.array([40, 41]),
+        "behavior_logprobs": np.array([-1.0, -2.0]),
+    }
+    ((prompt, completion, _),) = read_logged([row], [PROMPTS[0]], codec)
+    assert prompt.tokens.tolist() == [40, 41] and completion.tokens.tolist() == [70, 71]
+
+
 def test_what_csv_gives_as_text_is_a_reward(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     policy = make_policy("gpt2")
     rows = [a_row(i, reward=f" {i / 4} ") for i in range(12)]

@@ -93,6 +93,7 @@ def test_overwrite_throws_the_run_away_and_nothing_else(tmp_path: Path) -> None:
         (folder.path / "model").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     with RunFolder.open(tmp_path, "reward: chrf\n", overwrite=True) as folder:
+        folder.keep()
         assert not folder.resumed
         assert list(folder.checkpoints.iterdir()) == []
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -159,6 +160,51 @@ def test_discard_takes_back_what_open_made_and_nothing_else(tmp_path: Path) -> N
     RunFolder.open(tmp_path / "mine", CONFIG).discard()
     assert tree(tmp_path) == {"mine/notes.txt": "mine"}
     RunFolder.open(tmp_path / "mine", CONFIG).close()
+
+
+def test_what_was_to_be_replaced_is_there_again_when_the_new_run_never_began(tmp_path: Path) -> None:
+    with RunFolder.open(tmp_path, CONFIG) as folder, RunLog(folder, tensorboard=False) as log:
+        log.log(1, {"train/loss": 1.0})
+        (folder.path / "model").mkdir()
+        (folder.path / "model" / "weights").write_text("precious")
+        folder.finish("done", updates=1)
+    before = tree(tmp_path)
+    RunFolder.open(tmp_path, "reward: chrf\n", overwrite=True).discard()
+    assert tree(tmp_path) == before
+    assert RunFolder.open(tmp_path, CONFIG, resume=True).finished
+
+
+@pytest.mark.parametrize("moment", ["moving", "opened", "begun"])
+def test_a_process_that_is_killed_while_it_replaces_a_run_leaves_one_of_the_two(tmp_path: Path, moment: str) -> None:
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        (folder.path / "model").mkdir()
+        (folder.path / "model" / "weights").write_text("old")
+        folder.finish("done", updates=1)
+    before = tree(tmp_path)
+    if moment == "moving":
+        (tmp_path / ".replaced").mkdir()
+        (tmp_path / "run.json").rename(tmp_path / ".replaced" / "run.json")
+    else:
+        with RunFolder.open(tmp_path, "reward: chrf\n", overwrite=True) as folder:
+            if moment == "begun":
+                (folder.checkpoints / "step-00000000").mkdir()
+    if moment == "begun":
+        RunFolder.open(tmp_path, "reward: chrf\n", resume=True).close()
+        assert not (tmp_path / "model").exists() and not (tmp_path / ".replaced").exists()
+        return
+    fails("already holds a run", tmp_path, "reward: bleu\n")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model/weights.bin", "checkpoints/mine.bin", "results.json"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_run_would_replace_and_no_run_made_is_refused_and_kept(
+    tmp_path: Path, name: str, overwrite: bool
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    told = fails("holds no run, but", tmp_path, CONFIG, overwrite=overwrite)
+    assert name.split("/")[0] in told and tree(tmp_path) == {name: "mine"}
 
 
 def test_a_value_that_becomes_a_section_differs(tmp_path: Path) -> None:

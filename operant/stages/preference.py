@@ -158,6 +158,8 @@ def prefer(
         if not learned:
             raise OperantError("there are no preferences to learn from; check --data and --limit")
         held_out = _as_needed(config, dev_examples or [])
+        for example in (*learned, *held_out):
+            _check_fits(policy, example)
         per_step = min(config.batch_size, len(learned))
         order = DataOrder(len(learned), per_step, config.seed, "preferences")
         times = [example.time for example in learned]
@@ -395,6 +397,23 @@ def _from_replay(config: PreferConfig, policy: Policy, replay: Replay) -> list[P
         also = "" if config.algorithm == "kto" else ", or use --algorithm kto if there are ratings"
         raise OperantError(f"the replay is empty: it holds no {what} to learn from{why}; collect feedback first{also}")
     return sorted(kept, key=lambda e: e.time)  # type: ignore[return-value]
+
+
+def _check_fits(policy: Policy, example: Preference | Rating) -> None:
+    """Raises OperantError for an example that the model cannot read."""
+    length, prompt = _longest(example, policy.family == "encoder-decoder"), example.prompt
+    if max(length, len(prompt.tokens)) > policy.max_length:
+        raise OperantError(
+            f"the example of prompt {prompt.id!r} has {max(length, len(prompt.tokens))} tokens and the model's context "
+            f"{policy.max_length}; shorten it, or load it with too_long='truncate'"
+        )
+    sides = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.tokens,)
+    highest = max(int(row.max()) for row in (prompt.tokens, *sides) if len(row))
+    if highest >= policy.vocabulary:
+        raise OperantError(
+            f"the example of prompt {prompt.id!r} holds the token {highest}, and the model knows 0 to "
+            f"{policy.vocabulary - 1}; encode it with the model's own tokenizer"
+        )
 
 
 def _longest(example: Preference | Rating, encoder: bool) -> int:
