@@ -485,7 +485,8 @@ def table(task: str, regime: str) -> str:
     arms = {arm: [r for s in seeds if (r := arm_record(task, regime, s, arm))] for arm in ARMS}
     rows = [dev_row("fine-tuned to its plateau", base)]
     rows += [dev_row(title, arms[arm]) for arm, title in ARMS.items()]
-    oracle = [RECORD.get(n) for s in seeds if RECORD.has(n := f"{task}/all/{s}/base")] if regime == "few" else []
+    top_cell = start_of(task, "all")
+    oracle = [RECORD.get(n) for s in seeds if RECORD.has(n := f"{task}/all/{s}/{top_cell}")] if regime == "few" else []
     if oracle:
         rows.append(dev_row(f"oracle: fine-tuned on all pairs ({len(oracle)} seed{'s' * (len(oracle) > 1)})", oracle))
     lines = [markdown(["", *(title for title, _ in COLUMNS.values())], rows), ""]
@@ -540,7 +541,7 @@ def longer_table(task: str) -> str:
         ["", *(title for title, _ in COLUMNS.values())],
         [dev_row(f"{ARMS[arm]}, {LONGER[task]:g} minutes", [record]) for arm, record in found.items()],
     )
-    if not RECORD.has(oracle := f"{task}/all/{first_seed(task, 'few')}/base"):
+    if not RECORD.has(oracle := f"{task}/all/{first_seed(task, 'few')}/{start_of(task, 'all')}"):
         return text
     low, top = (RECORD.get(name)["dev"]["bleu"] for name in (f"{first}/base", oracle))
     shares = (f"{ARMS[arm]} {(record['dev']['bleu'] - low) / (top - low):.2f}" for arm, record in found.items())
@@ -589,6 +590,8 @@ def levels(task: str, regime: str) -> str:
     begin = statistics.median(r["curve"][0]["bleu"] for r in arms["terminal"])
     top = statistics.median(best_of(r) for rs in arms.values() for r in rs)
     marks = [round(begin + (top - begin) * share) for share in (1 / 3, 2 / 3, 1)]
+    if len(set(marks)) < len(marks):
+        return "No arm rose far enough for levels to be told apart."
     rows = []
     for arm, title in ARMS.items():
         row = [title]
@@ -610,12 +613,17 @@ def plot(path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image
 
     panels = [(t, r) for t in TASKS for r in REGIMES if seeds_of(t, r)]
     if not panels:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, len(panels), figsize=(max(5.0, 3.6 * len(panels)), 3.2), squeeze=False)
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 3.0 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     for axis, (task, regime) in zip(axes.flat, panels):
         for arm, color in zip(ARMS, ("#8a8a8a", "#d9822b", "#1f6feb")):
             for number, seed in enumerate(seeds_of(task, regime)):
@@ -629,11 +637,15 @@ def plot(path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
         axis.set_xlabel("minutes", fontsize=8)
-    axes.flat[0].set_ylabel("BLEU on the selection set", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("BLEU on the selection set", fontsize=8)
     axes.flat[0].legend(fontsize=7, frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+    with Image.open(path) as image:  # a few colours are enough
+        small = image.convert("RGB").quantize(48)
+    small.save(path, optimize=True)
 
 
 def write() -> None:
