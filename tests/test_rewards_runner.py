@@ -144,6 +144,28 @@ def test_closures_run_in_threads_and_a_hanging_one_is_abandoned():
     forever.set()
 
 
+def test_calls_that_return_late_make_room_again_and_an_exit_is_told_at_once():
+    late = threading.Event()
+
+    def reward(prompt, completion):
+        if completion.text == "exit":
+            sys.exit("bad")
+        if completion.text == "late":
+            late.wait()
+        return 1.0
+
+    with RewardRunner(reward, workers=16, time_limit=0.1) as runner:
+        assert all(t.missing.startswith("timeout") for t in runner.run([pair("late")] * 16))
+        assert runner.run([pair("x")])[0].missing.startswith("stuck: 16 calls have not returned")
+        late.set()
+        for thread in threading.enumerate():
+            if thread.name == "reward-reward":
+                thread.join(10)
+        runner.time_limit = 60.0
+        exits, fine = runner.run([pair("exit"), pair("x")])
+        assert exits.missing == "raised: SystemExit: bad" and fine.missing is None
+
+
 def test_no_workers_means_threads_of_this_process():
     with RewardRunner(process_id, workers=0) as runner:
         assert runner.run([pair("a")])[0].rewards[-1] == os.getpid()

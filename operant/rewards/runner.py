@@ -28,7 +28,7 @@ from typing import Any
 
 from operant.rewards.combine import Combination, combined, leaves, streamed_by
 from operant.rewards.seam import StreamTimeout, as_reward, missing_trajectory
-from operant.rewards.worker import call
+from operant.rewards.worker import call, raised
 from operant.types import Completion, OperantError, Prompt, Trajectory
 
 # Longer texts leave the fast path: there even a linear metric deserves a process that can be killed.
@@ -67,7 +67,7 @@ class RewardRunner:
         self._leaves = list(leaves(self.reward))
         self._pickles: dict[int, bytes | None] = {}
         self._processes: list[_Process] = []
-        self._abandoned = 0
+        self._abandoned: list[threading.Thread] = []
         # No sockets to pass to a child elsewhere.
         self._processes_work = os.name == "posix" and self.workers > 0
 
@@ -247,18 +247,25 @@ class RewardRunner:
         results: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
         waiting = list(reversed(remote))
         deadlines: dict[int, float] = {}
+        threads: dict[int, threading.Thread] = {}
 
         def work(i: int) -> None:
-            results.put((i, call(leaf, *jobs[i])))
+            try:
+                outcome: Outcome = call(leaf, *jobs[i])
+            except BaseException as error:  # sys.exit ends a thread, and nobody would hear of it
+                outcome = None, raised(error)
+            results.put((i, outcome))
 
         while waiting or deadlines:
             while waiting and len(deadlines) < max(1, self.workers):
                 i = waiting.pop()
-                if self._abandoned >= 16:
-                    outcomes[i] = (None, f"stuck: {self._abandoned} calls never returned; make the reward importable")
+                self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
+                if (stuck := len(self._abandoned)) >= 16:
+                    outcomes[i] = (None, f"stuck: {stuck} calls have not returned; make the reward importable")
                     continue
                 deadlines[i] = time.monotonic() + self.time_limit
-                threading.Thread(target=work, args=(i,), daemon=True, name=f"reward-{leaf.name}").start()
+                threads[i] = threading.Thread(target=work, args=(i,), daemon=True, name=f"reward-{leaf.name}")
+                threads[i].start()
             if not deadlines:
                 break
             try:
@@ -266,13 +273,11 @@ class RewardRunner:
                 # An answer that comes after its limit finds its place taken.
                 if deadlines.pop(i, None) is not None:
                     outcomes[i] = outcome
-                else:
-                    self._abandoned -= 1
             except queue.Empty:
                 now = time.monotonic()
                 for i in [i for i, deadline in deadlines.items() if now >= deadline]:
                     del deadlines[i]
-                    self._abandoned += 1
+                    self._abandoned.append(threads[i])
                     outcomes[i] = (None, f"timeout: over {self.time_limit:g} s")
 
 
