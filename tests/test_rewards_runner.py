@@ -221,16 +221,22 @@ def test_a_script_needs_no_main_guard(tmp_path):
     script.write_text(
         textwrap.dedent("""
         import os
+        from dataclasses import dataclass
         import numpy as np
         from operant.rewards import RewardRunner
         from operant.types import Completion, Prompt
 
+        @dataclass
+        class Task:
+            answer: str
+
         def reward(prompt, completion):
+            assert isinstance(prompt.inputs, Task) and prompt.inputs.answer == completion.text
             return float(os.getpid())
 
         row = Completion("c", "p", "a", np.arange(1), np.ones(1, dtype=np.int64))
         with RewardRunner(reward, workers=1) as runner:
-            (found,) = runner.run([(Prompt("p", np.zeros(1, dtype=np.int64)), row)])
+            (found,) = runner.run([(Prompt("p", np.zeros(1, dtype=np.int64), inputs=Task("a")), row)])
         assert found.missing is None, found.missing
         assert found.rewards[-1] != os.getpid()
         print("started once")

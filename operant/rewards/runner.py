@@ -1,7 +1,7 @@
 """Rewards in parallel, each call under a time limit that holds.
 
 Rewards that pickle run in worker processes, started once; one that hangs is killed, with whatever it started, and
-replaced. Rewards that do not pickle (closures over live objects) run in daemon threads: one that hangs is abandoned,
+replaced. Rewards that do not pickle (lambdas, closures) run in daemon threads: one that hangs is abandoned,
 since a thread cannot be killed. The built-in linear metrics run in place: sending them away would cost more than
 computing them. So do batched rewards that say so: a model has its device here, and a judge its own time limits. Only
 the leaves of a combination are sent; the combination itself is computed here, so its state is in
@@ -180,7 +180,7 @@ class RewardRunner:
         payloads: dict[int, bytes] = {}
         for i in remote:
             try:
-                payloads[i] = pickle.dumps(jobs[i])
+                payloads[i] = _pickled(jobs[i])
             except Exception:
                 # The prompt's inputs hold something alive, so this one is judged here.
                 continue
@@ -368,12 +368,17 @@ def _trajectory(name: str, prompt: Prompt, completion: Completion, outcome: Outc
 def _pickle_for_worker(reward: Any) -> bytes | None:
     """The reward in a form that another interpreter can load, or None: it must run in a thread."""
     try:
-        data = pickle.dumps(reward)
-        if b"__main__" in data:
-            # The worker's __main__ is another one: send functions of scripts and notebooks by value.
-            import cloudpickle
-
-            data = cloudpickle.dumps(reward)
+        data = _pickled(reward)
     except Exception:
         return None
     return data if len(data) <= LARGEST_PICKLE else None
+
+
+def _pickled(value: Any) -> bytes:
+    data = pickle.dumps(value)
+    if b"__main__" in data:
+        # The worker's __main__ is another one: send functions and classes of scripts and notebooks by value.
+        import cloudpickle
+
+        data = cloudpickle.dumps(value)
+    return data
