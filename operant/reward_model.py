@@ -191,8 +191,8 @@ class RewardModel:
     def spans(self, reading: Reading, rewards: Doubles) -> list[Span]:
         """Token rewards as spans of the completion's characters, which any other tokenizer's tokens can be paid by.
 
-        A token that commits no character (a part of one, the closing token) adds to the span before or, at the
-        beginning, after it. No spans for an empty text.
+        A token that commits no character is the beginning of the next one and adds to its span, as labels are placed;
+        at the end (the closing token) to the last. No spans for an empty text.
         """
         spans: list[Span] = []
         begin, carried = 0, 0.0
@@ -200,10 +200,10 @@ class RewardModel:
             if end > begin:
                 spans.append(Span(begin, end, value + carried))
                 begin, carried = end, 0.0
-            elif spans:
-                spans[-1] = Span(spans[-1].start, spans[-1].end, spans[-1].value + value)
             else:
                 carried += value
+        if spans:
+            spans[-1] = Span(spans[-1].start, spans[-1].end, spans[-1].value + carried)
         return spans
 
 

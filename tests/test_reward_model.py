@@ -174,8 +174,25 @@ def test_token_rewards_become_spans_of_the_text(encoders: Callable[[str], Encode
     assert sum(span.value for span in spans) == pytest.approx(values.sum())
     assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
     assert spans[-1].end == len(reading.text)
+    # the first bytes of the emoji are paid to it, the closing token to the last character
+    one = model.read("", "a😀")
+    assert one is not None and one.text_ends[1] == 1
+    assert [span.value for span in model.spans(one, np.ones(len(one.text_ends)))] == [1, len(one.text_ends) - 1]
     empty = model.read("p", "")
     assert empty is not None and model.spans(empty, np.ones(1)) == []
+
+
+@pytest.mark.parametrize("own_tokens", [False, True])
+def test_what_labels_say_of_a_character_is_paid_to_it(encoders: Callable[[str], Encoder], own_tokens: bool) -> None:
+    model = RewardModel(encoders("bert"), RewardFacts("token"))
+    row: dict[str, Any] = {"completion": "他很坏人", "spans": [{"start": 2, "end": 3, "value": -1.0}]}
+    if own_tokens:  # of which two are bytes without a character of their own
+        row |= {"tokens": ["他", "很", "", "", "坏", "人"], "spans": [0, 0, -0.25, -0.25, -0.5, 0]}
+    ((judgement,), _) = read_judgements([row], RewardModelConfig(kind="token"), model, "training")
+    (reading,) = judgement.readings
+    assert len(reading.text_ends) > 5  # characters of several tokens
+    paid = {(span.start, span.end): span.value for span in model.spans(reading, judgement.targets)}
+    assert paid == {(0, 1): 0.0, (1, 2): 0.0, (2, 3): pytest.approx(-1.0), (3, 4): 0.0}
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
