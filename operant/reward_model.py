@@ -132,7 +132,7 @@ class RewardModel:
         return self.read_all([(prompt, completion)])[0]
 
     def read_all(self, pairs: Sequence[tuple[str, str]]) -> list[Reading | None]:
-        """`read` of many at once."""
+        """`read` of many at once. Raises OperantError for a `token` model whose slow tokenizer rewrites the completion."""
         codec, encoder = self.encoder.codec, self.encoder
         middle = codec.encode(self.facts.separator)
         if (encoder.codec.tokenizer.sep_token_id is not None and not encoder.causal) or not len(middle):
@@ -140,7 +140,7 @@ class RewardModel:
         prompts = codec.encode_batch([prompt for prompt, _ in pairs])
         answers = codec.encode_batch([answer for _, answer in pairs])
         readings: list[Reading | None] = []
-        for (asked, _), prompt, answer in zip(pairs, prompts, answers, strict=True):
+        for (asked, given), prompt, answer in zip(pairs, prompts, answers, strict=True):
             left = np.concatenate([prompt, middle]) if asked else prompt[:0]
             room = encoder.max_length - len(encoder.first) - len(answer) - len(encoder.last)
             if room < 0:
@@ -148,6 +148,8 @@ class RewardModel:
                 continue
             left = left[max(0, len(left) - room) :]
             text, ends = codec.text_and_ends(answer)
+            if self.facts.kind == "token" and text != given:  # labels and rewards have places in the text as it was given
+                text, ends = given, codec.ends_in(given)
             begin = len(encoder.first) + len(left)
             tokens = encoder.framed(np.concatenate([left, answer]))
             readings.append(Reading(tokens, begin, text, np.append(ends, len(text)).astype(np.int64)))
