@@ -216,6 +216,45 @@ def test_bad_settings_and_an_empty_batch():
     assert RewardRunner(by_text).explain() == "no reward is missing"
 
 
+def script(folder, reward: str, limit: float) -> subprocess.Popen:
+    """A program that judges one completion with the reward of that source."""
+    source = f"""
+import os, re, signal
+import numpy as np
+from operant.rewards import RewardRunner
+from operant.types import Completion, Prompt
+
+def reward(prompt, completion):
+    {reward}
+
+row = Completion("c", "p", "a", np.arange(1), np.ones(1, dtype=np.int64))
+with RewardRunner(reward, workers=1, time_limit={limit}) as runner:
+    (found,) = runner.run([(Prompt("p", np.zeros(1, dtype=np.int64)), row)])
+print(found.missing)
+"""
+    file = folder / "program.py"
+    file.write_text(source)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, str(file)], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_worker_that_holds_the_lock_does_not_outlive_a_killed_program(tmp_path):
+    begun = tmp_path / "begun"
+    reward = f"open({str(begun)!r}, 'w').write(str(os.getpid())); re.match('(a+)+$', 'a' * 60 + 'b')"
+    program = script(tmp_path, reward, 3.0)
+    while not (begun.exists() and begun.read_text()):
+        assert program.poll() is None
+        time.sleep(0.01)
+    program.kill()
+    try:
+        # The worker has the pipes too: they end when it does.
+        program.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.kill(int(begun.read_text()), signal.SIGKILL)
+        raise
+
+
 def test_a_script_needs_no_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

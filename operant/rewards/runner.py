@@ -316,7 +316,7 @@ class _Process:
         index, data, payload = self.job
         try:
             new = index not in self.known
-            self.connection.send((index, data if new else None, payload))
+            self.connection.send((index, data if new else None, payload, limit))
             # Loading a reward may import half the world, which is not the call's fault.
             self.deadline = time.monotonic() + (START_LIMIT if new else limit)
         except OSError:
