@@ -255,6 +255,11 @@ def test_a_worker_that_holds_the_lock_does_not_outlive_a_killed_program(tmp_path
         raise
 
 
+def test_what_a_reward_prints_is_on_stderr_also_when_it_is_killed(tmp_path):
+    out, err = script(tmp_path, "print('thinking'); os.kill(os.getpid(), signal.SIGKILL)", 10.0).communicate(timeout=60)
+    assert out == "crashed: the worker process ended with -9\n" and err == "thinking\n"
+
+
 def test_a_script_needs_no_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

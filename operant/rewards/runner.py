@@ -288,7 +288,7 @@ class _Process:
         ours, theirs = socket.socketpair()
         paths = [os.path.abspath(path or os.getcwd()) for path in sys.path]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", "from operant.rewards.worker import main; main()", str(theirs.fileno())]
+        command = [sys.executable, "-u", "-c", "from operant.rewards.worker import main; main()", str(theirs.fileno())]
         try:
             # Its own session, so that killing it reaches what the reward has started.
             self.popen = subprocess.Popen(
@@ -296,6 +296,8 @@ class _Process:
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                # What a reward prints is no part of the program's output, which may be JSON.
+                stdout=2,
                 start_new_session=True,
             )
         except OSError as error:
