@@ -132,7 +132,7 @@ class RewardModel:
         return self.read_all([(prompt, completion)])[0]
 
     def read_all(self, pairs: Sequence[tuple[str, str]]) -> list[Reading | None]:
-        """`read` of many at once. Raises OperantError for a `token` model whose slow tokenizer rewrites the completion."""
+        """`read` of many at once. Raises OperantError where a `token` model's slow tokenizer rewrites text."""
         codec, encoder = self.encoder.codec, self.encoder
         middle = codec.encode(self.facts.separator)
         if (encoder.codec.tokenizer.sep_token_id is not None and not encoder.causal) or not len(middle):
@@ -148,7 +148,7 @@ class RewardModel:
                 continue
             left = left[max(0, len(left) - room) :]
             text, ends = codec.text_and_ends(answer)
-            if self.facts.kind == "token" and text != given:  # labels and rewards have places in the text as it was given
+            if self.facts.kind == "token" and text != given:  # labels have places in the given text
                 text, ends = given, codec.ends_in(given)
             begin = len(encoder.first) + len(left)
             tokens = encoder.framed(np.concatenate([left, answer]))

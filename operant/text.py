@@ -497,7 +497,7 @@ class Codec:
     def ends_in(self, text: str) -> Ints:
         """int64[T], how many characters of `text` itself are read after each token of `encode(text)`.
 
-        Those of `text_and_ends` count the decoded text, which is another one where the tokenizer rewrites what it reads:
+        Those of `text_and_ends` count the decoded text, which is another where the tokenizer rewrites what it reads:
         lower case, unknown words, other spaces.
 
         Raises:

@@ -20,7 +20,6 @@ from typing import Any
 
 from operant.rewards.seam import place
 
-
 SLACK = 5.0  # seconds after the time limit in which the runner, if it lives, has killed the process
 
 
