@@ -395,7 +395,7 @@ def is_chat(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
-def _texts_of(value: Any, column: str, number: int) -> tuple[str, ...]:
+def texts_of(value: Any, column: str, number: int) -> tuple[str, ...]:
     """One text, a list of them, or an assistant's message, as a tuple of texts."""
     if value is None or value is ABSENT:
         return ()
@@ -436,7 +436,7 @@ def _questions(rows: Sequence[Row], fields: Fields) -> list[_Question]:
     for number, row in enumerate(rows, start=1):
         asked = cell(row, prompt) if prompt is not None else cell(row, str(messages))
         column = str(prompt if prompt is not None else messages)
-        answers = () if completion is None else _texts_of(cell(row, completion), completion, number)
+        answers = () if completion is None else texts_of(cell(row, completion), completion, number)
         chat: tuple[dict[str, str], ...] | None = None
         text = ""
         if is_chat(asked):
@@ -451,7 +451,7 @@ def _questions(rows: Sequence[Row], fields: Fields) -> list[_Question]:
             text = str(turns[-1].get("content", ""))
         else:
             text = text_of(asked, column, number)
-        wanted = () if references is None else _texts_of(cell(row, references), references, number)
+        wanted = () if references is None else texts_of(cell(row, references), references, number)
         meta = {key: value for key, value in row.items() if key not in used}
         questions.append(_Question(text, chat, answers, wanted or answers, meta))
     return questions
@@ -667,7 +667,7 @@ def load_texts(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
         value = cell(row, column)
         if value is not None and value is not ABSENT:
             texts.extend(
-                _texts_of(value, column, number) if isinstance(value, list) else [text_of(value, column, number)]
+                texts_of(value, column, number) if isinstance(value, list) else [text_of(value, column, number)]
             )
     texts = [text for text in texts if text.strip()]
     if not texts:

@@ -132,7 +132,7 @@ class RewardModel:
         return self.read_all([(prompt, completion)])[0]
 
     def read_all(self, pairs: Sequence[tuple[str, str]]) -> list[Reading | None]:
-        """`read` of many at once."""
+        """`read` of many at once. Raises OperantError where a `token` model's slow tokenizer rewrites text."""
         codec, encoder = self.encoder.codec, self.encoder
         middle = codec.encode(self.facts.separator)
         if (encoder.codec.tokenizer.sep_token_id is not None and not encoder.causal) or not len(middle):
@@ -140,7 +140,7 @@ class RewardModel:
         prompts = codec.encode_batch([prompt for prompt, _ in pairs])
         answers = codec.encode_batch([answer for _, answer in pairs])
         readings: list[Reading | None] = []
-        for (asked, _), prompt, answer in zip(pairs, prompts, answers, strict=True):
+        for (asked, given), prompt, answer in zip(pairs, prompts, answers, strict=True):
             left = np.concatenate([prompt, middle]) if asked else prompt[:0]
             room = encoder.max_length - len(encoder.first) - len(answer) - len(encoder.last)
             if room < 0:
@@ -148,6 +148,8 @@ class RewardModel:
                 continue
             left = left[max(0, len(left) - room) :]
             text, ends = codec.text_and_ends(answer)
+            if self.facts.kind == "token" and text != given:  # labels have places in the given text
+                text, ends = given, codec.ends_in(given)
             begin = len(encoder.first) + len(left)
             tokens = encoder.framed(np.concatenate([left, answer]))
             readings.append(Reading(tokens, begin, text, np.append(ends, len(text)).astype(np.int64)))
@@ -191,8 +193,8 @@ class RewardModel:
     def spans(self, reading: Reading, rewards: Doubles) -> list[Span]:
         """Token rewards as spans of the completion's characters, which any other tokenizer's tokens can be paid by.
 
-        A token that commits no character (a part of one, the closing token) adds to the span before or, at the
-        beginning, after it. No spans for an empty text.
+        A token that commits no character is the beginning of the next one and adds to its span, as labels are placed;
+        at the end (the closing token) to the last. No spans for an empty text.
         """
         spans: list[Span] = []
         begin, carried = 0, 0.0
@@ -200,10 +202,10 @@ class RewardModel:
             if end > begin:
                 spans.append(Span(begin, end, value + carried))
                 begin, carried = end, 0.0
-            elif spans:
-                spans[-1] = Span(spans[-1].start, spans[-1].end, spans[-1].value + value)
             else:
                 carried += value
+        if spans:
+            spans[-1] = Span(spans[-1].start, spans[-1].end, spans[-1].value + carried)
         return spans
 
 

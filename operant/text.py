@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -492,6 +493,25 @@ class Codec:
         for token in _ids(tokens):
             decoder.push(token)
         return decoder.text + decoder.finish(), np.asarray(decoder.ends, dtype=np.int64)
+
+    def ends_in(self, text: str) -> Ints:
+        """int64[T], how many characters of `text` itself are read after each token of `encode(text)`.
+
+        Those of `text_and_ends` count the decoded text, which is another where the tokenizer rewrites what it reads:
+        lower case, unknown words, other spaces.
+
+        Raises:
+            OperantError: the tokenizer is a slow one, which does not tell where a token stands.
+        """
+        if not self.tokenizer.is_fast:
+            raise OperantError("the tokenizer rewrites text and does not tell where its tokens stand; use one with a"
+                               " tokenizer.json, or one that keeps the text (byte-level BPE)")  # fmt: skip
+        places = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )["offset_mapping"]
+        # each byte of a character has the character's place: the last of them finishes it
+        ends = [min(end, after) for (_, end), (after, _) in itertools.pairwise([*places, (len(text), 0)])]
+        return np.maximum.accumulate(np.asarray(ends, dtype=np.int64))
 
     def reach(self, tokens: Iterable[int]) -> Ints:
         """int64[T], of how many characters token t or one before it holds a byte (for `chars_to_tokens`)."""

@@ -26,6 +26,7 @@ from operant.stages.reward_model import (
     measures,
     read_judgements,
 )
+from operant.text import Codec
 from operant.types import OperantError
 
 NOISE = "red blue green cat dog house sun moon".split()
@@ -174,8 +175,53 @@ def test_token_rewards_become_spans_of_the_text(encoders: Callable[[str], Encode
     assert sum(span.value for span in spans) == pytest.approx(values.sum())
     assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
     assert spans[-1].end == len(reading.text)
+    # the first bytes of the emoji are paid to it, the closing token to the last character
+    one = model.read("", "a😀")
+    assert one is not None and one.text_ends[1] == 1
+    assert [span.value for span in model.spans(one, np.ones(len(one.text_ends)))] == [1, len(one.text_ends) - 1]
     empty = model.read("p", "")
     assert empty is not None and model.spans(empty, np.ones(1)) == []
+
+
+@pytest.mark.parametrize("own_tokens", [False, True])
+def test_what_labels_say_of_a_character_is_paid_to_it(encoders: Callable[[str], Encoder], own_tokens: bool) -> None:
+    model = RewardModel(encoders("bert"), RewardFacts("token"))
+    row: dict[str, Any] = {"completion": "他很坏人", "spans": [{"start": 2, "end": 3, "value": -1.0}]}
+    if own_tokens:  # of which two are bytes without a character of their own
+        row |= {"tokens": ["他", "很", "", "", "坏", "人"], "spans": [0, 0, -0.25, -0.25, -0.5, 0]}
+    ((judgement,), _) = read_judgements([row], RewardModelConfig(kind="token"), model, "training")
+    (reading,) = judgement.readings
+    assert len(reading.text_ends) > 5  # characters of several tokens
+    paid = {(span.start, span.end): span.value for span in model.spans(reading, judgement.targets)}
+    assert paid == {(0, 1): 0.0, (1, 2): 0.0, (2, 3): pytest.approx(-1.0), (3, 4): 0.0}
+
+
+def test_a_tokenizer_that_rewrites_text_pays_the_text_as_it_was() -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "ba", "##d", ",", "!", "'", "s", "it"]
+    core = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named)
+    encoder = Encoder.new("bert", "tiny", Codec(tokenizer), max_length=48, device="cpu")
+    model = RewardModel(encoder, RewardFacts("token"))
+    text = "It's  GOOD😀, naïve  Bad! "
+    row = {"completion": text, "spans": [{"start": text.index("Bad"), "end": text.index("!"), "value": -1.0}]}
+    ((judgement,), _) = read_judgements([row], RewardModelConfig(kind="token"), model, "training")
+    (reading,) = judgement.readings
+    assert [int(t) for t in reading.tokens[np.r_[np.zeros(reading.begin), judgement.targets] != 0]] == [6, 7]
+    paid = [(text[span.start : span.end], span.value) for span in model.spans(reading, judgement.targets) if span.value]
+    assert paid == [("  Ba", -0.5), ("d", -0.5)]
+    assert model.spans(reading, judgement.targets)[-1].end == len(text)
+    tokenizer.__class__ = type("Slow", (PreTrainedTokenizerFast,), {"is_fast": False})
+    with pytest.raises(OperantError, match="rewrites text"):
+        model.read("", text)
+    # whole completions have no places
+    model.facts.kind = "regression"
+    assert model.read("", text) is not None
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ from operant.rewards import (
     check_references,
     corpus_metrics,
     distinct_n,
+    has_potential,
     optimised_metrics,
     replay,
     reward_by_name,
@@ -472,7 +474,8 @@ def test_sums_products_and_combinations():
 def test_module_function(tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(
         "def politeness(prompt, completion, weight=1.0):\n    return weight * completion.text.count('please')\n"
-        "class Shout:\n    def __init__(self, mark='!'):\n        self.mark = mark\n"
+        "made = []\n"
+        "class Shout:\n    def __init__(self, mark='!'):\n        self.mark = mark\n        made.append(mark)\n"
         "    def __call__(self, prompt, completion):\n        return float(self.mark in completion.text)\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -482,6 +485,9 @@ def test_module_function(tmp_path, monkeypatch):
     weighted = reward_by_name("own_rewards:politeness(weight=3) + own_rewards:Shout(mark='?')")
     trajectory = run_one(weighted, completion("please?"))
     assert trajectory.rewards[-1] == 4.0 and set(trajectory.parts) == {"politeness", "Shout"}
+    # a class is made when the reward is, not to look what it can do
+    assert has_potential("bleu + own_rewards:Shout") and not has_potential("own_rewards:Shout(mark='.')")
+    assert sys.modules["own_rewards"].made == ["?"]
     with pytest.raises(OperantError, match=r"has no 'polite'; did you mean 'politeness'"):
         reward_by_name("own_rewards:polite")
     with pytest.raises(OperantError, match=r"no part of reward .* takes the option 'dense'"):
@@ -507,6 +513,13 @@ def test_module_function(tmp_path, monkeypatch):
         ("format", {}, "needs a regular expression"),
         ("format(pattern='(')", {}, "broken pattern"),
         ("gate(bleu)", {}, "write gate"),
+        ("clip(chrf, low=zh)", {}, "write clip(reward, 0, 1)"),
+        ("repetition(n=0)", {}, "n is 0"),
+        ("bleu(max_ngram_order=0)", {}, "max_ngram_order is 0"),
+        ("fractions:Fraction(kk=2)", {}, "cannot make 'fractions:Fraction' (TypeError: "),
+        ("zipfile:ZipFile(file='/none')", {}, "cannot make 'zipfile:ZipFile' (FileNotFoundError: [Errno 2]"),
+        ("model(~/none)", {}, f"there is no reward model at {os.path.expanduser('~/none')};"),
+        ("similarity(~/none)", {}, f"there is no model at {os.path.expanduser('~/none')}"),
         ("no_such_module_anywhere:f", {}, "cannot be imported"),
         ([], {}, "list of rewards is empty"),
         ([{"name": "bleu", "wieght": 2}], {}, "no option 'wieght'"),

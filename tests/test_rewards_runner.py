@@ -144,6 +144,28 @@ def test_closures_run_in_threads_and_a_hanging_one_is_abandoned():
     forever.set()
 
 
+def test_calls_that_return_late_make_room_again_and_an_exit_is_told_at_once():
+    late = threading.Event()
+
+    def reward(prompt, completion):
+        if completion.text == "exit":
+            sys.exit("bad")
+        if completion.text == "late":
+            late.wait()
+        return 1.0
+
+    with RewardRunner(reward, workers=16, time_limit=0.1) as runner:
+        assert all(t.missing.startswith("timeout") for t in runner.run([pair("late")] * 16))
+        assert runner.run([pair("x")])[0].missing.startswith("stuck: 16 calls have not returned")
+        late.set()
+        for thread in threading.enumerate():
+            if thread.name == "reward-reward":
+                thread.join(10)
+        runner.time_limit = 60.0
+        exits, fine = runner.run([pair("exit"), pair("x")])
+        assert exits.missing == "raised: SystemExit: bad" and fine.missing is None
+
+
 def test_no_workers_means_threads_of_this_process():
     with RewardRunner(process_id, workers=0) as runner:
         assert runner.run([pair("a")])[0].rewards[-1] == os.getpid()
@@ -194,21 +216,71 @@ def test_bad_settings_and_an_empty_batch():
     assert RewardRunner(by_text).explain() == "no reward is missing"
 
 
+def script(folder, reward: str, limit: float) -> subprocess.Popen:
+    """A program that judges one completion with the reward of that source."""
+    source = f"""
+import os, re, signal
+import numpy as np
+from operant.rewards import RewardRunner
+from operant.types import Completion, Prompt
+
+def reward(prompt, completion):
+    {reward}
+
+row = Completion("c", "p", "a", np.arange(1), np.ones(1, dtype=np.int64))
+with RewardRunner(reward, workers=1, time_limit={limit}) as runner:
+    (found,) = runner.run([(Prompt("p", np.zeros(1, dtype=np.int64)), row)])
+print(found.missing)
+"""
+    file = folder / "program.py"
+    file.write_text(source)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, str(file)], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def test_a_worker_that_holds_the_lock_does_not_outlive_a_killed_program(tmp_path):
+    begun = tmp_path / "begun"
+    reward = f"open({str(begun)!r}, 'w').write(str(os.getpid())); re.match('(a+)+$', 'a' * 60 + 'b')"
+    program = script(tmp_path, reward, 3.0)
+    while not (begun.exists() and begun.read_text()):
+        assert program.poll() is None
+        time.sleep(0.01)
+    program.kill()
+    try:
+        # The worker has the pipes too: they end when it does.
+        program.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.kill(int(begun.read_text()), signal.SIGKILL)
+        raise
+
+
+def test_what_a_reward_prints_is_on_stderr_also_when_it_is_killed(tmp_path):
+    out, err = script(tmp_path, "print('thinking'); os.kill(os.getpid(), signal.SIGKILL)", 10.0).communicate(timeout=60)
+    assert out == "crashed: the worker process ended with -9\n" and err == "thinking\n"
+
+
 def test_a_script_needs_no_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
         import os
+        from dataclasses import dataclass
         import numpy as np
         from operant.rewards import RewardRunner
         from operant.types import Completion, Prompt
 
+        @dataclass
+        class Task:
+            answer: str
+
         def reward(prompt, completion):
+            assert isinstance(prompt.inputs, Task) and prompt.inputs.answer == completion.text
             return float(os.getpid())
 
         row = Completion("c", "p", "a", np.arange(1), np.ones(1, dtype=np.int64))
         with RewardRunner(reward, workers=1) as runner:
-            (found,) = runner.run([(Prompt("p", np.zeros(1, dtype=np.int64)), row)])
+            (found,) = runner.run([(Prompt("p", np.zeros(1, dtype=np.int64), inputs=Task("a")), row)])
         assert found.missing is None, found.missing
         assert found.rewards[-1] != os.getpid()
         print("started once")

@@ -73,6 +73,13 @@ def test_tokens_of_a_tokenizer_and_of_the_row(program: Program, answers: Path, c
     assert "do not spell" in program.fault("score", "--reward", "chrf", "--data", wrong, "--json")
 
 
+def test_a_number_is_read_as_a_text_and_other_references_are_refused_by_row(program: Program, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "x.jsonl", [{"completion": "5", "reference": 5}])
+    assert scored(program, "--reward", "exact", "--data", data)[0]["reward"] == 1.0
+    data = write_rows(tmp_path / "x.jsonl", [{"completion": "5", "references": {"a": 5}}])
+    assert "row 1 has a dict in the column 'references'" in program.fault("score", "--json", "--data", data)
+
+
 def test_parts_fields_and_the_table(program: Program, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "x.jsonl", [{"q": "a", "answer": "one two", "gold": "one two", "idx": 7}])
     options = ("--data", data, "--completion_field", "answer", "--reference_field", "gold", "--prompt_field", "q")

@@ -6,6 +6,7 @@ Both run in this process, a whole batch at once on the model's device, and impor
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -99,7 +100,7 @@ class Learned(ModelReward):
 
     @property
     def paths(self) -> list[str]:
-        return [path.strip() for path in self.path.split(",") if path.strip()]
+        return [os.path.expanduser(path.strip()) for path in self.path.split(",") if path.strip()]
 
     @cached_property
     def models(self) -> list[RewardModel]:
@@ -172,6 +173,7 @@ class Similarity(ModelReward):
 
         if self.dense or self.potential is not None:
             raise OperantError("reward 'similarity' has no dense form; leave dense and potential out")
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
         if self.by not in ("f1", "precision", "recall"):
             raise OperantError(f"by of reward 'similarity' is {self.by!r}; use f1, precision or recall")
         if looks_like_path(self.path) and not (Path(self.path) / "config.json").exists():

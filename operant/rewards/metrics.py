@@ -122,6 +122,7 @@ class Bleu(Metric):
         super().__post_init__()
         _check_choice("tokenize", self.tokenize, _bleu_tokenizers())
         _check_choice("smooth_method", self.smooth_method, ("exp", "floor", "add-k", "none"))
+        _check_order("max_ngram_order", self.max_ngram_order)
         *modules, package = _TOKENIZER_PACKAGES.get(self.tokenize, ("",))
         if any(importlib.util.find_spec(module) is None for module in modules):
             raise OperantError(f"tokenizer '{self.tokenize}' needs another package: pip install '{package}'")
@@ -422,6 +423,10 @@ class Repetition(Metric):
     name: ClassVar[str] = "repetition"
     needs_references: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_order("n", self.n)
+
     def measure(self, text: str, references: Sequence[str] = ()) -> float:
         return distinct_n([text], self.n, empty=1.0)
 
@@ -603,6 +608,11 @@ def _order_sizes(counts: NgramCounts) -> list[int]:
 def _check_choice(what: str, given: str, choices: Sequence[str]) -> None:
     if given not in choices:
         raise OperantError(f"unknown {what} '{given}'; use one of {', '.join(choices)}")
+
+
+def _check_order(option: str, given: int) -> None:
+    if given < 1:
+        raise OperantError(f"{option} is {given}; it counts the words of an n-gram and must be at least 1")
 
 
 @lru_cache(maxsize=1)

@@ -103,10 +103,12 @@ def reward_by_name(spec: Any, **options: Any) -> Any:
 
 def has_potential(spec: str) -> bool:
     """Whether a metric of the reward that `spec` names can be paid token by token."""
+    used: set[str] = set()
     try:
-        return bool(reward_by_name(spec, dense=True).dense)
+        reward = _resolve(spec, {"dense": True}, used, make=False)
     except OperantError:  # none of its parts can, or it cannot be at all
         return False
+    return "dense" in used and bool(reward.dense)
 
 
 def check_references(reward: Any, prompts: Iterable[Prompt]) -> None:
@@ -142,9 +144,9 @@ def _parts(reward: Any) -> Iterable[Any]:
         yield reward
 
 
-def _resolve(spec: Any, options: Mapping[str, Any], used: set[str]) -> Any:
+def _resolve(spec: Any, options: Mapping[str, Any], used: set[str], make: bool = True) -> Any:
     if isinstance(spec, str):
-        return _Parser(spec, options, used).reward()
+        return _Parser(spec, options, used, make).reward()
     if isinstance(spec, Mapping):
         spec = [spec]
     if isinstance(spec, Sequence):
@@ -161,13 +163,13 @@ def _resolve(spec: Any, options: Mapping[str, Any], used: set[str]) -> Any:
                 name = rest.pop("name")
                 used.update(key for key in rest if key in options)
                 own: set[str] = set()
-                item = _resolve(name, {**options, **rest}, own)
+                item = _resolve(name, {**options, **rest}, own, make)
                 used.update(own & options.keys())
                 refused = [key for key in rest if key not in own]
                 if refused:
                     raise OperantError(f"reward '{name}' has no option '{refused[0]}'{_near_option(refused[0])}")
             else:
-                item = _resolve(item, options, used)
+                item = _resolve(item, options, used, make)
             children.append(item)
             weights.append(weight)
         return children[0] if len(children) == 1 and weights == [1.0] else Sum(children, weights)
@@ -175,10 +177,13 @@ def _resolve(spec: Any, options: Mapping[str, Any], used: set[str]) -> Any:
 
 
 class _Parser:
-    """One reward expression. Its names are resolved while the tree is walked."""
+    """One reward expression. Its names are resolved while the tree is walked.
 
-    def __init__(self, spec: str, options: Mapping[str, Any], used: set[str]) -> None:
-        self.spec, self.options, self.used = spec, options, used
+    make: False leaves classes of the user as they are, since making one may load a model or open a connection.
+    """
+
+    def __init__(self, spec: str, options: Mapping[str, Any], used: set[str], make: bool) -> None:
+        self.spec, self.options, self.used, self.make = spec, options, used, make
         self.imports: dict[str, str] = {}
 
     def reward(self) -> Any:
@@ -250,7 +255,7 @@ class _Parser:
             arguments = [self.literal(a) if self.number(a) is not None else self.whole(a) for a in positional]
             try:
                 return COMBINATIONS[name](*arguments, **options)
-            except TypeError:
+            except (TypeError, ValueError):
                 usage = {"gate": "gate(condition, reward, threshold=0.5, closed=0.0)", "clip": "clip(reward, 0, 1)"}
                 raise self.fault(f"uses {name} wrongly; write {usage.get(name, 'norm(reward)')}") from None
         maker = BUILT_IN.get(name)
@@ -303,7 +308,15 @@ class _Parser:
     def imported(self, name: str, options: dict[str, Any]) -> Any:
         target = import_object(name)
         if isinstance(target, type):
-            target = target(**options)
+            if not self.make:
+                return as_reward(target)
+            try:
+                target = target(**options)
+            except OperantError:
+                raise
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise self.fault(f"cannot make '{name}' ({reason}); mend it or its options") from error
         elif options:
             target = functools.partial(target, **options)
             functools.update_wrapper(target, target.func)

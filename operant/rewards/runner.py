@@ -1,7 +1,7 @@
 """Rewards in parallel, each call under a time limit that holds.
 
 Rewards that pickle run in worker processes, started once; one that hangs is killed, with whatever it started, and
-replaced. Rewards that do not pickle (closures over live objects) run in daemon threads: one that hangs is abandoned,
+replaced. Rewards that do not pickle (lambdas, closures) run in daemon threads: one that hangs is abandoned,
 since a thread cannot be killed. The built-in linear metrics run in place: sending them away would cost more than
 computing them. So do batched rewards that say so: a model has its device here, and a judge its own time limits. Only
 the leaves of a combination are sent; the combination itself is computed here, so its state is in
@@ -28,7 +28,7 @@ from typing import Any
 
 from operant.rewards.combine import Combination, combined, leaves, streamed_by
 from operant.rewards.seam import StreamTimeout, as_reward, missing_trajectory
-from operant.rewards.worker import call
+from operant.rewards.worker import call, raised
 from operant.types import Completion, OperantError, Prompt, Trajectory
 
 # Longer texts leave the fast path: there even a linear metric deserves a process that can be killed.
@@ -67,7 +67,7 @@ class RewardRunner:
         self._leaves = list(leaves(self.reward))
         self._pickles: dict[int, bytes | None] = {}
         self._processes: list[_Process] = []
-        self._abandoned = 0
+        self._abandoned: list[threading.Thread] = []
         # No sockets to pass to a child elsewhere.
         self._processes_work = os.name == "posix" and self.workers > 0
 
@@ -180,7 +180,7 @@ class RewardRunner:
         payloads: dict[int, bytes] = {}
         for i in remote:
             try:
-                payloads[i] = pickle.dumps(jobs[i])
+                payloads[i] = _pickled(jobs[i])
             except Exception:
                 # The prompt's inputs hold something alive, so this one is judged here.
                 continue
@@ -247,18 +247,25 @@ class RewardRunner:
         results: queue.SimpleQueue[tuple[int, Outcome]] = queue.SimpleQueue()
         waiting = list(reversed(remote))
         deadlines: dict[int, float] = {}
+        threads: dict[int, threading.Thread] = {}
 
         def work(i: int) -> None:
-            results.put((i, call(leaf, *jobs[i])))
+            try:
+                outcome: Outcome = call(leaf, *jobs[i])
+            except BaseException as error:  # sys.exit ends a thread, and nobody would hear of it
+                outcome = None, raised(error)
+            results.put((i, outcome))
 
         while waiting or deadlines:
             while waiting and len(deadlines) < max(1, self.workers):
                 i = waiting.pop()
-                if self._abandoned >= 16:
-                    outcomes[i] = (None, f"stuck: {self._abandoned} calls never returned; make the reward importable")
+                self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
+                if (stuck := len(self._abandoned)) >= 16:
+                    outcomes[i] = (None, f"stuck: {stuck} calls have not returned; make the reward importable")
                     continue
                 deadlines[i] = time.monotonic() + self.time_limit
-                threading.Thread(target=work, args=(i,), daemon=True, name=f"reward-{leaf.name}").start()
+                threads[i] = threading.Thread(target=work, args=(i,), daemon=True, name=f"reward-{leaf.name}")
+                threads[i].start()
             if not deadlines:
                 break
             try:
@@ -266,13 +273,11 @@ class RewardRunner:
                 # An answer that comes after its limit finds its place taken.
                 if deadlines.pop(i, None) is not None:
                     outcomes[i] = outcome
-                else:
-                    self._abandoned -= 1
             except queue.Empty:
                 now = time.monotonic()
                 for i in [i for i, deadline in deadlines.items() if now >= deadline]:
                     del deadlines[i]
-                    self._abandoned += 1
+                    self._abandoned.append(threads[i])
                     outcomes[i] = (None, f"timeout: over {self.time_limit:g} s")
 
 
@@ -283,7 +288,7 @@ class _Process:
         ours, theirs = socket.socketpair()
         paths = [os.path.abspath(path or os.getcwd()) for path in sys.path]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", "from operant.rewards.worker import main; main()", str(theirs.fileno())]
+        command = [sys.executable, "-u", "-c", "from operant.rewards.worker import main; main()", str(theirs.fileno())]
         try:
             # Its own session, so that killing it reaches what the reward has started.
             self.popen = subprocess.Popen(
@@ -291,6 +296,8 @@ class _Process:
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                # What a reward prints is no part of the program's output, which may be JSON.
+                stdout=2,
                 start_new_session=True,
             )
         except OSError as error:
@@ -311,7 +318,7 @@ class _Process:
         index, data, payload = self.job
         try:
             new = index not in self.known
-            self.connection.send((index, data if new else None, payload))
+            self.connection.send((index, data if new else None, payload, limit))
             # Loading a reward may import half the world, which is not the call's fault.
             self.deadline = time.monotonic() + (START_LIMIT if new else limit)
         except OSError:
@@ -363,12 +370,17 @@ def _trajectory(name: str, prompt: Prompt, completion: Completion, outcome: Outc
 def _pickle_for_worker(reward: Any) -> bytes | None:
     """The reward in a form that another interpreter can load, or None: it must run in a thread."""
     try:
-        data = pickle.dumps(reward)
-        if b"__main__" in data:
-            # The worker's __main__ is another one: send functions of scripts and notebooks by value.
-            import cloudpickle
-
-            data = cloudpickle.dumps(reward)
+        data = _pickled(reward)
     except Exception:
         return None
     return data if len(data) <= LARGEST_PICKLE else None
+
+
+def _pickled(value: Any) -> bytes:
+    data = pickle.dumps(value)
+    if b"__main__" in data:
+        # The worker's __main__ is another one: send functions and classes of scripts and notebooks by value.
+        import cloudpickle
+
+        data = cloudpickle.dumps(value)
+    return data

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from operant.config import ScoreConfig
-from operant.data import load_rows
+from operant.data import load_rows, texts_of
 from operant.rewards.names import check_references, reward_by_name
 from operant.rewards.runner import RewardRunner
 from operant.text import Codec
@@ -77,7 +77,7 @@ def _pair(
     given = row.get(config.reference_field) if config.reference_field else row.get("references", row.get("reference"))
     if config.reference_field and config.reference_field not in row:
         _column(row, config.reference_field, (), "reference_field", number)
-    references = (given,) if isinstance(given, str) else tuple(given or ())
+    references = texts_of(given, config.reference_field or "references", number + 1)
     name = str(row.get("id", row.get("idx", number)))
     if isinstance(row.get("tokens"), list) and all(isinstance(t, str) for t in row["tokens"]):
         pieces = list(row["tokens"])

@@ -12,6 +12,9 @@ needs_references: True when it compares with `prompt.references`.
 optimises: names of held-out metrics that it pushes up by itself, such as ("bleu",): the report then does not take their
     rise for independent evidence. What the text of `--reward` names is found without it.
 
+A reward that pickles is copied into every worker process, so what it remembers there is not shared. One with state is a
+closure, which stays in this process, or says `in_process` and `batched`.
+
 A streaming reward has `start(prompt)` instead, see `StreamingReward`.
 """
 

@@ -2,11 +2,13 @@
 
 It is a fresh interpreter, not a fork, so it inherits no locks, threads or GPU context, and it needs no
 `if __name__ == "__main__"` in the user's script. Messages on the socket: (index, pickled reward or None, pickled
-(prompt, completion)) → (value, reason). The runner kills the process when a reward overstays its time.
+(prompt, completion), seconds) → (value, reason). The runner kills the process when a reward overstays its time; a
+process that outlives its runner ends itself.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import signal
@@ -17,6 +19,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from operant.rewards.seam import place
+
+SLACK = 5.0  # seconds after the time limit in which the runner, if it lives, has killed the process
 
 
 def call(reward: Any, prompt: Any, completion: Any) -> tuple[Any, str | None]:
@@ -56,12 +60,13 @@ def main() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    nowhere = open(os.devnull, "w")  # noqa: SIM115
     connection = Connection(int(sys.argv[1]))
     rewards: dict[int, Any] = {}
     connection.send("ready")
     while True:
         try:
-            index, data, payload = connection.recv()
+            index, data, payload, limit = connection.recv()
         except (EOFError, OSError):
             return
         if data is not None:
@@ -76,4 +81,8 @@ def main() -> None:
         except Exception as error:
             connection.send((None, raised(error)))
             continue
-        connection.send(call(rewards[index], prompt, completion))
+        # A reward that holds the interpreter's lock, such as a regular expression, keeps `watch` from running.
+        faulthandler.dump_traceback_later(limit + SLACK, exit=True, file=nowhere)
+        outcome = call(rewards[index], prompt, completion)
+        faulthandler.cancel_dump_traceback_later()
+        connection.send(outcome)

@@ -244,16 +244,19 @@ def _token_spans(row: Row, values: list[Any], number: int) -> list[tuple[int, in
     if not isinstance(tokens, list) or len(tokens) != len(values):
         raise OperantError(f"row {number}: {len(values)} token values for {len(tokens)} `tokens`; give one to each")
     spans: list[tuple[int, int, float | None]] = []
-    at = 0
+    at, carried = 0, 0.0
     for token, value in zip(tokens, values, strict=True):
         end = at + len(str(token))
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
             raise OperantError(f"row {number}: a token's value is {value!r}; give finite numbers, or null for none")
         if end > at:
-            spans.append((at, end, None if value is None else float(value)))
-        elif spans and value and (before := spans[-1][2]) is not None:  # a token without text adds to the one before
-            spans[-1] = (*spans[-1][:2], before + value)
+            spans.append((at, end, None if value is None else value + carried))
+            carried = 0.0
+        else:  # the first bytes of the next character
+            carried += value or 0.0
         at = end
+    if spans and (last := spans[-1][2]) is not None:
+        spans[-1] = (*spans[-1][:2], last + carried)
     return spans
 
 
