@@ -100,7 +100,7 @@ def test_spans_are_spread_over_their_tokens():
         (float("inf"), "infinite"),
         ("0.5", "wrong_type"),
         ({"reward": 1}, "wrong_type"),
-        (frozenset(), "wrong_type"),
+        (..., "wrong_type"),
         ([1.0, 2.0], "wrong_length"),
         ([1.0, "x", 2.0], "wrong_type"),
         ([1.0, float("nan"), 2.0], "nan"),
