@@ -23,6 +23,7 @@ from program import ON_CPU, QUIET_RUN, Outcome, Program, pairs, read_rows, write
 from operant import checkpoint
 from operant.policy import Policy
 from operant.stages.pretrain import text_infilling
+from operant.stages.supervised import all_texts
 
 TRAIN = (
     "--reward", "chrf", "--steps", 2, "--prompts_per_step", 3, "--group_size", 2, "--max_tokens", 6,
@@ -97,6 +98,12 @@ def test_the_whole_circle(arch: str, vocabulary: int, program: Program, data: Pa
     for row in samples:
         assert len(row["tokens"]) == len(row["behavior_logprobs"]) <= 5
         assert row["logprob"] == pytest.approx(sum(row["behavior_logprobs"]), abs=1e-3)  # at temperature 1
+
+
+def test_a_new_tokenizer_reads_nested_columns_and_chats() -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    rows = [{"id": 7, "translation": {"en": "one", "de": ["eins", None]}}, {"messages": chat}]
+    assert all_texts(rows) == ["one", "eins", "user", "hi", "assistant", "yo"]
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 40])
