@@ -344,7 +344,8 @@ def run_eval(config: configs.EvalConfig) -> None:
 
     _need(config.model, "--model", "a model folder or hub id")
     _need(config.data, "--data", "prompts with references")
-    if config.samples and not Path(config.samples).absolute().parent.is_dir():
+    # unlike Path.is_dir, this is False also for a folder that may not be reached
+    if config.samples and not os.path.isdir(Path(config.samples).absolute().parent):
         raise OperantError(f"{Path(config.samples).parent} is no folder to write to; choose another --samples")
     rows = load_rows(config.data, split="dev", limit=config.limit)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
