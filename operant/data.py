@@ -621,7 +621,7 @@ def _make_prompts(
         if len(prompt.tokens) > max_prompt_tokens:
             if too_long == "skip":
                 continue
-            prompt = _truncated(prompt, max_prompt_tokens, codec, encoder)
+            prompt = truncated(prompt, max_prompt_tokens, codec, encoder)
         kept.append((prompt, completions))
     return kept
 
@@ -644,7 +644,8 @@ def _check_lengths(what: str, lengths: Sequence[int], limit: int, too_long: TooL
         raise OperantError(f"every {what} is longer than {limit} tokens: {longer}, or --too_long truncate")
 
 
-def _truncated(prompt: Prompt, limit: int, codec: Codec, encoder: bool) -> Prompt:
+def truncated(prompt: Prompt, limit: int, codec: Codec, encoder: bool) -> Prompt:
+    """The prompt with at most `limit` tokens: its end (and BOS) for a decoder, its beginning and EOS for an encoder."""
     tokens = prompt.tokens
     if encoder:
         tokens = np.append(tokens[: limit - 1], codec.eos_id)
