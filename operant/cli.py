@@ -282,7 +282,7 @@ def run_prefer(config: configs.PreferConfig) -> None:
 
 
 def run_train(config: configs.TrainConfig) -> None:
-    from operant.data import Fields, load_prompts, load_rows, row_ids
+    from operant.data import Fields, Pair, load_prompts, load_rows, row_ids
     from operant.logged import read_logged
     from operant.loop import train
     from operant.policy import Policy
@@ -315,7 +315,7 @@ def run_train(config: configs.TrainConfig) -> None:
         load_prompts(part, policy.codec, fields, **prompt_options(config, policy, config.max_tokens)) if part else []
         for part in (rows, dev_rows)
     )
-    pairs = []
+    pairs: list[Pair] = []
     if config.sft_data:
         pair_fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
         pairs, notes = load_fitting_pairs(load_rows(config.sft_data), policy, config, pair_fields, "labelled")
