@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import io
 import json
 import os
 import sys
@@ -148,6 +149,11 @@ def _formatter() -> Any:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program. Exit status: 0, 1 for a fault that the user can mend (one line on stderr), 130 for Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every locale can write what a model says
+        if sys.stdout.isatty():
+            sys.stdout.reconfigure(errors="replace")
+        else:  # as all files are
+            sys.stdout.reconfigure(encoding="utf-8")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command, config = _parse(given)
@@ -276,7 +282,7 @@ def run_prefer(config: configs.PreferConfig) -> None:
 
 
 def run_train(config: configs.TrainConfig) -> None:
-    from operant.data import Fields, load_prompts, load_rows, row_ids
+    from operant.data import Fields, Pair, load_prompts, load_rows, row_ids
     from operant.logged import read_logged
     from operant.loop import train
     from operant.policy import Policy
@@ -294,7 +300,11 @@ def run_train(config: configs.TrainConfig) -> None:
     dev_rows: list[dict[str, object]] = []
     if config.logged:
         rows = load_rows(config.logged, limit=config.limit)
-        dev_rows = load_rows(config.dev_data, split="dev", limit=config.eval_prompts) if config.dev_data else []
+        dev_rows = (
+            load_rows(config.dev_data, split="dev", limit=config.eval_prompts)
+            if config.dev_data and config.eval_prompts
+            else []
+        )
     elif not config.environment:
         rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, config.eval_prompts)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
@@ -305,10 +315,12 @@ def run_train(config: configs.TrainConfig) -> None:
         load_prompts(part, policy.codec, fields, **prompt_options(config, policy, config.max_tokens)) if part else []
         for part in (rows, dev_rows)
     )
-    pairs = []
+    pairs: list[Pair] = []
     if config.sft_data:
         pair_fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
-        pairs = load_fitting_pairs(load_rows(config.sft_data), policy, config, pair_fields)
+        pairs, notes = load_fitting_pairs(load_rows(config.sft_data), policy, config, pair_fields, "labelled")
+        for note in notes:
+            print(note, file=sys.stderr)
     reward = None if config.environment else config.reward
     logged = []
     if config.logged:  # --too_long skip leaves rows out
@@ -344,7 +356,8 @@ def run_eval(config: configs.EvalConfig) -> None:
 
     _need(config.model, "--model", "a model folder or hub id")
     _need(config.data, "--data", "prompts with references")
-    if config.samples and not Path(config.samples).absolute().parent.is_dir():
+    # unlike Path.is_dir, this is False also for a folder that may not be reached
+    if config.samples and not os.path.isdir(Path(config.samples).absolute().parent):
         raise OperantError(f"{Path(config.samples).parent} is no folder to write to; choose another --samples")
     rows = load_rows(config.data, split="dev", limit=config.limit)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
@@ -399,9 +412,9 @@ def run_sample(config: configs.SampleConfig) -> None:
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()
     encoder = policy.family == "encoder-decoder"
-    if config.prompt is None and sys.stdin.isatty():
+    if not config.prompt and sys.stdin.isatty():
         print("a prompt a line, Ctrl-D ends:", file=sys.stderr)
-    texts = [config.prompt] if config.prompt is not None else (line.rstrip("\n") for line in sys.stdin)
+    texts = [config.prompt] if config.prompt else _lines()
     sampling = Sampling(
         temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
         stop=tuple(config.stop), seed=config.seed,
@@ -426,6 +439,15 @@ def run_sample(config: configs.SampleConfig) -> None:
                 print(json.dumps(row, ensure_ascii=False), flush=True)
             else:
                 print(completion.text, flush=True)
+
+
+def _lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            line.encode()  # without a locale Python lets bytes through that are no text
+            yield line.rstrip("\n")
+    except UnicodeError as error:
+        raise OperantError(f"standard input is not UTF-8: convert it, as by iconv -f latin1 ({error})") from error
 
 
 def run_quickstart(config: configs.QuickstartConfig) -> None:
@@ -466,10 +488,10 @@ def run_serve(config: configs.ServeConfig) -> None:
 def run_keys(config: configs.KeysConfig) -> None:
     from operant.live.serving.access import Keys
 
-    if config.add is not None and config.remove is not None:
+    if config.add and config.remove:
         raise OperantError("--add and --remove are two things; give one of them at a time")
     keys = Keys(config.keys or Path(config.root) / "keys.json")
-    if config.add is not None:
+    if config.add:
         key = keys.add(config.add, config.roles)
         if config.json:
             print(json.dumps({"name": config.add, "key": key, "roles": config.roles}))
@@ -477,7 +499,7 @@ def run_keys(config: configs.KeysConfig) -> None:
             print(key)
             print(f"the key of {config.add}; it is shown this once, {keys.path} keeps its hash only", file=sys.stderr)
         return
-    if config.remove is not None:
+    if config.remove:
         keys.remove(config.remove)
     rows = [{"name": key.name, "roles": list(key.roles), "created": key.created} for key in keys.all()]
     if config.json:
@@ -591,7 +613,7 @@ def run_versions(config: configs.VersionsConfig) -> None:
         "--compare": bool(config.compare), "--evaluate": bool(config.evaluate),
         "--promote": config.promote is not None, "--roll_back": config.roll_back,
         "--anchor": config.anchor is not None,
-        "--pin": config.pin is not None, "--unpin": config.unpin is not None,
+        "--pin": bool(config.pin), "--unpin": bool(config.unpin),
     }  # fmt: skip
     chosen = [flag for flag, given in asked.items() if given]
     if len(chosen) > 1:
@@ -625,11 +647,11 @@ def run_versions(config: configs.VersionsConfig) -> None:
         versions.roll_back()
     elif config.anchor is not None:
         versions.pass_anchor(config.anchor)
-    elif config.pin is not None:
+    elif config.pin:
         if config.version is None:
             raise OperantError("--pin needs --version, the one that the user is served")
         versions.pin(config.pin, config.version)
-    elif config.unpin is not None:
+    elif config.unpin:
         versions.pin(config.unpin, None)
     told = versions.overview()
     if config.json:

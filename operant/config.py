@@ -462,7 +462,7 @@ class TrainConfig(RunConfig, PairFields):
         target: stop once a held-out metric reaches this, such as "bleu>=30" or "reward>=0.8".
         best_metric: the held-out metric by which the best checkpoint is kept.
         eval_every: steps between held-out evaluations.
-        eval_prompts: how many held-out prompts.
+        eval_prompts: how many held-out prompts; 0 measures nothing held out.
         log_samples: completions kept for reading at every evaluation.
     """
 
@@ -681,7 +681,7 @@ class SampleConfig:
 
     Args:
         model: a folder or hub id.
-        prompt: what to answer; without it, lines are read from standard input.
+        prompt: what to answer; empty reads lines from standard input.
         chat: a prompt is a user's message, put into the model's chat template.
         n: completions per prompt.
         temperature: 0 is greedy.
@@ -695,7 +695,7 @@ class SampleConfig:
     """
 
     model: str = ""
-    prompt: str | None = None
+    prompt: str = ""
     chat: bool = False
     n: int = 1
     temperature: float = 1.0
@@ -946,9 +946,9 @@ class KeysConfig:
 
     root: str = "runs/live"
     keys: str = ""
-    add: str | None = None
+    add: str = ""
     roles: list[str] = dataclasses.field(default_factory=lambda: ["chat", "rate"])
-    remove: str | None = None
+    remove: str = ""
     json: bool = False
 
 
@@ -977,8 +977,8 @@ class VersionsConfig:
     promote: int | None = None
     roll_back: bool = False
     anchor: int | None = None
-    pin: str | None = None
-    unpin: str | None = None
+    pin: str = ""
+    unpin: str = ""
     version: int | None = None
     json: bool = False
 

@@ -16,6 +16,8 @@ import hashlib
 import io
 import json
 import os
+import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -98,28 +100,48 @@ def load_rows(source: str | Path, split: str = "train", limit: int | None = None
     """
     if limit is not None and limit < 1:
         raise OperantError(f"limit {limit} leaves no rows: give at least 1, or leave it out")
-    path = _place(source)
-    if path.is_file():
-        rows = _read_files([path], limit)
-    elif path.is_dir():
-        rows = _read_folder(path, split, limit)
-    elif looks_like_path(str(source)) or _reader(path) is not None:
-        raise OperantError(f"there is no data at {source}: give a file (.jsonl, .csv, .parquet), a folder or a hub id")
-    else:
-        rows = _read_hub(str(source), split, limit)
+    with _reachable(source):
+        path = _place(source)
+        if path.is_file():
+            rows = _read_files([path], limit)
+        elif path.is_dir():
+            rows = _read_folder(path, split, limit)
+        elif looks_like_path(str(source)) or _reader(path) is not None:
+            raise OperantError(
+                f"there is no data at {source}: give a file (.jsonl, .csv, .parquet), a folder or a hub id"
+            )
+        else:
+            rows = _read_hub(str(source), split, limit)
     if not rows:
         raise OperantError(f"{source} holds no rows: give data with at least one row")
     return rows
 
 
 def splits(source: str | Path) -> list[str]:
-    """The splits that a folder holds, of "train", "dev" and "test". A file has none; a hub data set is not asked."""
-    path = _place(source)
-    if not path.is_dir():
-        return []
-    saved = _saved_splits(path)
-    names = saved if saved is not None else [_stem(file) for file in _data_files(path)]
+    """The splits that a folder or hub data set holds, of "train", "dev" and "test". A file has none.
+
+    Raises OperantError for a folder that cannot be read.
+    """
+    names: list[str] = []
+    with _reachable(source):
+        path = _place(source)
+        if path.is_dir():
+            saved = _saved_splits(path)
+            names = saved if saved is not None else [_stem(file) for file in _data_files(path)]
+        elif not (path.exists() or looks_like_path(str(source)) or _reader(path)):
+            with contextlib.suppress(OperantError):  # out of reach: `load_rows` says so where it matters
+                names = _hub_splits(str(source))
     return [split for split in SPLIT_NAMES if any(_is_split(name, split) for name in names)]
+
+
+@contextlib.contextmanager
+def _reachable(source: str | Path) -> Iterator[None]:
+    """Folders that may not be read, names that are too long, loops of links: one line."""
+    try:
+        yield
+    except OSError as error:
+        shown = str(source) if len(str(source)) <= 200 else f"{str(source)[:200]}…"
+        raise OperantError(f"{shown} cannot be read: give data that you may read ({error.strerror})") from error
 
 
 def _place(source: str | Path) -> Path:
@@ -175,7 +197,7 @@ def _read_files(files: Sequence[Path], limit: int | None) -> list[Row]:
             rows.extend(islice(reader(file), left))
         except UnicodeDecodeError as error:
             raise OperantError(f"{file} is not UTF-8: save it as UTF-8 ({error})") from error
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise OperantError(f"{file} cannot be read: check that it is whole and readable ({error})") from error
     return rows
 
@@ -193,6 +215,25 @@ def _open(file: Path) -> io.TextIOBase:
     return file.open(encoding="utf-8-sig", newline="")
 
 
+def _parsed(text: str, place: str) -> Any:
+    """The value of a JSON text. Raises json.JSONDecodeError, and OperantError for JSON that Python cannot hold."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON and no text
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise OperantError(f"{place} holds half of a character ({half}): remove it or add its other half") from error
+    except RecursionError as error:
+        raise OperantError(f"{place} is nested too deeply: flatten or remove it") from error
+    except ValueError as error:  # Python reads no number of more digits than this
+        digits = sys.get_int_max_str_digits()
+        raise OperantError(f"{place} holds a number of more than {digits} digits: write it as a text") from error
+    return value
+
+
 def _read_jsonl(file: Path) -> Iterator[Row]:
     with _open(file) as lines:
         # Split at newlines alone: a JSON string may hold U+2028 and its kin.
@@ -200,7 +241,7 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = _parsed(line, f"{file}, line {number}")
             except json.JSONDecodeError as error:
                 raise OperantError(
                     f"{file}, line {number} is no JSON: mend or remove that line ({error.msg}, column {error.colno})"
@@ -216,7 +257,7 @@ def _read_json(file: Path) -> list[Row]:
     if not content.strip():
         return []
     try:
-        rows = json.loads(content)
+        rows = _parsed(content, str(file))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON Lines under the name .json is common.
             return list(_read_jsonl(file))
@@ -231,8 +272,13 @@ def _read_json(file: Path) -> list[Row]:
 
 def _read_csv(file: Path, delimiter: str = ",") -> Iterator[Row]:
     with _open(file) as stream:
+        csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere; the default refuses long documents
         reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
         try:
+            names = reader.fieldnames or []
+            for name in names:
+                if names.count(name) > 1:
+                    raise OperantError(f"{file} has two columns {name!r}: rename or remove one of them")
             for row in reader:
                 if None in row or None in row.values():
                     raise OperantError(
@@ -240,7 +286,9 @@ def _read_csv(file: Path, delimiter: str = ",") -> Iterator[Row]:
                     )
                 yield dict(row)
         except csv.Error as error:
-            raise OperantError(f"{file}, line {reader.line_num} is no CSV: mend that line ({error})") from error
+            # DictReader's own line_num is that of the last row it gave
+            line = reader.reader.line_num
+            raise OperantError(f"{file}, line {line} is no CSV: mend that line ({error})") from error
 
 
 def _read_tsv(file: Path) -> Iterator[Row]:
@@ -278,7 +326,10 @@ def _saved_splits(folder: Path) -> list[str] | None:
     """The splits of a folder that `save_to_disk` wrote ([] for a single set), or None for any other folder."""
     index = folder / "dataset_dict.json"
     if index.is_file():
-        return list(json.loads(index.read_text(encoding="utf-8"))["splits"])
+        try:
+            return [str(name) for name in json.loads(index.read_text(encoding="utf-8"))["splits"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise OperantError(f"{index} names no splits: write the folder again with save_to_disk") from error
     return [] if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file() else None
 
 
@@ -293,12 +344,23 @@ def _read_saved(folder: Path, names: list[str], split: str, limit: int | None) -
         return [dict(row) for row in (data if limit is None else data.take(limit))]
 
 
+_NO_HUB = "cannot load {} from the hub: give a file, a folder or the id of a data set"
+
+
+def _hub_splits(source: str) -> list[str]:
+    name, _, config = source.partition(":")
+    with _quiet(_NO_HUB.format(source)):
+        from datasets import get_dataset_split_names
+
+        return list(get_dataset_split_names(name, config or None))
+
+
 def _read_hub(source: str, split: str, limit: int | None) -> list[Row]:
     name, _, config = source.partition(":")
-    with _quiet(f"cannot load {source} from the hub: give a file, a folder or the id of a data set"):
-        from datasets import get_dataset_split_names, load_dataset
+    available = _hub_splits(source)
+    with _quiet(_NO_HUB.format(source)):
+        from datasets import load_dataset
 
-        available = get_dataset_split_names(name, config or None)
         chosen = split if split in available else next((word for word in available if _is_split(word, split)), None)
         if chosen is None:
             raise OperantError(f"{source} has no split {split!r}: it has {', '.join(available)}")
@@ -451,9 +513,11 @@ def _questions(rows: Sequence[Row], fields: Fields) -> list[_Question]:
             text = str(turns[-1].get("content", ""))
         else:
             text = text_of(asked, column, number)
-        wanted = () if references is None else texts_of(cell(row, references), references, number)
+        given = () if references is None else texts_of(cell(row, references), references, number)
+        # CSV's empty cell is no reference: an empty answer would be right by it
+        wanted = tuple(text for text in given if text.strip()) or answers
         meta = {key: value for key, value in row.items() if key not in used}
-        questions.append(_Question(text, chat, answers, wanted or answers, meta))
+        questions.append(_Question(text, chat, answers, wanted, meta))
     return questions
 
 
@@ -557,7 +621,7 @@ def _make_prompts(
         if len(prompt.tokens) > max_prompt_tokens:
             if too_long == "skip":
                 continue
-            prompt = _truncated(prompt, max_prompt_tokens, codec, encoder)
+            prompt = truncated(prompt, max_prompt_tokens, codec, encoder)
         kept.append((prompt, completions))
     return kept
 
@@ -580,7 +644,8 @@ def _check_lengths(what: str, lengths: Sequence[int], limit: int, too_long: TooL
         raise OperantError(f"every {what} is longer than {limit} tokens: {longer}, or --too_long truncate")
 
 
-def _truncated(prompt: Prompt, limit: int, codec: Codec, encoder: bool) -> Prompt:
+def truncated(prompt: Prompt, limit: int, codec: Codec, encoder: bool) -> Prompt:
+    """The prompt with at most `limit` tokens: its end (and BOS) for a decoder, its beginning and EOS for an encoder."""
     tokens = prompt.tokens
     if encoder:
         tokens = np.append(tokens[: limit - 1], codec.eos_id)

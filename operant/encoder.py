@@ -66,9 +66,9 @@ class Encoder:
         from transformers import AutoConfig, AutoModelForMaskedLM
 
         folder = Path(source)
-        readable = (folder / "config.json").exists() or not (folder.exists() or looks_like_path(str(source)))
-        if readable and not (folder / "adapter_config.json").exists():
-            with told_in_one_line(source):
+        with told_in_one_line(source):
+            readable = (folder / "config.json").exists() or not (folder.exists() or looks_like_path(str(source)))
+            if readable and not (folder / "adapter_config.json").exists():
                 config = AutoConfig.from_pretrained(source)
                 if is_masked(config):
                     model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32)
@@ -285,9 +285,9 @@ def is_encoder(source: str | Path) -> bool:
     """Whether a folder holds a BERT-like model."""
     from transformers import AutoConfig
 
-    if not (Path(source) / "config.json").exists():
-        return False
     try:
+        if not (Path(source) / "config.json").exists():
+            return False
         return is_masked(AutoConfig.from_pretrained(source))
     except (OSError, ValueError):  # loading it says what is wrong
         return False

@@ -135,15 +135,15 @@ class Policy:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         path = Path(source)
-        if path.exists() and not path.is_dir():
-            raise OperantError(f"{source} is a file; give the model's folder")
-        if not path.exists() and looks_like_path(str(source)):
-            raise OperantError(f"there is no model at {source}; give a folder that a stage or Transformers saved")
-        if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise OperantError(
-                f"{source} holds no model (no config.json); give a folder that a stage or Transformers saved"
-            )
         with told_in_one_line(source):
+            if path.exists() and not path.is_dir():
+                raise OperantError(f"{source} is a file; give the model's folder")
+            if not path.exists() and looks_like_path(str(source)):
+                raise OperantError(f"there is no model at {source}; give a folder that a stage or Transformers saved")
+            if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+                raise OperantError(
+                    f"{source} holds no model (no config.json); give a folder that a stage or Transformers saved"
+                )
             if (path / "adapter_config.json").exists():
                 from peft import PeftConfig, PeftModel
 

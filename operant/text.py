@@ -440,11 +440,13 @@ class Codec:
         """The text of a chat under the tokenizer's template, or under operant's default when it has none.
 
         Raises:
-            OperantError: a message lacks its role or content, or the template refuses the chat.
+            OperantError: a message lacks its role or content, its role is no text, or the template refuses the chat.
         """
         for message in messages:
             if not isinstance(message, dict) or "role" not in message or "content" not in message:
                 raise OperantError('a message needs "role" and "content", as in {"role": "user", "content": "Hello"}')
+            if not isinstance(message["role"], str):
+                raise OperantError(f'the role {message["role"]!r} of a message is no text: give "user" or "assistant"')
         if self.tokenizer.chat_template:
             try:
                 return str(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -102,6 +103,32 @@ def test_flags_win_over_yaml_and_both_over_defaults(tmp_path: Path, monkeypatch:
     assert config.prompt_field == "en" and config.resume is True and config.group_size == 4
     main(["train", "--dense", "false", "--resume=true", "--overwrite", "--lr", "1e-4"])
     assert (seen[1].dense, seen[1].resume, seen[1].overwrite, seen[1].lr) == (False, True, True, 1e-4)
+
+
+@pytest.mark.parametrize("word", ["# A heading", "null", "~", "#hashtag"])
+@pytest.mark.parametrize(
+    ("command", "setting"),
+    [("sample", "prompt"), ("keys", "add"), ("keys", "remove"), ("versions", "pin"), ("versions", "unpin")],
+)
+def test_words_that_yaml_would_drop(command: str, setting: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setitem(sys.modules["operant.cli"].COMMANDS, command, seen.append)
+    main([command, f"--{setting}", word])
+    assert getattr(seen[0], setting) == word
+
+
+def test_bytes_that_are_no_text_and_a_locale_without_the_letters(
+    program: Program, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for errors in ("strict", "surrogateescape"):  # the latter without a locale
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
+        assert "standard input is not UTF-8: convert it" in program.fault("sample", "--model", model, *ON_CPU)
+    data = write_rows(tmp_path / "rows.jsonl", [{"completion": "你好"}])
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))
+    main(["score", "--reward", "repetition", "--data", str(data), "--json"])
+    sys.stdout.flush()
+    assert "你好" in written.getvalue().decode("utf-8")
 
 
 def test_print_config_gives_what_config_reads(
@@ -348,6 +375,9 @@ def test_places_that_cannot_be_written(fault: Callable[..., str], tmp_path: Path
     assert "choose another --out" in fault("train", "--out", tmp_path / "file")
     assert "choose another --out" in fault("sft", "--out", tmp_path / "file" / "below")
     assert "choose another --samples" in fault("eval", "--samples", tmp_path / "gone" / "x.jsonl")
+    assert "choose another --samples" in fault("eval", "--samples", tmp_path / ("x" * 300) / "x.jsonl")
+    for command in ("sample", "sft"):
+        assert "cannot load a model from" in fault(command, "--model", "./" + "x" * 300)
     assert (tmp_path / "file").read_text() == "x"
     if os.geteuid():
         (tmp_path / "closed").mkdir(mode=0o500)

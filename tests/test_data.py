@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,12 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path
+
+
+def damaged_gzip() -> bytes:
+    """A file whose compressed bytes are impossible (a damaged one may also merely decompress to something else)."""
+    whole = gzip.compress(b"".join(b'{"a": %d}\n' % i for i in range(99)), mtime=0)
+    return whole[:10] + b"\xff" + whole[11:]  # a block of a type that there is not
 
 
 def one_line(fault: pytest.ExceptionInfo[OperantError]) -> str:
@@ -136,6 +143,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_rows("someone/some-set", "dev", limit=1) == ROWS[:1]
     assert calls == [("someone/some-set", "main", "train", False), ("someone/some-set", None, "validation", True)]
     assert not datasets.are_progress_bars_disabled()
+    assert splits("someone/some-set:main") == ["train", "dev"]
     with pytest.raises(OperantError, match="no split 'test': it has train, validation"):
         load_rows("someone/some-set", "test")
 
@@ -146,6 +154,7 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OperantError, match=r"cannot load someone/some-set from the hub.*\(offline\)") as fault:
         load_rows("someone/some-set")
     one_line(fault)
+    assert splits("someone/some-set") == []
 
 
 @pytest.mark.parametrize(
@@ -165,6 +174,13 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         ("a.csv", b"a,b\n1\n", "line 2 has not as many cells"),
         ("a.csv", b'a,b\n1,"2\n', "no CSV"),
         ("a.csv", b"a,b\n", "holds no rows"),
+        ("a.csv", b'a,b\n1,2\n3,"4"5\n6,7\n', "line 3 is no CSV"),
+        ("a.csv", b"a,b,b\n1,2,3\n", "two columns 'b'"),
+        ("a.jsonl", b'{"a": "x"}\n{"a": ["cut \\uD83D"]}\n', r"line 2 holds half of a character \(\\ud83d\)"),
+        ("a.json", b'[{"a": "cut \\ud83d"}]', "half of a character"),
+        ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", "line 1 holds a number of more than 4300 digits"),
+        ("a.jsonl", b'{"a": ' + b"[" * 100_000, "line 1 is nested too deeply"),
+        ("a.jsonl.gz", damaged_gzip(), "cannot be read: check that it is whole"),
         ("a.xyz", b"a", "no data file that can be read"),
     ],
 )
@@ -173,6 +189,41 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -
     with pytest.raises(OperantError, match=message) as fault:
         load_rows(tmp_path / name)
     assert str(tmp_path / name) in one_line(fault)
+
+
+def test_whole_characters_and_long_cells_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "\\ud83d\\ude00", "b": "\\\\ud83d"}\n')
+    assert load_rows(tmp_path / "a.jsonl") == [{"a": "😀", "b": "\\ud83d"}]
+    (tmp_path / "a.csv").write_text("a,b\n1," + "x" * 140_000 + "\n")
+    assert load_rows(tmp_path / "a.csv") == [{"a": "1", "b": "x" * 140_000}]
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "{"])
+def test_a_saved_data_set_that_names_no_splits(tmp_path: Path, index: str) -> None:
+    (tmp_path / "dataset_dict.json").write_text(index)
+    asking: list[Callable[[Path], object]] = [load_rows, splits]
+    for ask in asking:
+        with pytest.raises(OperantError, match="names no splits: write the folder again") as fault:
+            ask(tmp_path)
+        one_line(fault)
+
+
+def test_places_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Callable[[str], object]] = [load_rows, splits]
+    for ask in places:
+        with pytest.raises(OperantError, match="cannot be read: give data that you may read") as fault:
+            ask("x" * 5000)
+        assert len(one_line(fault)) < 400
+
+    def forbidden(self: Path) -> None:  # whoever runs the tests may be root, who may read everything
+        raise PermissionError(13, "Permission denied", str(self))
+
+    for name in ("is_file", "iterdir"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, forbidden)
+            with pytest.raises(OperantError, match=r"cannot be read.*\(Permission denied\)") as fault:
+                load_rows(tmp_path)
+            one_line(fault)
 
 
 def test_missing_data(tmp_path: Path) -> None:
@@ -247,6 +298,8 @@ def test_chats(codec: Codec) -> None:
         assert load_pairs([row], codec)[0].completion_text == "eins"
     with pytest.raises(OperantError, match="row 1 has nothing before the assistant"):
         load_prompts([{"messages": [answer]}], codec)
+    with pytest.raises(OperantError, match="role 1 of a message is no text"):
+        load_prompts([{"messages": [{"role": 1, "content": "hello"}]}], codec)
     with pytest.raises(OperantError, match="role"):
         load_prompts([{"messages": [{"user": "hello"}]}], codec)
 
@@ -296,6 +349,12 @@ def test_pairs_end_with_eos(codec: Codec) -> None:
         assert pair.completion_tokens.tolist() == codec.encode(row["completion"], eos=True).tolist()
         assert pair.completion_tokens.dtype == np.int64
         assert pair.prompt.references == (row["completion"],)
+
+
+def test_empty_cells_are_no_references(codec: Codec) -> None:
+    rows = [{"prompt": "a", "references": ""}, {"prompt": "b", "references": [" ", "r"]}]
+    assert [p.references for p in load_prompts(rows, codec)] == [(), ("r",)]
+    assert load_prompts([{"prompt": "a", "completion": "c", "reference": ""}], codec)[0].references == ("c",)
 
 
 def test_too_long_completions(codec: Codec) -> None:

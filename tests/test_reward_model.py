@@ -252,7 +252,7 @@ def test_chats_are_read_message_by_message(encoders: Callable[[str], Encoder]) -
 def test_token_labels_from_spans_and_from_tokens(encoders: Callable[[str], Encoder]) -> None:
     model = RewardModel(encoders("bert"), RewardFacts("token"))
     config = RewardModelConfig(kind="token")
-    spans = {"completion": "red cat", "spans": [{"start": 4, "end": 7, "value": -3.0}]}
+    spans = {"completion": "red cat", "tokens": None, "spans": [{"start": 4, "end": 7, "value": -3.0}]}
     tokens = {"completion": "red cat", "tokens": ["red", " cat", ""], "spans": [None, 1.0, 0.5]}
     (first, second), _ = read_judgements([spans, tokens], config, model, "training")
     (reading,) = first.readings
@@ -369,6 +369,8 @@ def test_of_equally_right_checkpoints_the_surest_is_kept(program: Program, tmp_p
         ([{"completion": "a", "spans": [[0, 9, 1.0]]}] * 4, ("--kind", "token"), "covers [0, 9)"),
         ([{"completion": "a", "spans": [[0, 1, math.nan]]}] * 4, ("--kind", "token"), "is no span"),
         ([{"completion": "a", "spans": [1.0, 2.0], "tokens": ["a"]}] * 4, ("--kind", "token"), "give one to each"),
+        ([{"completion": "a b", "spans": [0, -1.0], "tokens": ["a", "b"]}] * 4, ("--kind", "token"), "do not spell"),
+        ([{"completion": "a b", "spans": [0], "tokens": 3}] * 4, ("--kind", "token"), "do not spell"),
         ([{"chosen": "a " * 99, "rejected": "b"}] * 4, (), "use --too_long skip"),
         ([{"chosen": "a " * 99, "rejected": "b"}] * 4, ("--too_long", "skip"), "4 training rows are too long"),
     ],

@@ -21,8 +21,13 @@ import yaml
 from program import ON_CPU, QUIET_RUN, Outcome, Program, pairs, read_rows, write_rows
 
 from operant import checkpoint
+from operant.config import SftConfig
+from operant.data import Fields
 from operant.policy import Policy
 from operant.stages.pretrain import text_infilling
+from operant.stages.sft import load_fitting_pairs
+from operant.stages.supervised import all_texts
+from operant.types import OperantError
 
 TRAIN = (
     "--reward", "chrf", "--steps", 2, "--prompts_per_step", 3, "--group_size", 2, "--max_tokens", 6,
@@ -97,6 +102,12 @@ def test_the_whole_circle(arch: str, vocabulary: int, program: Program, data: Pa
     for row in samples:
         assert len(row["tokens"]) == len(row["behavior_logprobs"]) <= 5
         assert row["logprob"] == pytest.approx(sum(row["behavior_logprobs"]), abs=1e-3)  # at temperature 1
+
+
+def test_a_new_tokenizer_reads_nested_columns_and_chats() -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    rows = [{"id": 7, "translation": {"en": "one", "de": ["eins", None]}}, {"messages": chat}]
+    assert all_texts(rows) == ["one", "eins", "user", "hi", "assistant", "yo"]
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 40])
@@ -179,6 +190,48 @@ def test_fine_tuning_by_a_metric_of_its_completions(
     assert facts["best_step"] == 1 and facts["best_value"] == 3.0 and facts["steps"] == 3
     assert "dev chrf" in facts["stop_reason"]
     assert asked[0] == [(row["completion"],) for row in pairs()[:3]]
+
+
+def test_a_pair_that_is_too_long_keeps_its_answer(make_policy: Any) -> None:
+    policy = make_policy("gpt2")  # of 48 tokens
+    long, answer = "b" * 300, "a" * 9
+    rows = [{"prompt": p, "completion": c} for p, c in ((long, answer), ("b", answer), ("b", long), (long, long))]
+    fields, truncate = Fields(), SftConfig(too_long="truncate")
+    cut, notes = load_fitting_pairs(rows, policy, truncate, fields, "training")
+    first, short, long_answer, both = cut
+    assert len(first.prompt.tokens) + len(first.completion_tokens) == 48 == policy.max_length
+    assert first.completion_text == answer and first.completion_tokens[-1] == policy.codec.eos_id
+    assert policy.codec.decode(first.prompt.tokens).endswith("bb\n")
+    assert short.completion_text == answer and policy.codec.decode(short.prompt.tokens) == "b\n"
+    assert policy.codec.decode(long_answer.prompt.tokens) == "b\n"
+    assert len(long_answer.prompt.tokens) + len(long_answer.completion_tokens) == 48
+    assert len(both.prompt.tokens) == len(both.completion_tokens) == 24
+    assert both.completion_text == policy.codec.decode(both.completion_tokens)
+    assert notes == ["3 of 4 training pairs are too long and were cut"]
+
+
+def test_pairs_that_are_left_out_or_empty_are_counted(make_policy: Any) -> None:
+    policy, long, skip = make_policy("gpt2"), "b" * 300, SftConfig(too_long="skip")
+    rows = [{"prompt": "a", "completion": ["c", long, ""]}, {"prompt": long, "completion": "c"}]
+    pairs, notes = load_fitting_pairs(rows, policy, skip, Fields(), "training")
+    assert [(pair.prompt.text, pair.completion_text) for pair in pairs] == [("a", "c"), ("a", "")]
+    assert notes[0] == "2 of 4 training pairs are too long and were left out"
+    assert notes[1].startswith("1 of 4 training pairs have an empty completion") and len(notes) == 2
+    with pytest.raises(OperantError, match="every training pair is too long"):
+        load_fitting_pairs(rows[1:], policy, skip, Fields(), "training")
+
+
+def test_a_run_that_holds_nothing_out(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
+    line = program.fault(
+        "sft", "--model", model, "--data", data, "--best_metric", "bleu", "--eval_prompts", 0, "--out", tmp_path / "no",
+        "--steps", 1, *QUIET_RUN,
+    )  # fmt: skip
+    assert "--eval_prompts above 0" in line
+    for held_out in ((), ("--dev_data", data)):
+        out = tmp_path / f"run-{len(held_out)}"
+        command = ("train", "--model", model, "--data", data, "--out", out, *TRAIN, *held_out, "--eval_prompts", 0)
+        assert program(*command).status == 0
+        assert not any(name.startswith("eval/") for row in read_rows(out / "metrics.jsonl") for name in row)
 
 
 def test_the_target_ends_a_run(program: Program, model: Path, data: Path, tmp_path: Path) -> None:

@@ -204,7 +204,10 @@ def _targets(row: Row, number: int, reading: Reading, config: RewardModelConfig)
         raise OperantError(
             f"row {number} has no list in the column {config.span_field!r}; [] says that nothing is marked"
         )
-    spans = _token_spans(row, labels, number) if "tokens" in row else _char_spans(labels, number)
+    if row.get("tokens") is None:
+        spans = _char_spans(labels, number)
+    else:
+        spans = _token_spans(row["tokens"], labels, number, _text(row, config.completion_field, number))
     values = np.zeros(len(reading.text_ends))
     for start, end, label in spans:
         if not 0 <= start < end <= len(reading.text):
@@ -238,10 +241,11 @@ def _char_spans(labels: list[Any], number: int) -> list[tuple[int, int, float | 
     return spans
 
 
-def _token_spans(row: Row, values: list[Any], number: int) -> list[tuple[int, int, float | None]]:
+def _token_spans(tokens: Any, values: list[Any], number: int, completion: str) -> list[tuple[int, int, float | None]]:
     """What each of the row's own tokens was given, on its characters; None where it has no value."""
-    tokens = row["tokens"]
-    if not isinstance(tokens, list) or len(tokens) != len(values):
+    if not isinstance(tokens, list) or "".join(map(str, tokens)) != completion:
+        raise OperantError(f"row {number}: its tokens do not spell its completion; leave `tokens` out")
+    if len(tokens) != len(values):
         raise OperantError(f"row {number}: {len(values)} token values for {len(tokens)} `tokens`; give one to each")
     spans: list[tuple[int, int, float | None]] = []
     at, carried = 0, 0.0

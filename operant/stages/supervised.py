@@ -178,16 +178,13 @@ def starting_policy(
     return policy
 
 
-def all_texts(rows: Sequence[dict[str, object]]) -> list[str]:
-    """Every string in the rows, to train a tokenizer on: it must know the prompts as well as the answers."""
-    out: list[str] = []
-    for row in rows:
-        for value in row.values():
-            if isinstance(value, str):
-                out.append(value)
-            elif isinstance(value, list):
-                out.extend(v for v in value if isinstance(v, str))
-    return out
+def all_texts(rows: object) -> list[str]:
+    """Every string in the rows, those of nested columns and chats too, to train a tokenizer on: it must know the
+    prompts as well as the answers."""
+    if isinstance(rows, str):
+        return [rows]
+    inner = rows.values() if isinstance(rows, dict) else rows if isinstance(rows, list | tuple) else ()
+    return [text for value in inner for text in all_texts(value)]
 
 
 def split_rows(rows: Sequence[T], share: float, most: int) -> tuple[list[T], list[T]]:
