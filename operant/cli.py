@@ -240,13 +240,16 @@ def _parse_fault(text: str, given: list[str]) -> str:
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
+def _check_whole(result: Any) -> None:
+    """Exit status 130 after a Ctrl-C that saved: what stands behind `&&` must not go on with half a run."""
+    if result.stop_reason.startswith("interrupted"):
+        raise SystemExit(130)
+
+
 def run_pretrain(config: configs.PretrainConfig) -> None:
     from operant.stages import pretrain, pretrain_masked, wants_masked
 
-    if wants_masked(config):
-        pretrain_masked(config)
-    else:
-        pretrain(config)
+    _check_whole((pretrain_masked if wants_masked(config) else pretrain)(config))
 
 
 def run_sft(config: configs.SftConfig) -> None:
@@ -254,6 +257,7 @@ def run_sft(config: configs.SftConfig) -> None:
 
     result = sft(config)
     print(f"dev loss {result.dev_loss:.4f} nats/token after {result.steps} steps; model in {result.out}/model")
+    _check_whole(result)
 
 
 def run_reward_model(config: configs.RewardModelConfig) -> None:
@@ -265,6 +269,7 @@ def run_reward_model(config: configs.RewardModelConfig) -> None:
     print(
         f"reward model after {result.steps} steps in {result.out}/model; use it as --reward 'model({result.out}/model)'"
     )
+    _check_whole(result)
 
 
 def run_prefer(config: configs.PreferConfig) -> None:
@@ -279,6 +284,7 @@ def run_prefer(config: configs.PreferConfig) -> None:
     best = min(measured, key=lambda row: row["eval/loss"], default={})
     told = "".join(f", {n.removeprefix('eval/')} {v:.4g}" for n, v in best.items() if n.startswith("eval/"))
     print(f"{result.steps} steps; the best weights, held out{told or ': not measured'}; model in {result.out}/model")
+    _check_whole(result)
 
 
 def run_train(config: configs.TrainConfig) -> None:
@@ -346,6 +352,7 @@ def run_train(config: configs.TrainConfig) -> None:
         )
     for name in sorted(result.best):
         print(f"{name:16} {result.first.get(name, float('nan')):10.4f} -> {result.best[name]:10.4f}")
+    _check_whole(result)
 
 
 def run_eval(config: configs.EvalConfig) -> None:

@@ -24,6 +24,7 @@ from operant import checkpoint
 from operant.config import SftConfig
 from operant.data import Fields
 from operant.policy import Policy
+from operant.run import Run
 from operant.stages.pretrain import text_infilling
 from operant.stages.sft import load_fitting_pairs
 from operant.stages.supervised import all_texts
@@ -362,3 +363,29 @@ def test_killed_in_the_middle_of_a_save(program: Program, model: Path, data: Pat
     whole(out)
     steps = [row["step"] for row in read_rows(out / "metrics.jsonl") if "train/loss" in row]
     assert steps == [1, 2, 3, 4]  # no step twice
+
+
+@pytest.mark.parametrize("stage", ["sft", "train", "pretrain"])
+def test_a_chain_of_commands_ends_with_a_ctrl_c_that_saved(
+    stage: str, program: Program, data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`operant sft … && operant train …` must not go on from half a model."""
+    given = {
+        "sft": ("--model", model, "--data", data, *QUIET_RUN),
+        "train": ("--model", model, "--data", data, "--reference_field", "completion", *TRAIN),
+        "pretrain": ("--model", model, "--data", tmp_path / "texts.jsonl", "--text_field", "text", *QUIET_RUN),
+    }[stage]
+    real = Run.record
+
+    def pressed(self: Run, *arguments: Any, **named: Any) -> None:
+        real(self, *arguments, **named)
+        if self.step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "record", pressed)
+        assert program(stage, *given, "--steps", 2, "--out", tmp_path / "run").status == 130
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["steps"] == 1 and facts["stop_reason"] == "interrupted; go on with --resume"
+    assert (tmp_path / "run" / "model" / "config.json").exists()
+    assert program(stage, *given, "--steps", 2, "--out", tmp_path / "run", "--resume").status == 0
