@@ -263,7 +263,7 @@ def place(value: Any, completion: Completion) -> tuple[Doubles, Bools, str | Non
         return rewards, observed, value.reason
     if end is None:
         return rewards, observed, "no_tokens: the completion has no sampled token to carry a reward"
-    if isinstance(value, (str, bytes, dict)):
+    if isinstance(value, (str, bytes, dict, set, frozenset)):  # a set has no order of tokens
         return rewards, observed, f"wrong_type: the reward returned {type(value).__name__}; return a number"
     if not isinstance(value, (list, tuple)) and getattr(value, "ndim", 0) == 0 and not isinstance(value, Iterable):
         try:
