@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -256,7 +257,8 @@ def run_sft(config: configs.SftConfig) -> None:
     from operant.stages import sft
 
     result = sft(config)
-    print(f"dev loss {result.dev_loss:.4f} nats/token after {result.steps} steps; model in {result.out}/model")
+    told = f"dev loss {result.dev_loss:.4f} nats/token" if math.isfinite(result.dev_loss) else "nothing held out"
+    print(f"{told} after {result.steps} steps; model in {result.out}/model")
     _check_whole(result)
 
 

@@ -123,12 +123,17 @@ class RunFolder:
         if not str(out).strip():
             raise OperantError("--out is empty: give a folder for the run")
         path = Path(out)
-        if path.exists() and not path.is_dir():
-            raise OperantError(f"{path} is a file, not a folder: choose another --out")
         if resume and overwrite:
             raise OperantError("--resume and --overwrite exclude each other: give one of them")
-        new_parents = [parent for parent in path.parents if not parent.exists()]
-        if resume and not (_started(path) or (path / _ASIDE).exists()):
+        try:
+            is_file = path.exists() and not path.is_dir()
+            new_parents = [parent for parent in path.parents if not parent.exists()]
+            there = _started(path) or (path / _ASIDE).exists()
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            raise OperantError(f"cannot write in {path} ({error.strerror}): choose another --out") from error
+        if is_file:
+            raise OperantError(f"{path} is a file, not a folder: choose another --out")
+        if resume and not there:
             raise OperantError(
                 f"there is no run to resume in {path}: leave --resume out to start one, or correct --out"
             )

@@ -101,6 +101,8 @@ def test_spans_are_spread_over_their_tokens():
         ("0.5", "wrong_type"),
         ({"reward": 1}, "wrong_type"),
         (..., "wrong_type"),
+        ({1.0}, "wrong_type"),
+        (10**400, "wrong_type"),
         ([1.0, 2.0], "wrong_length"),
         ([1.0, "x", 2.0], "wrong_type"),
         ([1.0, float("nan"), 2.0], "nan"),

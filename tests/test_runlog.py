@@ -116,6 +116,7 @@ def test_out_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     fails("is a file, not a folder", tmp_path / "file", CONFIG)
     fails("cannot write in .*choose another --out", tmp_path / "file" / "deeper", CONFIG)
+    fails("cannot write in .*name too long.*choose another --out", tmp_path / ("x" * 300), CONFIG)
 
 
 def test_resume_with_another_configuration_names_the_keys(tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def place(value: Any, completion: Completion) -> tuple[Doubles, Bools, str | Non
     if not isinstance(value, (list, tuple)) and getattr(value, "ndim", 0) == 0 and not isinstance(value, Iterable):
         try:
             rewards[end] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return rewards, observed, f"wrong_type: the reward returned {type(value).__name__}; return a number"
         return rewards, observed, _not_finite(rewards)
     if getattr(value, "ndim", None) == 0:
