@@ -44,7 +44,7 @@ def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 OWN: dict[str, dict[str, Any]] = {
     "grpo": {"epochs": 2}, "dr_grpo": {"epochs": 2}, "gspo": {"epochs": 2, "clip_low": 0.2, "clip_high": 0.2},
     "ppo": {"epochs": 2, "critic_lr": 1e-2}, "a2c": {"critic_lr": 1e-2}, "topr": {"epochs": 2},
-    "dapo": {"overlong_buffer": 0}, "areinforce": {"epochs": 2}, "trpo": {"delta": 0.3},  # not a learning rate
+    "dapo": {"overlong_buffer": 0}, "areinforce": {"epochs": 2}, "trpo": {"delta": 0.3, "steps": 24},  # no rate
     "double_q": {"q_beta": 0.03},  # the smaller, the further from where it began it may go
 }  # fmt: skip
 
@@ -56,10 +56,8 @@ def test_every_algorithm_raises_the_reward(
 ) -> None:
     """Those that may learn from one completion a prompt do."""
     single = "single" in ALGORITHMS[algorithm].honours
-    config = settings(
-        tmp_path / "run", algorithm=algorithm, steps=12, group_size=1 if single else 6,
-        prompts_per_step=36 if single else 6, lr=1e-2, max_tokens=4, **OWN.get(algorithm, {}),
-    )  # fmt: skip
+    given = {"steps": 12, "group_size": 1 if single else 6, "prompts_per_step": 36 if single else 6, "lr": 1e-2}
+    config = settings(tmp_path / "run", algorithm=algorithm, max_tokens=4, **given | OWN.get(algorithm, {}))
     train(make_policy(family), PROMPTS, quick(share_of_even), config, quiet=True)
     rewards = logged(tmp_path / "run", "train/reward_mean")
     assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.25
