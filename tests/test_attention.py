@@ -39,7 +39,15 @@ def test_picked_logprobs_have_the_values_and_both_derivatives_of_log_softmax(
 
 @pytest.mark.parametrize(
     ("index", "filling"),
-    [([2, 0, 2, 4, 2, 0], []), ([3, 1, 0, 2, 4], []), ([1, 1, 1], []), ([2, 0, 0, 1, 0], [1, 4]), ([], []), ([0], [])],
+    [
+        ([2, 0, 2, 4, 2, 0], []),
+        ([0, 1, 0, 2, 1, 0], []),
+        ([3, 1, 0, 2, 4], []),
+        ([1, 1, 1], []),
+        ([2, 0, 0, 1, 0], [1, 4]),
+        ([], []),
+        ([0], []),
+    ],
 )
 def test_picked_rows_have_the_values_and_both_derivatives_of_indexing(index: list[int], filling: list[int]) -> None:
     torch.manual_seed(0)
