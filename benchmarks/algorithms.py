@@ -38,7 +38,7 @@ SERVED_PROMPTS = 1000
 
 def names() -> list[str]:
     """The table's rows, the dense form of those that honour it, and single completions and a log for some."""
-    from operant.algorithms import ALGORITHMS
+    from operant.algorithms.table import ALGORITHMS
 
     rows = [n for name, a in ALGORITHMS.items() for n in ([name, f"{name} dense"] if dense_too(a) else [name])]
     return [*rows, *ONE, *LOGGED]
@@ -117,7 +117,7 @@ def operant(command: list[str]) -> None:
 def start(seed: int, folder: Path) -> dict[str, Any]:
     """The quickstart's first two stages and its data, and preference pairs of what they left."""
     from operant.config import QuickstartConfig
-    from operant.quickstart import Quickstart
+    from operant.recipes.quickstart import Quickstart
 
     shutil.rmtree(folder, ignore_errors=True)
     circle = Quickstart(QuickstartConfig(seed=seed, out=str(folder), threads=1), folder)
@@ -135,10 +135,10 @@ def logged(folder: Path, seed: int) -> Path:
         return path
     import torch
 
-    from operant.data import load_prompts, load_rows
-    from operant.policy import Policy
+    from operant.data.rows import load_prompts, load_rows
+    from operant.models.policy import Policy
+    from operant.models.sampler import Sampler
     from operant.rewards import RewardRunner, reward_by_name
-    from operant.sampler import Sampler
     from operant.types import Sampling
 
     torch.set_num_threads(1)
@@ -171,9 +171,9 @@ def lived(folder: Path, seed: int) -> Path:
     from concurrent.futures import ThreadPoolExecutor
 
     from benchmarks.population import Served
-    from operant.data import load_prompts, load_rows
+    from operant.data.rows import load_prompts, load_rows
+    from operant.data.text import Codec
     from operant.rewards import Chrf
-    from operant.text import Codec
 
     root = folder / "live"
     shutil.rmtree(root, ignore_errors=True)
@@ -212,8 +212,8 @@ def lived(folder: Path, seed: int) -> Path:
 
 def preferences(circle: Any, rows: list[dict[str, Any]], path: Path, seed: int) -> None:
     """The best against the worst of four samples for each prompt, by chrF; none where all are equal."""
+    from operant.models.sampler import Sampler
     from operant.rewards import RewardRunner, reward_by_name
-    from operant.sampler import Sampler
     from operant.types import Sampling
 
     circle.policy.model.eval()
@@ -235,9 +235,9 @@ def judged(folder: Path, model: Path) -> dict[str, float]:
     """Greedy answers to the test prompts."""
     import torch
 
-    from operant.data import load_prompts, load_rows
-    from operant.evaluate import evaluate
-    from operant.policy import Policy
+    from operant.data.rows import load_prompts, load_rows
+    from operant.models.policy import Policy
+    from operant.rl.evaluate import evaluate
     from operant.types import Sampling
 
     torch.set_num_threads(1)

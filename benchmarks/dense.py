@@ -122,10 +122,10 @@ def measure(name: str) -> None:
     import torch
 
     from operant import PretrainConfig, TrainConfig, train
-    from operant.policy import Policy
+    from operant.data.text import Codec
+    from operant.models.policy import Policy
     from operant.rewards import Reward
     from operant.stages import pretrain
-    from operant.text import Codec
 
     torch.set_num_threads(1)
     seed_text, arm = name.split("/")

@@ -196,7 +196,7 @@ def tried_as_long(task: Task, regime: str, seed: int, arm: str) -> str:
 
 def prepare(task: Task) -> Path:
     """The task's files under runs/: training rows in three cuts, and the rows that choose."""
-    from operant.data import load_rows
+    from operant.data.rows import load_rows
 
     folder = RUNS / task.name / "data"
     if (folder / "complete").exists():
@@ -325,9 +325,9 @@ def judged(task: Task, model: Path) -> dict[str, float]:
     """Greedy completions of the dev prompts, on which nothing was chosen, under metrics and a language model."""
     import torch
 
-    from operant.data import Fields, load_prompts, load_rows
-    from operant.evaluate import evaluate
-    from operant.policy import Policy
+    from operant.data.rows import Fields, load_prompts, load_rows
+    from operant.models.policy import Policy
+    from operant.rl.evaluate import evaluate
     from operant.types import Sampling
 
     torch.set_num_threads(1)
@@ -345,8 +345,8 @@ def perplexity(task: Task, texts: Sequence[str]) -> float:
     """Per token, under a small language model of the training targets that no reward has touched."""
     import torch
 
-    from operant.batch import from_sequences
-    from operant.policy import Policy
+    from operant.algorithms.batch import from_sequences
+    from operant.models.policy import Policy
 
     judge = Policy.load(RUNS / task.name / "judge" / "model")
     judge.model.eval()
@@ -383,13 +383,13 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
     """
     import torch
 
-    from operant import credit
-    from operant.batch import completion_axes, from_trajectories, place
-    from operant.data import Fields, load_prompts, load_rows
-    from operant.objectives import reinforce
-    from operant.policy import Policy
+    from operant.algorithms import credit
+    from operant.algorithms.batch import completion_axes, from_trajectories, place
+    from operant.algorithms.objectives import reinforce
+    from operant.data.rows import Fields, load_prompts, load_rows
+    from operant.models.policy import Policy
+    from operant.models.sampler import Sampler
     from operant.rewards import RewardRunner, potential_diagnostics, reward_by_name
-    from operant.sampler import Sampler
     from operant.types import Sampling
 
     torch.set_num_threads(1)

@@ -55,9 +55,9 @@ def model() -> Path:
     """Five million random weights and a vocabulary of a thousand, made once."""
     folder = RUNS / "model"
     if not folder.exists():
-        from operant.policy import Policy
-        from operant.quickstart_task import make_task
-        from operant.text import Codec
+        from operant.data.text import Codec
+        from operant.models.policy import Policy
+        from operant.recipes.quickstart_task import make_task
 
         task = make_task(0, labelled=0, prompts=10, dev=0, test=0, raw=2000)
         policy = Policy.new("gpt2", "small", Codec.train_bpe(task.raw, vocab_size=1000), max_length=256, device="cpu")

@@ -97,10 +97,10 @@ def liking_of(family: str, seed: int) -> Liking:
 def start(folder: Path, seed: int = 0) -> dict[str, Any]:
     """Pretrain on answers, fine-tune on questions with answers, and see what the model does before anybody rates it."""
     from operant.config import PretrainConfig, SftConfig
-    from operant.data import load_pairs
-    from operant.policy import Policy
+    from operant.data.rows import load_pairs
+    from operant.data.text import Codec
+    from operant.models.policy import Policy
     from operant.stages import pretrain, sft
-    from operant.text import Codec
 
     shutil.rmtree(folder, ignore_errors=True)
     talk = list(itertools.islice(rows(seed), TEXTS + HELD_OUT))
@@ -139,8 +139,8 @@ class Measure:
     def __init__(self, codec: Any, liking: Liking, count: int = MEASURED) -> None:
         import numpy as np
 
-        from operant.batch import from_sequences
-        from operant.data import load_prompts
+        from operant.algorithms.batch import from_sequences
+        from operant.data.rows import load_prompts
 
         self.liking, self.asked = liking, held_out(count)
         self.prompts = load_prompts([{"prompt": question} for question, _, _ in self.asked], codec)
@@ -152,7 +152,7 @@ class Measure:
         )  # fmt: skip
 
     def __call__(self, policy: Any) -> dict[str, Any]:
-        from operant.learner import logprobs_of
+        from operant.algorithms.learner import logprobs_of
 
         policy.model.eval()
         texts = sampled(policy, self.prompts)
@@ -173,7 +173,7 @@ class Measure:
 
 
 def sampled(policy: Any, prompts: Sequence[Any]) -> list[str]:
-    from operant.sampler import Sampler
+    from operant.models.sampler import Sampler
     from operant.types import Sampling
 
     groups = Sampler(policy, max_rows=64).sample(prompts, Sampling(max_tokens=MAX_TOKENS, seed=3))
@@ -187,8 +187,8 @@ def share(true: Any) -> float:
 
 def told(folder: Path, liking: Liking) -> dict[str, float]:
     """Satisfaction of the model as it came in, with each wording of the liking after the question, and with none."""
-    from operant.data import load_prompts
-    from operant.policy import Policy
+    from operant.data.rows import load_prompts
+    from operant.models.policy import Policy
 
     policy = Policy.load(folder / "model", device="cpu")
     policy.model.eval()
@@ -276,7 +276,7 @@ class Served:
     def policy(self) -> Any:
         """The weights that serve."""
         from operant.live.storage.versions import Versions
-        from operant.policy import Policy
+        from operant.models.policy import Policy
 
         return Policy.load(Path(Versions(self.root).current().path) / "model", device="cpu")
 

@@ -46,7 +46,7 @@ TASKS = {
 
 def rows_of(name: str, split: str) -> list[dict[str, Any]]:
     """The set's rows under the names that `operant reward-model` takes."""
-    from operant.data import load_rows
+    from operant.data.rows import load_rows
 
     rows = load_rows(name, split=split)
     if name == "pandalm_preferences":
@@ -79,7 +79,7 @@ def config_of(name: str, seed: int, out: Path) -> Any:
 
 def measure(cell: str) -> None:
     name, seed = cell.split("/")
-    from operant.reward_model import RewardModel
+    from operant.models.reward_model import RewardModel
     from operant.stages.reward_model import baselines, measures, predicted, read_judgements, train_reward_model
 
     rows = rows_of(name, "train")

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from operant import objectives
-from operant.batch import from_trajectories
-from operant.data import load_prompts
-from operant.learner import Learner
-from operant.policy import Policy
-from operant.quickstart_task import make_task
+from operant.algorithms import objectives
+from operant.algorithms.batch import from_trajectories
+from operant.algorithms.learner import Learner
+from operant.data.rows import load_prompts
+from operant.data.text import Codec
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
+from operant.recipes.quickstart_task import make_task
 from operant.rewards import RewardRunner, reward_by_name
-from operant.sampler import Sampler
-from operant.text import Codec
 from operant.types import Batch, Sampling
 
 

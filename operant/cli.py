@@ -275,7 +275,7 @@ def run_reward_model(config: configs.RewardModelConfig) -> None:
 
 
 def run_prefer(config: configs.PreferConfig) -> None:
-    from operant.runlog import read_jsonl
+    from operant.run.runlog import read_jsonl
     from operant.stages import prefer
 
     _need(config.model, "--model", "a model folder or hub id to start from")
@@ -290,12 +290,12 @@ def run_prefer(config: configs.PreferConfig) -> None:
 
 
 def run_train(config: configs.TrainConfig) -> None:
-    from operant.data import Fields, Pair, load_prompts, load_rows, row_ids
-    from operant.logged import read_logged
-    from operant.loop import train
-    from operant.policy import Policy
-    from operant.report import terminal_curve
-    from operant.runlog import read_jsonl
+    from operant.data.rows import Fields, Pair, load_prompts, load_rows, row_ids
+    from operant.models.policy import Policy
+    from operant.rl.logged import read_logged
+    from operant.rl.loop import train
+    from operant.run.report import terminal_curve
+    from operant.run.runlog import read_jsonl
     from operant.stages.sft import load_fitting_pairs, load_split_rows
 
     _need(config.model, "--model", "a model folder or hub id to start from")
@@ -358,9 +358,9 @@ def run_train(config: configs.TrainConfig) -> None:
 
 
 def run_eval(config: configs.EvalConfig) -> None:
-    from operant.data import Fields, load_prompts, load_rows
-    from operant.evaluate import evaluate
-    from operant.policy import Policy
+    from operant.data.rows import Fields, load_prompts, load_rows
+    from operant.models.policy import Policy
+    from operant.rl.evaluate import evaluate
     from operant.types import Sampling
 
     _need(config.model, "--model", "a model folder or hub id")
@@ -413,8 +413,8 @@ def run_score(config: configs.ScoreConfig) -> None:
 
 
 def run_sample(config: configs.SampleConfig) -> None:
-    from operant.policy import Policy
-    from operant.sampler import Sampler
+    from operant.models.policy import Policy
+    from operant.models.sampler import Sampler
     from operant.types import Prompt, Sampling
 
     _need(config.model, "--model", "a model folder or hub id")
@@ -460,13 +460,13 @@ def _lines() -> Iterator[str]:
 
 
 def run_quickstart(config: configs.QuickstartConfig) -> None:
-    from operant.quickstart import quickstart
+    from operant.recipes.quickstart import quickstart
 
     quickstart(config)
 
 
 def run_algorithms(config: configs.AlgorithmsConfig) -> None:
-    from operant.algorithms import table
+    from operant.algorithms.table import table
 
     rows = table()
     if config.json:
@@ -769,7 +769,7 @@ def _need(value: str, flag: str, what: str) -> None:
 
 @contextlib.contextmanager
 def _progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    from operant.runlog import Progress
+    from operant.run.runlog import Progress
 
     bar = Progress(total, description)
     try:
@@ -781,7 +781,7 @@ def _progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
 @contextlib.contextmanager
 def _steps(description: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar whose length is told with the first step."""
-    from operant.runlog import Progress
+    from operant.run.runlog import Progress
 
     bars: list[Progress] = []
 

@@ -304,7 +304,7 @@ class PreferConfig(RunConfig):
         data: rows of prompt, chosen, rejected; of prompt, original, edited; or, for kto, of prompt, completion, label.
         dev_data: held-out rows; empty takes the dev split of `data`, or the last tenth of it.
         limit: use only the first rows.
-        replay: a file of feedback events with their completions, instead of `data`; see operant.replay.
+        replay: a file of feedback events with their completions, instead of `data`; see operant.data.replay.
         half_life: hours after which an event of the replay is half as likely to be drawn; 0 draws uniformly.
         midpoint: a score of the replay above it is good, below it bad.
         out: the run folder.
@@ -816,7 +816,7 @@ class LearnerConfig(LiveConfig):
     Args:
         root: the folder of the versions.
         store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
-            operant.replay writes it.
+            operant.data.replay writes it.
         model: the first version, a folder or hub id; only to begin a new root.
         anchors: rows with prompts, on whose answers every step is measured; empty samples from the bare model. Only to
             begin a new root.

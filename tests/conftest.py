@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from operant.policy import Policy
-from operant.text import Codec
+from operant.data.text import Codec
+from operant.models.policy import Policy
 
 torch.set_num_threads(1)
 
@@ -81,4 +81,4 @@ def make_policy(codec: Codec) -> Callable[..., Policy]:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report takes longer than learning."""
-    monkeypatch.setattr("operant.run.write_report", lambda folder: None)
+    monkeypatch.setattr("operant.run.run.write_report", lambda folder: None)

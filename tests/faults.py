@@ -28,19 +28,20 @@ from typing import Any
 # kind → the functions whose calls are its events, as "module:path"
 EVENTS = {
     "start": (
-        "operant.runlog:_acquire", "operant.runlog:_write_atomically", "operant.policy:Policy.__init__",
-        "operant.learner:Learner.__init__", "operant.run:Run.attach",
+        "operant.run.runlog:_acquire", "operant.run.runlog:_write_atomically", "operant.models.policy:Policy.__init__",
+        "operant.algorithms.learner:Learner.__init__", "operant.run.run:Run.attach",
     ),
-    "disk": ("os:fsync", "os:rename", "os:replace", "shutil:rmtree", "operant.policy:Policy.save"),
-    "log": ("operant.runlog:RunLog.log", "operant.runlog:RunLog._write", "operant.run:Run.record"),
-    "learn": ("operant.learner:Learner.step", "operant.learner:Adam.step"),
-    "sample": ("operant.sampler:Sampler.step", "operant.sampler:Sampler.load"),
+    "disk": ("os:fsync", "os:rename", "os:replace", "shutil:rmtree", "operant.models.policy:Policy.save"),
+    "log": ("operant.run.runlog:RunLog.log", "operant.run.runlog:RunLog._write", "operant.run.run:Run.record"),
+    "learn": ("operant.algorithms.learner:Learner.step", "operant.algorithms.learner:Adam.step"),
+    "sample": ("operant.models.sampler:Sampler.step", "operant.models.sampler:Sampler.load"),
     "reward": (
         "operant.rewards.runner:RewardRunner.run", "operant.rewards.runner:RewardRunner._run_leaf",
         "operant.rewards.runner:combined", "operant.rewards.runner:_Process.receive",
     ),
     "finish": (
-        "operant.run:Run._finish", "operant.run:_replace", "operant.runlog:RunFolder.finish", "operant.run:write_report"
+        "operant.run.run:Run._finish", "operant.run.run:_replace", "operant.run.runlog:RunFolder.finish",
+        "operant.run.run:write_report",
     ),
 }  # fmt: skip
 
@@ -115,11 +116,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     for module in (
-        "operant.cli", "operant.loop", "operant.stages", "operant.rewards.runner", "safetensors.torch",
+        "operant.cli", "operant.rl.loop", "operant.stages", "operant.rewards.runner", "safetensors.torch",
         "transformers.models.gpt2.modeling_gpt2", "transformers.models.auto.modeling_auto", "jsonargparse", "sacrebleu",
     ):  # fmt: skip
         importlib.import_module(module)
-    policy, run = importlib.import_module("operant.policy"), importlib.import_module("operant.run")
+    policy, run = importlib.import_module("operant.models.policy"), importlib.import_module("operant.run.run")
     policy.SIZES["gpt2"]["tiny"] = (1, 2, 16, 32)
     run.write_report = lambda folder: Path(folder, "report.html").write_text("drawing takes longer than the run")
     for line in sys.stdin:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from operant.live.learning.gate import Anchors
-from operant.policy import Policy
-from operant.sampler import Sampler
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.types import Completion, Feedback, Prompt, Sampling
 
 PROMPTS = ("the cat sat", "a dog ran", "one two three", "the red house")

@@ -20,7 +20,7 @@ from operant.live.serve import _learner_config, live, server_of
 from operant.live.serving.engine import Engine
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
-from operant.policy import Policy
+from operant.models.policy import Policy
 
 
 @dataclasses.dataclass

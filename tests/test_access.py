@@ -17,7 +17,7 @@ from serving import Served, serving
 
 from operant.live.serving import access
 from operant.live.serving.access import Keys, Links, check_listening, is_loopback
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import OperantError
 
 HELLO = [{"role": "user", "content": "the cat sat"}]

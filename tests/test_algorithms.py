@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from operant.algorithms import ALGORITHMS, resolve, table
-from operant.batch import microbatches
+from operant.algorithms.batch import microbatches
+from operant.algorithms.estimator import Estimator, Rollout
+from operant.algorithms.learner import Learner, logprobs_of
+from operant.algorithms.q_learning import QEstimator
+from operant.algorithms.surrogate import Surrogate
+from operant.algorithms.table import ALGORITHMS, resolve, table
 from operant.config import TrainConfig
-from operant.estimate import Estimator, Rollout
-from operant.learner import Learner, logprobs_of
-from operant.loop import update_rule
-from operant.policy import Policy
-from operant.q_learning import QEstimator
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.rewards import reward_trajectory
-from operant.sampler import Sampler
-from operant.surrogate import Surrogate
+from operant.rl.loop import update_rule
 from operant.types import OperantError, Prompt, Sampling
 
 OFTEN = {"group_size": 4}

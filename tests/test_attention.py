@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from operant import attention
-from operant.attention import PickedLogprobs, Picks, TakeRows
-from operant.batch import from_sequences
-from operant.policy import Policy
-from operant.text import Codec
+from operant.algorithms.batch import from_sequences
+from operant.data.text import Codec
+from operant.models import attention
+from operant.models.attention import PickedLogprobs, Picks, TakeRows
+from operant.models.policy import Policy
 
 PROMPTS = [np.array([5, 6, 7]), np.array([9, 4])]
 

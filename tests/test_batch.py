@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from operant.batch import (
+from operant.algorithms.batch import (
     completion_axes,
     encoder_context,
     from_sequences,
@@ -20,8 +20,8 @@ from operant.batch import (
     select_rows,
     token_weights,
 )
-from operant.policy import Policy
-from operant.sampler import Sampler
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.types import Batch, Completion, Prompt, Sampling, Trajectory
 
 

@@ -21,7 +21,7 @@ from operant.live.api.versions_api import Trial as VersionTrial
 from operant.live.serve import live
 from operant.live.serving.canary import MOST_OF_ONE, Bet, Canary, Trial, among, reward_of, wager
 from operant.live.storage.versions import Pointer, Versions
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import Feedback, OperantError
 
 PATIENCE = 300  # seconds after which a test fails instead of hanging

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from operant import checkpoint
+import operant
+from operant.run import checkpoint
 from operant.types import OperantError
 
 # The child saves steps 1, 2, 3 … whose files all hold the step, and acknowledges each on stdout. With a third argument
@@ -21,7 +22,7 @@ from operant.types import OperantError
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from operant import checkpoint
+from operant.run import checkpoint
 
 folder, first, fatal = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 calls = 0
@@ -80,7 +81,7 @@ def assert_whole(folder: Path, at_least: int) -> int:
 
 def run_child(folder: Path, first: int, fatal: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", CHILD, str(folder), str(first), str(fatal)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(operant.__file__).parents[1])}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 

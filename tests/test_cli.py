@@ -19,7 +19,7 @@ import yaml
 from program import ON_CPU, QUIET_RUN, Program, pairs, read_rows, write_rows
 
 from operant.cli import EXAMPLES, main
-from operant.policy import Policy
+from operant.models.policy import Policy
 
 COMMANDS = list(EXAMPLES)
 
@@ -432,7 +432,7 @@ def test_a_reward_beside_the_data_and_a_pipe_that_closes(tmp_path: Path) -> None
 
 
 def test_the_algorithms_are_told_readably_and_as_json(program: Program) -> None:
-    from operant.algorithms import ALGORITHMS
+    from operant.algorithms.table import ALGORITHMS
 
     lines = program("algorithms").out.splitlines()
     assert [line.split()[0] for line in lines] == ["name", *ALGORITHMS]

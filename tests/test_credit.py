@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from operant import credit
+from operant.algorithms import credit
 
 ALL: list[credit.Baseline] = [
     "none", "running", "batch", "leave_one_out", "position_leave_one_out", "control_variate", "group_scaled",

@@ -12,10 +12,10 @@ import transformers
 from conftest import FAMILIES
 from torch import Tensor
 
-from operant.batch import from_sequences, select_rows
-from operant.critic import FILE
-from operant.learner import Learner
-from operant.policy import Policy
+from operant.algorithms.batch import from_sequences, select_rows
+from operant.algorithms.learner import Learner
+from operant.models.critic import FILE
+from operant.models.policy import Policy
 from operant.types import Batch, OperantError
 
 PROMPTS = [np.arange(40, 43), np.arange(50, 55), np.arange(40, 43)]

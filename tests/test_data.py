@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from operant.data import Fields, load_pairs, load_prompts, load_rows, load_texts, splits
-from operant.text import Codec
+from operant.data.rows import Fields, load_pairs, load_prompts, load_rows, load_texts, splits
+from operant.data.text import Codec
 from operant.types import OperantError
 
 ROWS = [

@@ -15,11 +15,11 @@ from program import QUIET_RUN, Program, read_rows, write_rows
 from torch import Tensor
 from torch.nn import functional as F
 
-from operant.batch import from_sequences
-from operant.encoder import Encoder, by_length, hide_tokens, masked_tokenizer, right_padded
-from operant.policy import Policy
-from operant.sampler import Sampler
-from operant.text import Codec
+from operant.algorithms.batch import from_sequences
+from operant.data.text import Codec
+from operant.models.encoder import Encoder, by_length, hide_tokens, masked_tokenizer, right_padded
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.types import OperantError, Prompt, Sampling
 
 WORDS = "red blue green cat dog house sun moon tree star".split()

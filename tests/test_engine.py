@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from live import logprob, prompts
 
 from operant.live.serving.engine import Busy, Engine, NotResident, StepFailed, TokenInfo, held_back
-from operant.policy import Policy
-from operant.sampler import Sampler
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.types import Completion, OperantError, Prompt, Sampling
 
 Make = Callable[..., Policy]

@@ -16,21 +16,21 @@ from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from test_loop import assert_same_run, logged, quick, settings
 
-from operant import credit
-from operant.algorithms import resolve
-from operant.batch import completion_axes, drawn, from_trajectories, gathered, place, turn_discounts
+from operant.algorithms import credit
+from operant.algorithms.batch import completion_axes, drawn, from_trajectories, gathered, place, turn_discounts
+from operant.algorithms.estimator import Estimator, Rollout
+from operant.algorithms.q_learning import ReplayBuffer
+from operant.algorithms.table import resolve
 from operant.cli import main
 from operant.config import SftConfig, TrainConfig
-from operant.environment import HigherLower, TextEnv
-from operant.episodes import Player, environment_by_name
-from operant.estimate import Estimator, Rollout
-from operant.loop import train
-from operant.policy import Policy
-from operant.q_learning import ReplayBuffer
+from operant.data.text import Codec
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.rewards import Stop
-from operant.sampler import Sampler
+from operant.rl.environment import HigherLower, TextEnv
+from operant.rl.episodes import Player, environment_by_name
+from operant.rl.loop import train
 from operant.stages import sft
-from operant.text import Codec
 from operant.types import Completion, OperantError, Prompt, Sampling, Trajectory
 
 # --- operant/Text-v0 -------------------------------------------------------------------------------------------------
@@ -546,7 +546,7 @@ def test_a_policy_learns_to_win_a_game_of_several_turns(
         quiet=True,
     )  # fmt: skip
     (tmp_path / "small.py").write_text(
-        "from operant.environment import HigherLower\n\n\ndef Small():\n    return HigherLower(highest=3, turns=2)\n"
+        "from operant.rl.environment import HigherLower\n\n\ndef Small():\n    return HigherLower(highest=3, turns=2)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     main(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from operant import credit, objectives
+from operant.algorithms import credit, objectives
 
 EOS = 2
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from operant import credit, objectives
-from operant.algorithms import ALGORITHMS, resolve
-from operant.batch import token_weights
+from operant.algorithms import credit, objectives
+from operant.algorithms.batch import token_weights
+from operant.algorithms.surrogate import Surrogate
+from operant.algorithms.table import ALGORITHMS, resolve
 from operant.config import TrainConfig
-from operant.surrogate import Surrogate
 from operant.types import Batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

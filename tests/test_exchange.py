@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from program import Program
 
-from operant.data import load_prompts, load_rows
+from operant.data.preferences import load_preferences, load_ratings
+from operant.data.replay import Replay
+from operant.data.rows import load_prompts, load_rows
+from operant.data.text import Codec
 from operant.live.storage.exchange import Scale, export, export_rows, load
 from operant.live.storage.store import Store
-from operant.logged import read_logged
-from operant.preferences import load_preferences, load_ratings
-from operant.replay import Replay
-from operant.text import Codec
+from operant.rl.logged import read_logged
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
 

@@ -22,7 +22,7 @@ import torch
 from program import pairs, read_rows, write_rows
 from safetensors.torch import load_file
 
-from operant import checkpoint
+from operant.run import checkpoint
 
 pytestmark = [
     pytest.mark.slow,

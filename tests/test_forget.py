@@ -19,7 +19,7 @@ from operant.live.learning.forget import forget, verify
 from operant.live.learning.worker import Learning, Worker
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import Feedback, OperantError
 
 SAID = (

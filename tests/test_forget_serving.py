@@ -21,7 +21,7 @@ from operant.config import WorkerConfig
 from operant.live.learning.forget import Plan, ask, forget, forgotten, verify
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import OperantError
 
 PATIENCE = 300  # seconds after which a test fails instead of hanging

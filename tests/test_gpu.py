@@ -14,14 +14,14 @@ import torch
 from conftest import FAMILIES
 from live import answered
 
-from operant.algorithms import ALGORITHMS
-from operant.batch import from_sequences, to_device
+from operant.algorithms.batch import from_sequences, to_device
+from operant.algorithms.table import ALGORITHMS
 from operant.config import TrainConfig, WorkerConfig
 from operant.live.learning.worker import Learning, Worker, replayed
-from operant.loop import train
-from operant.policy import Policy
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.rewards import Reward
-from operant.sampler import Sampler
+from operant.rl.loop import train
 from operant.types import Completion, Prompt, Sampling
 
 pytestmark = [

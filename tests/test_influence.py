@@ -22,7 +22,7 @@ from operant.live.learning.step import new_learner, take_step
 from operant.live.learning.worker import Learning, Worker
 from operant.live.serving.access import Keys
 from operant.live.storage.store import Store
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import Feedback
 
 Make = Callable[..., Policy]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from operant import learner as module
-from operant.batch import from_sequences
-from operant.learner import Adam, Learner, Sgd, learning_rate, same_bits
-from operant.policy import Policy
+from operant.algorithms import learner as module
+from operant.algorithms.batch import from_sequences
+from operant.algorithms.learner import Adam, Learner, Sgd, learning_rate, same_bits
+from operant.models.policy import Policy
 from operant.types import Batch, OperantError
 
 

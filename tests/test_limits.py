@@ -14,7 +14,7 @@ from serving import serving
 from operant.live.serving import limits
 from operant.live.serving.access import Keys
 from operant.live.serving.limits import Buckets
-from operant.policy import Policy
+from operant.models.policy import Policy
 
 HELLO: Any = [{"role": "user", "content": "the cat sat"}]
 

@@ -18,7 +18,7 @@ from operant.config import LiveConfig
 from operant.live.learning.gate import divergence, fast_gate, off_policy_value, slow_gate
 from operant.live.learning.lesson import LearnerState, Lesson, prepare
 from operant.live.learning.step import Taught, new_learner, rating_loss, take_step
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import Batch, OperantError
 
 FAMILIES = ["gpt2", "t5"]

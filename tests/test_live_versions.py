@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from operant import checkpoint
 from operant.live.storage.versions import Moved, Outcome, Pointer, StepRecord, Versions
+from operant.run import checkpoint
 from operant.types import OperantError
 
 
@@ -169,7 +169,7 @@ def test_a_full_disk_while_a_record_is_written_keeps_the_old_file(
     def full(path: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("operant.checkpoint._sync", full)
+    monkeypatch.setattr("operant.run.checkpoint._sync", full)
     with pytest.raises(OperantError, match="the disk is full while writing"):
         checkpoint.replace_file(file, "new")
     assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["current"]

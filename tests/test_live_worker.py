@@ -19,20 +19,20 @@ import torch
 from live import MemoryStore, answered, logprob
 from program import Program
 
-from operant import checkpoint
+import operant
 from operant.config import ServeConfig, WorkerConfig
+from operant.data.replay import line_of
 from operant.live.learning.gate import divergence, likelihood
 from operant.live.learning.worker import FeedbackLog, Learning, Worker, main, open_store, replayed
 from operant.live.serving.canary import Canary
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
-from operant.policy import Policy
-from operant.replay import line_of
+from operant.models.policy import Policy
 from operant.types import OperantError
 
 Make = Callable[..., Policy]
 # a process of its own imports what the tests import
-SAME_PACKAGE = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
+SAME_PACKAGE = os.environ | {"PYTHONPATH": str(Path(operant.__file__).parents[1])}
 
 
 @dataclasses.dataclass

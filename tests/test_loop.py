@@ -18,13 +18,13 @@ import pytest
 import torch
 from conftest import TEXTS
 
+from operant.algorithms.learner import Adam
 from operant.config import PretrainConfig, SftConfig, TrainConfig
-from operant.data import Pair
-from operant.evaluate import evaluate
-from operant.learner import Adam
-from operant.loop import TrainResult, train
-from operant.policy import Policy
+from operant.data.rows import Pair
+from operant.models.policy import Policy
 from operant.rewards import Reward, RewardRunner, RunningNorm, Stop, Sum
+from operant.rl.evaluate import evaluate
+from operant.rl.loop import TrainResult, train
 from operant.stages import pretrain, sft, supervised
 from operant.types import Completion, OperantError, Prompt, Sampling
 
@@ -333,7 +333,7 @@ def test_the_supervised_stages_resume_bit_for_bit_with_dropout(
         # stopping early by the number of steps would change the schedule; a callback on the learner does not
         with pytest.MonkeyPatch.context() as patch:
             if limit is not None:
-                from operant.run import Run
+                from operant.run.run import Run
 
                 record = Run.record
 
@@ -726,9 +726,9 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from conftest import TEXTS, tiny_model
 from test_loop import PROMPTS, quick, settings, share_of_even
-from operant.loop import train
-from operant.policy import Policy
-from operant.text import Codec
+from operant.rl.loop import train
+from operant.models.policy import Policy
+from operant.data.text import Codec
 from pathlib import Path
 
 def slow(step, metrics):

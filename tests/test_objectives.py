@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from operant import objectives
+from operant.algorithms import objectives
 
 LOG2 = math.log(2.0)
 

@@ -13,10 +13,10 @@ from live import answered
 from program import Program
 
 from operant.config import WorkerConfig
+from operant.data.replay import line_of
 from operant.live.learning.off_policy import evaluate
 from operant.live.learning.worker import Worker
-from operant.policy import Policy
-from operant.replay import line_of
+from operant.models.policy import Policy
 from operant.types import OperantError, Prompt
 
 

@@ -21,14 +21,14 @@ import pytest
 import torch
 from serving import Served, learning
 
-from operant.batch import from_sequences
-from operant.learner import logprobs_of
+from operant.algorithms.batch import from_sequences
+from operant.algorithms.learner import logprobs_of
 from operant.live.api.page import STATIC
 from operant.live.learning import lesson, step
 from operant.live.learning.gate import fast_gate, slow_gate
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
-from operant.policy import Policy
+from operant.models.policy import Policy
 
 WEB = Path(__file__).parents[1] / "web"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

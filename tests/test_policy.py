@@ -12,9 +12,9 @@ import torch
 from conftest import FAMILIES, tiny_model
 from torch import Tensor
 
-from operant.batch import from_sequences, pack
-from operant.policy import Policy, resolve_device
-from operant.text import Codec
+from operant.algorithms.batch import from_sequences, pack
+from operant.data.text import Codec
+from operant.models.policy import Policy, resolve_device
 from operant.types import Batch, OperantError
 
 PROMPTS = [np.array(p, np.int64) for p in ([41, 52, 63, 74, 85], [30], [33, 44, 55])]

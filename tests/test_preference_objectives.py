@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from operant import objectives
+from operant.algorithms import objectives
 
 
 def columns(count: int, rows: int = 5, seed: int = 1) -> list[torch.Tensor]:

@@ -15,12 +15,12 @@ import torch
 from program import QUIET_RUN, Program, read_rows, write_rows
 from torch import Tensor
 
-from operant import checkpoint
-from operant.batch import microbatches
+from operant.algorithms.batch import microbatches
 from operant.config import PreferConfig
-from operant.policy import Policy
-from operant.preferences import load_preferences, load_ratings, unpaired
-from operant.run import Run
+from operant.data.preferences import load_preferences, load_ratings, unpaired
+from operant.models.policy import Policy
+from operant.run import checkpoint
+from operant.run.run import Run
 from operant.stages.preference import Answers, prefer, preference_loss
 from operant.types import OperantError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from operant import objectives
+from operant.algorithms import objectives
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from operant.data import Fields
-from operant.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
-from operant.text import Codec
+from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
+from operant.data.rows import Fields
+from operant.data.text import Codec
 from operant.types import OperantError
 
 USER = {"role": "user", "content": "the cat"}

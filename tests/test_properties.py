@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from test_rewards_potentials import prefixes
 
-from operant import credit
-from operant.batch import (
+from operant.algorithms import credit
+from operant.algorithms.batch import (
     Normalisation,
     completion_axes,
     from_sequences,
@@ -25,12 +25,12 @@ from operant.batch import (
     place,
     select_rows,
 )
-from operant.policy import Policy
+from operant.data.text import Codec, chars_to_tokens, tokens_to_chars
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.rewards import Bleu, Chrf, Rouge
 from operant.rewards.metrics import rouge_words
 from operant.rewards.potentials import dense_rewards
-from operant.sampler import Sampler
-from operant.text import Codec, chars_to_tokens, tokens_to_chars
 from operant.types import Batch, Completion, Prompt, Sampling, Trajectory
 
 

@@ -13,18 +13,18 @@ import torch
 from test_loop import DEV, PROMPTS, assert_same_run, logged, quick, settings, share_of_even
 from torch import Tensor
 
-from operant import credit, objectives
-from operant.algorithms import resolve
+from operant.algorithms import credit, objectives
+from operant.algorithms.estimator import Rollout
+from operant.algorithms.q_learning import QEstimator, ReplayBuffer
+from operant.algorithms.surrogate import Surrogate
+from operant.algorithms.table import resolve
 from operant.cli import main
 from operant.config import TrainConfig
-from operant.estimate import Rollout
-from operant.logged import read_logged
-from operant.loop import train
-from operant.policy import Policy
-from operant.q_learning import QEstimator, ReplayBuffer
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.rewards.seam import missing_trajectory
-from operant.sampler import Sampler
-from operant.surrogate import Surrogate
+from operant.rl.logged import read_logged
+from operant.rl.loop import train
 from operant.types import Batch, Completion, OperantError, Prompt, Sampling, Trajectory
 
 # --- the double estimator --------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from program import Program, read_rows
 
-from operant import quickstart as module
-from operant.policy import Policy
-from operant.quickstart_task import make_task
+from operant.models.policy import Policy
+from operant.recipes import quickstart as module
+from operant.recipes.quickstart_task import make_task
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from itertools import islice
 import cn2an
 import pytest
 
-from operant.quickstart_task import (
+from operant.recipes.quickstart_task import (
     date,
     digits,
     fraction,

@@ -27,18 +27,18 @@ from test_loop import (
     share_of_even,
 )
 
-from operant.algorithms import ALGORITHMS
-from operant.critic import FILE
-from operant.loop import train
-from operant.policy import Policy
+from operant.algorithms.table import ALGORITHMS
+from operant.models.critic import FILE
+from operant.models.policy import Policy
 from operant.rewards import Chrf
+from operant.rl.loop import train
 from operant.types import Completion, OperantError, Prompt, Span
 
 
 @pytest.fixture(autouse=True)
 def without_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report has tests of its own, and would take most of the time here."""
-    monkeypatch.setattr("operant.run.write_report", lambda folder: None)
+    monkeypatch.setattr("operant.run.run.write_report", lambda folder: None)
 
 
 OWN: dict[str, dict[str, Any]] = {
@@ -168,8 +168,8 @@ def test_a_critic_follows_only_where_the_limit_cut_a_text_off(
     make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     """A critic that says 10 everywhere: cut rows are worth 10 more after their last token, ended ones are not."""
-    from operant.algorithms import resolve
-    from operant.estimate import Estimator, Rollout
+    from operant.algorithms.estimator import Estimator, Rollout
+    from operant.algorithms.table import resolve
     from operant.types import Trajectory
 
     policy = make_policy("gpt2")
@@ -203,8 +203,8 @@ def test_the_discount_of_the_state_comes_last(
     algorithm: str, whiten: bool, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     """Whitening does not undo it, and a critic that knows nothing explains nothing."""
-    from operant.algorithms import resolve
-    from operant.estimate import Estimator, Rollout
+    from operant.algorithms.estimator import Estimator, Rollout
+    from operant.algorithms.table import resolve
     from operant.rewards import reward_trajectory
 
     policy, gamma, size = make_policy("gpt2"), 0.8, 12
@@ -380,13 +380,13 @@ def test_greedy_completions_teach_what_is_ratio_free(
 def taught_by_what_was_said_before(policy: Policy, algorithm: str, out: Path, passes: int = 60) -> tuple[float, float]:
     """Learn only from completions that the first weights wrote; (gain in the mean log-prob of those above the mean
     reward, mean log-prob at the end of those below it), per completion."""
-    from operant.algorithms import resolve
-    from operant.batch import completion_axes
-    from operant.estimate import Estimator, Rollout
-    from operant.learner import Learner, logprobs_of
+    from operant.algorithms.batch import completion_axes
+    from operant.algorithms.estimator import Estimator, Rollout
+    from operant.algorithms.learner import Learner, logprobs_of
+    from operant.algorithms.surrogate import Surrogate
+    from operant.algorithms.table import resolve
+    from operant.models.sampler import Sampler
     from operant.rewards import RewardRunner
-    from operant.sampler import Sampler
-    from operant.surrogate import Surrogate
     from operant.types import Sampling
 
     config = settings(out, algorithm=algorithm, group_size=1)

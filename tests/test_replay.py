@@ -14,10 +14,10 @@ import pytest
 from program import QUIET_RUN, Program, read_rows
 
 from operant.config import PreferConfig
-from operant.policy import Policy
-from operant.replay import Replay, draw, draw_named, line_of
+from operant.data.replay import Replay, draw, draw_named, line_of
+from operant.data.text import Codec
+from operant.models.policy import Policy
 from operant.stages.preference import prefer
-from operant.text import Codec
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
 TEXTS = {"c0": "sat on", "c1": "ran to", "c2": "sat", "c3": "the dog"}
@@ -268,7 +268,7 @@ def busy(codec: Codec) -> Replay:
 def test_batches_are_filled_from_the_replay_and_resumed(
     algorithm: str, make_policy: Callable[..., Policy], codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("operant.run.write_report", lambda folder: None)
+    monkeypatch.setattr("operant.run.run.write_report", lambda folder: None)
 
     def learned(name: str, steps: int, resume: bool = False) -> list[float]:
         config = PreferConfig(

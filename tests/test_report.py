@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from operant import report
-from operant.report import hacking_checks, load_run, terminal_curve, write_report
-from operant.runlog import RunFolder, RunLog
+from operant.run import report
+from operant.run.report import hacking_checks, load_run, terminal_curve, write_report
+from operant.run.runlog import RunFolder, RunLog
 from operant.types import OperantError
 
 CONFIG = "reward: chrf\nseed: 3\ntarget: chrf>=61.5\n"

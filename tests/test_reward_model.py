@@ -15,9 +15,10 @@ from conftest import TEXTS
 from program import QUIET_RUN, Program, read_rows, write_rows
 
 from operant.config import RewardModelConfig
-from operant.encoder import Encoder, masked_tokenizer
-from operant.policy import Policy
-from operant.reward_model import RewardFacts, RewardModel, bradley_terry, reading_batch, reward_loss
+from operant.data.text import Codec
+from operant.models.encoder import Encoder, masked_tokenizer
+from operant.models.policy import Policy
+from operant.models.reward_model import RewardFacts, RewardModel, bradley_terry, reading_batch, reward_loss
 from operant.stages.reward_model import (
     Judgement,
     baselines,
@@ -26,7 +27,6 @@ from operant.stages.reward_model import (
     measures,
     read_judgements,
 )
-from operant.text import Codec
 from operant.types import OperantError
 
 NOISE = "red blue green cat dog house sun moon".split()
@@ -266,7 +266,7 @@ def test_token_labels_from_spans_and_from_tokens(encoders: Callable[[str], Encod
 
 
 def judged(texts: tuple[str, ...], target: float | None = None) -> Judgement:
-    from operant.reward_model import Reading
+    from operant.models.reward_model import Reading
 
     readings = tuple(Reading(np.zeros(1, np.int64), 0, text, np.array([len(text)])) for text in texts)
     return Judgement(readings, np.zeros(0) if target is None else np.array([target]))

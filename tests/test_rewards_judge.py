@@ -22,11 +22,11 @@ import torch
 from conftest import tiny_model
 from serving import serving
 
-from operant.batch import from_sequences
-from operant.policy import Policy
+from operant.algorithms.batch import from_sequences
+from operant.data.text import Codec
+from operant.models.policy import Policy
 from operant.rewards import RewardRunner, reward_by_name
 from operant.rewards.judge import Judge, Ledger
-from operant.text import Codec
 from operant.types import Completion, OperantError, Prompt
 
 KEY = "sk-very-secret-0123456789"

@@ -14,12 +14,12 @@ import torch
 from conftest import TEXTS
 from program import QUIET_RUN, Program, pairs, read_rows, write_rows
 
-from operant.encoder import Encoder, masked_tokenizer
-from operant.policy import Policy
-from operant.reward_model import RewardFacts, RewardModel
+from operant.data.text import Codec
+from operant.models.encoder import Encoder, masked_tokenizer
+from operant.models.policy import Policy
+from operant.models.reward_model import RewardFacts, RewardModel
 from operant.rewards import RewardRunner, reward_by_name
 from operant.rewards.learned import Learned, Similarity, greedy_match, inverse_document_frequency
-from operant.text import Codec
 from operant.types import Completion, OperantError, Prompt
 
 Folder = Callable[..., Path]

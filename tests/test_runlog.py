@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from operant import runlog
-from operant.runlog import RunFolder, RunLog, read_jsonl
+import operant
+from operant.run import runlog
+from operant.run.runlog import RunFolder, RunLog, read_jsonl
 from operant.types import OperantError
 
 CONFIG = "reward: bleu\nlr: 0.001\nsteps: 100\nsampling: {temperature: 1.0, top_p: 1.0}\nlayers: [1, 2]\n"
@@ -228,7 +229,7 @@ def test_the_stop_reason_is_kept_and_cleared_by_resume(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys, time
-from operant.runlog import RunFolder
+from operant.run.runlog import RunFolder
 folder = RunFolder.open(sys.argv[1], "a: 1")
 print("held", flush=True)
 time.sleep(600)
@@ -237,7 +238,7 @@ time.sleep(600)
 
 def test_the_lock_against_a_second_live_process(tmp_path: Path) -> None:
     """Refused while the other lives, whatever is asked; free once it is killed, without cleaning by hand."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(runlog.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(operant.__file__).parents[1])}
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, env=environment
     )
@@ -258,7 +259,7 @@ def test_a_child_that_outlives_the_run_does_not_hold_the_lock(tmp_path: Path) ->
     """Reward workers are forked; one that hangs must not lock the folder for the next run."""
     script = """
 import os, signal, sys, time
-from operant.runlog import RunFolder
+from operant.run.runlog import RunFolder
 folder = RunFolder.open(sys.argv[1], "a: 1")
 child = os.fork()
 if child == 0:
@@ -270,7 +271,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    environment = {**os.environ, "PYTHONPATH": str(Path(runlog.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(operant.__file__).parents[1])}
     run = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, env=environment
     )

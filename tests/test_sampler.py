@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from operant.batch import from_trajectories
-from operant.policy import Policy
+from operant.algorithms.batch import from_trajectories
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler, behavior_logprobs, draw, row_key, uniform
 from operant.rewards import Stop
-from operant.sampler import Sampler, behavior_logprobs, draw, row_key, uniform
 from operant.types import Completion, OperantError, Prompt, Sampling, Trajectory
 
 PROMPTS = [

@@ -25,7 +25,7 @@ import operant
 from operant.config import ServeConfig
 from operant.live.serve import live
 from operant.live.storage.versions import Versions
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import OperantError
 
 HELLO = [{"role": "user", "content": "the cat sat"}]

@@ -26,7 +26,7 @@ from operant.config import WorkerConfig
 from operant.live.learning.worker import Learning, replayed
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
-from operant.policy import Policy
+from operant.models.policy import Policy
 
 ROUNDS = 20
 TALKERS = 3

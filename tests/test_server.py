@@ -22,7 +22,7 @@ from operant.live.api.automatic import Automatic
 from operant.live.api.implicit import Implicit
 from operant.live.serving.access import Links
 from operant.live.storage.store import StoreFault
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import Completion, Prompt
 
 HELLO = [{"role": "user", "content": "the cat sat"}]

@@ -20,11 +20,11 @@ import torch
 import yaml
 from program import ON_CPU, QUIET_RUN, Outcome, Program, pairs, read_rows, write_rows
 
-from operant import checkpoint
 from operant.config import SftConfig
-from operant.data import Fields
-from operant.policy import Policy
-from operant.run import Run
+from operant.data.rows import Fields
+from operant.models.policy import Policy
+from operant.run import checkpoint
+from operant.run.run import Run
 from operant.stages.pretrain import text_infilling
 from operant.stages.sft import load_fitting_pairs
 from operant.stages.supervised import all_texts
@@ -277,7 +277,7 @@ def test_a_used_folder_is_refused_and_unchanged(program: Program, model: Path, d
 def test_a_folder_in_use_is_refused(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     code = (
-        "import sys, time\nfrom operant.runlog import RunFolder\n"
+        "import sys, time\nfrom operant.run.runlog import RunFolder\n"
         f"folder = RunFolder.open({str(out)!r}, 'a: 1')\nprint('ready', flush=True)\ntime.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as holder:
@@ -344,7 +344,7 @@ def test_killed_in_the_middle_of_a_save(program: Program, model: Path, data: Pat
     command = ["sft", "--model", model, "--data", data, "--steps", 4, "--batch_size", 4, "--save_every", 1,
                "--eval_every", 100, "--out", out, *QUIET_RUN]  # fmt: skip
     code = (
-        "import os, signal\nfrom operant.policy import Policy\nfrom operant.cli import main\n"
+        "import os, signal\nfrom operant.models.policy import Policy\nfrom operant.cli import main\n"
         "real, done = Policy.save, []\n"
         "def save(self, path):\n"
         "    real(self, path)\n"

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from live import MemoryStore, answered, logprob, prompts
 
-from operant import checkpoint
 from operant.config import WorkerConfig
+from operant.data.replay import line_of
 from operant.live.learning.worker import FeedbackLog, Worker
 from operant.live.serving import supervisor as module
 from operant.live.serving.engine import RESIDENT, Busy, Engine
 from operant.live.serving.supervisor import Supervisor, arguments_of
 from operant.live.storage.versions import StepRecord, Versions
-from operant.policy import Policy
-from operant.replay import line_of
+from operant.models.policy import Policy
+from operant.run import checkpoint
 from operant.types import Completion, OperantError, Sampling
 
 Make = Callable[..., Policy]

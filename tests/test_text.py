@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from operant.text import Codec, chars_to_tokens, tokens_to_chars
+from operant.data.text import Codec, chars_to_tokens, tokens_to_chars
 from operant.types import OperantError
 
 FAMILY = "👨‍👩‍👧‍👦"

@@ -14,7 +14,7 @@ from serving import serving
 from test_serve import HELLO, Process
 
 from operant.live.serving.access import Keys
-from operant.policy import Policy
+from operant.models.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 THREATS = ROOT / "docs" / "threats.md"

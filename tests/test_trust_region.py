@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from test_loop import PROMPTS, assert_same_run, logged, quick, settings, share_of_even
 from torch import Tensor
 
-from operant import objectives
-from operant.algorithms import resolve
-from operant.batch import from_sequences, microbatches
+from operant.algorithms import objectives
+from operant.algorithms.batch import from_sequences, microbatches
+from operant.algorithms.learner import Learner, logprobs_of
+from operant.algorithms.surrogate import Surrogate
+from operant.algorithms.table import resolve
+from operant.algorithms.trust_region import FEWEST, FisherProduct, TrustRegion, conjugate_gradient, some_rows
 from operant.config import TrainConfig
-from operant.learner import Learner, logprobs_of
-from operant.loop import train
-from operant.policy import Policy
-from operant.surrogate import Surrogate
-from operant.trust_region import FEWEST, FisherProduct, TrustRegion, conjugate_gradient, some_rows
+from operant.models.policy import Policy
+from operant.rl.loop import train
 from operant.types import Batch, OperantError, StepStats
 
 TRPO = TrainConfig(algorithm="trpo")

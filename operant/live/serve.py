@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from operant import checkpoint
 from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_numbers
 from operant.live.serving.access import Keys, check_listening
 from operant.live.storage.versions import Versions
+from operant.run import checkpoint
 from operant.types import OperantError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
     from operant.live.serving.engine import Engine
     from operant.live.serving.supervisor import Supervisor
     from operant.live.storage.store import Store
-    from operant.policy import Policy
+    from operant.models.policy import Policy
 
     _check_shares(config)
     implicit = Implicit(config.implicit) if config.implicit else None

@@ -21,8 +21,8 @@ from operant.rewards.seam import Missing
 from operant.types import Completion, Doubles, Ints, OperantError, Prompt, Span
 
 if TYPE_CHECKING:
-    from operant.encoder import Encoder
-    from operant.reward_model import RewardModel
+    from operant.models.encoder import Encoder
+    from operant.models.reward_model import RewardModel
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Learned(ModelReward):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from operant.reward_model import read_facts
+        from operant.models.reward_model import read_facts
 
         kinds = {path: read_facts(path).kind for path in self.paths}
         if (self.dense and "token" not in kinds.values()) or self.potential is not None:
@@ -104,12 +104,12 @@ class Learned(ModelReward):
 
     @cached_property
     def models(self) -> list[RewardModel]:
-        from operant.reward_model import RewardModel
+        from operant.models.reward_model import RewardModel
 
         return [RewardModel.load(path, device=self.device) for path in self.paths]
 
     def judge(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
-        from operant.reward_model import Reading
+        from operant.models.reward_model import Reading
 
         pairs = [(asked(p), c.text) for p, c in zip(prompts, completions, strict=True)]
         values: list[list[Any]] = []
@@ -169,7 +169,7 @@ class Similarity(ModelReward):
         super().__post_init__()
         from pathlib import Path
 
-        from operant.text import looks_like_path
+        from operant.data.text import looks_like_path
 
         if self.dense or self.potential is not None:
             raise OperantError("reward 'similarity' has no dense form; leave dense and potential out")
@@ -181,7 +181,7 @@ class Similarity(ModelReward):
 
     @cached_property
     def encoder(self) -> Encoder:
-        from operant.encoder import Encoder
+        from operant.models.encoder import Encoder
 
         return Encoder.load(self.path, device=self.device)
 
@@ -190,7 +190,7 @@ class Similarity(ModelReward):
         """Inverse document frequency of each token of the idf texts; None without them."""
         if not self.idf:
             return None
-        from operant.data import Fields, load_rows, load_texts
+        from operant.data.rows import Fields, load_rows, load_texts
 
         texts = load_texts(load_rows(self.idf), Fields(text=self.idf_field))
         return inverse_document_frequency([row.tolist() for row in self.encoder.codec.encode_batch(texts)])

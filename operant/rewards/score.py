@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from operant.config import ScoreConfig
-from operant.data import load_rows, texts_of
+from operant.data.rows import load_rows, texts_of
+from operant.data.text import Codec
 from operant.rewards.names import check_references, reward_by_name
 from operant.rewards.runner import RewardRunner
-from operant.text import Codec
 from operant.types import Completion, Ints, OperantError, Prompt
 
 # without a tokenizer a token is a word with the space before it; scripts without spaces go by character

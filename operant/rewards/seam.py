@@ -30,7 +30,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from operant.text import chars_to_tokens
+from operant.data.text import chars_to_tokens
 from operant.types import Bools, Completion, Doubles, OperantError, Prompt, Span, Trajectory
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from operant.batch import from_sequences
+from operant.algorithms.batch import from_sequences
 from operant.config import PretrainConfig, StartConfig
-from operant.encoder import ENCODER_SIZES, Encoder, hide_tokens, is_encoder, masked_tokenizer
-from operant.run import DataOrder, Run, mixed_seed
+from operant.data.text import Codec
+from operant.models.encoder import ENCODER_SIZES, Encoder, hide_tokens, is_encoder, masked_tokenizer
+from operant.run.run import DataOrder, Run, mixed_seed
 from operant.stages.pretrain import accumulated, known_texts, pieces_of
 from operant.stages.supervised import StageResult, fit
-from operant.text import Codec
 from operant.types import Batch, Ints, OperantError
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant.algorithms import ALGORITHMS, nearest
-from operant.batch import from_sequences, microbatches, to_device
+from operant.algorithms.batch import from_sequences, microbatches, to_device
+from operant.algorithms.objectives import dpo, full_kl, ipo, kto, kto_reference_point
+from operant.algorithms.table import ALGORITHMS, nearest
 from operant.config import PreferConfig
-from operant.data import Fields, load_rows
-from operant.objectives import dpo, full_kl, ipo, kto, kto_reference_point
-from operant.policy import Policy
-from operant.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
-from operant.replay import Replay, draw
-from operant.run import DataOrder, Run, mixed_seed
+from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
+from operant.data.replay import Replay, draw
+from operant.data.rows import Fields, load_rows
+from operant.models.policy import Policy
+from operant.run.run import DataOrder, Run, mixed_seed
 from operant.stages.sft import load_split_rows
 from operant.stages.supervised import StageResult, fit, split_rows
 from operant.types import Batch, Floats, Ints, OperantError, Prompt
@@ -378,7 +378,7 @@ def read_replay(path: str) -> Replay:
         with Path(path).expanduser().open(encoding="utf-8", newline="\n") as lines:
             return Replay.from_lines(lines)
     except (OSError, UnicodeDecodeError) as error:
-        raise OperantError(f"the replay {path} cannot be read ({error}); give a file of operant.replay's") from error
+        raise OperantError(f"the replay {path} cannot be read ({error}); give a file of feedback") from error
 
 
 def _from_replay(config: PreferConfig, policy: Policy, replay: Replay) -> list[Preference] | list[Rating]:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from operant.batch import from_sequences, microbatches, pack
+from operant.algorithms.batch import from_sequences, microbatches, pack
 from operant.config import PretrainConfig
-from operant.data import Fields, load_texts
-from operant.policy import Policy
-from operant.run import DataOrder, Run, mixed_seed
+from operant.data.rows import Fields, load_texts
+from operant.models.policy import Policy
+from operant.run.run import DataOrder, Run, mixed_seed
 from operant.stages.sft import load_split_rows
 from operant.stages.supervised import StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, Ints, OperantError

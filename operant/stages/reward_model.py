@@ -11,8 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from operant.batch import microbatches
-from operant.calibration import (
+from operant.algorithms.batch import microbatches
+from operant.config import RewardModelConfig
+from operant.data.rows import ABSENT, Row, cell, find_column, is_chat, text_of
+from operant.data.text import chars_to_tokens
+from operant.models.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts
+from operant.run.run import DataOrder, Run
+from operant.stages.calibration import (
     brier_score,
     calibration_error,
     fit_affine,
@@ -21,14 +26,9 @@ from operant.calibration import (
     pearson,
     spearman,
 )
-from operant.config import RewardModelConfig
-from operant.data import ABSENT, Row, cell, find_column, is_chat, text_of
-from operant.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts
-from operant.run import DataOrder, Run
 from operant.stages.masked import starting_encoder
 from operant.stages.sft import load_split_rows
 from operant.stages.supervised import all_texts, fit
-from operant.text import chars_to_tokens
 from operant.types import Batch, Doubles, OperantError
 
 Measures = dict[str, float]

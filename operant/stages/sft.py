@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from operant.batch import from_sequences, microbatches
+from operant.algorithms.batch import from_sequences, microbatches
+from operant.algorithms.objectives import label_smoothed
 from operant.config import PairFields, SftConfig
-from operant.data import Fields, Pair, load_pairs, load_rows, splits, truncated
-from operant.evaluate import evaluate
-from operant.objectives import label_smoothed
-from operant.policy import Policy
-from operant.run import DataOrder, Run
+from operant.data.rows import Fields, Pair, load_pairs, load_rows, splits, truncated
+from operant.models.policy import Policy
+from operant.rl.evaluate import evaluate
+from operant.run.run import DataOrder, Run
 from operant.stages.supervised import StageResult, all_texts, fit, likelihood_loss, split_rows, starting_policy
 from operant.types import Batch, OperantError, Prompt, Sampling
 

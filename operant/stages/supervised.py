@@ -11,14 +11,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from operant.batch import to_device
+from operant.algorithms.batch import to_device
+from operant.algorithms.learner import Learner, TokenLoss, Trainable
+from operant.algorithms.objectives import negative_log_likelihood
 from operant.config import ModelConfig, RunConfig
-from operant.encoder import Encoder, is_encoder
-from operant.learner import Learner, TokenLoss, Trainable
-from operant.objectives import negative_log_likelihood
-from operant.policy import Policy
-from operant.run import Run
-from operant.text import Codec
+from operant.data.text import Codec
+from operant.models.encoder import Encoder, is_encoder
+from operant.models.policy import Policy
+from operant.run.run import Run
 from operant.types import Batch, OperantError
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from operant.data.text import Codec
 from operant.live.api.service import ApiError
-from operant.text import Codec
 from operant.types import Ints, OperantError, Prompt, Sampling
 
 __all__ = ["ChatRequest", "Message", "TextRequest", "chat_prompt", "check_metadata", "sampling_of", "text_prompts"]

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import Field
 
+from operant.data.text import Codec
 from operant.live.api.feedback_api import from_metadata, record
 from operant.live.api.generation import Ask, Choice, Generation
 from operant.live.api.openai_api import (
@@ -28,8 +29,7 @@ from operant.live.api.openai_api import (
 from operant.live.api.service import ApiError, Service, caller_of, new_id, service_of
 from operant.live.serving.access import Caller
 from operant.live.storage.store import StoredCompletion
-from operant.sampler import TokenInfo
-from operant.text import Codec
+from operant.models.sampler import TokenInfo
 from operant.types import Completion
 
 __all__ = ["routes"]

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from operant import __version__
 from operant.config import ServeConfig
+from operant.data.text import Codec
 from operant.live.api import feedback_api, forget_api, openai_routes, page, versions_api
 from operant.live.api.implicit import Implicit
 from operant.live.api.service import ApiError, Service, caller_of, fault, service_of
@@ -28,7 +29,6 @@ from operant.live.serving.metrics import Metrics
 from operant.live.storage.feedback import BadFeedback
 from operant.live.storage.store import Conflict, Store, UnknownCompletion
 from operant.live.storage.versions import Versions
-from operant.text import Codec
 from operant.types import OperantError
 
 if TYPE_CHECKING:

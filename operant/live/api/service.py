@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 
 from operant.config import ServeConfig
+from operant.data.text import Codec
 from operant.live.serving.access import OWNER, Caller, Keys, Links, Role
 from operant.live.serving.limits import RateLimits, What
 from operant.live.storage.store import Conflict, UnknownCompletion
 from operant.live.storage.versions import Versions
-from operant.text import Codec
 from operant.types import OperantError
 
 if TYPE_CHECKING:

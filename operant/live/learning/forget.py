@@ -29,14 +29,14 @@ from typing import Any, Literal, Protocol
 import torch
 from filelock import FileLock
 
-from operant import checkpoint
 from operant.config import WorkerConfig
 from operant.live.learning.lesson import EventSource
 from operant.live.learning.step import fingerprint
 from operant.live.learning.worker import Worker, replayed
 from operant.live.storage.store import FORGOTTEN, Store
 from operant.live.storage.versions import Pointer, StepRecord, Versions
-from operant.policy import Policy
+from operant.models.policy import Policy
+from operant.run import checkpoint
 from operant.types import Feedback, OperantError
 
 __all__ = ["Forgotten", "Plan", "Remaking", "Verified", "ask", "empty", "finish", "forget", "forgotten", "verify"]

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from operant.batch import from_sequences, microbatches, to_device
-from operant.evaluate import evaluate
-from operant.objectives import full_kl
-from operant.policy import LanguagePolicy, Policy
-from operant.sampler import Sampler
+from operant.algorithms.batch import from_sequences, microbatches, to_device
+from operant.algorithms.objectives import full_kl
+from operant.models.policy import LanguagePolicy, Policy
+from operant.models.sampler import Sampler
+from operant.rl.evaluate import evaluate
 from operant.types import Batch, Completion, Ints, OperantError, Prompt, Sampling
 
 __all__ = [

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant import credit
+from operant.algorithms import credit
 from operant.config import LiveConfig
+from operant.data.preferences import Preference, reward_of
+from operant.data.replay import Replay, draw_named, subject
+from operant.data.text import Codec, chars_to_tokens
 from operant.live.learning import influence
 from operant.live.storage.versions import Outcome
-from operant.preferences import Preference, reward_of
-from operant.replay import Replay, draw_named, subject
-from operant.run import mixed_seed
-from operant.text import Codec, chars_to_tokens
+from operant.run.run import mixed_seed
 from operant.types import Bools, Completion, Feedback, Ints, OperantError, Prompt
 
 __all__ = ["EventSource", "LearnerState", "Lesson", "Paired", "Rated", "StoredCompletion", "prepare", "weight_of"]

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from operant.batch import from_trajectories
+from operant.algorithms.batch import from_trajectories
+from operant.algorithms.learner import logprobs_of
 from operant.config import LiveConfig
-from operant.learner import logprobs_of
+from operant.data.replay import Replay
 from operant.live.learning.gate import off_policy_value
 from operant.live.learning.lesson import EventSource
 from operant.live.storage.versions import Versions
-from operant.policy import Policy
-from operant.replay import Replay
+from operant.models.policy import Policy
 from operant.types import OperantError, Trajectory
 
 __all__ = ["evaluate"]

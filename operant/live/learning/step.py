@@ -25,14 +25,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from operant import objectives
-from operant.batch import drawn, from_sequences, from_trajectories, microbatches, place
+from operant.algorithms import objectives
+from operant.algorithms.batch import drawn, from_sequences, from_trajectories, microbatches, place
+from operant.algorithms.learner import Learner, Sgd, logprobs_of
 from operant.config import LiveConfig, PreferConfig
-from operant.learner import Learner, Sgd, logprobs_of
 from operant.live.learning.gate import Anchors, divergence
 from operant.live.learning.lesson import Lesson, Paired, Rated, weight_of
 from operant.live.storage.versions import Outcome
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.stages.preference import preference_loss
 from operant.types import Batch, Ints, Prompt, StepStats, Trajectory
 

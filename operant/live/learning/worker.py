@@ -30,17 +30,17 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from operant import checkpoint
+from operant.algorithms.learner import Learner, Sgd
 from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_numbers
-from operant.data import Fields, load_prompts, load_rows
-from operant.learner import Learner, Sgd
+from operant.data.replay import Replay, line_of
+from operant.data.rows import Fields, load_prompts, load_rows
 from operant.live.learning.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
 from operant.live.learning.lesson import EventSource, LearnerState, Lesson, prepare
 from operant.live.learning.step import Taught, fingerprint, new_learner, take_step
 from operant.live.storage.versions import Moved, Outcome, Pointer, StepRecord, Versions
-from operant.policy import Policy
-from operant.replay import Replay, line_of
-from operant.run import mixed_seed
+from operant.models.policy import Policy
+from operant.run import checkpoint
+from operant.run.run import mixed_seed
 from operant.types import Completion, Feedback, OperantError, Prompt
 
 if TYPE_CHECKING:

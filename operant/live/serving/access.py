@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from filelock import FileLock
 
-from operant import checkpoint
+from operant.run import checkpoint
 from operant.types import OperantError
 
 __all__ = ["OWNER", "ROLES", "Caller", "Key", "Keys", "Links", "check_listening", "is_loopback"]

@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from operant.config import ServeConfig
+from operant.data.preferences import good_or_bad
 from operant.live.storage.versions import Versions
-from operant.preferences import good_or_bad
 from operant.types import Completion, Feedback, OperantError
 
 if TYPE_CHECKING:

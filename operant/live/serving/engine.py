@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from operant.policy import LanguagePolicy
-from operant.sampler import Sampler, TokenInfo
+from operant.models.policy import LanguagePolicy
+from operant.models.sampler import Sampler, TokenInfo
 from operant.types import Completion, OperantError, Prompt, Sampling
 
 __all__ = ["Busy", "Engine", "NotResident", "OnText", "StepFailed", "TokenInfo", "held_back"]

@@ -28,7 +28,7 @@ from operant.live.learning.worker import STORE_VARIABLE
 from operant.live.serving.canary import Canary
 from operant.live.serving.engine import Busy, Engine
 from operant.live.storage.versions import StepRecord, Versions
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import OperantError
 
 __all__ = ["Ledger", "Supervisor", "arguments_of"]

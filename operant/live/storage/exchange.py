@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from operant.data import Row, load_rows
+from operant.data.preferences import good_or_bad, reward_of
+from operant.data.replay import Replay, line_of
+from operant.data.rows import Row, load_rows
 from operant.live.storage.feedback import body_hash
 from operant.live.storage.store import Conflict, EventStory, Store, UnknownCompletion
-from operant.preferences import good_or_bad, reward_of
-from operant.replay import Replay, line_of
 from operant.rewards import reward_trajectory
 from operant.types import Completion, Doubles, Feedback, OperantError, Prompt, Span
 
@@ -232,7 +232,7 @@ def load(store: Store, path: str | Path, format: str = "lines", *, metric: str =
 
 
 def import_lines(store: Store, lines: Iterable[str]) -> Counter[str]:
-    """Take in what `export_lines` or `operant.replay` wrote, answers included; how many of each there were."""
+    """Take in what `export_lines` or `operant.data.replay` wrote, answers included; how many of each there were."""
     replay, counts = Replay.from_lines(lines), Counter[str]()
     for completion in replay.completions.values():
         prompt = replay.prompts.get(completion.prompt_id)
@@ -304,7 +304,7 @@ def _add(store: Store, event: Feedback, counts: Counter[str]) -> None:
 
 
 def _read_rows(path: str) -> list[Row]:
-    """The rows of an export: what `operant.data.load_rows` reads, and pages of an API, {"data": [rows]}."""
+    """The rows of an export: what `operant.data.rows.load_rows` reads, and pages of an API, {"data": [rows]}."""
     rows = load_rows(path)
     if len(rows) == 1 and isinstance(rows[0].get("data"), list):
         rows = rows[0]["data"]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from operant.preferences import good_or_bad
+from operant.data.preferences import good_or_bad
 from operant.types import Completion, Feedback, OperantError, Prompt
 
 __all__ = ["KINDS", "BadFeedback", "body_hash", "parse"]

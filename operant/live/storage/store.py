@@ -23,11 +23,11 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from operant.data.preferences import reward_of
+from operant.data.replay import subject
 from operant.live.storage.database import Database, StoreFault
 from operant.live.storage.tables import ARRAYS, COMPLETIONS, EVENTS, OUTCOMES, PROMPTS, STEPS
 from operant.live.storage.versions import Outcome, StepRecord
-from operant.preferences import reward_of
-from operant.replay import subject
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
 __all__ = ["Conflict", "EventStory", "Receipt", "Store", "StoreFault", "StoredCompletion", "UnknownCompletion"]

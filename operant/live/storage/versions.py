@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from operant import checkpoint
+from operant.run import checkpoint
 from operant.types import OperantError, PolicyVersion
 
 log = logging.getLogger(__name__)

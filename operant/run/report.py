@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import yaml
 
-from operant.runlog import read_jsonl
+from operant.run.runlog import read_jsonl
 from operant.types import OperantError
 
 __all__ = ["Check", "Run", "hacking_checks", "load_run", "terminal_curve", "write_report"]
@@ -459,7 +459,7 @@ def _page(run: Run, title: str, optimised: Collection[str], drawings: Mapping[st
         _trouble(run),
         _configuration(run),
     ]
-    style = resources.files("operant").joinpath("report.css").read_text(encoding="utf-8")
+    style = resources.files("operant.run").joinpath("report.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from operant.algorithms import nearest
-from operant.batch import drawn, from_trajectories
+from operant.algorithms.batch import drawn, from_trajectories
+from operant.algorithms.estimator import Rollout
+from operant.algorithms.learner import logprobs_of
+from operant.algorithms.table import nearest
 from operant.config import TrainConfig
-from operant.estimate import Rollout
-from operant.heldout import HeldOut
-from operant.learner import logprobs_of
+from operant.models.sampler import Sampler
 from operant.rewards import RewardRunner, reward_trajectory
-from operant.run import Run, mixed_seed
-from operant.sampler import Sampler
+from operant.rl.heldout import HeldOut
+from operant.run.run import Run, mixed_seed
 from operant.types import Completion, OperantError, Prompt, Sampling, Span, Trajectory
 
 NAME = "environment"
@@ -38,7 +38,7 @@ def environment_by_name(name: str, **options: Any) -> Any:
         import gymnasium
     except ImportError as error:
         raise OperantError("environments need Gymnasium; pip install 'operant[gym]'") from error
-    import operant.environment  # noqa: F401  its ids are known after this
+    import operant.rl.environment  # noqa: F401  its ids are known after this
 
     try:
         module_name, _, path = name.partition(":")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from operant.encoder import Encoder, by_length, right_padded
+from operant.models.encoder import Encoder, by_length, right_padded
 from operant.types import Batch, Doubles, Ints, OperantError, Span
 
 FACTS, HEAD = "reward_model.json", "reward_head.safetensors"

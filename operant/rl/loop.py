@@ -16,19 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from operant import objectives
-from operant.algorithms import Recipe, places_tokens, resolve
-from operant.batch import drawn, from_sequences, microbatches, select_rows
+from operant.algorithms import objectives
+from operant.algorithms.batch import drawn, from_sequences, microbatches, select_rows
+from operant.algorithms.estimator import Estimator, Rollout
+from operant.algorithms.learner import Learner, logprobs_of
+from operant.algorithms.q_learning import QEstimator
+from operant.algorithms.surrogate import Surrogate
+from operant.algorithms.table import Recipe, places_tokens, resolve
+from operant.algorithms.trust_region import TrustRegion
 from operant.config import TrainConfig
-from operant.data import Pair
-from operant.episodes import Episodes, HeldOutEpisodes, check_episode_metric
-from operant.estimate import Estimator, Rollout
-from operant.evaluate import distinct
-from operant.heldout import HeldOut, check_metric, read_target
-from operant.learner import Learner, logprobs_of
-from operant.logged import Logged, check_logged, judged, with_propensities
-from operant.policy import Policy
-from operant.q_learning import QEstimator
+from operant.data.rows import Pair
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.rewards import (
     Reward,
     RewardRunner,
@@ -39,11 +38,12 @@ from operant.rewards import (
     potential_diagnostics,
     reward_by_name,
 )
-from operant.rollouts import Rollouts, check_prompts
-from operant.run import DataOrder, Run, mixed_seed
-from operant.sampler import Sampler
-from operant.surrogate import Surrogate
-from operant.trust_region import TrustRegion
+from operant.rl.episodes import Episodes, HeldOutEpisodes, check_episode_metric
+from operant.rl.evaluate import distinct
+from operant.rl.heldout import HeldOut, check_metric, read_target
+from operant.rl.logged import Logged, check_logged, judged, with_propensities
+from operant.rl.rollouts import Rollouts, check_prompts
+from operant.run.run import DataOrder, Run, mixed_seed
 from operant.types import Batch, Completion, OperantError, Prompt, StepStats, Trajectory
 
 CRITIC_RATE = 5.0  # a critic begins knowing nothing: its learning rate over the policy's, unless it is given

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant import credit
-from operant.algorithms import Recipe
-from operant.batch import completion_axes, group_numbers
+from operant.algorithms import credit
+from operant.algorithms.batch import completion_axes, group_numbers
+from operant.algorithms.estimator import Rollout
+from operant.algorithms.table import Recipe
 from operant.config import TrainConfig
-from operant.estimate import Rollout
-from operant.policy import Policy
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler, check_room, room
 from operant.rewards import Limited, RewardRunner
-from operant.run import DataOrder, Run, mixed_seed
-from operant.sampler import Sampler, check_room, room
+from operant.run.run import DataOrder, Run, mixed_seed
 from operant.types import OperantError, Prompt, Sampling, Trajectory
 
 

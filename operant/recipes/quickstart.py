@@ -16,17 +16,17 @@ from typing import Any
 import torch
 import yaml
 
-from operant import checkpoint
 from operant.config import PretrainConfig, QuickstartConfig, SftConfig, TrainConfig, to_yaml
-from operant.data import Pair, load_pairs, load_prompts
-from operant.evaluate import evaluate
-from operant.loop import train
-from operant.policy import Policy
-from operant.quickstart_task import Task, make_task
-from operant.report import terminal_curve, write_report
-from operant.runlog import RunFolder, read_jsonl
+from operant.data.rows import Pair, load_pairs, load_prompts
+from operant.data.text import Codec
+from operant.models.policy import Policy
+from operant.recipes.quickstart_task import Task, make_task
+from operant.rl.evaluate import evaluate
+from operant.rl.loop import train
+from operant.run import checkpoint
+from operant.run.report import terminal_curve, write_report
+from operant.run.runlog import RunFolder, read_jsonl
 from operant.stages import pretrain, sft
-from operant.text import Codec
 from operant.types import Completion, Prompt, Sampling
 
 REWARD = "chrf"

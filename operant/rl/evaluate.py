@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from operant.policy import LanguagePolicy
+from operant.models.policy import LanguagePolicy
+from operant.models.sampler import Sampler, StreamingReward
 from operant.rewards import RewardRunner, corpus_metrics
-from operant.sampler import Sampler, StreamingReward
 from operant.types import Completion, Prompt, Sampling
 
 

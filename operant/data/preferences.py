@@ -9,8 +9,20 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from operant.data import ABSENT, Fields, Pair, Row, TooLong, cell, find_column, is_chat, load_pairs, no_column, text_of
-from operant.text import Codec
+from operant.data.rows import (
+    ABSENT,
+    Fields,
+    Pair,
+    Row,
+    TooLong,
+    cell,
+    find_column,
+    is_chat,
+    load_pairs,
+    no_column,
+    text_of,
+)
+from operant.data.text import Codec
 from operant.types import Ints, OperantError, Prompt
 
 __all__ = [

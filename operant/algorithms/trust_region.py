@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from operant import objectives
-from operant.batch import select_rows, to_device
-from operant.learner import ClosureResult, StepLoss
-from operant.policy import Policy
+from operant.algorithms import objectives
+from operant.algorithms.batch import select_rows, to_device
+from operant.algorithms.learner import ClosureResult, StepLoss
+from operant.models.policy import Policy
 from operant.types import Batch, OperantError
 
 FEWEST = 8  # completions that the Fisher matrix is taken from, however small the share of them

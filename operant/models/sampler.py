@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant.cache import DecodeState
-from operant.policy import LanguagePolicy
+from operant.models.cache import DecodeState
+from operant.models.policy import LanguagePolicy
 from operant.types import Completion, OperantError, Prompt, Sampling, StopReason
 
 _MASK64 = (1 << 64) - 1

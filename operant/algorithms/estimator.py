@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from operant import credit, objectives
-from operant.algorithms import SUMMING_BASELINES, Recipe, resolve
-from operant.batch import (
+from operant.algorithms import credit, objectives
+from operant.algorithms.batch import (
     completion_axes,
     drawn,
     drawn_rewards,
@@ -22,9 +21,10 @@ from operant.batch import (
     seats,
     turn_discounts,
 )
+from operant.algorithms.learner import logprobs_of, whole_batch
+from operant.algorithms.table import SUMMING_BASELINES, Recipe, resolve
 from operant.config import TrainConfig
-from operant.learner import logprobs_of, whole_batch
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import Batch, OperantError, Trajectory
 
 RUNNING_DECAY = 0.9  # of what earlier steps weigh in the running baseline

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from operant.preferences import Preference, Rating, good_or_bad
-from operant.text import Codec
+from operant.data.preferences import Preference, Rating, good_or_bad
+from operant.data.text import Codec
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
 __all__ = ["Replay", "draw", "draw_named", "line_of", "subject"]

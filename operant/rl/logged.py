@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from operant.algorithms import Algorithm
+from operant.algorithms.estimator import Rollout
+from operant.algorithms.table import Algorithm
 from operant.config import TrainConfig
-from operant.estimate import Rollout
-from operant.policy import Policy
+from operant.data.text import Codec
+from operant.models.policy import Policy
+from operant.models.sampler import room
 from operant.rewards import RewardRunner, reward_trajectory
-from operant.run import DataOrder
-from operant.sampler import room
-from operant.text import Codec
+from operant.run.run import DataOrder
 from operant.types import Completion, Floats, Ints, OperantError, Prompt, Trajectory
 
 __all__ = ["Logged", "check_logged", "judged", "read_logged", "with_propensities"]

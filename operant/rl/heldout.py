@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from operant.algorithms import nearest
-from operant.batch import from_sequences
+from operant.algorithms.batch import from_sequences
+from operant.algorithms.learner import logprobs_of
+from operant.algorithms.table import nearest
 from operant.config import TrainConfig
-from operant.evaluate import evaluate
-from operant.learner import logprobs_of
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.rewards import Limited, RewardRunner
-from operant.run import Run
+from operant.rl.evaluate import evaluate
+from operant.run.run import Run
 from operant.types import Completion, OperantError, Prompt, Sampling
 
 

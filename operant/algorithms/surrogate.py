@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from operant import objectives
-from operant.algorithms import Recipe
+from operant.algorithms import objectives
+from operant.algorithms.table import Recipe
 from operant.config import TrainConfig
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import Batch
 
 

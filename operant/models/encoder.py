@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from operant.policy import EntropyMode, Policy, TokenLogprobs, is_masked, resolve_device, told_in_one_line
-from operant.text import Codec, looks_like_path
+from operant.data.text import Codec, looks_like_path
+from operant.models.policy import EntropyMode, Policy, TokenLogprobs, is_masked, resolve_device, told_in_one_line
 from operant.types import Batch, Bools, Ints, OperantError
 
 # (layers, heads, width, feed-forward width), as in policy.SIZES; `base` is the published size (Devlin et al. 2019).

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from operant import checkpoint
+from operant.algorithms.learner import Learner, Trainable
 from operant.config import RunConfig, check_numbers, to_yaml
-from operant.learner import Learner, Trainable
-from operant.policy import settle_adapter
-from operant.report import write_report
-from operant.runlog import FREE_KEYS, Progress, RunFolder, RunLog
+from operant.models.policy import settle_adapter
+from operant.run import checkpoint
+from operant.run.report import write_report
+from operant.run.runlog import FREE_KEYS, Progress, RunFolder, RunLog
 from operant.types import OperantError, StepStats
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from operant.attention import PickedLogprobs, Picks, RowLayout, attending_in_rows, one_kernel_gelu
-from operant.cache import DecodeState
-from operant.critic import Critic
-from operant.text import Codec, looks_like_path
+from operant.data.text import Codec, looks_like_path
+from operant.models.attention import PickedLogprobs, Picks, RowLayout, attending_in_rows, one_kernel_gelu
+from operant.models.cache import DecodeState
+from operant.models.critic import Critic
 from operant.types import Batch, Ints, OperantError
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint would bury our own

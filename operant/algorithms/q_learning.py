@@ -10,12 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant import credit, objectives
-from operant.batch import completion_axes, drawn, drawn_rewards, from_trajectories, gathered, place, turn_discounts
+from operant.algorithms import credit, objectives
+from operant.algorithms.batch import (
+    completion_axes,
+    drawn,
+    drawn_rewards,
+    from_trajectories,
+    gathered,
+    place,
+    turn_discounts,
+)
+from operant.algorithms.estimator import Rollout
+from operant.algorithms.learner import whole_batch
 from operant.config import TrainConfig
-from operant.estimate import Rollout
-from operant.learner import whole_batch
-from operant.policy import Policy
+from operant.models.policy import Policy
 from operant.types import Batch, Completion, OperantError, Prompt, Sampling, Trajectory
 
 

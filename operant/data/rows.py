@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from operant.text import Codec, looks_like_path
+from operant.data.text import Codec, looks_like_path
 from operant.types import Ints, OperantError, Prompt
 
 __all__ = ["Fields", "Pair", "load_pairs", "load_prompts", "load_rows", "load_texts", "splits"]

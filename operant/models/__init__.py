@@ -1,0 +1,1 @@
+"""What has weights, and what decodes: policy, critic, encoder, reward model, caches, the sampler."""

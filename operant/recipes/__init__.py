@@ -1,0 +1,1 @@
+"""Whole circles on a task, each one command."""

@@ -1,0 +1,1 @@
+"""The reward loop: rollouts, episodes, logged completions, held-out measurements."""

@@ -1,0 +1,1 @@
+"""A run on disk: checkpoints, log, report, exact resume."""
