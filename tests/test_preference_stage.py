@@ -16,12 +16,13 @@ from program import QUIET_RUN, Program, read_rows, write_rows
 from torch import Tensor
 
 from operant.algorithms.batch import microbatches
+from operant.algorithms.objectives import preference_loss
 from operant.config import PreferConfig
 from operant.data.preferences import load_preferences, load_ratings, unpaired
 from operant.models.policy import Policy
 from operant.run import checkpoint
 from operant.run.run import Run
-from operant.stages.preference import Answers, prefer, preference_loss
+from operant.stages.preference import Answers, loss_settings, prefer
 from operant.types import OperantError
 
 WORDS = "cat mat dog red house one two three four five".split()
@@ -108,7 +109,9 @@ def test_the_gradient_is_the_papers_however_the_batch_is_cut(
         assert (len(pieces) > 1) == (room < 10**6)
         summed: list[Tensor | None] = [None] * len(expected)
         for piece in pieces:
-            token_loss, _ = preference_loss(config, policy.logprobs(piece).logprobs, piece, point)
+            token_loss, _ = preference_loss(
+                policy.logprobs(piece).logprobs, piece, reference_point=point, **loss_settings(config)
+            )
             for i, part in enumerate(gradient((token_loss * piece.weights).sum() / piece.denominator)):
                 summed[i] = part if summed[i] is None else summed[i] + part
         for mine, theirs in zip(summed, expected, strict=True):
@@ -125,12 +128,12 @@ def test_the_reference_is_the_policy_as_it_was_found(family: str, make_policy: C
     answers.score(policy, range(12), 50)
     batch = answers.batch(policy, range(12))
     assert torch.allclose(batch.ref_logprobs, policy.logprobs(batch).logprobs, atol=1e-5)
-    token_loss, stats = preference_loss(PreferConfig(), policy.logprobs(batch).logprobs, batch)
+    token_loss, stats = preference_loss(policy.logprobs(batch).logprobs, batch, "dpo", beta=0.1)
     loss = float((token_loss * batch.weights).sum().detach() / batch.denominator)
     assert loss == pytest.approx(np.log(2), abs=1e-5)
     assert float(stats["count"]) == 6
     batch.ref_logprobs = policy.logprobs(batch).logprobs.detach()
-    _, stats = preference_loss(PreferConfig(), policy.logprobs(batch).logprobs, batch)
+    _, stats = preference_loss(policy.logprobs(batch).logprobs, batch, "dpo", beta=0.1)
     assert float(stats["accuracy"]) == 3.0 and float(stats["margin"]) == 0.0  # it prefers neither: a coin
     # one loss a pair, on the last token of the chosen completion
     places = token_loss.nonzero()

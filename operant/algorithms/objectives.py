@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from operant.types import Batch
 
 
 def negative_log_likelihood(logprobs: Tensor) -> Tensor:
@@ -251,6 +254,61 @@ def kto_reference_point(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """z₀ = max(0, mean of log π(y'|x)/π_ref(y'|x)) over prompts x with completions y' of other prompts, float[M]
     (Ethayarajh et al. 2024, §4.1). Biased as an estimate of the KL, and cheap: nothing has to be sampled."""
     return (logprobs - ref_logprobs).mean().clamp(min=0).detach()
+
+
+def preference_loss(
+    logprobs: Tensor,
+    batch: Batch,
+    algorithm: Literal["dpo", "ipo", "kto"],
+    *,
+    beta: float,
+    mean: bool = False,
+    label_smoothing: float = 0.0,
+    kto_weights: tuple[float, float] = (1.0, 1.0),
+    reference_point: float = 0.0,
+    sft_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`dpo`, `ipo` or `kto` as a loss per token: each pair's, or for KTO each completion's, on one token of its batch.
+
+    logprobs: float[B, S], the policy's, 0 outside the action mask. batch: has `ref_logprobs` float[B, S], `is_chosen`
+    bool[B] and, for pairs (dpo, ipo), `pair_ids` int64[B]. mean: log π(y|x) is the mean over
+    the completion's tokens, not their sum. kto_weights: (λ_D, λ_U). reference_point: KTO's z₀. sft_coef: weight of
+    −log π(y_t), averaged over each good completion.
+
+    Returns (float[B, S], sums). The loss of a pair stands on the last token of its chosen completion, so that
+    Σ over tokens / denominator is the mean over pairs and a micro-batch of whole pairs adds its share. Sums over the
+    `count` pairs or completions, each a scalar: `accuracy`, whether the implicit reward β log π/π_ref is on the right
+    side (of the other completion's; for KTO, of the reference point's), and `margin`, by how much.
+    """
+    assert batch.ref_logprobs is not None and batch.is_chosen is not None
+    lengths = batch.action_mask.sum(1).clamp(min=1)
+    scale = lengths if mean else torch.ones_like(lengths)
+    ours, reference = logprobs.sum(1) / scale, batch.ref_logprobs.sum(1) / scale
+    good = batch.is_chosen
+    if algorithm == "kto":
+        rows = torch.arange(len(good), device=good.device)
+        losses = kto(ours, reference, good, reference_point, beta, *kto_weights)
+        margin = beta * (ours - reference - reference_point) * torch.where(good, 1.0, -1.0)
+    else:
+        assert batch.pair_ids is not None
+        rows, other = (_rows_by_pair(batch.pair_ids, side) for side in (good, ~good))
+        columns = (ours[rows], ours[other], reference[rows], reference[other])
+        losses = dpo(*columns, beta, label_smoothing) if algorithm == "dpo" else ipo(*columns, beta)
+        margin = beta * ((columns[0] - columns[1]) - (columns[2] - columns[3]))
+    last = batch.action_mask.shape[1] - 1 - batch.action_mask.flip(1).long().argmax(1)
+    token_loss = torch.zeros_like(logprobs).index_put((rows, last[rows]), losses.to(logprobs.dtype))
+    if sft_coef:
+        token_loss = token_loss - sft_coef * good[:, None] * logprobs / lengths[:, None]
+    margin = margin.detach()
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()  # the reference itself is a coin, not always wrong
+    count = torch.tensor(float(len(rows)))
+    return token_loss, {"count": count, "accuracy": right.sum(), "margin": margin.sum()}
+
+
+def _rows_by_pair(pair_ids: Tensor, side: Tensor) -> Tensor:
+    """The rows where `side` bool[B] holds, in the order of their pairs: int64[P]."""
+    rows = side.nonzero()[:, 0]
+    return rows[pair_ids[rows].argsort()]
 
 
 def _log_ratio_gap(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from operant.algorithms.batch import from_sequences, microbatches, to_device
-from operant.algorithms.objectives import dpo, full_kl, ipo, kto, kto_reference_point
+from operant.algorithms.objectives import full_kl, kto_reference_point, preference_loss
 from operant.algorithms.table import ALGORITHMS, nearest
 from operant.config import PreferConfig
 from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
@@ -190,52 +191,13 @@ def check(config: PreferConfig) -> None:
         raise OperantError("both --data and --replay are given; leave one of them out")
 
 
-def preference_loss(
-    config: PreferConfig, logprobs: Tensor, batch: Batch, reference_point: float = 0.0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each pair, or of each completion for KTO, on the last token of its (chosen) completion, float[B, S].
-
-    logprobs: float[B, S], the policy's, zero outside the action mask. batch: has `ref_logprobs`, `is_chosen` and, of
-    pairs, `pair_ids`.
-    So it fits where every loss is one per token: Σ over tokens / denominator is the mean over examples, and a
-    micro-batch of whole pairs adds its share. `sft_coef` adds −log π per token on good completions.
-    Logged per example: `accuracy`, whether the implicit reward β log π/π_ref is on the right side (of the other
-    completion's; for KTO, of the reference point's), and `margin`, by how much.
-    """
-    assert batch.ref_logprobs is not None and batch.is_chosen is not None
-    lengths = batch.action_mask.sum(1).clamp(min=1)
+def loss_settings(config: PreferConfig) -> dict[str, Any]:
+    """What `preference_loss` takes from the configuration, by its parameters' names."""
     mean = config.logprob == "mean" or (config.logprob == "auto" and config.algorithm == "ipo")
-    scale = lengths if mean else torch.ones_like(lengths)
-    ours, reference = logprobs.sum(1) / scale, batch.ref_logprobs.sum(1) / scale
-    good = batch.is_chosen
-    if batch.pair_ids is None:
-        rows = torch.arange(len(good), device=good.device)
-        losses = kto(
-            ours, reference, good, reference_point, config.beta, config.desirable_weight, config.undesirable_weight
-        )
-        margin = config.beta * (ours - reference - reference_point) * torch.where(good, 1.0, -1.0)
-    else:
-        rows, other = (_by_pair(batch.pair_ids, side) for side in (good, ~good))
-        columns = (ours[rows], ours[other], reference[rows], reference[other])
-        if config.algorithm == "dpo":
-            losses = dpo(*columns, config.beta, config.label_smoothing)
-        else:
-            losses = ipo(*columns, config.beta)
-        margin = config.beta * ((columns[0] - columns[1]) - (columns[2] - columns[3]))
-    last = batch.action_mask.shape[1] - 1 - batch.action_mask.flip(1).long().argmax(1)
-    token_loss = torch.zeros_like(logprobs).index_put((rows, last[rows]), losses.to(logprobs.dtype))
-    if config.sft_coef:
-        token_loss = token_loss - config.sft_coef * good[:, None] * logprobs / lengths[:, None]
-    margin = margin.detach()
-    right = (margin > 0).float() + 0.5 * (margin == 0).float()  # the reference itself is a coin, not always wrong
-    count = torch.tensor(float(len(rows)))
-    return token_loss, {"count": count, "accuracy": right.sum(), "margin": margin.sum()}
-
-
-def _by_pair(pair_ids: Tensor, side: Tensor) -> Tensor:
-    """The rows of one side, in the order of their pairs."""
-    rows = side.nonzero()[:, 0]
-    return rows[pair_ids[rows].argsort()]
+    return {
+        "algorithm": config.algorithm, "beta": config.beta, "mean": mean, "label_smoothing": config.label_smoothing,
+        "kto_weights": (config.desirable_weight, config.undesirable_weight), "sft_coef": config.sft_coef,
+    }  # fmt: skip
 
 
 def _learn(
@@ -285,7 +247,9 @@ def _learn(
         return list(microbatches(answers.batch(policy, answers.rows(chosen)), room))
 
     def loss_of(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        token_loss, stats = preference_loss(config, policy.logprobs(batch).logprobs, batch, point)
+        token_loss, stats = preference_loss(
+            policy.logprobs(batch).logprobs, batch, reference_point=point, **loss_settings(config)
+        )
         if strangers is not None:
             stats["reference_point"] = point * stats["count"]
         return token_loss, stats
@@ -299,7 +263,7 @@ def _learn(
         for piece in microbatches(dev.batch(policy, range(len(dev.tokens))), room):
             micro = to_device(piece, policy.device)
             logprobs = policy.logprobs(micro).logprobs
-            token_loss, stats = preference_loss(config, logprobs, micro, at)
+            token_loss, stats = preference_loss(logprobs, micro, reference_point=at, **loss_settings(config))
             assert micro.is_chosen is not None
             stats |= {
                 "loss": (token_loss * micro.weights).sum(),

@@ -28,12 +28,11 @@ from torch import Tensor
 from operant.algorithms import objectives
 from operant.algorithms.batch import drawn, from_sequences, from_trajectories, microbatches, place
 from operant.algorithms.learner import Learner, Sgd, logprobs_of
-from operant.config import LiveConfig, PreferConfig
+from operant.config import LiveConfig
 from operant.live.learning.gate import Anchors, divergence
 from operant.live.learning.lesson import Lesson, Paired, Rated, weight_of
 from operant.live.storage.versions import Outcome
 from operant.models.policy import Policy
-from operant.stages.preference import preference_loss
 from operant.types import Batch, Ints, Prompt, StepStats, Trajectory
 
 __all__ = ["Taught", "fingerprint", "new_learner", "rating_loss", "take_step"]
@@ -278,8 +277,7 @@ def _loss_of_rows(logprobs: Tensor, batch: Batch, config: LiveConfig) -> Tensor:
         return rating_loss(logprobs, batch, config.correction_band)[0]
     assert batch.route is not None
     likelihood = config.sft_coef if bool(batch.route[0]) else 0.0
-    settings = PreferConfig(algorithm="dpo", beta=config.beta, sft_coef=likelihood)
-    return preference_loss(settings, logprobs, batch)[0]
+    return objectives.preference_loss(logprobs, batch, "dpo", beta=config.beta, sft_coef=likelihood)[0]
 
 
 def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]:
