@@ -1,4 +1,4 @@
-"""The data that flows through operant: plain containers, no logic.
+"""The data that flows through operant, and the protocols of its seams: plain containers, no logic.
 
 Axes: B rows, S padded or packed length, N segments, T completion tokens, P prompt tokens.
 Records of one prompt or completion are numpy arrays on the CPU; a `Batch` holds torch tensors on the policy's device.
@@ -6,8 +6,9 @@ Records of one prompt or completion are numpy arrays on the CPU; a `Batch` holds
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -226,3 +227,124 @@ class PolicyVersion:
     sha256: str
     consumed: tuple[str, ...] = ()
     verdict: str = ""
+
+
+# --- seams: what others may put in the place of ours ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A streaming reward's wish to end the completion here: a terminal, paid with `reward`."""
+
+    reward: float = 0.0
+
+
+class StreamingSession(Protocol):
+    """One completion being judged while it is written."""
+
+    def step(self, token: int, text: str) -> float | Stop:
+        """The reward of `token`, which newly committed the characters `text` (empty inside a multi-token character)."""
+        ...
+
+
+@runtime_checkable
+class StreamingReward(Protocol):
+    """A reward that is paid while the text is being written. Each row has a session of its own.
+
+    It runs where the sampling does, so a slow step slows every row: see `rewards.Limited` for its time limit.
+    """
+
+    def start(self, prompt: Prompt) -> StreamingSession: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """One sampled token: its log-probabilities as in `Completion`, the text that it committed, and the version that
+    drew it.
+
+    alternatives: (token id, log-probability at temperature 1) of the likeliest tokens in its place, best first, as
+    many as were asked for.
+    """
+
+    token: int
+    text: str
+    behavior_logprob: float
+    model_logprob: float
+    version: int
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+class SamplerProtocol(Protocol):
+    """What decodes: completions are asked for, and come back with the log-probabilities that they were drawn with.
+
+    `models.sampler.Sampler` decodes in this process; another engine may take its place (`operant.train(sampler=…)`).
+    The reward loop needs `sample`, `load` and `saved_tokens`. The live engine needs the rest.
+    """
+
+    @property
+    def pending(self) -> int:
+        """Completions asked for and not yet returned."""
+        ...
+
+    @property
+    def saved_tokens(self) -> int:
+        """Decode steps that streaming rewards made unnecessary by ending rows early, at most, since the beginning."""
+        ...
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        stream: StreamingReward | None = None,
+        audit_fraction: float | None = None,
+        first_sample: int = 0,
+        ids: Sequence[str] | None = None,
+        alternatives: int = 0,
+    ) -> list[str]:
+        """Ask for n completions of one prompt; returns their ids, which are `ids` where given.
+
+        The i-th completion is drawn with random numbers keyed by (`sampling.seed`, the prompt's id, first_sample + i).
+        stream: a reward that is paid token by token and may end a row. audit_fraction: this share of the rows that it
+        would end runs on; None leaves the share to the sampler. alternatives: likeliest tokens told at each place.
+
+        Raises OperantError when the prompt is empty or leaves no room for a token.
+        """
+        ...
+
+    def cancel(self, completion_id: str) -> Completion | None:
+        """Drop one completion. Returns what was written of it, or None if it had not begun or is unknown."""
+        ...
+
+    def step(self) -> list[Completion]:
+        """Draw one token for every row under way; returns the completions that this finished."""
+        ...
+
+    def load(self, version: int, policy: Any = None) -> None:
+        """Draw with the weights of this version from the next step on, also what is under way.
+
+        policy: the `LanguagePolicy` that holds them; None is the one that was loaded last, updated in place.
+        """
+        ...
+
+    def absorb(self, other: Self) -> None:
+        """Take over all that is under way in `other`, which is idle after that. Call it between steps."""
+        ...
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        n: int = 1,
+        *,
+        stream: StreamingReward | None = None,
+        audit_fraction: float | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """n completions of each prompt, in the prompts' order; nothing else may be under way.
+
+        A prompt that comes again gets the next samples. stream, audit_fraction: as in `submit`. progress: called with
+        the number of completions that just finished.
+        """
+        ...

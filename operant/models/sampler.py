@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,22 +18,19 @@ from torch import Tensor
 
 from operant.models.cache import DecodeState
 from operant.models.policy import LanguagePolicy
-from operant.types import Completion, OperantError, Prompt, Sampling, StopReason
+from operant.types import (
+    Completion,
+    OperantError,
+    Prompt,
+    Sampling,
+    Stop,
+    StopReason,
+    StreamingReward,
+    StreamingSession,
+    TokenInfo,
+)
 
 _MASK64 = (1 << 64) - 1
-
-
-class StreamSession(Protocol):
-    """One row's streaming reward: called after each sampled token with the text that the token committed.
-
-    Returns the token's reward, or an object with an attribute `reward` to end the row there (a terminal of its own).
-    """
-
-    def step(self, token: int, text: str) -> Any: ...
-
-
-class StreamingReward(Protocol):
-    def start(self, prompt: Prompt) -> StreamSession: ...
 
 
 def row_key(seed: int, prompt_id: str, sample: int) -> int:
@@ -87,23 +84,6 @@ def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(index, last)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenInfo:
-    """One sampled token: its log-probabilities as in `Completion`, the text that it committed, and the version that
-    drew it.
-
-    alternatives: (token id, log-probability at temperature 1) of the likeliest tokens in its place, best first, as
-    many as were asked for.
-    """
-
-    token: int
-    text: str
-    behavior_logprob: float
-    model_logprob: float
-    version: int
-    alternatives: tuple[tuple[int, float], ...] = ()
-
-
 @dataclass(slots=True)
 class _Row:
     id: str
@@ -112,7 +92,7 @@ class _Row:
     key: int
     text: Any
     limit: int
-    session: StreamSession | None
+    session: StreamingSession | None
     audited: bool
     alternatives: int
     tokens: list[int] = field(default_factory=list)
@@ -125,20 +105,26 @@ class _Row:
 
 
 @dataclass(slots=True)
-class _Request:
+class _Queued:
+    """A prompt whose completions have not all begun; `first` is the sample number of the next one."""
+
     prompt: Prompt
     sampling: Sampling
     ids: list[str]
     first: int
     stream: StreamingReward | None
-    alternatives: int = 0
+    audit_fraction: float
+    alternatives: int
 
 
 class Sampler:
     """Continuous batching over one policy.
 
-    max_rows: rows decoded together. audit_fraction: of the rows that a streaming reward would end, this share runs on,
-    with `meta["would_stop_at"]` and `meta["stop_reward"]` noted, to estimate what early stops lose.
+    The `SamplerProtocol` of this process.
+
+    max_rows: rows decoded together. audit_fraction: of the rows that a streaming reward would end, this share runs on
+    (unless a request gives its own), with `meta["would_stop_at"]` and `meta["stop_reward"]` noted, to estimate what
+    early stops lose.
     An audited row is paid what it would have been paid had it ended; the rewards it would have gathered after that are
     summed in `meta["audited_return"]`.
     on_token: called with (completion id, the token) after each sampled token.
@@ -158,9 +144,8 @@ class Sampler:
         self.max_rows = max_rows
         self.audit_fraction = audit_fraction
         self.on_token = on_token
-        self.decoded_tokens = 0
         self.saved_tokens = 0  # decode steps that early stops made unnecessary, at most
-        self._queue: deque[_Request] = deque()
+        self._queue: deque[_Queued] = deque()
         self._rows: list[_Row] = []
         self._state: DecodeState | None = None
         self._stale = False
@@ -175,13 +160,16 @@ class Sampler:
         n: int = 1,
         *,
         stream: StreamingReward | None = None,
+        audit_fraction: float | None = None,
         first_sample: int = 0,
         ids: Sequence[str] | None = None,
         alternatives: int = 0,
     ) -> list[str]:
-        """Ask for n completions; their ids. Sample i is keyed `first_sample + i`.
+        """Ask for n completions of one prompt; returns their ids. The i-th is keyed `first_sample + i`.
 
-        alternatives: how many of the likeliest tokens `on_token` is told of at each place.
+        stream: a reward that is paid token by token and may end a row. audit_fraction: this share of the rows that it
+        would end runs on; None takes the sampler's own. ids: names for the completions, n of them; None makes some.
+        alternatives: how many of the likeliest tokens `on_token` gets at each place.
 
         Raises OperantError when the prompt is empty or leaves no room for a token.
         """
@@ -189,12 +177,9 @@ class Sampler:
         if ids is None:
             ids = [f"{prompt.id}#{self._sequence + i}" for i in range(n)]
             self._sequence += n
-        self._queue.append(_Request(prompt, sampling, list(ids), first_sample, stream, alternatives))
+        share = self.audit_fraction if audit_fraction is None else audit_fraction
+        self._queue.append(_Queued(prompt, sampling, list(ids), first_sample, stream, share, alternatives))
         return list(ids)
-
-    def room(self, prompt: Prompt, sampling: Sampling) -> int:
-        """How many tokens a completion of this prompt may have; below 1 when the prompt does not fit."""
-        return room(self.policy, prompt, sampling.max_tokens)
 
     def cancel(self, completion_id: str) -> Completion | None:
         """Drop one completion. Returns what was written of it, or None if it had not begun or is unknown."""
@@ -237,16 +222,27 @@ class Sampler:
         n: int = 1,
         *,
         stream: StreamingReward | None = None,
+        audit_fraction: float | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """All completions of all prompts, in order; nothing else may be under way. A prompt that comes again gets the
-        next samples: copies of the first ones would pass for independent fellows in a group's baseline."""
+        """n completions of each prompt, in the prompts' order; nothing else may be under way.
+
+        A prompt that comes again gets the next samples: copies of the first ones would pass for independent samples in
+        a group's baseline. stream, audit_fraction: as in `submit`. progress: called with the number of completions that
+        just finished.
+
+        Raises OperantError when a prompt is empty or leaves no room for a token, RuntimeError when something else is
+        under way.
+        """
         if self.pending:
             raise RuntimeError("sample() needs an idle sampler; use submit() and step() for overlapping requests")
         asked: Counter[str] = Counter()
         ids = []
         for prompt in prompts:
-            ids.append(self.submit(prompt, sampling, n, stream=stream, first_sample=n * asked[prompt.id]))
+            first = n * asked[prompt.id]
+            ids.append(
+                self.submit(prompt, sampling, n, stream=stream, audit_fraction=audit_fraction, first_sample=first)
+            )
             asked[prompt.id] += 1
         done: dict[str, Completion] = {}
         while self.pending:
@@ -300,11 +296,11 @@ class Sampler:
                         sampling=request.sampling,
                         key=key,
                         text=self.policy.codec.incremental(),
-                        limit=self.room(request.prompt, request.sampling),
+                        limit=room(self.policy, request.prompt, request.sampling.max_tokens),
                         session=session,
                         meta=meta,
                         alternatives=request.alternatives,
-                        audited=uniform(key ^ 0xA0D17, 0) < self.audit_fraction,
+                        audited=uniform(key ^ 0xA0D17, 0) < request.audit_fraction,
                     )
                 )
             if count:
@@ -349,7 +345,6 @@ class Sampler:
         behavior_list = behavior.gather(1, tokens[:, None])[:, 0].tolist()
         model_list = model.gather(1, tokens[:, None])[:, 0].tolist() if not plain else behavior_list
         likeliest = self._likeliest(model)
-        self.decoded_tokens += len(rows)
         finished: list[Completion] = []
         kept: list[int] = []
         for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
@@ -360,8 +355,8 @@ class Sampler:
             row.model.append(model_list[i])
             row.versions.append(self.version)
             if self.on_token:
-                told = likeliest[i] if likeliest else ()
-                self.on_token(row.id, TokenInfo(token, piece, row.behavior[-1], row.model[-1], self.version, told))
+                others = likeliest[i] if likeliest else ()
+                self.on_token(row.id, TokenInfo(token, piece, row.behavior[-1], row.model[-1], self.version, others))
             reason = self._stop_reason(row, token, piece)
             if reason is None:
                 kept.append(i)
@@ -403,8 +398,8 @@ class Sampler:
         A session that raises is dropped, and the row's rewards are then missing, not zero.
         """
         try:
-            answer = row.session.step(token, piece)  # type: ignore[union-attr]
-            ends = hasattr(answer, "reward")
+            answer: Any = row.session.step(token, piece)  # type: ignore[union-attr]
+            ends = isinstance(answer, Stop)
             value = float("nan") if answer is None else float(answer.reward if ends else answer)
         except Exception as error:
             row.session, row.rewards = None, []
@@ -484,7 +479,7 @@ def check_room(policy: LanguagePolicy, prompt: Prompt, max_tokens: int) -> None:
         )
 
 
-def _start(request: _Request) -> tuple[StreamSession | None, dict[str, Any]]:
+def _start(request: _Queued) -> tuple[StreamingSession | None, dict[str, Any]]:
     """A session of the request's streaming reward, and the fault if there is none for it."""
     if request.stream is None:
         return None, {}

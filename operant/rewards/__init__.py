@@ -24,15 +24,13 @@ from operant.rewards.seam import (
     Limited,
     Reward,
     RewardValue,
-    Stop,
     Streaming,
-    StreamingReward,
-    StreamingSession,
     as_reward,
     last_sampled,
     replay,
     reward_trajectory,
 )
+from operant.types import Stop, StreamingReward, StreamingSession
 
 __all__ = [
     "Bleu",

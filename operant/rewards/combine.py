@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from operant.rewards.seam import Stop, StreamingSession, as_reward, last_sampled, missing_trajectory, reward_trajectory
-from operant.types import Completion, Doubles, OperantError, Prompt, Trajectory
+from operant.rewards.seam import as_reward, last_sampled, missing_trajectory, reward_trajectory
+from operant.types import Completion, Doubles, OperantError, Prompt, Stop, StreamingSession, Trajectory
 
 
 class Combination:

@@ -15,7 +15,7 @@ optimises: names of held-out metrics that it pushes up by itself, such as ("bleu
 A reward that pickles is copied into every worker process, so what it remembers there is not shared. One with state is a
 closure, which stays in this process, or says `in_process` and `batched`.
 
-A streaming reward has `start(prompt)` instead, see `StreamingReward`.
+A streaming reward has `start(prompt)` instead, see `types.StreamingReward`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from operant.data.text import chars_to_tokens
-from operant.types import Bools, Completion, Doubles, OperantError, Prompt, Span, Trajectory
+from operant.types import (
+    Bools,
+    Completion,
+    Doubles,
+    OperantError,
+    Prompt,
+    Span,
+    Stop,
+    StreamingReward,
+    StreamingSession,
+    Trajectory,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,31 +53,6 @@ class Missing:
 
 
 RewardValue = float | Sequence[float] | Sequence[Span] | Missing | None
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """A streaming reward's wish to end the completion here: a terminal, paid with `reward`."""
-
-    reward: float = 0.0
-
-
-class StreamingSession(Protocol):
-    """One completion being judged while it is written."""
-
-    def step(self, token: int, text: str) -> float | Stop:
-        """The reward of `token`, which newly committed the characters `text` (empty inside a multi-token character)."""
-        ...
-
-
-@runtime_checkable
-class StreamingReward(Protocol):
-    """A reward that is paid while the text is being written. Each row has a session of its own.
-
-    It runs where the sampling does, so a slow step slows every row: see `Limited` for its time limit.
-    """
-
-    def start(self, prompt: Prompt) -> StreamingSession: ...
 
 
 class StreamTimeout(Exception):

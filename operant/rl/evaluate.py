@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from operant.models.policy import LanguagePolicy
-from operant.models.sampler import Sampler, StreamingReward
+from operant.models.sampler import Sampler
 from operant.rewards import RewardRunner, corpus_metrics
-from operant.types import Completion, Prompt, Sampling
+from operant.types import Completion, Prompt, Sampling, StreamingReward
 
 
 def evaluate(

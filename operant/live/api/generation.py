@@ -21,8 +21,7 @@ import numpy as np
 from operant.live.api.service import ApiError, Service
 from operant.live.serving.canary import among, unit, version_of
 from operant.live.serving.engine import Busy, NotResident
-from operant.models.sampler import TokenInfo
-from operant.types import Completion, OperantError, Prompt, Sampling
+from operant.types import Completion, OperantError, Prompt, Sampling, TokenInfo
 
 __all__ = ["Ask", "Choice", "Generation", "Piece"]
 

@@ -29,8 +29,7 @@ from operant.live.api.openai_api import (
 from operant.live.api.service import ApiError, Service, caller_of, new_id, service_of
 from operant.live.serving.access import Caller
 from operant.live.storage.store import StoredCompletion
-from operant.models.sampler import TokenInfo
-from operant.types import Completion
+from operant.types import Completion, TokenInfo
 
 __all__ = ["routes"]
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from operant.models.policy import LanguagePolicy
-from operant.models.sampler import Sampler, TokenInfo
-from operant.types import Completion, OperantError, Prompt, Sampling
+from operant.models.sampler import Sampler, room
+from operant.types import Completion, OperantError, Prompt, SamplerProtocol, Sampling, TokenInfo
 
 __all__ = ["Busy", "Engine", "NotResident", "OnText", "StepFailed", "TokenInfo", "held_back"]
 
@@ -87,6 +87,14 @@ class _Request:
     first: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    """A version in memory: its weights, and what decodes with them."""
+
+    policy: LanguagePolicy
+    sampler: SamplerProtocol
+
+
 @dataclass(slots=True)
 class _Rates:
     """Moving averages over about AVERAGED seconds."""
@@ -131,7 +139,7 @@ class Engine:
         self._closed = False
         # the engine's thread alone changes what follows, and replaces what others read
         self._version = version
-        self._samplers: dict[int, Sampler] = {version: self._sampler(policy, version)}  # oldest first
+        self._residents: dict[int, _Resident] = {version: self._enter(policy, version)}  # oldest first
         self._requests: deque[_Request] = deque()
         self._outputs: dict[str, _Output] = {}
         self._fresh: dict[str, TokenInfo] = {}  # tokens of the step under way
@@ -168,16 +176,16 @@ class Engine:
         did, and with NotResident when the version left between this call and its turn.
         Raises Busy when too many completions wait, NotResident, and OperantError when the prompt is empty or too long.
         """
-        samplers, asked = self._samplers, list(ids)
+        residents, asked = self._residents, list(ids)
         if len(prompt.tokens) == 0:
             raise OperantError("the prompt is empty, so nothing predicts the first token; give some text")
-        serving = next(reversed(samplers))  # read with them, not beside them
-        sampler = samplers.get(serving if version is None else version)
-        if sampler is None:
+        serving = next(reversed(residents))  # read with them, not beside them
+        resident = residents.get(serving if version is None else version)
+        if resident is None:
             raise _not_resident(version)
-        if sampler.room(prompt, sampling) < 1:
+        if room(resident.policy, prompt, sampling.max_tokens) < 1:
             raise OperantError(
-                f"the prompt has {len(prompt.tokens)} tokens and the model holds {sampler.policy.max_length} with the "
+                f"the prompt has {len(prompt.tokens)} tokens and the model holds {resident.policy.max_length} with the "
                 "completion; shorten it"
             )
         if len(asked) > self.queue:
@@ -217,12 +225,12 @@ class Engine:
         """
 
         def serve() -> None:
-            sampler = self._samplers.get(version)
-            if sampler is None:
+            resident = self._residents.get(version)
+            if resident is None:
                 if policy is None:
                     raise _not_resident(version)
-                sampler = self._sampler(policy, version)
-            self._samplers = {v: s for v, s in self._samplers.items() if v != version} | {version: sampler}
+                resident = self._enter(policy, version)
+            self._residents = {v: r for v, r in self._residents.items() if v != version} | {version: resident}
             self._version = version
             self._leave()
 
@@ -235,14 +243,14 @@ class Engine:
         """
 
         def enter() -> None:
-            if version in self._samplers:
+            if version in self._residents:
                 return
             if any(o.pinned and o.version not in (None, self._version) for o in self._outputs.values()):
                 raise Busy("another pinned version is at work in this one's place; try again later", 1.0)
-            now = self._samplers[self._version]
-            self._samplers = self._samplers | {version: self._sampler(policy, version)}
+            now = self._residents[self._version]
+            self._residents = self._residents | {version: self._enter(policy, version)}
             self._leave(version)
-            self._samplers = {v: s for v, s in self._samplers.items() if s is not now} | {self._version: now}
+            self._residents = {v: r for v, r in self._residents.items() if r is not now} | {self._version: now}
 
         self._call(enter)
 
@@ -250,14 +258,14 @@ class Engine:
         """Let these versions leave memory, but the one that serves; what they have under way goes on under that."""
 
         def leave() -> None:
-            for version in set(self._samplers) & set(versions) - {self._version}:
+            for version in set(self._residents) & set(versions) - {self._version}:
                 self._let_go(version)
 
         self._call(leave)
 
     def resident(self) -> list[int]:
         """The versions in memory; the last one serves."""
-        return list(self._samplers)
+        return list(self._residents)
 
     def stats(self) -> dict[str, Any]:
         """What it is doing: rows under way, completions queued, the version, totals since the start (of rows `reread`
@@ -323,25 +331,30 @@ class Engine:
                     return
                 self._admit()
                 self._rates.pass_time(0.0)
-                for version, sampler in list(self._samplers.items()):
-                    if sampler.pending:
-                        self._step(version, sampler)
+                for version, resident in list(self._residents.items()):
+                    if resident.sampler.pending:
+                        self._step(version, resident)
             except Exception:  # what a step raises is caught in _step: this is a fault of the engine's own
                 log.exception("the engine failed; every request under way fails with it")
                 self._fail(list(self._outputs), StepFailed("the engine failed; the log says how"))
                 self._requests.clear()
-                self._samplers = {v: self._sampler(s.policy, v) for v, s in self._samplers.items()}
-            self._row_count = sum(sampler.pending for sampler in self._samplers.values())
+                self._residents = {v: self._enter(r.policy, v) for v, r in self._residents.items()}
+            self._row_count = self._under_way()
 
-    def _sampler(self, policy: LanguagePolicy, version: int) -> Sampler:
-        return Sampler(policy, max_rows=self.max_rows, version=version, on_token=self._fresh_token)
+    def _enter(self, policy: LanguagePolicy, version: int) -> _Resident:
+        """A version with a sampler of its own, which is idle."""
+        sampler = Sampler(policy, max_rows=self.max_rows, version=version, on_token=self._fresh_token)
+        return _Resident(policy, sampler)
+
+    def _under_way(self) -> int:
+        return sum(resident.sampler.pending for resident in self._residents.values())
 
     def _fresh_token(self, completion_id: str, token: TokenInfo) -> None:
         self._fresh[completion_id] = token
 
     def _admit(self) -> None:
         """Give waiting requests to the samplers while there are rows free, first come, first served."""
-        free = self.max_rows - sum(sampler.pending for sampler in self._samplers.values())
+        free = self.max_rows - self._under_way()
         while self._requests and free > 0:
             request = self._requests[0]
             begin, request.ids = request.ids[:free], request.ids[free:]
@@ -349,7 +362,7 @@ class Engine:
                 self._requests.popleft()
             if not begin:
                 continue
-            if request.version not in self._samplers:
+            if request.version not in self._residents:
                 if any(self._outputs[i].pinned for i in begin):
                     self._fail(begin, _not_resident(request.version))
                     continue
@@ -360,7 +373,7 @@ class Engine:
             with self._wake:
                 self._waits -= len(begin)
             try:
-                self._samplers[request.version].submit(
+                self._residents[request.version].sampler.submit(
                     request.prompt, request.sampling, ids=begin, first_sample=request.first,
                     alternatives=request.alternatives,
                 )  # fmt: skip
@@ -370,16 +383,16 @@ class Engine:
             request.first += len(begin)
             free -= len(begin)
 
-    def _step(self, version: int, sampler: Sampler) -> None:
+    def _step(self, version: int, resident: _Resident) -> None:
         began = time.monotonic()
         self._fresh.clear()
         try:
-            finished = {c.id: c for c in sampler.step()}
+            finished = {c.id: c for c in resident.sampler.step()}
         except Exception as error:
             log.exception("a decode step of version %d failed", version)
             self._totals["faults"] += 1
             # caches and rows may be half-way
-            self._samplers = self._samplers | {version: self._sampler(sampler.policy, version)}
+            self._residents = self._residents | {version: self._enter(resident.policy, version)}
             lost = [i for i, output in self._outputs.items() if output.begun and output.version == version]
             self._fail(lost, StepFailed(f"a decode step failed ({type(error).__name__}: {error}); ask again"))
             return
@@ -415,14 +428,14 @@ class Engine:
         completion: Completion | None = None
         if output.begun:
             assert output.version is not None
-            completion = self._samplers[output.version].cancel(completion_id)
+            completion = self._residents[output.version].sampler.cancel(completion_id)
         else:
             with self._wake:
                 self._waits -= 1
             for request in self._requests:
                 if completion_id in request.ids:
                     request.ids.remove(completion_id)
-                    completion = _nothing(completion_id, request, self._samplers[self._version].policy)
+                    completion = _nothing(completion_id, request, self._residents[self._version].policy)
                     break
         assert completion is not None
         self._totals["cancelled"] += 1
@@ -438,19 +451,19 @@ class Engine:
 
     def _leave(self, entering: int | None = None) -> None:
         """Let versions go until no more are resident than may be; what they have under way goes to the serving one."""
-        while len(self._samplers) > RESIDENT:
-            used = {v: [o for o in self._outputs.values() if o.version == v] for v in self._samplers}
+        while len(self._residents) > RESIDENT:
+            used = {v: [o for o in self._outputs.values() if o.version == v] for v in self._residents}
             leaving = min(
-                (v for v in self._samplers if v not in (self._version, entering)),
+                (v for v in self._residents if v not in (self._version, entering)),
                 key=lambda v: (bool(used[v]), any(o.pinned for o in used[v])),  # the first of equals is the oldest
             )
             self._let_go(leaving)
 
     def _let_go(self, leaving: int) -> None:
-        sampler = self._samplers[leaving]
-        self._samplers = {v: s for v, s in self._samplers.items() if v != leaving}
+        sampler = self._residents[leaving].sampler
+        self._residents = {v: r for v, r in self._residents.items() if v != leaving}
         self._totals["reread"] += sampler.pending
-        self._samplers[self._version].absorb(sampler)
+        self._residents[self._version].sampler.absorb(sampler)
         for output in self._outputs.values():
             if output.begun and output.version == leaving:
                 output.version = self._version
