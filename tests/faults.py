@@ -28,7 +28,7 @@ from typing import Any
 # kind → the functions whose calls are its events, as "module:path"
 EVENTS = {
     "start": (
-        "operant.run.runlog:_acquire", "operant.run.runlog:_write_atomically", "operant.models.policy:Policy.__init__",
+        "operant.run.runlog:_acquire", "operant.run.files:replace_file", "operant.models.policy:Policy.__init__",
         "operant.algorithms.learner:Learner.__init__", "operant.run.run:Run.attach",
     ),
     "disk": ("os:fsync", "os:rename", "os:replace", "shutil:rmtree", "operant.models.policy:Policy.save"),

@@ -15,6 +15,8 @@ import pytest
 
 import operant
 from operant.run import checkpoint
+from operant.run.files import STAGING, read_object, replace_file
+from operant.run.runlog import RunFolder
 from operant.types import OperantError
 
 # The child saves steps 1, 2, 3 … whose files all hold the step, and acknowledges each on stdout. With a third argument
@@ -452,3 +454,20 @@ def test_a_disk_that_torch_filled_is_told_though_the_half_written_files_are_gone
     with pytest.raises(OperantError, match="the disk is full while saving step 3"):
         checkpoint.save(tmp_path, 3, fill)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_object_is_read_or_empty(tmp_path: Path) -> None:
+    file = tmp_path / "facts.json"
+    assert read_object(file) == {}
+    for text in ("", "{", "[1]", "\x00"):
+        file.write_text(text)
+        assert read_object(file) == {}
+    replace_file(file, '{"a": 1}')
+    assert read_object(file) == {"a": 1}
+
+
+def test_what_a_kill_left_of_a_small_file_goes_with_the_run_that_is_opened_next(tmp_path: Path) -> None:
+    left = tmp_path / f"{STAGING}run.json-1-1"
+    left.write_text("{")
+    RunFolder.open(tmp_path, "a: 1").close()
+    assert not left.exists()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from operant.live.storage.versions import Moved, Outcome, Pointer, StepRecord, Versions
-from operant.run import checkpoint
+from operant.run.files import replace_file
 from operant.types import OperantError
 
 
@@ -164,14 +164,14 @@ def test_a_full_disk_while_a_record_is_written_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "current"
-    checkpoint.replace_file(file, "old")
+    replace_file(file, "old")
 
     def full(path: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("operant.run.checkpoint._sync", full)
+    monkeypatch.setattr("operant.run.files.sync", full)
     with pytest.raises(OperantError, match="the disk is full while writing"):
-        checkpoint.replace_file(file, "new")
+        replace_file(file, "new")
     assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["current"]
 
 
@@ -195,7 +195,7 @@ def test_what_a_crash_leaves_is_completed(tmp_path: Path) -> None:
     # a step that published nothing and whose announcement is still there
     record = record_of(versions, state="nothing")
     versions.announce(record)
-    checkpoint.replace_file(versions._record_file(record.version), record.to_json())
+    replace_file(versions._record_file(record.version), record.to_json())
     assert versions.finish() is None and versions.pending() is None
     assert versions.consumed() == record.consumed_offset == 6
 
@@ -233,7 +233,7 @@ def test_a_copy_of_a_record_that_is_wrong_is_mended_before_its_version_goes(tmp_
     versions = begun(tmp_path, keep=2)
     step(versions)
     wrong = dataclasses.replace(versions.record(1), state="nothing", reason="the step failed", outcomes={})
-    checkpoint.replace_file(versions._record_file(1), wrong.to_json())
+    replace_file(versions._record_file(1), wrong.to_json())
     for _ in range(5):
         step(versions)
     assert 1 not in versions._folders()

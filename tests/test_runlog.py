@@ -301,7 +301,7 @@ def test_a_full_disk_at_the_start_is_one_line_and_frees_the_lock(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        fails("No space left on device.*choose another --out", tmp_path, "a: 1")
+        fails("the disk is full.*choose another --out", tmp_path, "a: 1")
     assert set(os.listdir(tmp_path)) <= {".lock"}
     RunFolder.open(tmp_path, "a: 1").close()
 

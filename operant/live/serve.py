@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_numbers
 from operant.live.serving.access import Keys, check_listening
 from operant.live.storage.versions import Versions
-from operant.run import checkpoint
+from operant.run.files import replace_file
 from operant.types import OperantError
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _versions(config: WorkerConfig, store: Any) -> Versions:
         raise OperantError(f"--model is missing; give a model folder or hub id to begin with in {config.root}")
     try:
         with FileLock(root / "learner.lock", timeout=LOCK_SECONDS):
-            checkpoint.replace_file(origin, json.dumps({"model": _place(config.model)}))
+            replace_file(origin, json.dumps({"model": _place(config.model)}))
             Worker(config, store, lambda told: None).start()
     except Timeout:
         raise OperantError(f"a learner is at work in {root}; stop that one, or give another --root") from None

@@ -67,7 +67,7 @@ class HeldOut:
             value = values[self.config.best_metric]
             if math.isfinite(value) and value > self.run.best_value:
                 self.best = values
-                self.run.crown(value)
+                self.run.promote_best(value)
 
     def look(self) -> dict[str, float]:
         """The optimised reward beside metrics that were not optimised, logged and shown."""

@@ -12,32 +12,29 @@ One process writes a folder at a time (`runlog.RunFolder` holds the lock); any n
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from operant.run.files import STAGING, make_folder, replace_file, storage_fault, sync, sync_tree
 from operant.types import OperantError
 
-__all__ = ["Checkpoint", "clean", "latest", "list_checkpoints", "prune", "read", "replace_file", "save", "verify"]
+__all__ = ["Checkpoint", "clean", "latest", "list_checkpoints", "prune", "read", "save", "verify"]
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 POINTER = "latest"
-STAGING = ".staging-"
 PRUNED = ".pruned-"
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +85,7 @@ def save(
     facts = dict(meta or {})
     staging = folder / f"{STAGING}{step:08d}-{os.getpid()}"
     try:
-        _make_folder(folder)
+        make_folder(folder)
         clean(folder)
         facts.setdefault("parent", _pointer(folder))
         known = list_checkpoints(folder)
@@ -106,13 +103,13 @@ def save(
             "files": files,
         }
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
-        _sync_tree(staging)
+        sync_tree(staging)
         os.rename(staging, target)
-        _sync(folder)
+        sync(folder)
         if healthy:
             replace_file(folder / POINTER, target.name + "\n")
     except BaseException as error:
-        reason = _storage_fault(error, folder)  # before the half-written files go: that frees the very space
+        reason = storage_fault(error, folder)  # before the half-written files go: that frees the very space
         shutil.rmtree(staging, ignore_errors=True)
         if reason is None:
             raise
@@ -150,8 +147,8 @@ def prune(folder: Path, keep: int = 2, protect: Iterable[str | Path] = ()) -> li
     """Delete old checkpoints and return those deleted.
 
     Kept are the `keep` newest healthy ones, the pointer's, everything in `protect` (names or paths, such as the best
-    one), and the newest sick one if nothing healthy is newer, for the post-mortem. Sick and visibly damaged checkpoints
-    (a file missing or of the wrong size) never count towards `keep`.
+    one), and the newest unhealthy one if nothing healthy is newer, for the post-mortem. Unhealthy and visibly damaged
+    checkpoints (a file missing or of the wrong size) never count towards `keep`.
 
     Raises:
         ValueError: `keep` is less than 1.
@@ -174,7 +171,7 @@ def prune(folder: Path, keep: int = 2, protect: Iterable[str | Path] = ()) -> li
             delete(checkpoint.path)
             gone.append(checkpoint.path)
     if gone:
-        _sync(folder)
+        sync(folder)
     return gone
 
 
@@ -302,72 +299,4 @@ def _pointer(folder: Path) -> str | None:
         name = (folder / POINTER).read_text(encoding="utf-8").strip()
         if _NAME.fullmatch(name):
             return name
-    return None
-
-
-def replace_file(file: Path, text: str, *, private: bool = False) -> None:
-    """Write a small file so that a crash leaves the old text or the new one, on the disk when this returns.
-
-    private: nobody but its owner may ever read it.
-
-    Raises:
-        OperantError: the disk is full or the place cannot be written. The old text stands.
-    """
-    fresh = file.parent / f"{STAGING}{file.name}-{os.getpid()}-{threading.get_ident()}"
-    try:
-        _make_folder(file.parent)
-        if private:
-            fresh.touch(mode=0o600)
-        fresh.write_text(text, encoding="utf-8")
-        _sync(fresh)
-        os.replace(fresh, file)
-        _sync(file.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            fresh.unlink(missing_ok=True)
-        reason = _storage_fault(error, file.parent)
-        if reason is None:
-            raise
-        raise OperantError(f"{reason} while writing {file}; free some space there, or make it writable") from error
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _sync(folder.parent)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a folder; its rename is journalled by the file system
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _storage_fault(error: BaseException, folder: Path) -> str | None:
-    """Name the fault if the storage is to blame. Weight writers wrap the system's error in their own."""
-    link: BaseException | None = error
-    while link is not None:
-        number, text = getattr(link, "errno", None), str(link)
-        if number in _FULL or "No space left on device" in text or "os error 28" in text:
-            return "the disk is full"
-        if number == errno.EFBIG:
-            return "a file grew over the size that this file system allows"
-        if isinstance(link, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"no permission to write ({os.strerror(number)})"
-        # torch's zip writer reports only its own position after a short write.
-        if isinstance(link, RuntimeError) and ("PytorchStreamWriter" in text or "unexpected pos" in text):
-            with contextlib.suppress(OSError):
-                if shutil.disk_usage(folder).free < 1 << 20:
-                    return "the disk is full"
-        link = link.__cause__ or link.__context__
     return None

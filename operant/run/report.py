@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import yaml
 
+from operant.run.files import read_object, replace_file
 from operant.run.runlog import read_jsonl
 from operant.types import OperantError
 
@@ -129,9 +130,7 @@ def write_report(folder: str | Path, *, title: str | None = None, optimised: Col
     try:
         drawings = _draw(_charts(run, chosen), run.path / "curves")
         page = run.path / "report.html"
-        fresh = page.with_name(f".{page.name}-{os.getpid()}")
-        fresh.write_text(_page(run, title or run.path.resolve().name, chosen, drawings), encoding="utf-8")
-        os.replace(fresh, page)
+        replace_file(page, _page(run, title or run.path.resolve().name, chosen, drawings))
     except OSError as error:
         raise OperantError(
             f"cannot write the report in {run.path} ({error.strerror or error}): free some space there"
@@ -161,7 +160,7 @@ def load_run(folder: Path) -> Run:
         path=folder,
         config=config,
         config_text=text,
-        facts=_json_object(folder / "run.json"),
+        facts=read_object(folder / "run.json"),
         series={name: sorted(values.items()) for name, values in by_step.items()},
         samples=read_jsonl(folder / "samples.jsonl"),
         results=results,
@@ -800,17 +799,9 @@ def _config(path: Path) -> tuple[str, dict[str, Any]]:
     return text, parsed if isinstance(parsed, dict) else {}
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _results(path: Path) -> dict[str, dict[str, float]]:
     rows: dict[str, dict[str, float]] = {}
-    for label, row in _json_object(path).items():
+    for label, row in read_object(path).items():
         if isinstance(row, dict):
             numbers = {str(k): n for k, v in row.items() if (n := _number(v)) is not None}
             if numbers:

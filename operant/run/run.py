@@ -1,4 +1,4 @@
-"""What every stage that trains shares: run folder, checkpoints, exact resume, Ctrl-C, limits, sick steps, report."""
+"""What every stage that trains shares: folder, checkpoints, exact resume, Ctrl-C, limits, non-finite steps, report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from operant.types import OperantError, StepStats
 
 
 def mixed_seed(*parts: object) -> int:
-    """One 63-bit seed from several parts, so that every step has its own and none depends on the steps before."""
+    """A seed below 2^63 from several parts, so that every step has its own and none depends on the steps before."""
     digest = hashlib.blake2b("\x00".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -106,7 +106,7 @@ class Run:
         self._saved_step = -1
         self._interrupts = 0
         self.interrupted = False
-        self.crowned = False
+        self.newest_is_best = False
         self._progress: Progress | None = None
         self._handler: Any = None
 
@@ -273,7 +273,7 @@ class Run:
         shown: dict[str, float | str] | None = None,
         missing: dict[str, int] | None = None,
     ) -> None:
-        """Count a step, log it, and roll back when too many in a row were sick."""
+        """Count a step, log it, and roll back when too many in a row were non-finite."""
         self.step += 1
         values = {"train/loss": stats.loss, "train/grad_norm": stats.grad_norm, "train/seconds": stats.seconds}
         values.update({f"train/{name}": value for name, value in stats.coefficients.items()})
@@ -283,16 +283,16 @@ class Run:
         if self._progress is not None:
             self._progress.advance(tokens=stats.tokens, shown=shown, missing=missing)
             if stats.skipped:
-                sick = self.learner.skipped_in_row
+                in_row = self.learner.skipped_in_row
                 self._progress.note(
-                    f"step {self.step} skipped: {stats.reason}" + (f" ({sick} in a row)" if sick else "")
+                    f"step {self.step} skipped: {stats.reason}" + (f" ({in_row} in a row)" if in_row else "")
                 )
         if self.learner.skipped_in_row >= self.config.max_sick_steps:
             good = checkpoint.latest(self.folder.checkpoints)
             if good is not None:
                 self._load(good)
             self.stop(
-                f"{self.config.max_sick_steps} steps in a row were sick ({stats.reason}); "
+                f"{self.config.max_sick_steps} steps in a row were non-finite ({stats.reason}); "
                 f"rolled back to step {self.step}. Try a lower --lr",
                 failed=True,
             )
@@ -305,10 +305,10 @@ class Run:
         self.best_checkpoint = self.save().name
         return True
 
-    def crown(self, value: float) -> None:
+    def promote_best(self, value: float) -> None:
         """A last look after an early stop found the newest weights to be the best: they become `out/model`. What a
         resumed run goes on from does not change, so that it is the run that never stopped."""
-        self.crowned, self.best_value, self.best_step = True, value, self.step
+        self.newest_is_best, self.best_value, self.best_step = True, value, self.step
 
     def note(self, text: str) -> None:
         if self._progress is not None:
@@ -328,7 +328,9 @@ class Run:
     def _finish(self) -> None:
         if not self.failed and self.step != self._saved_step:
             self.save()
-        best = self.folder.checkpoints / self.best_checkpoint if self.best_checkpoint and not self.crowned else None
+        best = (
+            self.folder.checkpoints / self.best_checkpoint if self.best_checkpoint and not self.newest_is_best else None
+        )
         source = (
             best if best is not None and checkpoint.verify(best) is None else checkpoint.latest(self.folder.checkpoints)
         )
@@ -358,7 +360,7 @@ class Run:
 
     def restore_best(self) -> None:
         """Put the best checkpoint's weights into the policy."""
-        if self.best_checkpoint and not self.crowned:
+        if self.best_checkpoint and not self.newest_is_best:
             best = self.folder.checkpoints / self.best_checkpoint
             if fault := checkpoint.verify(best):
                 self.note(f"the best checkpoint {best} is broken ({fault}); the newest weights are kept")

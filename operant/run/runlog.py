@@ -32,6 +32,8 @@ from typing import Any, TextIO
 import yaml
 from filelock import FileLock, Timeout
 
+from operant.run import checkpoint
+from operant.run.files import read_object, replace_file
 from operant.types import OperantError
 
 __all__ = ["FREE_KEYS", "Progress", "RunFolder", "RunLog", "read_jsonl"]
@@ -65,6 +67,7 @@ FREE_KEYS = frozenset(
 _LOCK = ".lock"
 _ASIDE = ".replaced"  # the run that --overwrite replaces, until the new one has begun
 _RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html")
+_GO_ON = "free some space there, and go on from the last checkpoint with --resume"
 _RUN_FOLDERS = ("checkpoints", "curves", "model", "tensorboard")
 
 
@@ -120,56 +123,13 @@ class RunFolder:
                 or no run and something that one would replace; `resume` with no run in it or with another
                 configuration; the place is a file or not writable.
         """
-        if not str(out).strip():
-            raise OperantError("--out is empty: give a folder for the run")
-        path = Path(out)
         if resume and overwrite:
             raise OperantError("--resume and --overwrite exclude each other: give one of them")
-        try:
-            is_file = path.exists() and not path.is_dir()
-            new_parents = [parent for parent in path.parents if not parent.exists()]
-            there = _started(path) or (path / _ASIDE).exists()
-        except OSError as error:  # a name that is too long, a folder that may not be looked into
-            raise OperantError(f"cannot write in {path} ({error.strerror}): choose another --out") from error
-        if is_file:
-            raise OperantError(f"{path} is a file, not a folder: choose another --out")
-        if resume and not there:
-            raise OperantError(
-                f"there is no run to resume in {path}: leave --resume out to start one, or correct --out"
-            )
+        path, new_parents = _place_of(out, resume)
         lock = _acquire(path)
         try:
-            _settle(path)
-            resumed = _started(path)
-            mine = next((name for name in (*_RUN_FOLDERS, *_RUN_FILES) if (path / name).exists()), None)
-            if mine is not None and not resumed:
-                raise OperantError(
-                    f"{path} holds no run, but {mine}, which one would replace: choose another --out, or move it away"
-                )
-            if resumed and resume:
-                _compare(path, config_yaml, free_keys)
-            elif resumed and overwrite and not _nothing_learned(path):
-                _set_aside(path)
-                resumed = False
-            elif resumed:
-                if not overwrite and not _nothing_learned(path):
-                    raise OperantError(
-                        f"{path} already holds a run: go on with it by --resume, or choose another --out "
-                        "(--overwrite throws it away)"
-                    )
-                _wipe(path)
-                resumed = False
-            _sweep(path)
-            facts: dict[str, Any] = _read_json(path / "run.json") if resumed else {"started": time.time()}
-            # one that a person stopped goes on as if nobody had
-            finished = "finished" in facts and not str(facts.get("stop_reason")).startswith("interrupted")
-            if resumed:
-                facts = {k: v for k, v in facts.items() if k not in ("finished", "stop_reason")}
-                facts["resumed"] = [*facts.get("resumed", []), time.time()]
-            _write_atomically(path / "run.json", json.dumps(facts, indent=1))  # first: it makes the rest a run's
-            _write_atomically(path / "config.yaml", config_yaml)
-            for name in ("checkpoints", "curves"):
-                (path / name).mkdir(exist_ok=True)
+            resumed = _make_room(path, config_yaml, resume=resume, overwrite=overwrite, free_keys=free_keys)
+            finished = _begin(path, config_yaml, resumed)
         except OSError as error:
             lock.release()
             raise OperantError(f"cannot write in {path} ({error.strerror or error}): choose another --out") from error
@@ -186,12 +146,10 @@ class RunFolder:
 
         Raises OperantError when it cannot be written.
         """
-        known = _read_json(self.path / "run.json")
+        known = read_object(self.path / "run.json")
         known.update(facts, finished=time.time(), stop_reason=stop_reason)
-        try:
-            _write_atomically(self.path / "run.json", json.dumps(known, indent=1, ensure_ascii=False))
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+        text = json.dumps(known, indent=1, ensure_ascii=False)
+        replace_file(self.path / "run.json", text, advice=_GO_ON)
 
     def keep(self) -> None:
         """The run has begun: what it replaces is thrown away."""
@@ -318,9 +276,7 @@ class RunLog:
             if stream is not None:
                 try:
                     stream.close()
-                except (
-                    OSError
-                ) as error:  # a full disk has been told of by `log`; it must not be hidden by another error
+                except OSError as error:  # `log` has told of a full disk: no other error may hide that
                     log.warning("the last lines of %s are lost: %s", stream.name, error)
         if self._board is not None:
             self._board.close()
@@ -448,10 +404,65 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def _unwritable(path: Path, error: OSError) -> OperantError:
-    return OperantError(
-        f"cannot write in {path} ({error.strerror or error}): free some space there, "
-        "and go on from the last checkpoint with --resume"
-    )
+    return OperantError(f"cannot write in {path} ({error.strerror or error}): {_GO_ON}")
+
+
+def _place_of(out: str | Path, resume: bool) -> tuple[Path, list[Path]]:
+    """(the folder, the folders above it that are to be made). Raises OperantError where no run can be."""
+    if not str(out).strip():
+        raise OperantError("--out is empty: give a folder for the run")
+    path = Path(out)
+    try:
+        is_file = path.exists() and not path.is_dir()
+        new_parents = [parent for parent in path.parents if not parent.exists()]
+        there = _started(path) or (path / _ASIDE).exists()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise OperantError(f"cannot write in {path} ({error.strerror}): choose another --out") from error
+    if is_file:
+        raise OperantError(f"{path} is a file, not a folder: choose another --out")
+    if resume and not there:
+        raise OperantError(f"there is no run to resume in {path}: leave --resume out to start one, or correct --out")
+    return path, new_parents
+
+
+def _make_room(path: Path, config_yaml: str, *, resume: bool, overwrite: bool, free_keys: Collection[str]) -> bool:
+    """Leave the run that is resumed, or nothing; True for the former. Raises OperantError for what must not go."""
+    _settle(path)
+    resumed = _started(path)
+    mine = next((name for name in (*_RUN_FOLDERS, *_RUN_FILES) if (path / name).exists()), None)
+    if mine is not None and not resumed:
+        raise OperantError(
+            f"{path} holds no run, but {mine}, which one would replace: choose another --out, or move it away"
+        )
+    if resumed and resume:
+        _compare(path, config_yaml, free_keys)
+    elif resumed and _nothing_learned(path):
+        _wipe(path)
+    elif resumed and overwrite:
+        _set_aside(path)
+    elif resumed:
+        raise OperantError(
+            f"{path} already holds a run: go on with it by --resume, or choose another --out "
+            "(--overwrite throws it away)"
+        )
+    _sweep(path)
+    return resumed and resume
+
+
+def _begin(path: Path, config_yaml: str, resumed: bool) -> bool:
+    """Write down that the run goes on, or begins. True where it had come to an end of its own."""
+    facts: dict[str, Any] = read_object(path / "run.json") if resumed else {"started": time.time()}
+    # one that a person stopped goes on as if nobody had
+    finished = "finished" in facts and not str(facts.get("stop_reason")).startswith("interrupted")
+    if resumed:
+        facts = {k: v for k, v in facts.items() if k not in ("finished", "stop_reason")}
+        facts["resumed"] = [*facts.get("resumed", []), time.time()]
+    another = "choose another --out"
+    replace_file(path / "run.json", json.dumps(facts, indent=1), advice=another)  # first: it makes the rest a run's
+    replace_file(path / "config.yaml", config_yaml, advice=another)
+    for name in ("checkpoints", "curves"):
+        (path / name).mkdir(exist_ok=True)
+    return finished
 
 
 def _started(path: Path) -> bool:
@@ -489,7 +500,7 @@ def _settle(path: Path) -> None:
 def _nothing_learned(path: Path) -> bool:
     """True for what is left of a run that took no step: it failed before its first update, or was killed before it had
     written a checkpoint or a line of its log."""
-    facts = _read_json(path / "run.json")
+    facts = read_object(path / "run.json")
     if "finished" in facts:
         return facts.get("failed") is True and facts.get("updates") == 0
     kept = [path / "model", path / "results.json", path / "report.html", *(path / "checkpoints").glob("step-*")]
@@ -552,7 +563,8 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _sweep(path: Path) -> None:
     """Remove what processes killed in the middle of a write have left; only with the lock in hand."""
-    for name in (*_RUN_FILES, *_RUN_FOLDERS):
+    checkpoint.clean(path, *_RUN_FILES)
+    for name in (*_RUN_FILES, *_RUN_FOLDERS):  # `run` copies folders under such names; files had them before 0.1
         for left in path.glob(f".{name}-*"):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
@@ -567,27 +579,6 @@ def _wipe(path: Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with fresh.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(fresh, path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
 def _truncate(path: Path, step: int | None) -> None:
     """Drop lines after `step` and a last line that a crash cut off."""
     if not path.exists():
@@ -596,7 +587,7 @@ def _truncate(path: Path, step: int | None) -> None:
     kept = [row for row in rows if step is None or row.get("step", 0) <= step]
     whole = path.read_bytes()
     if len(kept) != whole.count(b"\n") or not whole.endswith(b"\n"):
-        _write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        replace_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def _jsonable(value: float) -> float | str:

@@ -140,7 +140,7 @@ def fit(
     if not run.failed and not run.interrupted and run.measured_step != run.step:
         last = look() if measurable else -math.inf
         if last > run.best_value:
-            run.crown(last)
+            run.promote_best(last)
     run.restore_best()
     policy.model.eval()
     if run.failed:

@@ -36,7 +36,7 @@ from operant.live.learning.worker import Worker, replayed
 from operant.live.storage.store import FORGOTTEN, Store
 from operant.live.storage.versions import Pointer, StepRecord, Versions
 from operant.models.policy import Policy
-from operant.run import checkpoint
+from operant.run.files import replace_file
 from operant.types import Feedback, OperantError
 
 __all__ = ["Forgotten", "Plan", "Remaking", "Verified", "ask", "empty", "finish", "forget", "forgotten", "verify"]
@@ -195,7 +195,7 @@ def empty(plan: Plan, versions: Versions, store: Emptied) -> None:
 def finish(plan: Plan, versions: Versions) -> Forgotten:
     """Leave a tombstone: that something was forgotten, and nothing of what or whom."""
     values = {"time": time.time(), **plan.done}
-    checkpoint.replace_file(versions.root / TOMBSTONES / f"{plan.number:08d}.json", json.dumps(values, indent=1))
+    replace_file(versions.root / TOMBSTONES / f"{plan.number:08d}.json", json.dumps(values, indent=1))
     (versions.root / "current.again").unlink(missing_ok=True)
     versions.plan_file.unlink()
     return Forgotten(**plan.done)

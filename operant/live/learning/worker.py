@@ -39,7 +39,7 @@ from operant.live.learning.lesson import EventSource, LearnerState, Lesson, prep
 from operant.live.learning.step import Taught, fingerprint, new_learner, take_step
 from operant.live.storage.versions import Moved, Outcome, Pointer, StepRecord, Versions
 from operant.models.policy import Policy
-from operant.run import checkpoint
+from operant.run.files import replace_file
 from operant.run.run import mixed_seed
 from operant.types import Completion, Feedback, OperantError, Prompt
 
@@ -507,7 +507,7 @@ class Worker:
         for i, (prompt, answer) in enumerate(zip(anchors.prompts, anchors.answers, strict=True)):
             kept = Completion(f"anchor-answer-{i}", prompt.id, "", answer, np.zeros(len(answer), np.int64))
             lines += [line_of(dataclasses.replace(prompt, references=())), line_of(kept)]
-        checkpoint.replace_file(_anchor_file(self.versions.root), "".join(lines))
+        replace_file(_anchor_file(self.versions.root), "".join(lines))
 
     # --- the slow gate ------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from filelock import FileLock
 
 from operant.run import checkpoint
+from operant.run.files import replace_file
 from operant.types import OperantError
 
 __all__ = ["OWNER", "ROLES", "Caller", "Key", "Keys", "Links", "check_listening", "is_loopback"]
@@ -129,9 +130,7 @@ class Keys:
     def _write(self, keys: list[Key]) -> None:
         assert self.path is not None
         checkpoint.clean(self.path.parent, self.path.name)
-        checkpoint.replace_file(
-            self.path, json.dumps([asdict(key) for key in keys], ensure_ascii=False, indent=1), private=True
-        )
+        replace_file(self.path, json.dumps([asdict(key) for key in keys], ensure_ascii=False, indent=1), private=True)
 
     def _lock(self) -> FileLock:
         if self.path is None:
@@ -159,7 +158,7 @@ class Links:
         with FileLock(Path(root) / "link.secret.lock"):
             checkpoint.clean(file.parent, file.name)
             if not file.exists():
-                checkpoint.replace_file(file, secrets.token_urlsafe(32), private=True)
+                replace_file(file, secrets.token_urlsafe(32), private=True)
             secret = file.read_text(encoding="utf-8").strip()
         if len(secret) < 32:
             raise OperantError(f"{file} is too short to sign links with; remove it and a new one is made")

@@ -32,6 +32,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from operant.run import checkpoint
+from operant.run.files import replace_file
 from operant.types import OperantError, PolicyVersion
 
 log = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ class Versions:
 
     def note_slow(self, version: int, found: Mapping[str, Any]) -> None:
         """Keep what the slow gate found, beside the version, whose folder never changes."""
-        checkpoint.replace_file(self._slow_file(version), json.dumps(dict(found), indent=1))
+        replace_file(self._slow_file(version), json.dumps(dict(found), indent=1))
 
     def consumed(self) -> int:
         """The offset up to which events were consumed, whatever became of them and whatever was rolled back since."""
@@ -258,7 +259,7 @@ class Versions:
 
     def keep_plan(self, plan: Mapping[str, Any]) -> None:
         with self._lock():  # the server asks for it while a learner may be starting
-            checkpoint.replace_file(self.plan_file, json.dumps(dict(plan), ensure_ascii=False))
+            replace_file(self.plan_file, json.dumps(dict(plan), ensure_ascii=False))
 
     @property
     def plan_file(self) -> Path:
@@ -277,7 +278,7 @@ class Versions:
             if trial is None:
                 self._now_tried.unlink(missing_ok=True)
             else:
-                checkpoint.replace_file(self._now_tried, json.dumps(dict(trial)))
+                replace_file(self._now_tried, json.dumps(dict(trial)))
 
     @contextlib.contextmanager
     def trying(self) -> Iterator[None]:
@@ -301,7 +302,7 @@ class Versions:
 
     def note_trial(self, version: int, found: Mapping[str, Any]) -> None:
         """Keep what a trial found, beside the version, whose folder never changes."""
-        checkpoint.replace_file(self._trial_file(version), json.dumps(dict(found), indent=1))
+        replace_file(self._trial_file(version), json.dumps(dict(found), indent=1))
 
     def _trial_file(self, version: int) -> Path:
         return self.root / "trials" / f"{version:08d}.json"
@@ -384,7 +385,7 @@ class Versions:
             else:
                 self.get(version)
                 pins[user] = version
-            checkpoint.replace_file(self.root / "pins.json", json.dumps(pins, ensure_ascii=False, indent=1))
+            replace_file(self.root / "pins.json", json.dumps(pins, ensure_ascii=False, indent=1))
 
     # --- a step, from its record to its publication --------------------------------------------------------------
 
@@ -407,7 +408,7 @@ class Versions:
 
     def announce(self, record: StepRecord) -> None:
         """Write down durably what the step will use, before it begins."""
-        checkpoint.replace_file(self._pending_file(record.version), record.to_json())
+        replace_file(self._pending_file(record.version), record.to_json())
 
     def pending(self) -> StepRecord | None:
         """The step that a crash cut off, if there is one."""
@@ -434,7 +435,7 @@ class Versions:
         """Keep the record of a finished step that publishes nothing."""
         if record.state not in ("refused", "nothing"):
             raise ValueError(f"a {record.state} step is not settled so")
-        checkpoint.replace_file(self._record_file(record.version), record.to_json())
+        replace_file(self._record_file(record.version), record.to_json())
         self._forget_pending(record.version)
 
     def finish(self) -> StepRecord | None:
@@ -500,7 +501,7 @@ class Versions:
             pins = self.pins()
             if any(version in numbers for version in pins.values()):
                 kept = {user: version for user, version in pins.items() if version not in numbers}
-                checkpoint.replace_file(self.root / "pins.json", json.dumps(kept, ensure_ascii=False, indent=1))
+                replace_file(self.root / "pins.json", json.dumps(kept, ensure_ascii=False, indent=1))
             there = {number: c for number, c in self._folders().items() if number in numbers}
             self._keep_records(there)
             for c in there.values():
@@ -539,7 +540,7 @@ class Versions:
         for number, c in there.items():
             file, text = self._record_file(number), (c.path / "record.json").read_text(encoding="utf-8")
             if not file.exists() or file.read_text(encoding="utf-8") != text:
-                checkpoint.replace_file(file, text)
+                replace_file(file, text)
                 self._records.pop(file, None)
 
     def _folders(self) -> dict[int, checkpoint.Checkpoint]:
@@ -580,7 +581,7 @@ class Versions:
         return now
 
     def _write_pointer(self, pointer: Pointer) -> None:
-        checkpoint.replace_file(self._pointer_file(self.beside), json.dumps(dataclasses.asdict(pointer)))
+        replace_file(self._pointer_file(self.beside), json.dumps(dataclasses.asdict(pointer)))
 
     def _pointer_file(self, beside: bool) -> Path:
         return self.root / ("current.again" if beside else "current")
