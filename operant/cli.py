@@ -548,7 +548,9 @@ def run_replay(config: configs.ReplayConfig) -> None:
     else:
         for v in told:
             how = "the same bits" if v.same else f"largest difference of a weight {v.difference:.3g}"
-            where = "" if v.same_fingerprint else " (made on another machine or with other libraries)"
+            where = (
+                "" if v.same_fingerprint else " (made on another machine, with other libraries or by another operant)"
+            )
             print(f"{v.version:6}  {how}{where}")
         if not told:
             print("there is no version on disk whose parent is there too")

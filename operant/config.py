@@ -987,8 +987,8 @@ class VersionsConfig:
 class ReplayConfig:
     """Prove versions: make each again from its record and its parent, and compare every weight.
 
-    With the fingerprint that is in the record (python, torch, transformers, processor, threads, dtype) the weights have
-    the same bits; with another they lie within `tolerance`.
+    With the fingerprint that is in the record (the number of the learner's arithmetic, python, torch, transformers,
+    processor, threads, dtype) the weights have the same bits; with another they lie within `tolerance`.
 
     Args:
         root: the folder that the live loop writes.

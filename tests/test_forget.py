@@ -15,6 +15,7 @@ from program import Program
 
 from operant.config import LearnerConfig, WorkerConfig
 from operant.live.learning import forget as forgetting
+from operant.live.learning import step, worker
 from operant.live.learning.forget import forget, verify
 from operant.live.learning.worker import Learning, Worker
 from operant.live.storage.store import Store
@@ -127,6 +128,38 @@ def test_a_version_is_proved_from_its_record(world: Callable[..., World]) -> Non
         dataclasses.replace(last) if version == last.version else Versions.get(versions, version)
     )  # type: ignore[method-assign]
     assert verify(versions, last.version, here.store, here.config).difference == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("recorded", "alarm"), [(None, False), (step.ARITHMETIC, True), (step.ARITHMETIC + 1, False)])
+def test_the_bits_are_expected_of_the_same_arithmetic_alone(
+    world: Callable[..., World], program: Program, monkeypatch: pytest.MonkeyPatch, recorded: int | None, alarm: bool
+) -> None:
+    """A record from before the number was kept, or of another number, is held to the tolerance."""
+
+    def fingerprint(policy: Policy) -> dict[str, str]:
+        known = step.fingerprint(policy)
+        there = known.pop("arithmetic")
+        assert there == str(step.ARITHMETIC)
+        return known if recorded is None else known | {"arithmetic": str(recorded)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "fingerprint", fingerprint)
+        here = world("live", said=SAID[:1])
+    assert here.versions.record(1).fingerprint.get("arithmetic") == (None if recorded is None else str(recorded))
+    here.store.close()
+    made_again = forgetting.replayed
+
+    def nudged(*arguments: Any) -> Policy:
+        """What a learner with another order of its sums would have come to."""
+        policy = made_again(*arguments)
+        with torch.no_grad():
+            next(policy.model.parameters()).view(-1)[0] += 1e-6
+        return policy
+
+    monkeypatch.setattr(forgetting, "replayed", nudged)
+    verified = program("replay", "--root", here.config.root)
+    assert verified.status == alarm and ("with other libraries or by another operant" in verified.out) is not alarm
+    assert ("version 1 is not what its record makes" in verified.err[-1]) is alarm
 
 
 def test_what_serves_after_a_forget_is_as_if_the_source_had_never_spoken(world: Callable[..., World]) -> None:

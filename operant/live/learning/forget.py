@@ -47,7 +47,11 @@ TOO_FEW = "without the source that is forgotten, too few sources have spoken"
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A version beside what its record makes again. difference: the largest of any weight, 0.0 for the same bits."""
+    """A version beside what its record makes again. difference: the largest of any weight, 0.0 for the same bits.
+
+    same_fingerprint: whether it was made with today's libraries, kind of machine and `step.ARITHMETIC`; only then are
+    the same bits to be expected.
+    """
 
     version: int
     difference: float

@@ -35,8 +35,12 @@ from operant.live.storage.versions import Outcome
 from operant.models.policy import Policy
 from operant.types import Batch, Ints, Prompt, StepStats, Trajectory
 
-__all__ = ["Taught", "fingerprint", "new_learner", "rating_loss", "take_step"]
+__all__ = ["ARITHMETIC", "Taught", "fingerprint", "new_learner", "rating_loss", "take_step"]
 
+# The number of the arithmetic by which a live step is made: of the lesson, the loss, the policy's log-probs, the
+# gradient step and the line search. Raise it with every change that may give another last bit. It is a part of the
+# fingerprint, so that versions from before the change are then held to a tolerance and not to their bits.
+ARITHMETIC = 1
 HALVINGS = 24  # of a step, before it is given up
 PATIENCE = 4  # tries with earlier events, before the new ones are learned alone
 UNLIKELY = 1e-3  # a probability under the anchor version; tokens below it are counted
@@ -66,8 +70,12 @@ class Taught:
 
 
 def fingerprint(policy: Policy) -> dict[str, str]:
-    """What has to be the same for the same record to give the same weights to the last bit."""
+    """What has to be the same for the same record to give the same weights to the last bit.
+
+    A record of before `arithmetic` was written down has another fingerprint than every one of today.
+    """
     return {
+        "arithmetic": str(ARITHMETIC),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
