@@ -345,7 +345,7 @@ def perplexity(task: Task, texts: Sequence[str]) -> float:
     """Per token, under a small language model of the training targets that no reward has touched."""
     import torch
 
-    from operant.algorithms.batch import from_sequences
+    from operant.data.batch import from_sequences
     from operant.models.policy import Policy
 
     judge = Policy.load(RUNS / task.name / "judge" / "model")
@@ -384,8 +384,8 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
     import torch
 
     from operant.algorithms import credit
-    from operant.algorithms.batch import completion_axes, from_trajectories, place
     from operant.algorithms.objectives import reinforce
+    from operant.data.batch import completion_axes, from_trajectories, scatter
     from operant.data.rows import Fields, load_prompts, load_rows
     from operant.models.policy import Policy
     from operant.models.sampler import Sampler
@@ -427,7 +427,7 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
                 ways["terminal"] = 0.0
             for arm, beta in ways.items():
                 advantages, _ = credit.control_variate(rewards, mask, ids, valid, beta)
-                loss = reinforce(policy.logprobs(batch).logprobs, place(batch, advantages, trajectories))
+                loss = reinforce(policy.logprobs(batch).logprobs, scatter(batch, advantages, trajectories))
                 gradient = torch.autograd.grad((loss * batch.weights).sum() / batch.denominator, parameters)
                 flat = torch.cat([g.reshape(-1) for g in gradient]).double()
                 sums[arm] = sums[arm] + flat

@@ -139,7 +139,7 @@ class Measure:
     def __init__(self, codec: Any, liking: Liking, count: int = MEASURED) -> None:
         import numpy as np
 
-        from operant.algorithms.batch import from_sequences
+        from operant.data.batch import from_sequences
         from operant.data.rows import load_prompts
 
         self.liking, self.asked = liking, held_out(count)

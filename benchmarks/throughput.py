@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from operant.algorithms import objectives
-from operant.algorithms.batch import from_trajectories
 from operant.algorithms.learner import Learner
+from operant.data.batch import from_trajectories
 from operant.data.rows import load_prompts
 from operant.data.text import Codec
 from operant.models.policy import Policy

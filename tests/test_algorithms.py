@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from operant.algorithms.batch import microbatches
 from operant.algorithms.estimator import Estimator, Rollout
 from operant.algorithms.learner import Learner, logprobs_of
 from operant.algorithms.q_learning import QEstimator
 from operant.algorithms.surrogate import Surrogate
 from operant.algorithms.table import ALGORITHMS, resolve, table
 from operant.config import TrainConfig
+from operant.data.batch import microbatches
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.rewards import reward_trajectory

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from operant.algorithms.batch import from_sequences
+from operant.data.batch import from_sequences
 from operant.data.text import Codec
 from operant.models import attention
 from operant.models.attention import PickedLogprobs, Picks, TakeRows

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from operant.algorithms.batch import (
+from operant.data.batch import (
     completion_axes,
     encoder_context,
     from_sequences,
     from_trajectories,
     microbatches,
     pack,
-    place,
+    scatter,
     select_rows,
     token_weights,
 )
@@ -112,7 +112,7 @@ def test_credit_goes_to_the_completions_axis_and_back(encoder: bool) -> None:
     assert valid.tolist() == [True, True, False]
     batch = from_trajectories(ROWS, encoder=encoder, pad_id=0)
     values = torch.arange(9.0).reshape(3, 3) + 1
-    placed = place(batch, values, ROWS)
+    placed = scatter(batch, values, ROWS)
     assert [placed[i, batch.action_mask[i]].tolist() for i in range(3)] == [[1, 2, 3], [4, 5], [7]]
     assert not placed[~batch.action_mask].any()
 

@@ -12,8 +12,8 @@ import transformers
 from conftest import FAMILIES
 from torch import Tensor
 
-from operant.algorithms.batch import from_sequences, select_rows
 from operant.algorithms.learner import Learner
+from operant.data.batch import from_sequences, select_rows
 from operant.models.critic import FILE
 from operant.models.policy import Policy
 from operant.types import Batch, OperantError

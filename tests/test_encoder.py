@@ -15,9 +15,9 @@ from program import QUIET_RUN, Program, read_rows, write_rows
 from torch import Tensor
 from torch.nn import functional as F
 
-from operant.algorithms.batch import from_sequences
+from operant.data.batch import from_sequences, right_padded
 from operant.data.text import Codec
-from operant.models.encoder import Encoder, by_length, hide_tokens, masked_tokenizer, right_padded
+from operant.models.encoder import Encoder, by_length, hide_tokens, masked_tokenizer
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.types import OperantError, Prompt, Sampling

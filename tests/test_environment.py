@@ -17,12 +17,12 @@ from gymnasium.utils.env_checker import check_env
 from test_loop import assert_same_run, logged, quick, settings
 
 from operant.algorithms import credit
-from operant.algorithms.batch import completion_axes, drawn, from_trajectories, gathered, place, turn_discounts
 from operant.algorithms.estimator import Estimator, Rollout
 from operant.algorithms.q_learning import ReplayBuffer
 from operant.algorithms.table import resolve
 from operant.cli import main
 from operant.config import SftConfig, TrainConfig
+from operant.data.batch import completion_axes, drawn, from_trajectories, gather, scatter, turn_discounts
 from operant.data.text import Codec
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
@@ -308,10 +308,10 @@ def test_turns_in_rows_weigh_what_they_weigh_in_one(normalisation: Any, make_pol
     assert apart.denominator == whole.denominator
     rewards, mask, _ = completion_axes(trajectories)
     for batch in (apart, whole):
-        torch.testing.assert_close(gathered(batch, place(batch, rewards, trajectories), trajectories), rewards)
+        torch.testing.assert_close(gather(batch, scatter(batch, rewards, trajectories), trajectories), rewards)
         assert batch.rewards is not None
-        torch.testing.assert_close(gathered(batch, batch.rewards, trajectories), rewards)
-    weights = [gathered(batch, batch.weights, trajectories) for batch in (apart, whole)]
+        torch.testing.assert_close(gather(batch, batch.rewards, trajectories), rewards)
+    weights = [gather(batch, batch.weights, trajectories) for batch in (apart, whole)]
     torch.testing.assert_close(*weights)
     assert bool((weights[0][mask] > 0).all())
     buffer = ReplayBuffer.empty(9, 0.0)
@@ -363,7 +363,7 @@ def test_tokens_and_turns_are_discounted_and_observations_cost_nothing(gamma: fl
     torch.testing.assert_close(
         credit.gae(rewards, torch.zeros_like(rewards), mask, gamma=discounts, lam=1.0)[0], returns
     )
-    placed = place(from_trajectories(rows, encoder=False, pad_id=0), returns, rows)
+    placed = scatter(from_trajectories(rows, encoder=False, pad_id=0), returns, rows)
     for i, flags in enumerate(patterns):
         assert [bool(x) for x in placed[i, 2 : 2 + len(flags)] != 0] == [
             bool(f) and abs(expected[i][sum(flags[:k])]) > 0 for k, f in enumerate(flags)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from operant.algorithms import credit, objectives
-from operant.algorithms.batch import token_weights
 from operant.algorithms.surrogate import Surrogate
 from operant.algorithms.table import ALGORITHMS, resolve
 from operant.config import TrainConfig
+from operant.data.batch import token_weights
 from operant.types import Batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

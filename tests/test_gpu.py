@@ -14,9 +14,9 @@ import torch
 from conftest import FAMILIES
 from live import answered
 
-from operant.algorithms.batch import from_sequences, to_device
 from operant.algorithms.table import ALGORITHMS
 from operant.config import TrainConfig, WorkerConfig
+from operant.data.batch import from_sequences, to_device
 from operant.live.learning.worker import Learning, Worker, replayed
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from operant.algorithms import learner as module
-from operant.algorithms.batch import from_sequences
 from operant.algorithms.learner import Adam, Learner, Sgd, learning_rate, same_bits
+from operant.data.batch import from_sequences
 from operant.models.policy import Policy
 from operant.types import Batch, OperantError
 

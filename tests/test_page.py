@@ -21,8 +21,8 @@ import pytest
 import torch
 from serving import Served, learning
 
-from operant.algorithms.batch import from_sequences
 from operant.algorithms.learner import logprobs_of
+from operant.data.batch import from_sequences
 from operant.live.api.page import STATIC
 from operant.live.learning import lesson, step
 from operant.live.learning.gate import fast_gate, slow_gate

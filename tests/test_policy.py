@@ -12,7 +12,7 @@ import torch
 from conftest import FAMILIES, tiny_model
 from torch import Tensor
 
-from operant.algorithms.batch import from_sequences, pack
+from operant.data.batch import from_sequences, pack
 from operant.data.text import Codec
 from operant.models.policy import Policy, resolve_device
 from operant.types import Batch, OperantError

@@ -15,9 +15,9 @@ import torch
 from program import QUIET_RUN, Program, read_rows, write_rows
 from torch import Tensor
 
-from operant.algorithms.batch import microbatches
 from operant.algorithms.objectives import preference_loss
 from operant.config import PreferConfig
+from operant.data.batch import microbatches
 from operant.data.preferences import load_preferences, load_ratings, unpaired
 from operant.models.policy import Policy
 from operant.run import checkpoint

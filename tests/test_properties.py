@@ -15,14 +15,14 @@ from rouge_score.rouge_scorer import RougeScorer
 from test_rewards_potentials import prefixes
 
 from operant.algorithms import credit
-from operant.algorithms.batch import (
+from operant.data.batch import (
     Normalisation,
     completion_axes,
     from_sequences,
     from_trajectories,
     microbatches,
     pack,
-    place,
+    scatter,
     select_rows,
 )
 from operant.data.text import Codec, chars_to_tokens, tokens_to_chars
@@ -169,7 +169,7 @@ def test_a_batch_loses_and_doubles_nothing(given_rows: list[Trajectory], encoder
                 assert context.tokens[context.row[k], context.mask[context.row[k]]].tolist() == t.prompt.tokens.tolist()
     assert sorted(seen) == list(range(len(given_rows)))
     rewards, mask, valid = completion_axes(given_rows)
-    back = place(batch, rewards, given_rows)
+    back = scatter(batch, rewards, given_rows)
     for i, t in enumerate(given_rows):
         start, flags = 0 if encoder else len(t.prompt.tokens), t.completion.sampled
         assert flags is not None

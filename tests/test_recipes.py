@@ -380,11 +380,11 @@ def test_greedy_completions_teach_what_is_ratio_free(
 def taught_by_what_was_said_before(policy: Policy, algorithm: str, out: Path, passes: int = 60) -> tuple[float, float]:
     """Learn only from completions that the first weights wrote; (gain in the mean log-prob of those above the mean
     reward, mean log-prob at the end of those below it), per completion."""
-    from operant.algorithms.batch import completion_axes
     from operant.algorithms.estimator import Estimator, Rollout
     from operant.algorithms.learner import Learner, logprobs_of
     from operant.algorithms.surrogate import Surrogate
     from operant.algorithms.table import resolve
+    from operant.data.batch import completion_axes
     from operant.models.sampler import Sampler
     from operant.rewards import RewardRunner
     from operant.types import Sampling

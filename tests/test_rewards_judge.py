@@ -22,7 +22,7 @@ import torch
 from conftest import tiny_model
 from serving import serving
 
-from operant.algorithms.batch import from_sequences
+from operant.data.batch import from_sequences
 from operant.data.text import Codec
 from operant.models.policy import Policy
 from operant.rewards import RewardRunner, reward_by_name

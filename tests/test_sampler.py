@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 
-from operant.algorithms.batch import from_trajectories
+from operant.data.batch import from_trajectories
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler, behavior_logprobs, draw, row_key, uniform
 from operant.rewards import Stop

@@ -16,12 +16,12 @@ from test_loop import PROMPTS, assert_same_run, logged, quick, settings, share_o
 from torch import Tensor
 
 from operant.algorithms import objectives
-from operant.algorithms.batch import from_sequences, microbatches
 from operant.algorithms.learner import Learner, logprobs_of
 from operant.algorithms.surrogate import Surrogate
 from operant.algorithms.table import resolve
 from operant.algorithms.trust_region import FEWEST, FisherProduct, TrustRegion, conjugate_gradient, some_rows
 from operant.config import TrainConfig
+from operant.data.batch import from_sequences, microbatches
 from operant.models.policy import Policy
 from operant.rl.loop import train
 from operant.types import Batch, OperantError, StepStats

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from operant.algorithms import credit, objectives
-from operant.algorithms.batch import (
+from operant.algorithms.learner import logprobs_of, whole_batch
+from operant.algorithms.table import SUMMING_BASELINES, Recipe, resolve
+from operant.config import TrainConfig
+from operant.data.batch import (
     completion_axes,
     drawn,
     drawn_rewards,
     from_trajectories,
-    gathered,
+    gather,
     group_numbers,
-    place,
-    seats,
+    locate_tokens,
+    scatter,
     turn_discounts,
 )
-from operant.algorithms.learner import logprobs_of, whole_batch
-from operant.algorithms.table import SUMMING_BASELINES, Recipe, resolve
-from operant.config import TrainConfig
 from operant.models.policy import Policy
 from operant.types import Batch, OperantError, Trajectory
 
@@ -95,10 +95,10 @@ class Estimator:
             self.state["running"], self.state["running_weight"] = credit.updated_running(
                 *sums, returns, known, RUNNING_DECAY
             )
-        batch.advantages = place(batch, advantages, trajectories)
-        batch.returns = place(batch, returns, trajectories)
+        batch.advantages = scatter(batch, advantages, trajectories)
+        batch.returns = scatter(batch, returns, trajectories)
         # missing rewards teach nothing; the denominator stays fixed
-        batch.weights = batch.weights * place(batch, taught, trajectories)
+        batch.weights = batch.weights * scatter(batch, taught, trajectories)
         metrics["train/usable"] = float(taught.any(1).float().mean())
         return batch, metrics
 
@@ -138,7 +138,7 @@ class Estimator:
         if batch.ref_logprobs is None or self.config.kl_in != "reward":
             return torch.zeros(len(trajectories), max(len(drawn(t.completion)) for t in trajectories)).double()
         k1 = objectives.kl_k1(self.logprobs(batch), batch.ref_logprobs)
-        return -self.state["kl_coef"] * gathered(batch, k1, trajectories)
+        return -self.state["kl_coef"] * gather(batch, k1, trajectories)
 
     def known(self, batch: Batch, trajectories: list[Trajectory], mask: Tensor, valid: Tensor) -> Tensor:
         """Rows bool[N] whose return is known, or positions bool[N, T] where the baseline can teach part of a row."""
@@ -193,8 +193,8 @@ class Estimator:
         """Generalised advantage estimation; the values stay with the batch for the critic's own loss."""
         values = self.values(batch)
         batch.values = values[:, :-1]
-        of_row, after = gathered(batch, values, trajectories), torch.zeros(len(mask), dtype=torch.float64)
-        for i, (t, (_, _, end)) in enumerate(zip(trajectories, seats(batch, trajectories), strict=True)):
+        of_row, after = gather(batch, values, trajectories), torch.zeros(len(mask), dtype=torch.float64)
+        for i, (t, (_, _, end)) in enumerate(zip(trajectories, locate_tokens(batch, trajectories), strict=True)):
             if self.recipe.bootstrap and t.completion.truncated:
                 after[i] = values[end].double()
         advantages, returns = credit.gae(

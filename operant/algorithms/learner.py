@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from operant.algorithms.batch import microbatches, to_device
+from operant.data.batch import microbatches, to_device
 from operant.types import Batch, OperantError, StepStats
 
 Schedule = Literal["constant", "cosine", "linear"]

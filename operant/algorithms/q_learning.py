@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from operant.algorithms import credit, objectives
-from operant.algorithms.batch import (
+from operant.algorithms.estimator import Rollout
+from operant.algorithms.learner import whole_batch
+from operant.config import TrainConfig
+from operant.data.batch import (
     completion_axes,
     drawn,
     drawn_rewards,
     from_trajectories,
-    gathered,
-    place,
+    gather,
+    scatter,
     turn_discounts,
 )
-from operant.algorithms.estimator import Rollout
-from operant.algorithms.learner import whole_batch
-from operant.config import TrainConfig
 from operant.models.policy import Policy
 from operant.types import Batch, Completion, OperantError, Prompt, Sampling, Trajectory
 
@@ -161,15 +161,15 @@ class QEstimator:
         judged, taken_now, reference = self.columns(batch).unbind(-1)
         batch.ref_logprobs = reference.contiguous()
         targets = credit.n_step_targets(
-            rewards, gathered(batch, judged, rows), mask, gamma=turn_discounts(rows, config.gamma, config.gamma_turn),
+            rewards, gather(batch, judged, rows), mask, gamma=turn_discounts(rows, config.gamma, config.gamma_turn),
             steps=config.n_step,
         )  # fmt: skip
-        taken = gathered(batch, taken_now, rows)
+        taken = gather(batch, taken_now, rows)
         errors = ((taken - targets).abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
         self.buffer.note(places, errors.tolist())
-        batch.returns = place(batch, targets, rows)
+        batch.returns = scatter(batch, targets, rows)
         batch.advantages = torch.zeros_like(batch.returns)
-        batch.weights = batch.weights * place(batch, importance[:, None].expand(mask.shape), rows)
+        batch.weights = batch.weights * scatter(batch, importance[:, None].expand(mask.shape), rows)
         metrics["train/td_error"] = float(errors.mean())
         metrics["train/q_mean"] = float((taken * mask).sum() / mask.sum())
         metrics["train/target_mean"] = float((targets * mask).sum() / mask.sum())

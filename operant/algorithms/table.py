@@ -7,9 +7,9 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from operant.algorithms.batch import Normalisation
 from operant.algorithms.credit import Baseline
 from operant.config import TrainConfig
+from operant.data.batch import Normalisation
 from operant.types import OperantError
 
 Loss = Literal["reinforce", "importance", "ppo_clip", "gspo", "cispo", "topr", "double_q", "dpo", "ipo", "kto"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from operant.algorithms import objectives
-from operant.algorithms.batch import select_rows, to_device
 from operant.algorithms.learner import ClosureResult, StepLoss
+from operant.data.batch import select_rows, to_device
 from operant.models.policy import Policy
 from operant.types import Batch, OperantError
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from operant.data.batch import right_padded
 from operant.data.text import Codec, looks_like_path
 from operant.models.policy import EntropyMode, Policy, TokenLogprobs, is_masked, resolve_device, told_in_one_line
 from operant.types import Batch, Bools, Ints, OperantError
@@ -333,15 +334,6 @@ def hide_tokens(
     return np.where(chosen & (draw >= 0.9), drawn, corrupted), chosen
 
 
-def right_padded(rows: Sequence[Ints], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(tokens int64[B, S], mask bool[B, S])."""
-    width = max((len(row) for row in rows), default=0)
-    tokens, mask = np.full((len(rows), width), pad_id, np.int64), np.zeros((len(rows), width), np.bool_)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)], mask[i, : len(row)] = row, True
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
-
-
 def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Row numbers in pieces of at most `max_tokens` padded tokens (or one row), rows of like length together."""
     piece: list[int] = []
@@ -354,4 +346,4 @@ def by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         yield piece
 
 
-__all__ = ["ENCODER_SIZES", "Encoder", "by_length", "hide_tokens", "is_encoder", "masked_tokenizer", "right_padded"]
+__all__ = ["ENCODER_SIZES", "Encoder", "by_length", "hide_tokens", "is_encoder", "masked_tokenizer"]

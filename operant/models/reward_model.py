@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from operant.models.encoder import Encoder, by_length, right_padded
+from operant.data.batch import right_padded
+from operant.models.encoder import Encoder, by_length
 from operant.types import Batch, Doubles, Ints, OperantError, Span
 
 FACTS, HEAD = "reward_model.json", "reward_head.safetensors"

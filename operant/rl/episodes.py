@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from operant.algorithms.batch import drawn, from_trajectories
 from operant.algorithms.estimator import Rollout
 from operant.algorithms.learner import logprobs_of
 from operant.algorithms.table import nearest
 from operant.config import TrainConfig
+from operant.data.batch import drawn, from_trajectories
 from operant.models.sampler import Sampler
 from operant.rewards import RewardRunner, reward_trajectory
 from operant.rl.heldout import HeldOut

@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from operant.algorithms.batch import from_sequences
 from operant.algorithms.learner import logprobs_of
 from operant.algorithms.table import nearest
 from operant.config import TrainConfig
+from operant.data.batch import from_sequences
 from operant.models.policy import Policy
 from operant.rewards import Limited, RewardRunner
 from operant.rl.evaluate import evaluate

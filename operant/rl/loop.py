@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from operant.algorithms import objectives
-from operant.algorithms.batch import drawn, from_sequences, microbatches, select_rows
 from operant.algorithms.estimator import Estimator, Rollout
 from operant.algorithms.learner import Learner, logprobs_of
 from operant.algorithms.q_learning import QEstimator
@@ -25,6 +24,7 @@ from operant.algorithms.surrogate import Surrogate
 from operant.algorithms.table import Recipe, places_tokens, resolve
 from operant.algorithms.trust_region import TrustRegion
 from operant.config import TrainConfig
+from operant.data.batch import drawn, from_sequences, microbatches, select_rows
 from operant.data.rows import Pair
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler

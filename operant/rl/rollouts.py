@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from operant.algorithms import credit
-from operant.algorithms.batch import completion_axes, group_numbers
 from operant.algorithms.estimator import Rollout
 from operant.algorithms.table import Recipe
 from operant.config import TrainConfig
+from operant.data.batch import completion_axes, group_numbers
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler, check_room, room
 from operant.rewards import Limited, RewardRunner

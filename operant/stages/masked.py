@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from operant.algorithms.batch import from_sequences
 from operant.config import PretrainConfig, StartConfig
+from operant.data.batch import from_sequences
 from operant.data.text import Codec
 from operant.models.encoder import ENCODER_SIZES, Encoder, hide_tokens, is_encoder, masked_tokenizer
 from operant.run.run import DataOrder, Run, mixed_seed

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant.algorithms.batch import from_sequences, microbatches, to_device
 from operant.algorithms.objectives import full_kl, kto_reference_point, preference_loss
 from operant.algorithms.table import ALGORITHMS, nearest
 from operant.config import PreferConfig
+from operant.data.batch import from_sequences, microbatches, to_device
 from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
 from operant.data.replay import Replay, draw
 from operant.data.rows import Fields, load_rows

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from operant.algorithms.batch import from_sequences, microbatches, pack
 from operant.config import PretrainConfig
+from operant.data.batch import from_sequences, microbatches, pack
 from operant.data.rows import Fields, load_texts
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Run, mixed_seed

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from operant.algorithms.batch import microbatches
 from operant.config import RewardModelConfig
+from operant.data.batch import microbatches
 from operant.data.rows import ABSENT, Row, cell, find_column, is_chat, text_of
 from operant.data.text import chars_to_tokens
 from operant.models.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from operant.algorithms.batch import from_sequences, microbatches
 from operant.algorithms.objectives import label_smoothed
 from operant.config import PairFields, SftConfig
+from operant.data.batch import from_sequences, microbatches
 from operant.data.rows import Fields, Pair, load_pairs, load_rows, splits, truncated
 from operant.models.policy import Policy
 from operant.rl.evaluate import evaluate

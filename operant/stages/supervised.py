@@ -11,10 +11,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from operant.algorithms.batch import to_device
 from operant.algorithms.learner import Learner, TokenLoss, Trainable
 from operant.algorithms.objectives import negative_log_likelihood
 from operant.config import ModelConfig, RunConfig
+from operant.data.batch import to_device
 from operant.data.text import Codec
 from operant.models.encoder import Encoder, is_encoder
 from operant.models.policy import Policy

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from operant.algorithms.batch import from_sequences, microbatches, to_device
 from operant.algorithms.objectives import full_kl
+from operant.data.batch import from_sequences, microbatches, to_device
 from operant.models.policy import LanguagePolicy, Policy
 from operant.models.sampler import Sampler
 from operant.rl.evaluate import evaluate

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from operant.algorithms.batch import from_trajectories
 from operant.algorithms.learner import logprobs_of
 from operant.config import LiveConfig
+from operant.data.batch import from_trajectories
 from operant.data.replay import Replay
 from operant.live.learning.gate import off_policy_value
 from operant.live.learning.lesson import EventSource

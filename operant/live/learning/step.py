@@ -26,9 +26,9 @@ import transformers
 from torch import Tensor
 
 from operant.algorithms import objectives
-from operant.algorithms.batch import drawn, from_sequences, from_trajectories, microbatches, place
 from operant.algorithms.learner import Learner, Sgd, logprobs_of
 from operant.config import LiveConfig
+from operant.data.batch import drawn, from_sequences, from_trajectories, microbatches, scatter
 from operant.live.learning.gate import Anchors, divergence
 from operant.live.learning.lesson import Lesson, Paired, Rated, weight_of
 from operant.live.storage.versions import Outcome
@@ -248,7 +248,7 @@ def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) ->
         taught = row.marked[drawn(row.completion)]
         marked[i, : len(taught)] = torch.from_numpy(taught)
     advantages = torch.tensor([[r.advantage * r.weight * weight_of(r, config)] for r in rated])
-    batch.advantages = place(batch, marked * advantages, trajectories)
+    batch.advantages = scatter(batch, marked * advantages, trajectories)
     if any(r.logprobs is None for r in rated):
         found = logprobs_of(policy, batch, config.tokens_per_microbatch)
         for row, acts, logprobs in zip(rated, batch.action_mask, found, strict=True):

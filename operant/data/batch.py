@@ -36,12 +36,13 @@ def token_weights(mask: Tensor, normalisation: Normalisation, constant: float = 
     return weights, max(rows * constant, 1.0)
 
 
-def _right_pad(rows: Sequence[Ints], value: int) -> Tensor:
-    width = max((len(r) for r in rows), default=0)
-    out = np.full((len(rows), width), value, np.int64)
+def right_padded(rows: Sequence[Ints], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows int64[S_b] side by side: (tokens int64[B, S], mask bool[B, S], True on a row's own tokens)."""
+    width = max((len(row) for row in rows), default=0)
+    tokens, mask = np.full((len(rows), width), pad_id, np.int64), np.zeros((len(rows), width), np.bool_)
     for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return torch.from_numpy(out)
+        tokens[i, : len(row)], mask[i, : len(row)] = row, True
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 def distinct_prompts(prompts: Sequence[Ints]) -> tuple[list[int], list[Ints]]:
@@ -61,9 +62,7 @@ def distinct_prompts(prompts: Sequence[Ints]) -> tuple[list[int], list[Ints]]:
 def encoder_context(prompts: Sequence[Ints], pad_id: int) -> EncoderContext:
     """Each distinct prompt once; rows point at theirs, so that a group's prompt is encoded once in the update too."""
     row, distinct = distinct_prompts(prompts)
-    tokens = _right_pad(distinct, pad_id)
-    lengths = torch.tensor([len(p) for p in distinct])
-    return EncoderContext(tokens, torch.arange(tokens.shape[1])[None] < lengths[:, None], torch.tensor(row))
+    return EncoderContext(*right_padded(distinct, pad_id), torch.tensor(row))
 
 
 def from_sequences(
@@ -80,10 +79,8 @@ def from_sequences(
     encoder context otherwise. `action_mask` is True on completion tokens (where `sampled` says so, if given)."""
     offsets = [0 if encoder else len(p) for p in prompts]
     rows = list(completions) if encoder else [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
-    tokens = _right_pad(rows, pad_id)
-    lengths = torch.tensor([len(r) for r in rows])
+    tokens, real = right_padded(rows, pad_id)
     columns = torch.arange(tokens.shape[1])[None]
-    real = columns < lengths[:, None]
     action = real & (columns >= torch.tensor(offsets)[:, None])
     if sampled is not None:
         for i, flags in enumerate(sampled):
@@ -153,7 +150,7 @@ def from_trajectories(
 ) -> Batch:
     """A batch of completions with their rewards and behaviour log-probs placed on the tokens they belong to.
 
-    Advantages come later, from `credit` (see `place`). Rows are the segments; `group_ids` number the prompts. A
+    Advantages come later, from `credit` (see `scatter`). Rows are the segments; `group_ids` number the prompts. A
     completion is one row, but each turn of an encoder-decoder's episode is one of its own; weights and denominator are
     of whole completions all the same.
     """
@@ -183,7 +180,7 @@ def from_trajectories(
     offsets = [0 if encoder else len(t.prompt.tokens) for t, _, _ in pieces]
     if len(pieces) > len(trajectories):
         weights, batch.denominator = token_weights(completion_axes(trajectories)[1], normalisation, constant)
-        batch.weights = place(batch, weights, trajectories)
+        batch.weights = scatter(batch, weights, trajectories)
 
     def column(values: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
         out = torch.zeros(batch.tokens.shape, dtype=dtype)
@@ -262,7 +259,7 @@ def completion_axes(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor,
     return rewards, mask, valid
 
 
-def seats(batch: Batch, trajectories: Sequence[Trajectory]) -> list[tuple[Ints, Ints, tuple[int, int]]]:
+def locate_tokens(batch: Batch, trajectories: Sequence[Trajectory]) -> list[tuple[Ints, Ints, tuple[int, int]]]:
     """Where the drawn tokens of each trajectory stand in its batch: rows int64[K], columns int64[K], and the (row,
     column) after its last token."""
     found, row = [], 0
@@ -281,17 +278,17 @@ def seats(batch: Batch, trajectories: Sequence[Trajectory]) -> list[tuple[Ints, 
     return found
 
 
-def place(batch: Batch, values: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
+def scatter(batch: Batch, values: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
     """Values [N, T] on the axis of `completion_axes` → float32[B, S] on the batch's columns."""
     out = torch.zeros(batch.tokens.shape, dtype=torch.float32)
-    for row, (rows, columns, _) in zip(values, seats(batch, trajectories), strict=True):
+    for row, (rows, columns, _) in zip(values, locate_tokens(batch, trajectories), strict=True):
         out[rows, columns] = row[: len(rows)].to(torch.float32)
     return out * batch.action_mask.cpu()
 
 
-def gathered(batch: Batch, values: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
-    """Values [B, S] on the batch's columns → float64[N, T] on the axis of `completion_axes`: what `place` places."""
-    found = seats(batch, trajectories)
+def gather(batch: Batch, values: Tensor, trajectories: Sequence[Trajectory]) -> Tensor:
+    """Values [B, S] on the batch's columns → float64[N, T] on the axis of `completion_axes`: undoes `scatter`."""
+    found = locate_tokens(batch, trajectories)
     out = torch.zeros(len(trajectories), max((len(rows) for rows, _, _ in found), default=0), dtype=torch.float64)
     for i, (rows, columns, _) in enumerate(found):
         out[i, : len(rows)] = values[rows, columns].double()
