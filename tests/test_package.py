@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import import_module
 from pathlib import Path
 
@@ -61,13 +62,60 @@ def test_every_dependency_is_pinned_to_a_version_that_the_bound_allows() -> None
         assert [int(n) for n in pins[name].split(".")[:3]] >= [int(n) for n in bound.split(".")], requirement
 
 
-def test_the_architecture_tree_names_every_module() -> None:
-    tree = (ROOT / "README.md").read_text("utf-8"), (ROOT / "README.zh-CN.md").read_text("utf-8")
-    for path in (ROOT / "operant").iterdir():
-        if path.name.startswith("_") or path.name == "py.typed":
-            continue
-        name = f"{path.name}/" if path.is_dir() else path.name
-        assert all(name in text for text in tree), f"{name} is missing from the tree in README.md or README.zh-CN.md"
+def layers(contract: str) -> list[str]:
+    """The rooms of one contract of import-linter, the first of them first."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (found,) = [c["layers"] for c in contracts if c["containers"] == [contract]]
+    return [name.strip("()") for name in reversed(found)]
+
+
+def rooms(folder: Path) -> set[str]:
+    """What a newcomer sees in a folder of the package."""
+    return {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()} - {
+        "__init__"
+    }
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_the_architecture_tree_shows_every_room_in_the_order_of_the_contract(page: str) -> None:
+    tree = re.search(r"^operant/\n((?: .*\n)+)", (ROOT / page).read_text("utf-8"), re.MULTILINE)[1]
+    shown = [line[2:].split()[0] for line in tree.splitlines() if not line.startswith("   ")]
+    assert [name.removesuffix("/").removesuffix(".py") for name in shown] == layers("operant")
+    assert {name.removesuffix("/").removesuffix(".py") for name in shown} == rooms(ROOT / "operant")
+    for name in shown:
+        assert (ROOT / "operant" / name).is_dir() == name.endswith("/")
+    within = [line[4:].split()[0] for line in tree.splitlines() if re.match(r" {4}\S", line)]
+    assert [name.removesuffix("/").removesuffix(".py") for name in within] == layers("operant.live")
+    assert set(layers("operant.live")) == rooms(ROOT / "operant" / "live")
+
+
+def git(*arguments: str) -> list[str]:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode > 1:
+        pytest.skip("not in a clone of git")
+    return done.stdout.splitlines()
+
+
+def test_no_pattern_of_gitignore_hides_a_module_and_the_built_page_is_not_kept() -> None:
+    sources = [str(path.relative_to(ROOT)) for path in (ROOT / "operant").rglob("*.py")]
+    assert git("check-ignore", "--no-index", *sources) == []
+    # rooms that later changes bring, and folders that hold what is made
+    to_come = ["operant/sandbox/x.py", "operant/runs/x.py", "operant/build/x.py", "tests/models/x.py"]
+    assert git("check-ignore", "--no-index", *to_come) == []
+    made = ["runs/x", "build/x", "models/x", "operant/live/static/index.html"]
+    assert git("check-ignore", "--no-index", *made) == made
+
+
+def test_the_wheel_holds_every_module_and_what_they_read(tmp_path: Path) -> None:
+    from hatchling.builders.wheel import WheelBuilder
+
+    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+    data = [path for path in (ROOT / "operant").rglob("*") if path.suffix in (".py", ".css", ".html", ".js", ".typed")]
+    assert {str(path.relative_to(ROOT)) for path in data if "__pycache__" not in path.parts} <= held
+    assert "operant/run/report.css" in held
+    assert not [name for name in held if name.startswith(("tests/", "benchmarks/"))]
 
 
 def test_the_reference_is_what_the_program_says_today() -> None:
