@@ -135,7 +135,8 @@ def logged(folder: Path, seed: int) -> Path:
         return path
     import torch
 
-    from operant.data.rows import load_prompts, load_rows
+    from operant.data.prompts import load_fitting_prompts
+    from operant.data.rows import load_rows
     from operant.models.policy import Policy
     from operant.models.sampler import Sampler
     from operant.rewards import RewardRunner, reward_by_name
@@ -145,7 +146,7 @@ def logged(folder: Path, seed: int) -> Path:
     policy = Policy.load(folder / "finetune" / "model")
     policy.model.eval()
     rows = load_rows(folder / "data" / "prompts.jsonl")[::2]
-    prompts = load_prompts(rows, policy.codec)
+    prompts = load_fitting_prompts(rows, policy)
     groups = Sampler(policy, max_rows=256).sample(prompts, Sampling(max_tokens=MAX_TOKENS, seed=seed), 4)
     runner = RewardRunner(reward_by_name("chrf"), workers=0)
     scored = runner.run([(p, c) for p, group in zip(prompts, groups) for c in group])
@@ -171,7 +172,8 @@ def lived(folder: Path, seed: int) -> Path:
     from concurrent.futures import ThreadPoolExecutor
 
     from benchmarks.population import Served
-    from operant.data.rows import load_prompts, load_rows
+    from operant.data.prompts import load_prompts
+    from operant.data.rows import load_rows
     from operant.data.text import Codec
     from operant.rewards import Chrf
 
@@ -235,7 +237,8 @@ def judged(folder: Path, model: Path) -> dict[str, float]:
     """Greedy answers to the test prompts."""
     import torch
 
-    from operant.data.rows import load_prompts, load_rows
+    from operant.data.prompts import load_fitting_prompts
+    from operant.data.rows import load_rows
     from operant.models.policy import Policy
     from operant.rl.evaluate import evaluate
     from operant.types import Sampling
@@ -243,7 +246,7 @@ def judged(folder: Path, model: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     policy = Policy.load(model)
     policy.model.eval()
-    prompts = load_prompts(load_rows(folder / "data" / "test.jsonl"), policy.codec)
+    prompts = load_fitting_prompts(load_rows(folder / "data" / "test.jsonl"), policy)
     return evaluate(policy, prompts, sampling=Sampling(temperature=0.0, max_tokens=MAX_TOKENS))[0]
 
 

@@ -325,7 +325,8 @@ def judged(task: Task, model: Path) -> dict[str, float]:
     """Greedy completions of the dev prompts, on which nothing was chosen, under metrics and a language model."""
     import torch
 
-    from operant.data.rows import Fields, load_prompts, load_rows
+    from operant.data.prompts import load_fitting_prompts
+    from operant.data.rows import Fields, load_rows
     from operant.models.policy import Policy
     from operant.rl.evaluate import evaluate
     from operant.types import Sampling
@@ -333,9 +334,9 @@ def judged(task: Task, model: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     policy = Policy.load(model)
     policy.model.eval()
-    prompts = load_prompts(
-        load_rows(RUNS / task.name / "data" / "dev.jsonl"), policy.codec,
-        Fields(prompt=task.prompt, references=task.reference), encoder=policy.family == "encoder-decoder",
+    prompts = load_fitting_prompts(
+        load_rows(RUNS / task.name / "data" / "dev.jsonl"), policy,
+        fields=Fields(prompt=task.prompt, references=task.reference),
     )  # fmt: skip
     values, completions = evaluate(policy, prompts, sampling=Sampling(temperature=0.0, max_tokens=task.max_tokens))
     return values | {"perplexity": perplexity(task, [c.text for c in completions])}
@@ -386,7 +387,8 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
     from operant.algorithms import credit
     from operant.algorithms.objectives import reinforce
     from operant.data.batch import completion_axes, from_trajectories, scatter
-    from operant.data.rows import Fields, load_prompts, load_rows
+    from operant.data.prompts import load_fitting_prompts
+    from operant.data.rows import Fields, load_rows
     from operant.models.policy import Policy
     from operant.models.sampler import Sampler
     from operant.rewards import RewardRunner, potential_diagnostics, reward_by_name
@@ -398,7 +400,7 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
     policy.model.eval()
     encoder = policy.family == "encoder-decoder"
     fields = Fields(prompt=task.prompt, references=task.reference)
-    prompts = load_prompts(load_rows(rest, limit=16 * batches), policy.codec, fields, encoder=encoder)
+    prompts = load_fitting_prompts(load_rows(rest, limit=16 * batches), policy, fields=fields)
     sampler = Sampler(policy, max_rows=64)
     runners = {
         p: RewardRunner(reward_by_name(REWARD, dense=True, potential=p), workers=0) for p in ("prefix", "matched")

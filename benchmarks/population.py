@@ -97,7 +97,7 @@ def liking_of(family: str, seed: int) -> Liking:
 def start(folder: Path, seed: int = 0) -> dict[str, Any]:
     """Pretrain on answers, fine-tune on questions with answers, and see what the model does before anybody rates it."""
     from operant.config import PretrainConfig, SftConfig
-    from operant.data.rows import load_pairs
+    from operant.data.prompts import load_pairs
     from operant.data.text import Codec
     from operant.models.policy import Policy
     from operant.stages import pretrain, sft
@@ -140,7 +140,7 @@ class Measure:
         import numpy as np
 
         from operant.data.batch import from_sequences
-        from operant.data.rows import load_prompts
+        from operant.data.prompts import load_prompts
 
         self.liking, self.asked = liking, held_out(count)
         self.prompts = load_prompts([{"prompt": question} for question, _, _ in self.asked], codec)
@@ -187,7 +187,7 @@ def share(true: Any) -> float:
 
 def told(folder: Path, liking: Liking) -> dict[str, float]:
     """Satisfaction of the model as it came in, with each wording of the liking after the question, and with none."""
-    from operant.data.rows import load_prompts
+    from operant.data.prompts import load_fitting_prompts
     from operant.models.policy import Policy
 
     policy = Policy.load(folder / "model", device="cpu")
@@ -195,7 +195,7 @@ def told(folder: Path, liking: Liking) -> dict[str, float]:
     found = {}
     for wish in ("", *liking.wishes):
         asked = [{"prompt": f"{question} {wish}".strip()} for question, _, _ in held_out(MEASURED)]
-        found[wish] = share(map(liking.liked, sampled(policy, load_prompts(asked, policy.codec))))
+        found[wish] = share(map(liking.liked, sampled(policy, load_fitting_prompts(asked, policy))))
     return found
 
 

@@ -23,7 +23,7 @@ import torch
 from operant.algorithms import objectives
 from operant.algorithms.learner import Learner
 from operant.data.batch import from_trajectories
-from operant.data.rows import load_prompts
+from operant.data.prompts import load_fitting_prompts
 from operant.data.text import Codec
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
@@ -70,7 +70,7 @@ def main() -> None:
     policy.model.eval()
     torch.backends.cuda.enable_cudnn_sdp(given.cudnn_attention)
     encoder = policy.family == "encoder-decoder"
-    prompts = load_prompts(task.prompts, codec, encoder=encoder)
+    prompts = load_fitting_prompts(task.prompts, policy)
     sampler = Sampler(policy, max_rows=given.prompts * given.group_size)
     runner = RewardRunner(reward_by_name(given.reward))
     learner = Learner(policy, lr=0.0)

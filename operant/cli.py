@@ -290,55 +290,11 @@ def run_prefer(config: configs.PreferConfig) -> None:
 
 
 def run_train(config: configs.TrainConfig) -> None:
-    from operant.data.rows import Fields, Pair, load_prompts, load_rows, row_ids
-    from operant.models.policy import Policy
-    from operant.rl.logged import read_logged
-    from operant.rl.loop import train
     from operant.run.report import terminal_curve
     from operant.run.runlog import read_jsonl
-    from operant.stages.sft import load_fitting_pairs, load_split_rows
+    from operant.stages import train_from
 
-    _need(config.model, "--model", "a model folder or hub id to start from")
-    if config.data and (config.environment or config.logged):
-        flag = "--environment" if config.environment else "--logged"
-        raise OperantError(
-            f"{flag} takes the place of --data; leave one of them out (--dev_data measures beside a log)"
-        )
-    rows: list[dict[str, object]] = []
-    dev_rows: list[dict[str, object]] = []
-    if config.logged:
-        rows = load_rows(config.logged, limit=config.limit)
-        dev_rows = (
-            load_rows(config.dev_data, split="dev", limit=config.eval_prompts)
-            if config.dev_data and config.eval_prompts
-            else []
-        )
-    elif not config.environment:
-        rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, config.eval_prompts)
-    policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
-    if config.lora_rank:
-        policy.add_lora(config.lora_rank, seed=config.seed)
-    fields = Fields(prompt=config.prompt_field, references=config.reference_field)
-    prompts, dev_prompts = (
-        load_prompts(part, policy.codec, fields, **prompt_options(config, policy, config.max_tokens)) if part else []
-        for part in (rows, dev_rows)
-    )
-    pairs: list[Pair] = []
-    if config.sft_data:
-        pair_fields = Fields(prompt=config.prompt_field, completion=config.reference_field)
-        pairs, notes = load_fitting_pairs(load_rows(config.sft_data), policy, config, pair_fields, "labelled")
-        for note in notes:
-            print(note, file=sys.stderr)
-    reward = None if config.environment else config.reward
-    logged = []
-    if config.logged:  # --too_long skip leaves rows out
-        place = {name: i for i, name in enumerate(row_ids(rows, fields))}
-        logged = read_logged(
-            rows, prompts, policy.codec, places=[place[p.id] for p in prompts], vocabulary=policy.vocabulary
-        )
-    result = train(
-        policy, [] if logged else prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs, logged=logged
-    )
+    result = train_from(config)
     curve = [
         (r["step"], r["eval/reward"])
         for r in read_jsonl(result.out / "metrics.jsonl")
@@ -358,7 +314,8 @@ def run_train(config: configs.TrainConfig) -> None:
 
 
 def run_eval(config: configs.EvalConfig) -> None:
-    from operant.data.rows import Fields, load_prompts, load_rows
+    from operant.data.prompts import load_fitting_prompts
+    from operant.data.rows import load_rows
     from operant.models.policy import Policy
     from operant.rl.evaluate import evaluate
     from operant.types import Sampling
@@ -371,8 +328,7 @@ def run_eval(config: configs.EvalConfig) -> None:
     rows = load_rows(config.data, split="dev", limit=config.limit)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()
-    fields = Fields(prompt=config.prompt_field, references=config.reference_field)
-    prompts = load_prompts(rows, policy.codec, fields, **prompt_options(config, policy, config.max_tokens))
+    prompts = load_fitting_prompts(rows, policy, config, room=config.max_tokens)
     if config.metrics and not any(prompt.references for prompt in prompts):
         raise OperantError(
             f"no row of {config.data} has references to measure {', '.join(config.metrics)} by; "
@@ -413,6 +369,7 @@ def run_score(config: configs.ScoreConfig) -> None:
 
 
 def run_sample(config: configs.SampleConfig) -> None:
+    from operant.data.prompts import PromptFormat
     from operant.models.policy import Policy
     from operant.models.sampler import Sampler
     from operant.types import Prompt, Sampling
@@ -421,6 +378,7 @@ def run_sample(config: configs.SampleConfig) -> None:
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()
     encoder = policy.family == "encoder-decoder"
+    written = PromptFormat(prefix=config.prefix, separator=config.separator, encoder=encoder)
     if not config.prompt and sys.stdin.isatty():
         print("a prompt a line, Ctrl-D ends:", file=sys.stderr)
     texts = [config.prompt] if config.prompt else _lines()
@@ -432,8 +390,7 @@ def run_sample(config: configs.SampleConfig) -> None:
         if config.chat:
             tokens = policy.codec.encode_prompt(messages=[{"role": "user", "content": text}], encoder=encoder)
         else:
-            ending = "" if encoder else config.separator
-            tokens = policy.codec.encode_prompt(f"{config.prefix}{text}{ending}", encoder=encoder)
+            tokens = written.encode(text, policy.codec)
         for completion in Sampler(policy).sample(
             [Prompt(id=str(number), text=text, tokens=tokens)], sampling, config.n
         )[0]:
@@ -749,19 +706,6 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "feedback": run_feedback,
     "quickstart": run_quickstart,
 }
-
-
-def prompt_options(config: configs.PairFields, policy: Any, room: int) -> dict[str, Any]:
-    """What `load_prompts` needs of the configuration and the policy; `room` tokens are left for the completion."""
-    encoder = policy.family == "encoder-decoder"
-    longest = policy.max_length if encoder else max(1, policy.max_length - room)
-    return {
-        "prefix": config.prefix,
-        "separator": config.separator,
-        "encoder": encoder,
-        "max_prompt_tokens": config.max_prompt_tokens or longest,
-        "too_long": config.too_long,
-    }
 
 
 def _need(value: str, flag: str, what: str) -> None:

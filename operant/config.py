@@ -6,7 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -31,6 +32,7 @@ __all__ = [
     "VersionsConfig",
     "WorkerConfig",
     "check_numbers",
+    "load_config",
     "to_yaml",
 ]
 
@@ -38,6 +40,32 @@ __all__ = [
 def to_yaml(config: Any) -> str:
     """The resolved configuration as it is shown and kept in the run folder."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+C = TypeVar("C")
+
+
+def load_config(path: str | Path, kind: type[C]) -> C:
+    """A configuration from a YAML file, such as the config.yaml of a run folder; what the file leaves out has its
+    default.
+
+    kind: which, such as `operant.TrainConfig`. Settings and values are checked as those of `--config` are.
+
+    Raises OperantError for a file that cannot be read, for a setting that there is not, for a value of another type and
+    for a number out of its range.
+    """
+    import jsonargparse
+
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, as_group=False)
+    try:
+        values = parser.parse_string(Path(path).expanduser().read_text(encoding="utf-8")).as_dict()
+    except (jsonargparse.ArgumentError, OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise OperantError(f"{path} is no configuration that can be read ({reason}); correct it") from error
+    config = kind(**values)
+    check_numbers(config)
+    return config
 
 
 _COUNTS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,26 @@ def test_defaults_are_valid_and_survive_yaml(stage: type) -> None:
     config = stage()
     configs.check_numbers(config)
     assert stage(**yaml.safe_load(configs.to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_configuration_is_read_from_a_file(stage: type, tmp_path: Path) -> None:
+    (tmp_path / "kept.yaml").write_text(configs.to_yaml(stage()), encoding="utf-8")
+    assert configs.load_config(tmp_path / "kept.yaml", stage) == stage()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("lrr: 3", "lrr"), ("lr: fast", "lr"), ("lr: -1", "lr is -1.0"), ("- lr", "lr"), ("lr: [", "parsing"),
+        (None, "No such file"), (b"\xff", "utf-8"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_configuration(text: str | bytes | None, told: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "c.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(OperantError, match=told):
+        configs.load_config(tmp_path / "c.yaml", configs.TrainConfig)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from operant.data.rows import Fields, load_pairs, load_prompts, load_rows, load_texts, splits
+from operant.data.prompts import load_pairs, load_prompts, load_texts
+from operant.data.rows import Fields, load_rows, splits
 from operant.data.text import Codec
 from operant.types import OperantError
 

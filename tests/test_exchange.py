@@ -14,8 +14,9 @@ import pytest
 from program import Program
 
 from operant.data.preferences import load_preferences, load_ratings
+from operant.data.prompts import load_prompts
 from operant.data.replay import Replay
-from operant.data.rows import load_prompts, load_rows
+from operant.data.rows import load_rows
 from operant.data.text import Codec
 from operant.live.storage.exchange import Scale, export, export_rows, load
 from operant.live.storage.store import Store

@@ -20,7 +20,7 @@ from conftest import TEXTS
 
 from operant.algorithms.learner import Adam
 from operant.config import PretrainConfig, SftConfig, TrainConfig
-from operant.data.rows import Pair
+from operant.data.prompts import Pair
 from operant.models.policy import Policy
 from operant.rewards import Reward, RewardRunner, RunningNorm, Stop, Sum
 from operant.rl.evaluate import evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib
 import itertools
@@ -20,13 +21,14 @@ import torch
 import yaml
 from program import ON_CPU, QUIET_RUN, Outcome, Program, pairs, read_rows, write_rows
 
+import operant
+from operant.cli import main
 from operant.config import SftConfig
-from operant.data.rows import Fields
+from operant.data.prompts import load_fitting_pairs
 from operant.models.policy import Policy
 from operant.run import checkpoint
 from operant.run.run import Run
 from operant.stages.pretrain import text_infilling
-from operant.stages.sft import load_fitting_pairs
 from operant.stages.supervised import all_texts
 from operant.types import OperantError
 
@@ -103,6 +105,46 @@ def test_the_whole_circle(arch: str, vocabulary: int, program: Program, data: Pa
     for row in samples:
         assert len(row["tokens"]) == len(row["behavior_logprobs"]) <= 5
         assert row["logprob"] == pytest.approx(sum(row["behavior_logprobs"]), abs=1e-3)  # at temperature 1
+
+
+def test_the_reward_stage_runs_from_a_file_in_python(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = write_rows(tmp_path / "labelled.jsonl", [*pairs(4), {"prompt": "b" * 300, "completion": "c"}])
+    settings = {
+        "model": str(model), "data": str(data), "sft_data": str(long), "sft_coef": 0.5, "steps": 2,
+        "prompts_per_step": 3, "group_size": 2, "max_tokens": 6, "eval_prompts": 3, "too_long": "skip", "seed": 5,
+        "device": "cpu", "threads": 1, "tensorboard": False, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    config = operant.load_config(tmp_path / "train.yaml", operant.TrainConfig)
+    seen: list[int] = []
+    result = operant.train_from(config, callbacks=[lambda step, metrics: seen.append(step)], quiet=True)
+    assert "1 of 5 labelled pairs are too long and were left out" in capsys.readouterr().err
+    assert seen == [1, 2] and result.steps == 2 and {"chrf", "reward"} <= result.best.keys()
+    whole(tmp_path / "run")
+    # what the run kept is such a file itself, and makes the same run again, which the program makes too
+    again = operant.load_config(tmp_path / "run" / "config.yaml", operant.TrainConfig)
+    operant.train_from(dataclasses.replace(again, out=str(tmp_path / "again")))
+    main(["train", "--config", str(tmp_path / "train.yaml"), "--out", str(tmp_path / "program")])
+    runs = [checkpoint.latest(tmp_path / name / "checkpoints") for name in ("run", "again", "program")]
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs if run is not None]
+    assert len(weights) == 3 and len(set(weights)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "--model is missing"),
+        ({"model": "m"}, "no data given"),
+        ({"model": "m", "data": "d", "environment": "e"}, "--environment takes the place of --data"),
+        ({"model": "m", "data": "d", "logged": "l"}, "--logged takes the place of --data"),
+        ({"steps": 0}, "steps is 0"),
+    ],
+)
+def test_a_reward_stage_that_cannot_be_loaded(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(OperantError, match=told):
+        operant.train_from(operant.TrainConfig(**settings))
 
 
 def test_a_new_tokenizer_reads_nested_columns_and_chats() -> None:
@@ -197,8 +239,8 @@ def test_a_pair_that_is_too_long_keeps_its_answer(make_policy: Any) -> None:
     policy = make_policy("gpt2")  # of 48 tokens
     long, answer = "b" * 300, "a" * 9
     rows = [{"prompt": p, "completion": c} for p, c in ((long, answer), ("b", answer), ("b", long), (long, long))]
-    fields, truncate = Fields(), SftConfig(too_long="truncate")
-    cut, notes = load_fitting_pairs(rows, policy, truncate, fields, "training")
+    truncate = SftConfig(too_long="truncate")
+    cut, notes = load_fitting_pairs(rows, policy, truncate, "training")
     first, short, long_answer, both = cut
     assert len(first.prompt.tokens) + len(first.completion_tokens) == 48 == policy.max_length
     assert first.completion_text == answer and first.completion_tokens[-1] == policy.codec.eos_id
@@ -214,12 +256,12 @@ def test_a_pair_that_is_too_long_keeps_its_answer(make_policy: Any) -> None:
 def test_pairs_that_are_left_out_or_empty_are_counted(make_policy: Any) -> None:
     policy, long, skip = make_policy("gpt2"), "b" * 300, SftConfig(too_long="skip")
     rows = [{"prompt": "a", "completion": ["c", long, ""]}, {"prompt": long, "completion": "c"}]
-    pairs, notes = load_fitting_pairs(rows, policy, skip, Fields(), "training")
+    pairs, notes = load_fitting_pairs(rows, policy, skip, "training")
     assert [(pair.prompt.text, pair.completion_text) for pair in pairs] == [("a", "c"), ("a", "")]
     assert notes[0] == "2 of 4 training pairs are too long and were left out"
     assert notes[1].startswith("1 of 4 training pairs have an empty completion") and len(notes) == 2
     with pytest.raises(OperantError, match="every training pair is too long"):
-        load_fitting_pairs(rows[1:], policy, skip, Fields(), "training")
+        load_fitting_pairs(rows[1:], policy, skip, "training")
 
 
 def test_a_run_that_holds_nothing_out(program: Program, model: Path, data: Path, tmp_path: Path) -> None:

@@ -9,19 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from operant.data.rows import (
-    ABSENT,
-    Fields,
-    Pair,
-    Row,
-    TooLong,
-    cell,
-    find_column,
-    is_chat,
-    load_pairs,
-    no_column,
-    text_of,
-)
+from operant.data.prompts import Pair, TooLong, load_pairs
+from operant.data.rows import ABSENT, Fields, Row, cell, find_column, is_chat, no_column, text_of
 from operant.data.text import Codec
 from operant.types import Ints, OperantError, Prompt
 

@@ -1,4 +1,4 @@
-"""From files and hub data sets to prompts, pairs and texts.
+"""From files and hub data sets to rows, and what stands in the columns of a row.
 
 JSON Lines and CSV are read as they stand: a typed table would fill absent keys, turn "007" into 7 and lose the number
 of a broken line. Parquet, Arrow folders and hub data sets come through `datasets`. Nothing is ever written beside the
@@ -12,7 +12,6 @@ import csv
 import difflib
 import glob
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -22,17 +21,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-import numpy as np
+from operant.data.text import looks_like_path
+from operant.types import OperantError
 
-from operant.data.text import Codec, looks_like_path
-from operant.types import Ints, OperantError, Prompt
-
-__all__ = ["Fields", "Pair", "load_pairs", "load_prompts", "load_rows", "load_texts", "splits"]
+__all__ = ["Fields", "Row", "load_rows", "load_split_rows", "split_rows", "splits"]
 
 Row = dict[str, Any]
-TooLong = Literal["error", "skip", "truncate"]
+T = TypeVar("T")
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -71,15 +68,6 @@ class Fields:
     label: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """A prompt with the completion to imitate. completion_tokens: int64[T], EOS last (unless it was cut off)."""
-
-    prompt: Prompt
-    completion_tokens: Ints
-    completion_text: str
-
-
 # -- rows
 
 
@@ -115,6 +103,31 @@ def load_rows(source: str | Path, split: str = "train", limit: int | None = None
     if not rows:
         raise OperantError(f"{source} holds no rows: give data with at least one row")
     return rows
+
+
+def load_split_rows(
+    data: str, dev_data: str | None, limit: int | None, share: float, most: int
+) -> tuple[list[Row], list[Row]]:
+    """(training rows, dev rows): `dev_data` if given, else the dev split of `data`, else its last `share` of rows.
+
+    At most `most` dev rows; 0 holds nothing out. Raises OperantError where there is no data, or it cannot be read.
+    """
+    if not data:
+        raise OperantError("no data given; add --data FILE (JSON Lines, CSV, Parquet, a folder or a hub data set)")
+    rows = load_rows(data, split="train", limit=limit)
+    if not most:
+        return rows, []
+    if dev_data:
+        return rows, load_rows(dev_data, split="dev", limit=most)
+    if "dev" in splits(data):
+        return rows, load_rows(data, split="dev", limit=most)
+    return split_rows(rows, share, most)
+
+
+def split_rows(rows: Sequence[T], share: float, most: int) -> tuple[list[T], list[T]]:
+    """(training rows, held-out rows): the last `share` of them, at most `most`, for data without a dev split."""
+    count = min(most, max(1, int(len(rows) * share))) if len(rows) > 1 else 0
+    return list(rows[: len(rows) - count]), list(rows[len(rows) - count :])
 
 
 def splits(source: str | Path) -> list[str]:
@@ -406,7 +419,7 @@ def cell(row: Row, column: str) -> Any:
     return value
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
+def columns_of(rows: Sequence[Row]) -> list[str]:
     """Every column of the first rows, nested ones with a dot."""
     names: dict[str, None] = {}
     for row in rows[:100]:
@@ -431,7 +444,7 @@ def find_column(rows: Sequence[Row], role: str, given: str | None, flag: str = "
 
 def no_column(rows: Sequence[Row], role: str, wanted: str, flag: str = "") -> str:
     """The line that says that a column is not there, which is nearest, which there are, and how to choose."""
-    columns = _columns(rows)
+    columns = columns_of(rows)
     near = difflib.get_close_matches(wanted, columns, n=1) or difflib.get_close_matches(
         wanted.lower(), [column for column in columns if column == column.lower()], n=1
     )
@@ -466,275 +479,3 @@ def texts_of(value: Any, column: str, number: int) -> tuple[str, ...]:
     if isinstance(value, (list, tuple)):
         return tuple(text_of(item, column, number) for item in value if item is not None)
     return (text_of(value, column, number),)
-
-
-# -- prompts, pairs, texts
-
-
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """A row read: what is asked, what may be answered, and the row's other columns."""
-
-    text: str
-    messages: tuple[dict[str, str], ...] | None
-    completions: tuple[str, ...]
-    references: tuple[str, ...]
-    meta: dict[str, Any]
-
-
-def _questions(rows: Sequence[Row], fields: Fields) -> list[_Question]:
-    if not rows:
-        raise OperantError("there are no rows: give data with at least one row")
-    prompt = find_column(rows, "prompt", fields.prompt)
-    messages = find_column(rows, "messages", fields.messages)
-    if fields.messages is not None and fields.prompt is None:
-        prompt = None
-    completion = find_column(rows, "completion", fields.completion)
-    references = find_column(rows, "references", fields.references)
-    if prompt is None and messages is None:
-        raise OperantError(no_column(rows, "prompt", "prompt"))
-    used = {column.split(".")[0] for column in (prompt, messages, completion, references) if column is not None}
-    questions = []
-    for number, row in enumerate(rows, start=1):
-        asked = cell(row, prompt) if prompt is not None else cell(row, str(messages))
-        column = str(prompt if prompt is not None else messages)
-        answers = () if completion is None else texts_of(cell(row, completion), completion, number)
-        chat: tuple[dict[str, str], ...] | None = None
-        text = ""
-        if is_chat(asked):
-            turns = [{str(key): value for key, value in turn.items() if value is not None} for turn in asked]
-            # The answer to a recorded chat is its last message, which the policy must not see.
-            if turns[-1].get("role") == "assistant":
-                answers = answers or (text_of(turns[-1].get("content"), column, number),)
-                turns = turns[:-1]
-            if not turns:
-                raise OperantError(f"row {number} has nothing before the assistant's message: add the user's message")
-            chat = tuple(turns)
-            text = str(turns[-1].get("content", ""))
-        else:
-            text = text_of(asked, column, number)
-        given = () if references is None else texts_of(cell(row, references), references, number)
-        # CSV's empty cell is no reference: an empty answer would be right by it
-        wanted = tuple(text for text in given if text.strip()) or answers
-        meta = {key: value for key, value in row.items() if key not in used}
-        questions.append(_Question(text, chat, answers, wanted, meta))
-    return questions
-
-
-def _ids(rows: Sequence[Row], questions: Sequence[_Question], fields: Fields) -> list[str]:
-    """A stable name for each row: its own where all are different, else a hash of its content and its place."""
-    if fields.id is not None and all(cell(row, fields.id) is ABSENT for row in rows):
-        raise OperantError(no_column(rows, "id", fields.id))
-    for column in ("id", "idx") if fields.id is None else (fields.id,):
-        values = [cell(row, column) for row in rows]
-        if all(isinstance(value, (str, int)) and value != "" for value in values):
-            names = [str(value) for value in values]
-            if len(set(names)) == len(names):
-                return names
-    names = []
-    for index, question in enumerate(questions):
-        content = json.dumps([question.text, question.messages, question.references], ensure_ascii=False, default=str)
-        names.append(f"{hashlib.sha256(content.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}-{index}")
-    return names
-
-
-def row_ids(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
-    """The `Prompt.id` of each row, also of those that `load_prompts` leaves out: all different."""
-    fields = fields or Fields()
-    return _ids(rows, _questions(rows, fields), fields)
-
-
-def load_prompts(
-    rows: Sequence[Row],
-    codec: Codec,
-    fields: Fields | None = None,
-    *,
-    task: str = "",
-    prefix: str = "",
-    separator: str = "\n",
-    encoder: bool = False,
-    max_prompt_tokens: int | None = None,
-    too_long: TooLong = "error",
-) -> list[Prompt]:
-    """Prompts for the policy, with the references that only rewards and metrics see.
-
-    Args:
-        rows: from `load_rows`.
-        codec: the policy's tokenizer.
-        fields: which columns to read. A prompt is a text or a chat (a list of messages); of a chat that ends with the
-            assistant's message, that message is the reference.
-        task: `Prompt.task` of all of them.
-        prefix: written before each text prompt ("translate English to German: "). `Prompt.text` stays without it.
-        separator: written after a decoder's text prompt, so that it can tell where the completion begins. Encoders'
-            prompts end with EOS, chats end as their template says.
-        encoder: the policy is an encoder-decoder.
-        max_prompt_tokens: the longest prompt that the model takes.
-        too_long: "error", "skip" (leave the row out) or "truncate" (a decoder keeps the end of the prompt, an encoder
-            the beginning and EOS).
-
-    Returns:
-        One prompt a row. `id` is the row's own id where ids are unique; `meta` holds the row's other columns.
-
-    Raises:
-        OperantError: a column is missing, a value is no text, or a prompt is too long.
-    """
-    made = _make_prompts(rows, codec, fields, task, prefix, separator, encoder, max_prompt_tokens, too_long)
-    return [prompt for prompt, _ in made]
-
-
-def _make_prompts(
-    rows: Sequence[Row],
-    codec: Codec,
-    fields: Fields | None,
-    task: str,
-    prefix: str,
-    separator: str,
-    encoder: bool,
-    max_prompt_tokens: int | None,
-    too_long: TooLong,
-) -> list[tuple[Prompt, tuple[str, ...]]]:
-    fields = fields or Fields()
-    questions = _questions(rows, fields)
-    made = []
-    ending = "" if encoder else separator
-    for question, name in zip(questions, _ids(rows, questions, fields), strict=True):
-        if question.messages is None:
-            tokens = codec.encode_prompt(f"{prefix}{question.text}{ending}", encoder=encoder)
-        else:
-            tokens = codec.encode_prompt(messages=question.messages, encoder=encoder)
-        prompt = Prompt(
-            id=name,
-            tokens=tokens,
-            text=question.text,
-            messages=question.messages,
-            references=question.references,
-            task=task,
-            meta=question.meta,
-        )
-        made.append((prompt, question.completions))
-    if max_prompt_tokens is None:
-        return made
-    lengths = [len(prompt.tokens) for prompt, _ in made]
-    _check_lengths("prompt", lengths, max_prompt_tokens, too_long)
-    kept = []
-    for prompt, completions in made:
-        if len(prompt.tokens) > max_prompt_tokens:
-            if too_long == "skip":
-                continue
-            prompt = truncated(prompt, max_prompt_tokens, codec, encoder)
-        kept.append((prompt, completions))
-    return kept
-
-
-def _check_lengths(what: str, lengths: Sequence[int], limit: int, too_long: TooLong) -> None:
-    if too_long not in ("error", "skip", "truncate"):
-        near = difflib.get_close_matches(str(too_long), ("error", "skip", "truncate"), n=1, cutoff=0.0)
-        raise OperantError(f"too_long {too_long!r} is unknown: did you mean {near[0]!r}?")
-    if limit < 1:
-        raise OperantError(f"max_{what}_tokens {limit} leaves no room: give at least 1")
-    long = sum(length > limit for length in lengths)
-    flag = f"--max_prompt_tokens {max(lengths, default=0)} if the model takes it"
-    longer = f"give {flag}" if what == "prompt" else "give a model with a longer context"
-    if long and too_long == "error":
-        raise OperantError(
-            f"{long} of {len(lengths)} {what}s are longer than {limit} tokens (the longest has {max(lengths)}):"
-            f" {longer}, or --too_long skip or truncate"
-        )
-    if long == len(lengths) and too_long == "skip":
-        raise OperantError(f"every {what} is longer than {limit} tokens: {longer}, or --too_long truncate")
-
-
-def truncated(prompt: Prompt, limit: int, codec: Codec, encoder: bool) -> Prompt:
-    """The prompt with at most `limit` tokens: its end (and BOS) for a decoder, its beginning and EOS for an encoder."""
-    tokens = prompt.tokens
-    if encoder:
-        tokens = np.append(tokens[: limit - 1], codec.eos_id)
-    elif tokens[0] == codec.bos_id and limit > 1:
-        tokens = np.append(tokens[:1], tokens[len(tokens) - limit + 1 :])
-    else:
-        tokens = tokens[-limit:]
-    return Prompt(
-        id=prompt.id,
-        tokens=tokens,
-        text=prompt.text,
-        messages=prompt.messages,
-        references=prompt.references,
-        task=prompt.task,
-        meta=prompt.meta | {"truncated_prompt": True},
-    )
-
-
-def load_pairs(
-    rows: Sequence[Row],
-    codec: Codec,
-    fields: Fields | None = None,
-    *,
-    task: str = "",
-    prefix: str = "",
-    separator: str = "\n",
-    encoder: bool = False,
-    max_prompt_tokens: int | None = None,
-    max_completion_tokens: int | None = None,
-    too_long: TooLong = "error",
-) -> list[Pair]:
-    """Prompts with completions to imitate. A row with several completions gives a pair for each.
-
-    The completions are the completion column, or the last assistant's message of a chat, or else the references.
-
-    Args:
-        max_completion_tokens: the longest completion, EOS included. "truncate" cuts the end off, EOS with it, so that
-            nothing teaches the policy to stop in the middle.
-
-        The others are those of `load_prompts`.
-
-    Raises:
-        OperantError: as `load_prompts`, or a row has no completion.
-    """
-    made = _make_prompts(rows, codec, fields, task, prefix, separator, encoder, max_prompt_tokens, too_long)
-    owners: list[Prompt] = []
-    texts: list[str] = []
-    for prompt, completions in made:
-        answers = completions or prompt.references
-        if not answers:
-            columns = ", ".join(_columns(rows)[:20])
-            raise OperantError(
-                f"row {prompt.id} has no completion: the columns are {columns}; choose with --reference-field"
-            )
-        owners.extend([prompt] * len(answers))
-        texts.extend(answers)
-    tokens = codec.encode_batch(texts, eos=True, target=encoder)
-    if max_completion_tokens is not None:
-        _check_lengths("completion", [len(row) for row in tokens], max_completion_tokens, too_long)
-    pairs = []
-    for prompt, text, row in zip(owners, texts, tokens, strict=True):
-        if max_completion_tokens is not None and len(row) > max_completion_tokens:
-            if too_long == "skip":
-                continue
-            pairs.append(Pair(prompt, row[:max_completion_tokens], codec.decode(row[:max_completion_tokens])))
-        else:
-            pairs.append(Pair(prompt, row, text))
-    return pairs
-
-
-def load_texts(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
-    """Raw texts to pretrain on; a list of texts is several. Empty or absent ones are left out.
-
-    Raises:
-        OperantError: there is no text column, a value is no text, or all texts are empty.
-    """
-    if not rows:
-        raise OperantError("there are no rows: give data with at least one row")
-    column = find_column(rows, "text", (fields or Fields()).text)
-    if column is None:
-        raise OperantError(no_column(rows, "text", "text"))
-    texts: list[str] = []
-    for number, row in enumerate(rows, start=1):
-        value = cell(row, column)
-        if value is not None and value is not ABSENT:
-            texts.extend(
-                texts_of(value, column, number) if isinstance(value, list) else [text_of(value, column, number)]
-            )
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise OperantError(f"every text in the column {column!r} is empty: choose another with --text-field")
-    return texts

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from operant.config import PretrainConfig, QuickstartConfig, SftConfig, TrainConfig, to_yaml
-from operant.data.rows import Pair, load_pairs, load_prompts
+from operant.data.prompts import Pair, load_fitting_prompts, load_pairs
 from operant.data.text import Codec
 from operant.models.policy import Policy
 from operant.recipes.quickstart_task import Task, make_task
@@ -62,7 +62,7 @@ class Quickstart:
         self.pairs, self.dev_pairs = self.labelled(self.task.labelled), self.labelled(self.task.dev)
 
     def prompts(self, rows: list[dict[str, Any]]) -> list[Prompt]:
-        return load_prompts(rows, self.codec)
+        return load_fitting_prompts(rows, self.policy)
 
     def labelled(self, rows: list[dict[str, Any]]) -> list[Pair]:
         return load_pairs(rows, self.codec)

@@ -190,7 +190,8 @@ class Similarity(ModelReward):
         """Inverse document frequency of each token of the idf texts; None without them."""
         if not self.idf:
             return None
-        from operant.data.rows import Fields, load_rows, load_texts
+        from operant.data.prompts import load_texts
+        from operant.data.rows import Fields, load_rows
 
         texts = load_texts(load_rows(self.idf), Fields(text=self.idf_field))
         return inverse_document_frequency([row.tolist() for row in self.encoder.codec.encode_batch(texts)])

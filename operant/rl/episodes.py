@@ -20,6 +20,7 @@ from operant.algorithms.learner import logprobs_of
 from operant.algorithms.table import nearest
 from operant.config import TrainConfig
 from operant.data.batch import drawn, from_trajectories
+from operant.data.prompts import PromptFormat
 from operant.models.sampler import Sampler
 from operant.rewards import RewardRunner, reward_trajectory
 from operant.rl.heldout import HeldOut
@@ -147,8 +148,7 @@ class Player:
                 f"environment {self.name!r} cannot be reset ({type(error).__name__}: {error}); mend it"
             ) from error
         codec = self.sampler.policy.codec
-        ending = "" if self.encoder else self.config.separator
-        tokens = codec.encode_prompt(f"{self.config.prefix}{observation}{ending}", encoder=self.encoder)
+        tokens = PromptFormat.fitting(self.sampler.policy, self.config).encode(str(observation), codec)
         prompt = Prompt(group, tokens, text=str(observation), task=self.name)
         if len(tokens) >= self.sampler.policy.max_length + self.encoder:
             raise OperantError(

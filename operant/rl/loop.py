@@ -25,7 +25,7 @@ from operant.algorithms.table import Recipe, places_tokens, resolve
 from operant.algorithms.trust_region import TrustRegion
 from operant.config import TrainConfig
 from operant.data.batch import drawn, from_sequences, microbatches, select_rows
-from operant.data.rows import Pair
+from operant.data.prompts import Pair
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.rewards import (

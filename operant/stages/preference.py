@@ -18,11 +18,10 @@ from operant.config import PreferConfig
 from operant.data.batch import from_sequences, microbatches, to_device
 from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
 from operant.data.replay import Replay, draw
-from operant.data.rows import Fields, load_rows
+from operant.data.rows import Fields, load_rows, load_split_rows, split_rows
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Run, mixed_seed
-from operant.stages.sft import load_split_rows
-from operant.stages.supervised import StageResult, fit, split_rows
+from operant.stages.supervised import StageResult, fit
 from operant.types import Batch, Floats, Ints, OperantError, Prompt
 
 METHODS = tuple(a.name for a in ALGORITHMS.values() if a.learns_from == "preferences")

@@ -10,10 +10,10 @@ import torch
 
 from operant.config import PretrainConfig
 from operant.data.batch import from_sequences, microbatches, pack
-from operant.data.rows import Fields, load_texts
+from operant.data.prompts import load_texts
+from operant.data.rows import Fields, load_split_rows
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Run, mixed_seed
-from operant.stages.sft import load_split_rows
 from operant.stages.supervised import StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, Ints, OperantError
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from operant.config import RewardModelConfig
 from operant.data.batch import microbatches
-from operant.data.rows import ABSENT, Row, cell, find_column, is_chat, text_of
+from operant.data.rows import ABSENT, Row, cell, find_column, is_chat, load_split_rows, text_of
 from operant.data.text import chars_to_tokens
 from operant.models.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts
 from operant.run.run import DataOrder, Run
@@ -27,7 +27,6 @@ from operant.stages.calibration import (
     spearman,
 )
 from operant.stages.masked import starting_encoder
-from operant.stages.sft import load_split_rows
 from operant.stages.supervised import all_texts, fit
 from operant.types import Batch, Doubles, OperantError
 

@@ -21,9 +21,6 @@ from operant.models.policy import Policy
 from operant.run.run import Run
 from operant.types import Batch, OperantError
 
-T = TypeVar("T")
-
-
 M = TypeVar("M", bound=Trainable)
 
 
@@ -185,9 +182,3 @@ def all_texts(rows: object) -> list[str]:
         return [rows]
     inner = rows.values() if isinstance(rows, dict) else rows if isinstance(rows, list | tuple) else ()
     return [text for value in inner for text in all_texts(value)]
-
-
-def split_rows(rows: Sequence[T], share: float, most: int) -> tuple[list[T], list[T]]:
-    """(training rows, held-out rows): the last `share` of them, at most `most`, for data without a dev split."""
-    count = min(most, max(1, int(len(rows) * share))) if len(rows) > 1 else 0
-    return list(rows[: len(rows) - count]), list(rows[len(rows) - count :])

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from operant.algorithms.learner import Learner, Sgd
 from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_numbers
+from operant.data.prompts import load_fitting_prompts
 from operant.data.replay import Replay, line_of
-from operant.data.rows import Fields, load_prompts, load_rows
+from operant.data.rows import Fields, load_rows
 from operant.live.learning.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
 from operant.live.learning.lesson import EventSource, LearnerState, Lesson, prepare
 from operant.live.learning.step import Taught, fingerprint, new_learner, take_step
@@ -266,10 +267,10 @@ def _load_anchors(root: Path, policy: Policy) -> Anchors:
 
 def heldout_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
     """What the slow gate asks. Raises OperantError when the file is missing, empty or has no such column."""
-    prompts = load_prompts(
-        load_rows(config.heldout, split="dev", limit=config.heldout_rows), policy.codec,
-        Fields(prompt=config.prompt_field, references=config.reference_field),
-        encoder=policy.family == "encoder-decoder", max_prompt_tokens=policy.max_length // 2, too_long="skip",
+    prompts = load_fitting_prompts(
+        load_rows(config.heldout, split="dev", limit=config.heldout_rows), policy,
+        fields=Fields(prompt=config.prompt_field, references=config.reference_field),
+        max_prompt_tokens=policy.max_length // 2, too_long="skip",
     )  # fmt: skip
     if not prompts:
         raise OperantError(f"no prompt of {config.heldout} is short enough to be asked; give another --heldout")
@@ -492,12 +493,11 @@ class Worker:
 
     def _write_anchors(self, policy: Policy) -> None:
         config = self.config
-        encoder = policy.family == "encoder-decoder"
         if config.anchors:
             rows = load_rows(config.anchors, split="train", limit=config.anchor_rows)
-            prompts = load_prompts(
-                rows, policy.codec, Fields(prompt=config.prompt_field, references=config.reference_field),
-                encoder=encoder, max_prompt_tokens=max(1, policy.max_length - config.anchor_tokens), too_long="skip",
+            prompts = load_fitting_prompts(
+                rows, policy, fields=Fields(prompt=config.prompt_field, references=config.reference_field),
+                room=config.anchor_tokens, too_long="skip",
             )  # fmt: skip
         else:  # what the model says of itself: an end of text is what stands before a text
             bare = np.array([policy.codec.eos_id], np.int64)
