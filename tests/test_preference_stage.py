@@ -236,11 +236,13 @@ def test_an_adapter_that_was_trained_before_is_its_own_reference(
 # --- KTO's reference point -------------------------------------------------------------------------------------------
 
 
-def test_strangers_are_completions_of_other_prompts_fixed_by_the_seed(make_policy: Callable[..., Policy]) -> None:
+def test_mismatched_completions_are_those_of_other_prompts_fixed_by_the_seed(
+    make_policy: Callable[..., Policy],
+) -> None:
     policy = make_policy("gpt2")
     made = load_ratings(rows(12) + [r | {"chosen": "a dog"} for r in rows(3)], policy.codec)  # shared prompts
     answers = Answers.of(made)
-    once, again, other = (answers.strangers(policy, seed) for seed in (1, 1, 2))
+    once, again, other = (answers.mismatched(policy, seed) for seed in (1, 1, 2))
     owners: dict[bytes, set[bytes]] = {}
     for rating in made:
         owners.setdefault(rating.tokens.tobytes(), set()).add(rating.prompt.tokens.tobytes())

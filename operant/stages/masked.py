@@ -12,7 +12,7 @@ from operant.data.text import Codec
 from operant.models.encoder import ENCODER_SIZES, Encoder, hide_tokens, is_encoder, masked_tokenizer
 from operant.run.run import DataOrder, Run, mixed_seed
 from operant.stages.pretrain import accumulated, known_texts, pieces_of
-from operant.stages.supervised import StageResult, fit
+from operant.stages.supervised import Likelihood, StageResult, fit
 from operant.types import Batch, Ints, OperantError
 
 
@@ -41,40 +41,43 @@ def pretrain_masked(
                 f"masked language modelling is for encoders, and {config.model} is a {encoder.config.model_type}; "
                 "leave --objective out"
             )
-        reader, mask_id = encoder, encoder.mask_id
-        codec = encoder.codec
-        block = min(config.block or encoder.max_length, encoder.max_length)
-        room = block - len(encoder.first) - len(encoder.last)
-        if room < 1:
-            raise OperantError(f"rows of {block} tokens leave no room for text; give a larger --block or --max_length")
-        vocabulary = np.asarray([i for i in range(codec.vocab_size) if codec.is_text(i)], np.int64)
-        pieces = pieces_of(codec.encode_batch(known, eos=True), room, 1)
-        held_out = pieces_of(codec.encode_batch(list(dev_texts), eos=True), room, 1)[:512] if dev_texts else []
-        per_step = max(1, min(config.batch_tokens // max(1, int(np.mean([len(p) for p in pieces]))), len(pieces)))
-        order = DataOrder(len(pieces), per_step, config.seed, "pieces")
+        return fit(run, encoder, _masking(encoder, known, dev_texts, config), config)
 
-        def hidden(chosen: list[Ints], seed: int) -> Batch:
-            rng = np.random.default_rng(seed)
-            both = [
-                hide_tokens(p, rng, mask_id=mask_id, vocabulary=vocabulary, density=config.noise_density)
-                for p in chosen
-            ]
-            before, after = np.zeros(len(reader.first), np.bool_), np.zeros(len(reader.last), np.bool_)
-            return from_sequences(
-                [reader.framed(corrupted) for corrupted, _ in both],
-                [reader.framed(piece) for piece in chosen],
-                encoder=True, pad_id=codec.pad_id,
-                sampled=[np.concatenate([before, where, after]) for _, where in both],
-            )  # fmt: skip
 
-        def make(number: int) -> Batch:
-            return hidden([pieces[i] for i in order.take(number)], mixed_seed(config.seed, "noise", number))
+def _masking(encoder: Encoder, known: list[str], dev_texts: Sequence[str], config: PretrainConfig) -> Likelihood:
+    """Say which tokens of the texts were hidden, each time others.
 
-        dev = [hidden(held_out[i : i + 64], mixed_seed(config.seed, "dev", i)) for i in range(0, len(held_out), 64)]
-        return fit(
-            run, encoder, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
-            schedule=config.schedule, batches=accumulated(make, config), dev=dev, eval_every=config.eval_every,
+    Raises OperantError for rows without room for text, a tokenizer without a mask token, and where every text is empty.
+    """
+    codec, mask_id = encoder.codec, encoder.mask_id
+    block = min(config.block or encoder.max_length, encoder.max_length)
+    room = block - len(encoder.first) - len(encoder.last)
+    if room < 1:
+        raise OperantError(f"rows of {block} tokens leave no room for text; give a larger --block or --max_length")
+    vocabulary = np.asarray([i for i in range(codec.vocab_size) if codec.is_text(i)], np.int64)
+    pieces = pieces_of(codec.encode_batch(known, eos=True), room, 1)
+    held_out = pieces_of(codec.encode_batch(list(dev_texts), eos=True), room, 1)[:512] if dev_texts else []
+    per_step = max(1, min(config.batch_tokens // max(1, int(np.mean([len(p) for p in pieces]))), len(pieces)))
+    order = DataOrder(len(pieces), per_step, config.seed, "pieces")
+
+    def hidden(chosen: list[Ints], seed: int) -> Batch:
+        rng = np.random.default_rng(seed)
+        both = [
+            hide_tokens(p, rng, mask_id=mask_id, vocabulary=vocabulary, density=config.noise_density) for p in chosen
+        ]
+        before, after = np.zeros(len(encoder.first), np.bool_), np.zeros(len(encoder.last), np.bool_)
+        return from_sequences(
+            [encoder.framed(corrupted) for corrupted, _ in both],
+            [encoder.framed(piece) for piece in chosen],
+            encoder=True, pad_id=codec.pad_id,
+            sampled=[np.concatenate([before, where, after]) for _, where in both],
         )  # fmt: skip
+
+    def make(number: int) -> Batch:
+        return hidden([pieces[i] for i in order.take(number)], mixed_seed(config.seed, "noise", number))
+
+    dev = [hidden(held_out[i : i + 64], mixed_seed(config.seed, "dev", i)) for i in range(0, len(held_out), 64)]
+    return Likelihood(encoder, accumulated(make, config), dev)
 
 
 def starting_encoder(config: StartConfig, seed: int, device: str, dtype: str, texts: Sequence[str]) -> Encoder:

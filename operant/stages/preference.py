@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from operant.data.replay import Replay, draw
 from operant.data.rows import Fields, load_rows, load_split_rows, split_rows
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Run, mixed_seed
-from operant.stages.supervised import StageResult, fit
+from operant.stages.supervised import Measures, StageResult, Task, fit
 from operant.types import Batch, Floats, Ints, OperantError, Prompt
 
 METHODS = tuple(a.name for a in ALGORITHMS.values() if a.learns_from == "preferences")
@@ -98,18 +99,23 @@ class Answers:
     def _length(self, row: int) -> int:
         return len(self.prompts[row].tokens) + len(self.tokens[row])
 
-    def strangers(self, policy: Policy, seed: int) -> Answers:
+    @property
+    def has_several_prompts(self) -> bool:
+        """Whether the completions belong to two different prompts at least."""
+        return len({prompt.tokens.tobytes() for prompt in self.prompts}) > 1
+
+    def mismatched(self, policy: Policy, seed: int) -> Answers:
         """Each prompt with the completion of another one, for KTO's reference point: the next in an order keyed by the
         seed whose prompt is another. It belongs to the row for the whole run, so its reference is computed once.
 
         Raises OperantError when all prompts are the same.
         """
-        keys = [prompt.tokens.tobytes() for prompt in self.prompts]
-        if len(set(keys)) < 2:
+        if not self.has_several_prompts:
             raise OperantError(
                 "kto estimates its reference point from completions of other prompts, and all rows have the same "
                 "prompt; give rows with several, or pairs and --algorithm dpo"
             )
+        keys = [prompt.tokens.tobytes() for prompt in self.prompts]
         count = len(keys)
         order = np.random.default_rng(mixed_seed(seed, "strangers")).permutation(count).tolist()
         partner = [0] * count
@@ -141,7 +147,7 @@ def prefer(
     Raises OperantError for an unknown algorithm, settings that it has no use for, missing or empty data, an empty
     replay, and ratings where pairs are needed.
     """
-    check(config)
+    _check_settings(config)
     with Run(config, "prefer", quiet=quiet) as run:
         if policy is None:
             if not config.model:
@@ -160,21 +166,25 @@ def prefer(
         held_out = _as_needed(config, dev_examples or [])
         for example in (*learned, *held_out):
             _check_fits(policy, example)
-        per_step = min(config.batch_size, len(learned))
-        order = DataOrder(len(learned), per_step, config.seed, "preferences")
-        times = [example.time for example in learned]
-
-        def taken(step: int) -> list[int]:
-            """The examples of a step: a function of the step alone, so that a resumed run takes the same."""
-            if not drawn:
-                return order.take(step)
-            return draw(times, per_step, seed=config.seed, step=step, half_life=3600 * config.half_life)
-
-        return _learn(run, config, policy, learned, held_out, taken)
+        task = PreferenceTask(policy, config, learned, held_out, _picked(config, learned, drawn))
+        run.note(_summary(config, learned, held_out))  # no earlier: a fault is the one line that is seen
+        rate = ALGORITHMS[config.algorithm].lr if config.lr == "auto" else config.lr
+        return fit(run, policy, task, dataclasses.replace(config, lr=rate))
 
 
-def check(config: PreferConfig) -> None:
-    """Refuse what the algorithm has no use for, by name."""
+def _picked(
+    config: PreferConfig, learned: Sequence[Preference] | Sequence[Rating], drawn: bool
+) -> Callable[[int], list[int]]:
+    """step → its examples: epoch after epoch, or drawn by their age."""
+    per_step = min(config.batch_size, len(learned))
+    if not drawn:
+        return DataOrder(len(learned), per_step, config.seed, "preferences").take
+    times = [example.time for example in learned]
+    return lambda step: draw(times, per_step, seed=config.seed, step=step, half_life=3600 * config.half_life)
+
+
+def _check_settings(config: PreferConfig) -> None:
+    """Raises OperantError, by name, for what the algorithm has no use for."""
     name = config.algorithm
     if name not in METHODS:
         raise OperantError(
@@ -199,97 +209,111 @@ def loss_settings(config: PreferConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _learn(
-    run: Run,
-    config: PreferConfig,
-    policy: Policy,
-    learned: Sequence[Preference] | Sequence[Rating],
-    held_out: Sequence[Preference] | Sequence[Rating],
-    taken: Callable[[int], list[int]],
-) -> StageResult[Policy]:
-    kto_point = config.algorithm == "kto"
-    room = config.tokens_per_microbatch
-    answers = Answers.of(learned)
-    dev = Answers.of(held_out) if held_out else None
-    needed = sorted({i for step in range(config.steps) for i in taken(step)})
-    answers.score(policy, answers.rows(needed), room)
-    strangers = answers.strangers(policy, config.seed) if kto_point else None
-    dev_strangers = None
-    if strangers is not None:
-        strangers.score(policy, needed, room)
-    if dev is not None:
-        dev.score(policy, range(len(dev.tokens)), room)
-        if kto_point and len({prompt.tokens.tobytes() for prompt in dev.prompts}) > 1:
-            dev_strangers = dev.strangers(policy, config.seed)
-            dev_strangers.score(policy, range(len(dev.tokens)), room)
-        if config.measure_kl:
-            policy.freeze_reference()
+class PreferenceTask(Task):
+    """DPO, IPO or KTO against the policy as it is when the task is made: the reference's log-probs are computed then.
+
+    pick: the examples of a step, a function of the step alone. Without held-out examples nothing is measured.
+
+    Raises OperantError for KTO where all prompts are the same.
+    """
+
+    dropout = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: PreferConfig,
+        learned: Sequence[Preference] | Sequence[Rating],
+        held_out: Sequence[Preference] | Sequence[Rating],
+        pick: Callable[[int], list[int]],
+    ) -> None:
+        self.policy, self.config, self.pick, self.patience = policy, config, pick, config.patience
+        self.point = 0.0  # KTO's z₀ of the step that is being taken
+        kto = config.algorithm == "kto"
+        needed = sorted({i for step in range(config.steps) for i in pick(step)})
+        self.answers = Answers.of(learned)
+        self.mismatched = self.answers.mismatched(policy, config.seed) if kto else None
+        self._score(self.answers, self.answers.rows(needed))
+        self._score(self.mismatched, needed)
+        self.held_out = Answers.of(held_out) if held_out else None
+        self.held_out_mismatched = None
+        if self.held_out is not None:
+            if kto and self.held_out.has_several_prompts:
+                self.held_out_mismatched = self.held_out.mismatched(policy, config.seed)
+            rows = range(len(self.held_out.tokens))
+            self._score(self.held_out, rows)
+            self._score(self.held_out_mismatched, rows)
+            if config.measure_kl:
+                policy.freeze_reference()
+
+    def _score(self, answers: Answers | None, rows: Sequence[int]) -> None:
+        if answers is not None:
+            answers.score(self.policy, rows, self.config.tokens_per_microbatch)
+
+    def _pieces(self, answers: Answers, rows: Sequence[int]) -> Iterator[Batch]:
+        for piece in microbatches(answers.batch(self.policy, rows), self.config.tokens_per_microbatch):
+            yield to_device(piece, self.policy.device)
 
     @torch.no_grad()
-    def point_of(others: Answers, rows: Sequence[int]) -> float:
+    def _reference_point(self, mismatched: Answers | None, rows: Sequence[int]) -> float:
         """KTO's z₀ over these rows, under the policy as it is now: one number for the whole optimizer step."""
+        if mismatched is None:
+            return 0.0
         parts = []
-        for piece in microbatches(others.batch(policy, rows), room):
-            moved = to_device(piece, policy.device)
-            assert moved.ref_logprobs is not None
-            parts.append(torch.stack([policy.logprobs(moved).logprobs.sum(1), moved.ref_logprobs.sum(1)]))
-        both = torch.cat(parts, 1)
-        return float(kto_reference_point(both[0], both[1]))
+        for micro in self._pieces(mismatched, rows):
+            assert micro.ref_logprobs is not None
+            parts.append(torch.stack([self.policy.logprobs(micro).logprobs.sum(1), micro.ref_logprobs.sum(1)]))
+        logprobs, reference = torch.cat(parts, 1)
+        return float(kto_reference_point(logprobs, reference))
 
-    point = 0.0
+    def batches(self, step: int) -> list[Batch]:
+        chosen = self.pick(step)
+        self.point = self._reference_point(self.mismatched, chosen)
+        batch = self.answers.batch(self.policy, self.answers.rows(chosen))
+        return list(microbatches(batch, self.config.tokens_per_microbatch))
 
-    def batches(step: int) -> list[Batch]:
-        nonlocal point
-        chosen = taken(step)
-        if strangers is not None:
-            point = point_of(strangers, chosen)
-        return list(microbatches(answers.batch(policy, answers.rows(chosen)), room))
-
-    def loss_of(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         token_loss, stats = preference_loss(
-            policy.logprobs(batch).logprobs, batch, reference_point=point, **loss_settings(config)
+            model.logprobs(batch).logprobs, batch, reference_point=self.point, **loss_settings(self.config)
         )
-        if strangers is not None:
-            stats["reference_point"] = point * stats["count"]
+        if self.mismatched is not None:
+            stats["reference_point"] = self.point * stats["count"]
         return token_loss, stats
 
     @torch.no_grad()
-    def measured() -> dict[str, float]:
-        assert dev is not None
-        policy.model.eval()
-        at = point_of(dev_strangers, range(len(dev.tokens))) if dev_strangers is not None else 0.0
-        sums: dict[str, float] = {}
-        for piece in microbatches(dev.batch(policy, range(len(dev.tokens))), room):
-            micro = to_device(piece, policy.device)
-            logprobs = policy.logprobs(micro).logprobs
-            token_loss, stats = preference_loss(logprobs, micro, reference_point=at, **loss_settings(config))
-            assert micro.is_chosen is not None
-            stats |= {
-                "loss": (token_loss * micro.weights).sum(),
-                "nll_good": -logprobs[micro.is_chosen].sum(),
-                "tokens_good": micro.action_mask[micro.is_chosen].sum(),
-            }
-            if config.measure_kl:
-                logits = policy.logits(micro)
-                with policy.as_reference():
-                    stats["kl_ref"] = full_kl(logits, policy.logits(micro))[micro.action_mask].sum()
-                stats["tokens"] = micro.action_mask.sum()
-            for name, value in stats.items():
+    def measure(self) -> Measures:
+        """loss, accuracy and margin per example; nll_good and kl_ref, the KL to the reference, in nats per token."""
+        if self.held_out is None:
+            return {}
+        self.policy.model.eval()
+        rows = range(len(self.held_out.tokens))
+        point = self._reference_point(self.held_out_mismatched, rows)
+        sums: Measures = {}
+        for micro in self._pieces(self.held_out, rows):
+            for name, value in self._sums(micro, point).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-        values = {name: sums[name] / sums["count"] for name in ("loss", "accuracy", "margin")}
+        measures = {name: sums[name] / sums["count"] for name in ("loss", "accuracy", "margin")}
         if sums["tokens_good"]:
-            values["nll_good"] = sums["nll_good"] / sums["tokens_good"]
-        if config.measure_kl:
-            values["kl_ref"] = sums["kl_ref"] / sums["tokens"]
-        return values
+            measures["nll_good"] = sums["nll_good"] / sums["tokens_good"]
+        if self.config.measure_kl:
+            measures["kl_ref"] = sums["kl_ref"] / sums["tokens"]
+        return measures
 
-    rate = ALGORITHMS[config.algorithm].lr if config.lr == "auto" else config.lr
-    run.note(_told(config, learned, held_out))  # no earlier: a fault is the one line that is seen
-    return fit(
-        run, policy, config, steps=config.steps, lr=rate, warmup_steps=config.warmup_steps,
-        schedule=config.schedule, batches=batches, dev=[], eval_every=config.eval_every, patience=config.patience,
-        loss_of=loss_of, held_out=measured if dev is not None else None, dropout=False,
-    )  # fmt: skip
+    def _sums(self, micro: Batch, point: float) -> dict[str, Tensor]:
+        assert micro.is_chosen is not None
+        logprobs = self.policy.logprobs(micro).logprobs
+        token_loss, sums = preference_loss(logprobs, micro, reference_point=point, **loss_settings(self.config))
+        sums |= {
+            "loss": (token_loss * micro.weights).sum(),
+            "nll_good": -logprobs[micro.is_chosen].sum(),
+            "tokens_good": micro.action_mask[micro.is_chosen].sum(),
+        }
+        if self.config.measure_kl:
+            logits = self.policy.logits(micro)
+            with self.policy.as_reference():
+                sums["kl_ref"] = full_kl(logits, self.policy.logits(micro))[micro.action_mask].sum()
+            sums["tokens"] = micro.action_mask.sum()
+        return sums
 
 
 # -- examples
@@ -384,7 +408,7 @@ def _longest(example: Preference | Rating, encoder: bool) -> int:
     return max(map(len, sides)) + (0 if encoder else len(example.prompt.tokens))
 
 
-def _told(
+def _summary(
     config: PreferConfig,
     learned: Sequence[Preference] | Sequence[Rating],
     held_out: Sequence[Preference] | Sequence[Rating],
@@ -393,9 +417,9 @@ def _told(
         return f"{len(learned)} pairs to learn from, {len(held_out)} held out"
     good = sum(isinstance(e, Rating) and e.desirable for e in learned)
     bad = len(learned) - good
-    told = f"{good} good and {bad} bad completions to learn from, {len(held_out)} held out"
+    text = f"{good} good and {bad} bad completions to learn from, {len(held_out)} held out"
     ratio = config.desirable_weight * good / max(config.undesirable_weight * bad, 1e-9)
     if not 1 <= ratio <= 4 / 3:
         # Ethayarajh et al. 2024, eq. 9
-        told += f"; weighted they stand {ratio:.2f} to 1, and between 1 and 1.33 is advised (--undesirable_weight)"
-    return told
+        text += f"; weighted they stand {ratio:.2f} to 1, and between 1 and 1.33 is advised (--undesirable_weight)"
+    return text

@@ -14,7 +14,7 @@ from operant.data.prompts import load_texts
 from operant.data.rows import Fields, load_split_rows
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Run, mixed_seed
-from operant.stages.supervised import StageResult, all_texts, fit, starting_policy
+from operant.stages.supervised import Likelihood, StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, Ints, OperantError
 
 SENTINELS = 100  # as T5 has
@@ -91,15 +91,8 @@ def pretrain(
         documents = policy.codec.encode_batch(known, eos=True)
         held_out = policy.codec.encode_batch(list(dev_texts), eos=True) if dev_texts else []
         block = min(config.block or policy.max_length, policy.max_length)
-        if policy.family == "encoder-decoder":
-            make, dev = _denoising(policy, documents, held_out, block, config)
-        else:
-            make, dev = _causal(policy, documents, held_out, block, config)
-        batches = accumulated(make, config)
-        return fit(
-            run, policy, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
-            schedule=config.schedule, batches=batches, dev=dev, eval_every=config.eval_every,
-        )  # fmt: skip
+        task = _denoising if policy.family == "encoder-decoder" else _causal
+        return fit(run, policy, task(policy, documents, held_out, block, config), config)
 
 
 def known_texts(
@@ -130,8 +123,10 @@ def accumulated(make: Callable[[int], Batch], config: PretrainConfig) -> Callabl
     return batches
 
 
-def _causal(policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig):  # type: ignore[no-untyped-def]
-    """(round → batch, dev batches) of packed rows."""
+def _causal(
+    policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig
+) -> Likelihood:
+    """Foretell each token of packed rows."""
     per_step = max(1, config.batch_tokens // block)
     packed = pack(_shuffled(documents, config.seed), block, policy.codec.pad_id)
     order = DataOrder(packed.tokens.shape[0], min(per_step, packed.tokens.shape[0]), config.seed, "blocks")
@@ -149,11 +144,16 @@ def _causal(policy: Policy, documents: list[Ints], held_out: list[Ints], block: 
     dev_batches = (
         [rows_of(dev, list(range(i, min(i + per_step, count)))) for i in range(0, count, per_step)] if dev else []
     )
-    return (lambda number: rows_of(packed, order.take(number))), dev_batches
+    return Likelihood(policy, accumulated(lambda number: rows_of(packed, order.take(number)), config), dev_batches)
 
 
-def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig):  # type: ignore[no-untyped-def]
-    """(round → batch, dev batches) of texts with hidden spans, corrupted anew in every epoch."""
+def _denoising(
+    policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig
+) -> Likelihood:
+    """Say what stood in hidden spans of texts, which are corrupted anew in every epoch.
+
+    Raises OperantError for a tokenizer without sentinels, and where every text is too short.
+    """
     sentinels, mask = policy.codec.sentinel_ids, policy.codec.tokenizer.mask_token_id
     infilling = config.objective == "infilling"
     if infilling and not sentinels and mask is not None:
@@ -186,7 +186,7 @@ def _denoising(policy: Policy, documents: list[Ints], held_out: list[Ints], bloc
     def make(number: int) -> Batch:
         return corrupted([pieces[i] for i in order.take(number)], mixed_seed(config.seed, "noise", number))
 
-    return make, dev
+    return Likelihood(policy, accumulated(make, config), dev)
 
 
 def pieces_of(documents: list[Ints], size: int, least: int) -> list[Ints]:

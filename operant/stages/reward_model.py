@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from operant.config import RewardModelConfig
 from operant.data.batch import microbatches
@@ -27,10 +28,8 @@ from operant.stages.calibration import (
     spearman,
 )
 from operant.stages.masked import starting_encoder
-from operant.stages.supervised import all_texts, fit
+from operant.stages.supervised import Measures, Task, all_texts, fit
 from operant.types import Batch, Doubles, OperantError
-
-Measures = dict[str, float]
 
 _LABELS = {"comparison": ("label_field",), "regression": ("score_field",), "token": ("span_field",)}
 
@@ -96,24 +95,7 @@ def train_reward_model(
         if config.kind != "comparison":
             values = np.concatenate([j.targets[np.isfinite(j.targets)] for j in known])
             facts.mean, facts.std = float(values.mean()), float(values.std())
-        order = DataOrder(len(known), min(config.batch_size, len(known)), config.seed, "judgements")
-
-        def batches(step: int) -> list[Batch]:
-            return judgement_batches([known[i] for i in order.take(step)], model, config.tokens_per_microbatch)
-
-        main = "accuracy" if config.kind == "comparison" else "correlation"
-
-        def look() -> Measures:
-            values = measures(held_out, predicted(model, held_out), config.kind, known)
-            # on a few dozen rows many checkpoints are equally right: of those the one with the least loss is kept
-            return values | {"quality": values[main] - 1e-6 * values["loss"]}
-
-        fit(
-            run, model, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
-            schedule=config.schedule, batches=batches, dev=[], loss_of=reward_loss, eval_every=config.eval_every,
-            patience=config.patience, held_out=look if held_out else None,
-            best_metric="loss" if config.best_by == "loss" else "quality",
-        )  # fmt: skip
+        fit(run, model, RewardTask(model, config, known, held_out), config)
         for note in [*notes, *more]:
             run.note(note)
         measured: dict[str, Measures] = {}
@@ -126,6 +108,34 @@ def train_reward_model(
     # the run has put the best checkpoint's weights there; what was fitted after it belongs beside them
     write_facts(facts, result.out / "model")
     return result
+
+
+class RewardTask(Task):
+    """Foretell the labels of `known` judgements; measured on `held_out` ones by `quality` or the loss."""
+
+    def __init__(
+        self, model: RewardModel, config: RewardModelConfig, known: list[Judgement], held_out: list[Judgement]
+    ) -> None:
+        self.model, self.config, self.known, self.held_out = model, config, known, held_out
+        self.best_metric = "loss" if config.best_by == "loss" else "quality"
+        self.patience = config.patience
+        self.order = DataOrder(len(known), min(config.batch_size, len(known)), config.seed, "judgements")
+
+    def batches(self, step: int) -> list[Batch]:
+        chosen = [self.known[i] for i in self.order.take(step)]
+        return judgement_batches(chosen, self.model, self.config.tokens_per_microbatch)
+
+    def loss(self, model: RewardModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return reward_loss(model, batch)
+
+    def measure(self) -> Measures:
+        if not self.held_out:
+            return {}
+        kind = self.config.kind
+        found = measures(self.held_out, predicted(self.model, self.held_out), kind, self.known)
+        main = "accuracy" if kind == "comparison" else "correlation"
+        # on a few dozen rows many checkpoints are equally right: of those the one with the least loss is kept
+        return found | {"quality": found[main] - 1e-6 * found["loss"]}
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -428,13 +438,3 @@ def _samples(model: RewardModel, held_out: Sequence[Judgement], most: int = 8) -
             wanted = ["better", "worse"][i] if len(judgement.readings) == 2 else f"{np.nansum(judgement.targets):.3g}"
             rows.append({"prompt": prompt, "text": reading.text, "reward": float(one), "references": [wanted]})
     return rows
-
-
-def evaluate_rewards(
-    reward: Callable[[Sequence[Judgement]], list[Doubles]],
-    judgements: Sequence[Judgement],
-    kind: str,
-    known: Sequence[Judgement],
-) -> dict[str, Measures]:
-    """The measures of any reward of judgements, beside the baselines."""
-    return {"reward model": measures(judgements, reward(judgements), kind, known)} | baselines(judgements, kind, known)

@@ -15,7 +15,7 @@ from operant.data.rows import load_split_rows
 from operant.models.policy import Policy
 from operant.rl.evaluate import evaluate
 from operant.run.run import DataOrder, Run
-from operant.stages.supervised import StageResult, all_texts, fit, likelihood_loss, starting_policy
+from operant.stages.supervised import Likelihood, Measures, StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, OperantError, Prompt, Sampling
 
 
@@ -49,43 +49,51 @@ def sft(
                 run.note(note)
         if not pairs:
             raise OperantError("there are no pairs to learn from; check --data and --limit")
-        learner_policy, train_pairs, held_out = policy, list(pairs), list(dev_pairs or [])
-        order = DataOrder(len(train_pairs), min(config.batch_size, len(train_pairs)), config.seed, "pairs")
+        return fit(run, policy, FineTuning(policy, config, list(pairs), list(dev_pairs or [])), config)
 
-        def batches(step: int) -> list[Batch]:
-            batch = pairs_batch([train_pairs[i] for i in order.take(step)], learner_policy)
-            return list(microbatches(batch, config.tokens_per_microbatch))
 
+class FineTuning(Likelihood):
+    """Raise the likelihood of the completions of labelled pairs, smoothed if asked for.
+
+    Measured by the dev loss and, where the best is kept by another metric, by greedy completions of the held-out
+    prompts.
+
+    Raises OperantError where that metric has no held-out pairs.
+    """
+
+    def __init__(self, policy: Policy, config: SftConfig, pairs: list[Pair], held_out: list[Pair]) -> None:
         dev = [pairs_batch(held_out[i : i + 64], policy) for i in range(0, len(held_out), 64)]
-
-        def smoothed(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            if not config.label_smoothing:
-                return likelihood_loss(policy, batch)
-            every = policy.logits(batch).log_softmax(-1)
-            picked = every.gather(-1, batch.tokens[..., None])[..., 0] * batch.action_mask
-            return label_smoothed(picked, every.mean(-1) * batch.action_mask, config.label_smoothing), {}
-
-        asked = config.best_metric != "loss"
-        if asked and not (held_out and config.eval_prompts):
+        super().__init__(policy, self._make, dev)
+        self.config, self.pairs = config, pairs
+        self.best_metric, self.patience = config.best_metric, config.patience
+        self.order = DataOrder(len(pairs), min(config.batch_size, len(pairs)), config.seed, "pairs")
+        self.prompts = answered_prompts(held_out)[: config.eval_prompts] if config.best_metric != "loss" else []
+        if config.best_metric != "loss" and not self.prompts:
             raise OperantError(
                 f"best_metric {config.best_metric} needs held-out pairs; give --dev_data, and --eval_prompts above 0"
             )
-        prompts = answered_prompts(held_out)[: config.eval_prompts]
-        sampling = Sampling(temperature=0.0, max_tokens=config.max_tokens)
 
-        def generation() -> dict[str, float]:
-            training = learner_policy.model.training
-            learner_policy.model.eval()
-            values, _ = evaluate(learner_policy, prompts, sampling=sampling)
-            learner_policy.model.train(training)
-            return values
+    def _make(self, step: int) -> list[Batch]:
+        batch = pairs_batch([self.pairs[i] for i in self.order.take(step)], self.model)
+        return list(microbatches(batch, self.config.tokens_per_microbatch))
 
-        return fit(
-            run, policy, config, steps=config.steps, lr=config.lr, warmup_steps=config.warmup_steps,
-            schedule=config.schedule, batches=batches, dev=dev, eval_every=config.eval_every,
-            patience=config.patience, loss_of=smoothed, held_out=generation if asked else None,
-            best_metric=config.best_metric,
-        )  # fmt: skip
+    def loss(self, model: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.config.label_smoothing:
+            return super().loss(model, batch)
+        every = model.logits(batch).log_softmax(-1)
+        picked = every.gather(-1, batch.tokens[..., None])[..., 0] * batch.action_mask
+        return label_smoothed(picked, every.mean(-1) * batch.action_mask, self.config.label_smoothing), {}
+
+    def measure(self) -> Measures:
+        measures = super().measure()
+        if not self.prompts:
+            return measures
+        training = self.model.model.training
+        self.model.model.eval()
+        sampling = Sampling(temperature=0.0, max_tokens=self.config.max_tokens)
+        completed, _ = evaluate(self.model, self.prompts, sampling=sampling)
+        self.model.model.train(training)
+        return measures | completed
 
 
 def answered_prompts(pairs: Sequence[Pair]) -> list[Prompt]:

@@ -1,8 +1,9 @@
-"""What pretraining and fine-tuning share: batches in, likelihood up, the best dev loss kept."""
+"""What the stages share: a task's batches in, its loss down, the weights kept that are best on held-out data."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from operant.algorithms.learner import Learner, TokenLoss, Trainable
+from operant.algorithms.learner import Learner, Trainable
 from operant.algorithms.objectives import negative_log_likelihood
-from operant.config import ModelConfig, RunConfig
+from operant.config import ModelConfig, PreferConfig, PretrainConfig, RewardModelConfig, RunConfig, SftConfig
 from operant.data.batch import to_device
 from operant.data.text import Codec
 from operant.models.encoder import Encoder, is_encoder
@@ -22,6 +23,9 @@ from operant.run.run import Run
 from operant.types import Batch, OperantError
 
 M = TypeVar("M", bound=Trainable)
+
+Measures = dict[str, float]
+FitConfig = PretrainConfig | SftConfig | PreferConfig | RewardModelConfig
 
 
 @dataclass(slots=True)
@@ -36,9 +40,58 @@ class StageResult(Generic[M]):
     dev_loss: float
 
 
-def likelihood_loss(policy: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """−log π(y_t) for every action token."""
-    return negative_log_likelihood(policy.logprobs(batch).logprobs), {}
+class Task(ABC):
+    """What a stage learns: the batches of each step, their loss, and how it is measured on held-out data.
+
+    best_metric: what the best weights are kept by: "loss", the least, or another measured name, the most.
+    patience: measurements without improvement after which the stage ends; 0 never ends it.
+    dropout: whether the model's is on while it learns. unit: of the held-out loss, as it is shown.
+    """
+
+    best_metric: str = "loss"
+    patience: int = 0
+    dropout: bool = True
+    unit: str = ""
+
+    @abstractmethod
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of an optimizer step, counted from 0, which share one denominator.
+
+        A function of the step alone, so that a resumed run learns what the uninterrupted one would have.
+        """
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """A `learner.TokenLoss`: float[B, S] to be minimised, and sums to be logged. Here −log π(y_t)."""
+        return negative_log_likelihood(model.logprobs(batch).logprobs), {}
+
+    def measure(self) -> Measures:
+        """Held-out measures of the model as it is now, `loss` among them; empty where nothing is held out."""
+        return {}
+
+    def shown(self, measures: Measures) -> list[str]:
+        """Which measures stand beside the loss in the line of a measurement."""
+        return [name for name in measures if name != "loss"]
+
+
+class Likelihood(Task):
+    """Raise the likelihood of the action tokens of `make(step)`, measured as nats per token over the `dev` batches."""
+
+    unit = " nats/token"
+
+    def __init__(self, model: Any, make: Callable[[int], list[Batch]], dev: Sequence[Batch]) -> None:
+        self.model, self.make, self.dev = model, make, dev
+
+    def batches(self, step: int) -> list[Batch]:
+        return self.make(step)
+
+    def measure(self) -> Measures:
+        if not self.dev:
+            return {}
+        loss = mean_loss(self.model, self.dev)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+
+    def shown(self, measures: Measures) -> list[str]:
+        return [name for name in (self.best_metric,) if name != "loss"]
 
 
 @torch.no_grad()
@@ -55,94 +108,89 @@ def mean_loss(policy: Any, batches: Sequence[Batch]) -> float:
     return total / max(1, tokens)
 
 
-def fit(
-    run: Run,
-    policy: M,
-    config: RunConfig,
-    *,
-    steps: int,
-    lr: float,
-    warmup_steps: int,
-    schedule: str,
-    batches: Callable[[int], list[Batch]],
-    dev: Sequence[Batch],
-    eval_every: int,
-    patience: int = 0,
-    loss_of: TokenLoss = likelihood_loss,
-    held_out: Callable[[], dict[str, float]] | None = None,
-    best_metric: str = "loss",
-    dropout: bool = True,
-) -> StageResult[M]:
-    """Minimise the loss of `batches(step)`; measure `dev` every `eval_every` steps, keep the best, stop after
-    `patience` measurements without improvement (0: never).
+class EarlyStopping:
+    """Measures a task on held-out data, keeps the best weights, and ends the run when they no longer improve.
 
-    held_out: further held-out metrics, such as those of completions, and the `loss` where there is no `dev`.
-    best_metric: "loss", the least, or one of them, the most. dropout: whether the model's is on while it learns.
+    `state["stale"]`, measurements without improvement, and `state["dev_loss"]`, the least, are saved with the run.
     """
-    learner = Learner(
-        policy, lr=lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
-        warmup_steps=warmup_steps, total_steps=steps, schedule=schedule,  # type: ignore[arg-type]
-    )  # fmt: skip
-    state: dict[str, float] = {"stale": 0, "dev_loss": math.inf}
-    run.attach(policy, learner, state)
-    if not math.isfinite(state["dev_loss"] or math.inf):
-        state["dev_loss"] = math.inf
 
-    measurable = bool(dev) or held_out is not None
+    def __init__(self, run: Run, task: Task, state: dict[str, float]) -> None:
+        self.run, self.task, self.state = run, task, state
 
-    def look() -> float:
-        """Measure and tell; what is better is greater."""
-        values: dict[str, float] = {}
-        if dev:
-            loss = mean_loss(policy, dev)
-            values = {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
-        further = held_out() if held_out is not None else {}
-        values |= further
-        state["dev_loss"] = min(values["loss"], state["dev_loss"])
-        run.log.log(run.step, {f"eval/{name}": value for name, value in values.items()})
-        value = -values["loss"] if best_metric == "loss" else values[best_metric]
-        unit = " nats/token" if dev else ""
-        shown = ([] if best_metric == "loss" else [best_metric]) if dev else [n for n in further if n != "loss"]
-        told = "".join(f", {name} {values[name]:.4g}" for name in shown)
-        better = " (best)" if value > run.best_value else ""
-        run.note(f"step {run.step}: dev loss {values['loss']:.4f}{unit}{told}{better}")
-        return value
-
-    def measure() -> None:
-        if not measurable:
+    def measure(self) -> None:
+        """Measure; keep the weights if they are the best so far, and stop after `patience` that are not."""
+        value = self._look()
+        if value is None:
             return
-        value = look()
+        run, task = self.run, self.task
         run.measured_step = run.step
         improved = value > run.best_value
-        state["stale"] = 0 if improved else state["stale"] + 1
-        if patience and state["stale"] >= patience:
-            measure_name = "dev loss" if best_metric == "loss" else f"dev {best_metric}"
-            run.stop(f"the {measure_name} has not improved for {patience} measurements", decided=True)
+        self.state["stale"] = 0 if improved else self.state["stale"] + 1
+        if task.patience and self.state["stale"] >= task.patience:
+            name = "dev loss" if task.best_metric == "loss" else f"dev {task.best_metric}"
+            run.stop(f"the {name} has not improved for {task.patience} measurements", decided=True)
         if improved:
             run.measured(value)
 
+    def last_look(self) -> None:
+        """After an early stop: are the newest weights the best?"""
+        if self.run.failed or self.run.interrupted or self.run.measured_step == self.run.step:
+            return
+        value = self._look()
+        if value is not None and value > self.run.best_value:
+            self.run.promote_best(value)
+
+    def _look(self) -> float | None:
+        """Measure, log and show. Returns what the best weights are kept by, greater being better; None for nothing."""
+        run, task = self.run, self.task
+        measures = task.measure()
+        if not measures:
+            return None
+        self.state["dev_loss"] = min(measures["loss"], self.state["dev_loss"])
+        run.log.log(run.step, {f"eval/{name}": value for name, value in measures.items()})
+        value = -measures["loss"] if task.best_metric == "loss" else measures[task.best_metric]
+        beside = "".join(f", {name} {measures[name]:.4g}" for name in task.shown(measures))
+        best = " (best)" if value > run.best_value else ""
+        run.note(f"step {run.step}: dev loss {measures['loss']:.4f}{task.unit}{beside}{best}")
+        return value
+
+
+def fit(run: Run, model: M, task: Task, config: FitConfig) -> StageResult[M]:
+    """Learn `task` for `config.steps` optimizer steps, or until it no longer improves on held-out data.
+
+    Measures every `config.eval_every` steps; the model comes back with the best weights, in eval mode. `config.lr` is a
+    number: a stage with an "auto" has resolved it.
+
+    Raises OperantError when too many steps in a row were non-finite, and when the run cannot be resumed.
+    """
+    learner = Learner(
+        model, lr=float(config.lr), weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        warmup_steps=config.warmup_steps, total_steps=config.steps, schedule=config.schedule,
+    )  # fmt: skip
+    state: dict[str, float] = {"stale": 0, "dev_loss": math.inf}
+    run.attach(model, learner, state)
+    if not math.isfinite(state["dev_loss"]):
+        state["dev_loss"] = math.inf
+    held_out = EarlyStopping(run, task, state)
     if run.step == 0 and run.measured_step < 0:
-        measure()
-    for step in run.steps(steps):
-        policy.model.train(dropout)
-        stats = learner.step(batches(step), loss_of)
+        held_out.measure()
+    for step in run.steps(config.steps):
+        model.model.train(task.dropout)
+        stats = learner.step(task.batches(step), task.loss)
         speed = {"train/tokens_per_second": stats.tokens / max(stats.seconds, 1e-9)}
         run.record(
             stats,
             speed | {f"train/{name}": value for name, value in stats.extra.items()},
             shown={"loss": stats.loss, "lr": stats.coefficients["lr"]},
         )
-        if run.step % eval_every == 0 or run.step == steps:
-            measure()
-    if not run.failed and not run.interrupted and run.measured_step != run.step:
-        last = look() if measurable else -math.inf
-        if last > run.best_value:
-            run.promote_best(last)
+        if run.step % config.eval_every == 0 or run.step == config.steps:
+            held_out.measure()
+    held_out.last_look()
     run.restore_best()
-    policy.model.eval()
+    model.model.eval()
     if run.failed:
         raise OperantError(run.failed)
-    return StageResult(policy, run.folder.path, run.step, run.seconds, run.stop_reason, state["dev_loss"])
+    return StageResult(model, run.folder.path, run.step, run.seconds, run.stop_reason, state["dev_loss"])
 
 
 def starting_policy(
