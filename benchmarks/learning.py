@@ -386,7 +386,7 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
 
     from operant.algorithms import credit
     from operant.algorithms.objectives import reinforce
-    from operant.data.batch import completion_axes, from_trajectories, scatter
+    from operant.data.batch import completion_axes, from_trajectories, group_numbers, scatter
     from operant.data.prompts import load_fitting_prompts
     from operant.data.rows import Fields, load_rows
     from operant.models.policy import Policy
@@ -420,8 +420,7 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
             foretold[potential].append(potential_diagnostics(trajectories))
             batch = from_trajectories(trajectories, encoder=encoder, pad_id=policy.codec.pad_id)
             rewards, mask, valid = completion_axes(trajectories)
-            ids = batch.group_ids
-            assert ids is not None
+            ids = group_numbers(trajectories)
             fitted = credit.fit_beta((rewards * mask).sum(1), credit.held_potential(rewards, mask), mask, ids, valid)
             betas[potential].append(float(fitted.mean()))
             ways: dict[str, Any] = {f"{potential} 1": 1.0, f"{potential} fitted": fitted}

@@ -22,6 +22,7 @@ Doubles = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 StopReason = Literal["eos", "stop", "length", "reward", "cancelled"]
+BatchKind = Literal["supervised", "completions", "labels", "pairs", "edits", "scores"]
 
 
 class OperantError(Exception):
@@ -161,12 +162,41 @@ class EncoderContext:
 
 @dataclass(slots=True)
 class Batch:
-    """Token columns (B, S), segment columns (N,), and one denominator fixed over the whole optimizer step.
+    """Rows of tokens to learn from. `kind` says what the rows are; a column that a kind has no use for is None.
 
-    Column t describes token t; the one-place shift between logits and tokens lives in `Policy.logprobs` alone.
-    `segment_ids` (B, S) int64 index the segment columns; -1 marks padding. Unused columns are None. Segments with equal
-    `prompt_ids` begin with the same `prompt_lengths` tokens, which the policy then computes once for all of them.
-    The loss of a batch is Σ weights · token_loss / denominator, so cutting it into micro-batches changes nothing.
+    kind says what a loss makes of the rows:
+        supervised: texts of others. Every action token is learned as it stands.
+        completions: a policy's own, with `advantages`, or with `returns` alone where values are learned.
+        labels: completions that are each good or bad (`is_chosen`).
+        pairs: neighbouring rows, a chosen and a rejected completion of one prompt (`pair_ids`, `is_chosen`).
+        edits: pairs whose chosen text a person wrote, so that it is learned as it stands too.
+        scores: texts that a reward model reads, and what they were paid (`rewards`).
+
+    The loss is Σ weights · token_loss / denominator. The denominator is that of a whole optimizer step, so that cutting
+    a batch into micro-batches changes nothing.
+
+    Columns of tokens. Column t describes token t; the one-place shift of logits lives in `Policy.logprobs` alone.
+        tokens: int64[B, S], right-padded or packed.
+        position_ids: int64[B, S], each segment's from 0 on.
+        segment_ids: int64[B, S], which text a token belongs to, -1 on padding. Packed rows hold several, others one.
+        action_mask: bool[B, S], the tokens that the policy answers for: a loss is of these.
+        weights: float32[B, S], what each token's loss counts.
+        behavior_logprobs: float32[B, S], log μ: of the distribution that was really drawn from.
+        old_logprobs: float32[B, S], log π_old: of the policy as the step began.
+        ref_logprobs: float32[B, S], log π_ref: of the frozen reference.
+        rewards: float64[B, S], what each token was paid, NaN where that is missing.
+        observed: bool[B, S], where `rewards` is known; of a rated text, the tokens that were meant.
+        values: float32[B, S], the critic's V of the state before each token, as the step began.
+        returns: float32[B, S], what a critic, or Q, should have said there.
+        advantages: float32[B, S], A of each token.
+    Columns of rows, all but the last of which need one segment a row.
+        prompt_ids: int64[B]; rows of one number begin with the same prompt, which a policy then computes once.
+        prompt_lengths: int64[B], how many tokens of the row are its prompt: 0 where an encoder reads it.
+        temperature: float32[B], at which the row was drawn and is learned; 1 for all where it is None.
+        pair_ids: int64[B], which pair the row is of.
+        is_chosen: bool[B], the better one of its pair, or a good one.
+        row_ids: int64[B], the row's number in the batch that this one was cut from.
+    context: what an encoder reads beside the rows.
     """
 
     tokens: Tensor
@@ -175,8 +205,8 @@ class Batch:
     action_mask: Tensor
     weights: Tensor
     denominator: float
+    kind: BatchKind = "supervised"
     context: EncoderContext | None = None
-    turn_ids: Tensor | None = None
     behavior_logprobs: Tensor | None = None
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
@@ -185,15 +215,12 @@ class Batch:
     values: Tensor | None = None
     returns: Tensor | None = None
     advantages: Tensor | None = None
-    policy_versions: Tensor | None = None
-    group_ids: Tensor | None = None
     prompt_ids: Tensor | None = None
     prompt_lengths: Tensor | None = None
+    temperature: Tensor | None = None
     pair_ids: Tensor | None = None
     is_chosen: Tensor | None = None
-    temperature: Tensor | None = None
-    truncated: Tensor | None = None
-    route: Tensor | None = None
+    row_ids: Tensor | None = None
 
 
 @dataclass(slots=True)

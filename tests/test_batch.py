@@ -14,6 +14,7 @@ from operant.data.batch import (
     encoder_context,
     from_sequences,
     from_trajectories,
+    group_numbers,
     microbatches,
     pack,
     scatter,
@@ -90,18 +91,16 @@ ROWS = [
 def test_rewards_and_logprobs_stand_on_the_token_they_belong_to(encoder: bool) -> None:
     batch = from_trajectories(ROWS, encoder=encoder, pad_id=0)
     assert batch.rewards is not None and batch.observed is not None and batch.behavior_logprobs is not None
-    assert batch.policy_versions is not None and batch.temperature is not None and batch.truncated is not None
-    assert batch.group_ids is not None and batch.group_ids.tolist() == [0, 1, 0]
+    assert batch.temperature is not None and group_numbers(ROWS).tolist() == [0, 1, 0]
     for i, t in enumerate(ROWS):
         acted = batch.action_mask[i]
         assert batch.tokens[i, acted].tolist() == t.completion.tokens.tolist()
         assert np.array_equal(batch.rewards[i, acted].numpy(), t.rewards, equal_nan=True)
         assert batch.observed[i, acted].tolist() == t.observed.tolist()
         assert batch.behavior_logprobs[i, acted].tolist() == t.completion.behavior_logprobs.tolist()  # type: ignore[union-attr]
-        assert batch.policy_versions[i, acted].tolist() == [3] * len(t.completion.tokens)
         assert not batch.rewards[i, ~acted].any() and not batch.behavior_logprobs[i, ~acted].any()
-    assert batch.temperature.tolist() == [0.5] * 3 and batch.truncated.tolist() == [False, False, True]
-    assert batch.denominator == 3
+    assert batch.temperature.tolist() == [0.5] * 3
+    assert batch.denominator == 3 and batch.kind == "completions"
 
 
 @pytest.mark.parametrize("encoder", [False, True])
@@ -156,13 +155,13 @@ def test_packing_loses_and_invents_no_token(texts: list[np.ndarray], length: int
 def test_micro_batches_hold_every_row_once(texts: list[np.ndarray], most: int, encoder: bool) -> None:
     prompts = [ints(*range(1, 2 + i % 4)) for i in range(len(texts))]
     batch = from_sequences(prompts, texts, encoder=encoder, pad_id=0, normalisation="per_sequence_mean")
-    batch.route = torch.arange(len(texts))
+    batch.row_ids = torch.arange(len(texts))
     seen: list[int] = []
     for micro in microbatches(batch, most):
-        assert micro.route is not None and micro.denominator == batch.denominator
+        assert micro.row_ids is not None and micro.denominator == batch.denominator
         widest = int((micro.segment_ids >= 0).sum(1).max())
         assert micro.tokens.shape[1] in (widest, batch.tokens.shape[1])
-        for k, i in enumerate(micro.route.tolist()):
+        for k, i in enumerate(micro.row_ids.tolist()):
             acted = micro.action_mask[k]
             assert micro.tokens[k, acted].tolist() == batch.tokens[i, batch.action_mask[i]].tolist()
             assert torch.equal(micro.weights[k, acted], batch.weights[i, batch.action_mask[i]])
@@ -171,7 +170,7 @@ def test_micro_batches_hold_every_row_once(texts: list[np.ndarray], most: int, e
                 assert context is not None
                 prompt = context.tokens[context.row[k], context.mask[context.row[k]]]
                 assert prompt.tolist() == prompts[i].tolist()
-        seen += micro.route.tolist()
+        seen += micro.row_ids.tolist()
     assert sorted(seen) == list(range(len(texts)))
 
 
@@ -179,11 +178,11 @@ def test_an_encoder_decoders_rows_are_parted_by_length() -> None:
     lengths = [4] * 300 + [20] * 60
     prompts = [ints(1, 2 + i // 4) for i in range(360)]
     batch = from_sequences(prompts, [np.arange(n) + 3 for n in lengths], encoder=True, pad_id=0)
-    batch.route = torch.arange(360)
+    batch.row_ids = torch.arange(360)
     assert len(list(microbatches(batch, 10**6))) == 1
     pieces = list(microbatches(batch, 10**6, by_length=True))
     assert [p.tokens.shape[1] for p in pieces] == [4, 20]
-    assert torch.cat([p.route for p in pieces if p.route is not None]).tolist() == list(range(360))
+    assert torch.cat([p.row_ids for p in pieces if p.row_ids is not None]).tolist() == list(range(360))
     assert len(list(microbatches(select_rows(batch, torch.arange(300)), 10**6, by_length=True))) == 1
 
 

@@ -273,8 +273,7 @@ def test_an_encoder_reads_the_episode_so_far_and_each_turn_is_a_row(make_policy:
     player, trajectories = played(policy)
     codec = policy.codec
     batch = from_trajectories(trajectories, encoder=True, pad_id=codec.pad_id)
-    assert batch.context is not None and batch.group_ids is not None
-    assert batch.group_ids.tolist() == [0] * 6 + [1] * 3
+    assert batch.context is not None
     row = 0
     for environment, t in zip(player.environments, trajectories, strict=True):
         c = t.completion

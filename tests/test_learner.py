@@ -83,11 +83,11 @@ def test_what_is_logged_is_averaged_over_the_tokens_that_report_it(make_policy: 
     policy = make_policy("gpt2")
     batch = batch_of(policy)
     silent = copy.copy(batch_of(policy))
-    silent.truncated = torch.zeros(3, dtype=torch.bool)
+    silent.kind = "labels"
 
     def loss(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         token_loss, stats = likelihood(policy, batch)
-        return token_loss, {} if batch.truncated is not None else stats
+        return token_loss, {} if batch.kind == "labels" else stats
 
     stats = Learner(policy, lr=0.01).step([batch, silent], loss)
     assert stats.approx_kl == 2.0 and stats.tokens == 2 * int(batch.action_mask.sum())

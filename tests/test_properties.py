@@ -139,18 +139,18 @@ def trajectories_of(draw: st.DrawFn) -> list[Trajectory]:
 def test_a_batch_loses_and_doubles_nothing(given_rows: list[Trajectory], encoder: bool, data: st.DataObject) -> None:
     """Each row's tokens, rewards and log-probs stand in its own columns, also after rows were picked and cut."""
     batch = from_trajectories(given_rows, encoder=encoder, pad_id=0)
-    batch.route = torch.arange(len(given_rows))
+    batch.row_ids = torch.arange(len(given_rows))
     picked = data.draw(st.permutations(range(len(given_rows))))[: data.draw(st.integers(1, len(given_rows)))]
     pieces = [batch, select_rows(batch, torch.tensor(picked)), *microbatches(batch, data.draw(st.integers(1, 80)))]
     seen: list[int] = []
     for number, piece in enumerate(pieces):
-        assert piece.route is not None and piece.rewards is not None and piece.observed is not None
+        assert piece.row_ids is not None and piece.rewards is not None and piece.observed is not None
         assert piece.behavior_logprobs is not None and piece.denominator == batch.denominator
         if number == 1:
-            assert piece.route.tolist() == picked
+            assert piece.row_ids.tolist() == picked
         if number > 1:
-            seen += piece.route.tolist()
-        for k, i in enumerate(piece.route.tolist()):
+            seen += piece.row_ids.tolist()
+        for k, i in enumerate(piece.row_ids.tolist()):
             t, start = given_rows[i], 0 if encoder else len(given_rows[i].prompt.tokens)
             whole = t.completion.tokens if encoder else np.concatenate([t.prompt.tokens, t.completion.tokens])
             assert piece.tokens[k, : len(whole)].tolist() == whole.tolist()

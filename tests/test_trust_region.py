@@ -37,6 +37,7 @@ def batch_of(policy: Policy, seed: int = 0, rows: int = 4, temperature: float = 
         prompts, answers, encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id,
         normalisation="per_completion",
     )  # fmt: skip
+    batch.kind = "completions"
     batch.temperature = torch.full((rows,), temperature)
     batch.advantages = torch.from_numpy(generator.normal(size=(rows, 1))).float() * batch.action_mask
     batch.old_logprobs = logprobs_of(policy, batch, 10_000)
@@ -267,7 +268,7 @@ def test_refusals_are_counted_but_never_sick_and_a_number_that_is_none_is(make_p
 def test_supervised_pairs_move_the_gradient_and_not_the_region(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy("gpt2")
     batch, pairs = batch_of(policy), batch_of(policy, seed=9)
-    pairs.advantages = pairs.old_logprobs = None
+    pairs.kind, pairs.advantages, pairs.old_logprobs = "supervised", None, None
     config = TrainConfig(algorithm="trpo", sft_coef=1.0)
     loss = Surrogate(config, resolve(config, dense=False), {})
     with torch.no_grad():

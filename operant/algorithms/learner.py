@@ -348,9 +348,9 @@ def whole_batch(policy: Trainable, batch: Batch, compute: Callable[[Any, Batch],
     """
     numbers = torch.arange(batch.tokens.shape[0])
     pieces: list[tuple[Tensor, Tensor]] = []
-    for micro in microbatches(dataclasses.replace(batch, route=numbers), max_tokens, by_length=True):
-        assert micro.route is not None
-        pieces.append((micro.route.cpu(), compute(policy, to_device(micro, policy.device)).float().cpu()))
+    for micro in microbatches(dataclasses.replace(batch, row_ids=numbers), max_tokens, by_length=True):
+        assert micro.row_ids is not None
+        pieces.append((micro.row_ids.cpu(), compute(policy, to_device(micro, policy.device)).float().cpu()))
     out = torch.zeros(len(numbers), max(values.shape[1] for _, values in pieces), *pieces[0][1].shape[2:])
     for rows, values in pieces:
         out[rows, : values.shape[1]] = values

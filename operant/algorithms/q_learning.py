@@ -151,7 +151,7 @@ class QEstimator:
         if not self.buffer.rows:  # every reward so far is missing: a batch that teaches nothing
             batch = self.batch_of(rollout.trajectories)
             batch.weights = torch.zeros_like(batch.weights)
-            batch.returns = batch.advantages = batch.ref_logprobs = torch.zeros_like(batch.weights)
+            batch.returns = batch.ref_logprobs = torch.zeros_like(batch.weights)
             return batch, metrics
         generator = np.random.default_rng([config.seed, number])
         places, importance = self.buffer.draw(config.prompts_per_step * config.group_size, generator)
@@ -168,7 +168,6 @@ class QEstimator:
         errors = ((taken - targets).abs() * mask).sum(1) / mask.sum(1).clamp(min=1)
         self.buffer.note(places, errors.tolist())
         batch.returns = scatter(batch, targets, rows)
-        batch.advantages = torch.zeros_like(batch.returns)
         batch.weights = batch.weights * scatter(batch, importance[:, None].expand(mask.shape), rows)
         metrics["train/td_error"] = float(errors.mean())
         metrics["train/q_mean"] = float((taken * mask).sum() / mask.sum())

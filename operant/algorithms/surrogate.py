@@ -23,7 +23,7 @@ class Surrogate:
     def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of every token of a micro-batch, and sums of what is logged."""
         config, mask = self.config, batch.action_mask
-        if batch.advantages is None:  # the supervised pairs of sft_coef
+        if batch.kind == "supervised":  # the labelled pairs of sft_coef
             return config.sft_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
         if self.recipe.algorithm.loss == "double_q":
             return self.value_loss(policy, batch)

@@ -105,7 +105,7 @@ class TrustRegion:
             return result, norm, f"loss is {result.loss}"
         if not math.isfinite(norm):
             return result, norm, f"gradient norm is {norm}"
-        batches = [to_device(b, self.policy.device) for b in closure.batches if b.advantages is not None]
+        batches = [to_device(b, self.policy.device) for b in closure.batches if b.kind == "completions"]
         if norm == 0.0 or not batches:
             result.refused = True
             return result, norm, "refused: the surrogate has no gradient"

@@ -150,9 +150,8 @@ def from_trajectories(
 ) -> Batch:
     """A batch of completions with their rewards and behaviour log-probs placed on the tokens they belong to.
 
-    Advantages come later, from `credit` (see `scatter`). Rows are the segments; `group_ids` number the prompts. A
-    completion is one row, but each turn of an encoder-decoder's episode is one of its own; weights and denominator are
-    of whole completions all the same.
+    Advantages come later, from `credit` (see `scatter`). A completion is one row, but each turn of an
+    encoder-decoder's episode is one of its own; weights and denominator are of whole completions all the same.
     """
     pieces = [
         (t, start, end)
@@ -172,9 +171,7 @@ def from_trajectories(
         normalisation=normalisation,
         constant=constant,
     )
-    numbers = dict(zip((id(t) for t in trajectories), group_numbers(trajectories).tolist()))
-    batch.group_ids = torch.tensor([numbers[id(t)] for t, _, _ in pieces])
-    batch.truncated = torch.tensor([c.truncated for c in completions])
+    batch.kind = "completions"
     temperatures = [c.sampling.temperature if c.sampling else 1.0 for c in completions]
     batch.temperature = torch.tensor([x if x > 0 else 1.0 for x in temperatures])
     offsets = [0 if encoder else len(t.prompt.tokens) for t, _, _ in pieces]
@@ -191,8 +188,6 @@ def from_trajectories(
 
     if all(c.behavior_logprobs is not None for c in completions):
         batch.behavior_logprobs = column([c.behavior_logprobs for c in completions], torch.float32)  # type: ignore[misc]
-    if all(c.policy_version is not None for c in completions):
-        batch.policy_versions = column([c.policy_version for c in completions], torch.int64)  # type: ignore[misc]
     batch.rewards = column([t.rewards for t, _, _ in pieces], torch.float64)
     batch.observed = column([t.observed for t, _, _ in pieces], torch.bool)
     return batch

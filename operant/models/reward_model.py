@@ -282,6 +282,7 @@ def reading_batch(
         action_mask=action,
         weights=weights,
         denominator=max(float(weights.sum()), 1.0),
+        kind="scores" if chosen is None else "pairs",
         rewards=rewards,
         is_chosen=chosen,
         pair_ids=None if chosen is None else torch.arange(len(readings)) // 2,

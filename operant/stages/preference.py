@@ -64,8 +64,9 @@ class Answers:
             pad_id=policy.codec.pad_id, normalisation="per_completion",
         )  # fmt: skip
         batch.is_chosen = torch.tensor([self.good[r] for r in rows])
-        batch.denominator = float(len(rows))
+        batch.kind, batch.denominator = "labels", float(len(rows))
         if self.paired:
+            batch.kind = "pairs"
             batch.pair_ids = torch.arange(len(rows)) // 2
             batch.denominator = len(rows) / 2
         batch.ref_logprobs = torch.zeros(batch.tokens.shape)

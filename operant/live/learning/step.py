@@ -267,7 +267,7 @@ def _pair_batch(policy: Policy, paired: Sequence[Paired], config: LiveConfig) ->
     batch.is_chosen = torch.arange(len(rows)) % 2 == 0
     batch.pair_ids = torch.arange(len(rows)) // 2
     batch.weights = batch.weights * torch.tensor([[p.weight] for p in paired for _ in range(2)])
-    batch.route = torch.full((len(rows),), int(paired[0].likelihood))
+    batch.kind = "edits" if paired[0].likelihood else "pairs"
     batch.ref_logprobs = logprobs_of(policy, batch, config.tokens_per_microbatch)
     return batch
 
@@ -281,10 +281,9 @@ def _plain_batch(policy: Policy, rows: Sequence[tuple[Prompt, Ints]]) -> Batch:
 
 def _loss_of_rows(logprobs: Tensor, batch: Batch, config: LiveConfig) -> Tensor:
     """The loss of ratings or of pairs, float[B, S]."""
-    if batch.pair_ids is None:
+    if batch.kind == "completions":
         return rating_loss(logprobs, batch, config.correction_band)[0]
-    assert batch.route is not None
-    likelihood = config.sft_coef if bool(batch.route[0]) else 0.0
+    likelihood = config.sft_coef if batch.kind == "edits" else 0.0
     return objectives.preference_loss(logprobs, batch, "dpo", beta=config.beta, sft_coef=likelihood)[0]
 
 
@@ -292,7 +291,7 @@ def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Bat
     """The `learner.TokenLoss` of ratings and pairs, with the pull to the anchor version; and of anchor answers."""
 
     def loss_of(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        if batch.pair_ids is None and batch.advantages is None:
+        if batch.kind == "supervised":
             return config.anchor_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
         if origin is None or not config.kl_coef:
             return _loss_of_rows(policy.logprobs(batch).logprobs, batch, config), {}
@@ -302,7 +301,7 @@ def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Bat
             theirs = origin.acting_logits(batch)
         pull = torch.zeros_like(logprobs).masked_scatter(batch.action_mask, objectives.full_kl(logits, theirs))
         told = {}
-        if batch.pair_ids is None:  # texts that the policy wrote itself
+        if batch.kind == "completions":  # texts that the policy wrote itself
             given = origin.logprobs(batch, logits=theirs).logprobs
             told = {"kl_anchor": pull.detach().sum(), "unlikely": (given < math.log(UNLIKELY)).sum()}
         return _loss_of_rows(logprobs, batch, config) + config.kl_coef * pull, told
