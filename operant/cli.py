@@ -479,8 +479,8 @@ def run_keys(config: configs.KeysConfig) -> None:
 def run_replay(config: configs.ReplayConfig) -> None:
     import torch
 
+    from operant.live.learning.events import open_store
     from operant.live.learning.forget import verify
-    from operant.live.learning.worker import open_store
     from operant.live.storage.versions import Versions
 
     torch.set_num_threads(1)  # as the server's learner has them
@@ -596,8 +596,8 @@ def run_versions(config: configs.VersionsConfig) -> None:
         print(json.dumps(told) if config.json else "\n".join(f"{name:18} {value}" for name, value in told.items()))
         return
     if config.evaluate:
+        from operant.live.learning.events import open_store
         from operant.live.learning.off_policy import evaluate
-        from operant.live.learning.worker import open_store
 
         judged = evaluate(versions, config.evaluate, open_store(config.store or str(Path(config.root) / "store.db")))
         if config.json:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from operant.config import LiveConfig
+from operant.live.learning.events import EventReader
 from operant.live.learning.gate import Anchors
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
@@ -18,6 +20,7 @@ PROMPTS = ("the cat sat", "a dog ran", "one two three", "the red house")
 
 @dataclass
 class Stored:
+    id: str
     prompt: Prompt
     completion: Completion | None
 
@@ -61,8 +64,15 @@ def answered(policy: Policy, count: int = 4, **sampling: Any) -> MemoryStore:
     for i, (prompt, group) in enumerate(zip(asked, Sampler(policy).sample(asked, settings), strict=True)):
         completion = group[0]
         completion.id = f"c{i}"
-        store.interactions[f"c{i}"] = Stored(prompt, completion)
+        store.interactions[f"c{i}"] = Stored(completion.id, prompt, completion)
     return store
+
+
+def reader_of(policy: Policy, store: MemoryStore, config: LiveConfig) -> EventReader:
+    return EventReader(
+        store.completion, policy.codec, config.score_low, config.score_high,
+        encoder=policy.family == "encoder-decoder", max_length=policy.max_length,
+    )  # fmt: skip
 
 
 def anchors_of(policy: Policy) -> Anchors:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live import MemoryStore, anchors_of, answered
+from live import MemoryStore, anchors_of, answered, reader_of
 from program import Program
 from serving import learning, serving
 
@@ -146,9 +146,8 @@ def test_two_who_take_turns_learn_at_full_weight_and_two_of_many_do_not_go_on_al
 def read(policy: Policy, store: MemoryStore, state: LearnerState | None = None, **settings: Any) -> Any:
     config = LiveConfig(**({"min_sources": 2, "replay_events": 0} | settings))
     return prepare(
-        store.events_after(0, 1000), store.completion, policy.codec, state or LearnerState(), config, encoder=False,
-        max_length=policy.max_length, seed=5,
-    )  # fmt: skip
+        store.events_after(0, 1000), reader_of(policy, store, config), state or LearnerState(), config, seed=5
+    )
 
 
 def test_what_is_over_the_cap_is_not_learned_and_is_told_why(make_policy: Make) -> None:
@@ -159,13 +158,13 @@ def test_what_is_over_the_cap_is_not_learned_and_is_told_why(make_policy: Make) 
     # of a window of ten steps one source in ten may have one, and this one has had it
     had = LearnerState(influence=dict.fromkeys(MANY, 0.15) | {"loud": 1.2})
     lesson = read(policy, store, had, influence_window=10, influence_cap=0.1)
-    assert [row.event.source for row in lesson.taught] == ["quiet"]
+    assert [row.event.source for row in lesson.fresh] == ["quiet"]
     told = lesson.outcomes[loud.id]
     assert told.state == "unused" and told.reason.startswith("over the cap") and "--influence_cap" in told.reason
     assert loud.id not in {entry["event"]["id"] for entry in lesson.state.memory}
     near = LearnerState(influence=had.influence | {"loud": 0.5})
     part = read(policy, store, near, influence_window=10, influence_cap=0.1)
-    weights = {row.event.source: row.weight for row in part.taught}
+    weights = {row.event.source: row.weight for row in part.fresh}
     # a part of the half that it would have: I' = 0.5 (1 − A / 10) + a is a tenth of Σ I' = 5 (1 − A / 10) + A
     share = 0.1 * 0.5 / (1 - 0.1)
     assert weights == pytest.approx({"quiet": 1.0, "loud": 2 * share})
@@ -177,7 +176,7 @@ def test_what_is_over_the_cap_is_not_learned_and_is_told_why(make_policy: Make) 
     assert outcomes["e1"].reason == ""
     # one owner has no cap, and nothing is kept of it
     alone = read(policy, store, had, min_sources=1, influence_window=10)
-    assert [row.weight for row in alone.taught] == [1.0, 1.0]
+    assert [row.weight for row in alone.fresh] == [1.0, 1.0]
     assert alone.state.influence == had.influence and not alone.state.opinions
 
 
@@ -209,7 +208,7 @@ def test_a_flood_of_own_answers_does_not_bury_who_contradicted_it(monkeypatch: p
     flood = [said(f"own{i}", s, 1) for i in range(100) for s in ("x", "y")]
 
     def reputation() -> float:
-        return LearnerState(opinions=lesson._opinions([*met, *flood], [], [])).reputations()["x"]
+        return LearnerState(opinions=lesson._updated_opinions([*met, *flood], [], [])).reputations()["x"]
 
     assert reputation() == 0
     monkeypatch.setattr(lesson, "OWN_OPINIONS", 64)  # too few
@@ -225,7 +224,7 @@ def test_whom_others_contradict_is_heard_and_not_learned_from(make_policy: Make)
         store.add(name, "score", 0.1, source="eve")
     lesson = read(policy, store)
     assert lesson.state.reputations() == {"ann": 1.0, "bob": 1.0, "cat": 1.0, "eve": 0.0}
-    assert {row.event.source for row in lesson.taught} == {"ann", "bob", "cat"}
+    assert {row.event.source for row in lesson.fresh} == {"ann", "bob", "cat"}
     reasons = {lesson.outcomes[e.id].reason for e in store.log if e.source == "eve"}
     assert len(reasons) == 1 and "contradicts" in reasons.pop()
     # nor does a crowd of bad words of hers move the baseline

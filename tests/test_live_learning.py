@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from live import MemoryStore, Stored, anchors_of, answered, logprob
+from live import MemoryStore, Stored, anchors_of, answered, logprob, reader_of
 
 from operant.config import LiveConfig
 from operant.live.learning.gate import divergence, fast_gate, off_policy_value, slow_gate
 from operant.live.learning.lesson import LearnerState, Lesson, prepare
-from operant.live.learning.step import Taught, new_learner, rating_loss, take_step
+from operant.live.learning.step import StepResult, new_learner, rating_loss, take_step
 from operant.models.policy import Policy
 from operant.types import Batch, OperantError
 
@@ -28,13 +28,11 @@ Make = Callable[..., Policy]
 def read(policy: Policy, store: MemoryStore, config: LiveConfig | None = None, **options: Any) -> Lesson:
     events = options.pop("events", store.events_after(0, 1000))
     state = options.pop("state", LearnerState())
-    return prepare(
-        events, store.completion, policy.codec, state, config or LiveConfig(),
-        encoder=policy.family == "encoder-decoder", max_length=policy.max_length, seed=5, **options,
-    )  # fmt: skip
+    config = config or LiveConfig()
+    return prepare(events, reader_of(policy, store, config), state, config, seed=5, **options)
 
 
-def learn(policy: Policy, store: MemoryStore, config: LiveConfig | None = None, **options: Any) -> Taught:
+def learn(policy: Policy, store: MemoryStore, config: LiveConfig | None = None, **options: Any) -> StepResult:
     config = config or LiveConfig()
     return take_step(
         policy, new_learner(policy, config), read(policy, store, config, **options), anchors_of(policy), config
@@ -169,11 +167,15 @@ def test_every_event_is_told_what_became_of_it(make_policy: Make) -> None:
     store = answered(policy, 8)
     greedy = answered(policy, 2, temperature=0.0)
     store.interactions |= {"g0": greedy.interactions["c0"], "g1": greedy.interactions["c1"]}
-    store.interactions["empty"] = Stored(store.interactions["c0"].prompt, None)
+    store.interactions["empty"] = Stored("empty", store.interactions["c0"].prompt, None)
     plain = store.interactions["c6"]
     assert plain.completion is not None
-    store.interactions["blind"] = Stored(plain.prompt, dataclasses.replace(plain.completion, behavior_logprobs=None))
-    store.interactions["foreign"] = Stored(plain.prompt, dataclasses.replace(plain.completion, tokenizer_hash="other"))
+    store.interactions["blind"] = Stored(
+        "blind", plain.prompt, dataclasses.replace(plain.completion, behavior_logprobs=None)
+    )
+    store.interactions["foreign"] = Stored(
+        "foreign", plain.prompt, dataclasses.replace(plain.completion, tokenizer_hash="other")
+    )
     expected = {
         store.add("c0", "thumb", 1).id: ("superseded", "a later one stands"),
         store.add("c0", "thumb", -1).id: ("used", ""),
@@ -253,6 +255,7 @@ def test_the_baseline_is_used_first_and_updated_afterwards_per_route(make_policy
     store.add("c1", "score", 0.75)
     store.add("c3", "thumb", -1)
     lesson = read(policy, store, LiveConfig(baseline_rate=0.5), state=LearnerState({"talk": 0.2}))
+    assert [r.reward for r in lesson.rated] == [1.0, 0.5, -1.0]  # what was said is kept beside what it teaches
     assert [round(r.advantage, 6) for r in lesson.rated] == [0.8, 0.3, -1.0]
     assert lesson.state.baselines == pytest.approx({"talk": 0.2 + 0.5 * (0.75 - 0.2), "translate": -0.5})
 
@@ -264,13 +267,13 @@ def test_a_later_opinion_or_a_retraction_ends_the_replay_of_an_earlier_one(make_
     for name in ("c0", "c1", "c2"):
         store.add(name, "thumb", 1)
     first = read(policy, store, config)
-    assert [m["event"]["id"] for m in first.state.memory] == ["e1", "e2", "e3"] and not first.replayed
+    assert [m["event"]["id"] for m in first.state.memory] == ["e1", "e2", "e3"] and not first.rehearsed
     store.add("c0", "retract", None)
     store.add("c1", "score", 0.1)
     second = read(policy, store, config, events=store.events_after(3, 10), state=first.state)
-    assert second.replayed == ["e3"] and second.forgotten == ["e1", "e2"]
+    assert second.rehearsed == ["e3"] and second.forgotten == ["e1", "e2"]
     assert [m["event"]["id"] for m in second.state.memory] == ["e3", "e5"]
-    assert [r.event.id for r in second.taught] == ["e5"]
+    assert [r.event.id for r in second.fresh] == ["e5"]
     replayed = next(r for r in second.rated if r.event.id == "e3")
     assert replayed.advantage == pytest.approx(1.0 - first.state.baselines["talk"])  # what it is worth by now
     taught = take_step(policy, new_learner(policy, config), second, anchors_of(policy), config)
@@ -290,7 +293,7 @@ def test_praise_of_long_ago_does_not_turn_a_thumb_down_round(make_policy: Make) 
     assert take_step(policy, learner, first, anchors, config).moved
     event = store.add("c0", "thumb", -1)
     second = read(policy, store, config, events=store.events_after(7, 10), state=first.state)
-    assert len(second.replayed) == 7
+    assert len(second.rehearsed) == 7
     before = total(policy, store.interactions["c0"])
     taught = take_step(policy, learner, second, anchors, config)
     assert taught.moved and taught.outcomes[event.id].state == "used"
@@ -304,8 +307,8 @@ def test_no_source_outweighs_another_where_several_are_needed(make_policy: Make)
         store.add(name, "thumb", 1, source="loud")
     store.add("c3", "edit", "a cat", source="quiet")
     lesson = read(policy, store, LiveConfig(min_sources=2))
-    assert [r.weight for r in lesson.taught] == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2.0])
-    assert [r.weight for r in read(policy, store).taught] == [1.0] * 4
+    assert [r.weight for r in lesson.fresh] == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2.0])
+    assert [r.weight for r in read(policy, store).fresh] == [1.0] * 4
 
 
 def test_a_rating_is_not_paid_with_the_direction_of_earlier_ones(make_policy: Make) -> None:
@@ -353,10 +356,7 @@ def test_the_pull_keeps_what_a_rating_says_nothing_of(family: str, make_policy: 
 @pytest.mark.parametrize(("options", "flag"), [({"score_low": 1.0}, "--score_low"), ({"beta": -0.1}, "--beta")])
 def test_settings_that_turn_opinions_round_are_refused(options: dict[str, float], flag: str) -> None:
     with pytest.raises(OperantError, match=flag):
-        prepare(
-            [], lambda name: None, None, LearnerState(), LiveConfig(**options), encoder=False,  # type: ignore[arg-type]
-            max_length=8, seed=0,
-        )  # fmt: skip
+        prepare([], None, LearnerState(), LiveConfig(**options), seed=0)  # type: ignore[arg-type]
 
 
 # --- the gates and the value of a candidate --------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from program import Program
 import operant
 from operant.config import ServeConfig, WorkerConfig
 from operant.data.replay import line_of
+from operant.live.learning.events import FeedbackLog, open_store
 from operant.live.learning.gate import divergence, likelihood
-from operant.live.learning.worker import FeedbackLog, Learning, Worker, main, open_store, replayed
+from operant.live.learning.worker import Learning, Worker, main, replayed
 from operant.live.serving.canary import Canary
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions

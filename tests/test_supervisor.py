@@ -18,7 +18,8 @@ from live import MemoryStore, answered, logprob, prompts
 
 from operant.config import WorkerConfig
 from operant.data.replay import line_of
-from operant.live.learning.worker import FeedbackLog, Worker
+from operant.live.learning.events import FeedbackLog
+from operant.live.learning.worker import Worker
 from operant.live.serving import supervisor as module
 from operant.live.serving.engine import RESIDENT, Busy, Engine
 from operant.live.serving.supervisor import Supervisor, arguments_of

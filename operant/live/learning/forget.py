@@ -30,7 +30,7 @@ import torch
 from filelock import FileLock
 
 from operant.config import WorkerConfig
-from operant.live.learning.lesson import EventSource
+from operant.live.learning.events import EventSource
 from operant.live.learning.step import fingerprint
 from operant.live.learning.worker import Worker, replayed
 from operant.live.storage.store import FORGOTTEN, Store

@@ -13,8 +13,8 @@ from operant.algorithms.learner import logprobs_of
 from operant.config import LiveConfig
 from operant.data.batch import from_trajectories
 from operant.data.replay import Replay
+from operant.live.learning.events import EventSource
 from operant.live.learning.gate import off_policy_value
-from operant.live.learning.lesson import EventSource
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
 from operant.types import OperantError, Trajectory

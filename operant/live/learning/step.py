@@ -6,7 +6,7 @@ of Liu et al. 2025, on its lower side: a text that is said more than when it was
 DPO's reference is the version that the step begins with. The step is scaled back until the mean KL on the anchor
 answers is within its budget and what was just said is followed: so a rating moves its text in the right direction, or
 nothing moves and it is told. Each step is one along its own gradient, with no momentum and no scaling by earlier ones;
-what steadies it is that some earlier ratings are learned again in every step, and what keeps the words that nobody
+what steadies it is that some earlier ratings are rehearsed in every step, and what keeps the words that nobody
 spoke of is a pull to the anchor version on the same answers: kl_coef · KL(π‖π_anchor) for each of their tokens.
 
 Nothing that learns here reads a clock, a file or a network.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,33 +29,35 @@ from operant.algorithms import objectives
 from operant.algorithms.learner import Learner, Sgd, logprobs_of
 from operant.config import LiveConfig
 from operant.data.batch import drawn, from_sequences, from_trajectories, microbatches, scatter
+from operant.live.learning.events import LessonRow, Paired, Rated
 from operant.live.learning.gate import Anchors, divergence
-from operant.live.learning.lesson import Lesson, Paired, Rated, weight_of
+from operant.live.learning.lesson import Lesson, weight_of
 from operant.live.storage.versions import Outcome
 from operant.models.policy import Policy
 from operant.types import Batch, Ints, Prompt, StepStats, Trajectory
 
-__all__ = ["ARITHMETIC", "Taught", "fingerprint", "new_learner", "rating_loss", "take_step"]
+__all__ = ["ARITHMETIC", "StepResult", "fingerprint", "new_learner", "rating_loss", "take_step"]
 
 # The number of the arithmetic by which a live step is made: of the lesson, the loss, the policy's log-probs, the
 # gradient step and the line search. Raise it with every change that may give another last bit. It is a part of the
 # fingerprint, so that versions from before the change are then held to a tolerance and not to their bits.
 ARITHMETIC = 1
 HALVINGS = 24  # of a step, before it is given up
-PATIENCE = 4  # tries with earlier events, before the new ones are learned alone
+PATIENCE = 4  # tries with rehearsed events, before the new ones are learned alone
 UNLIKELY = 1e-3  # a probability under the anchor version; tokens below it are counted
 _FAR = "the policy has moved too far from this text to push it down"
 _LESS = "its source is contradicted by others, or has nearly had its share of what was learned lately"
 
 
 @dataclass(slots=True)
-class Taught:
+class StepResult:
     """What a step did. scale: the share of the optimizer's step that was kept, 0 if the weights are as they were.
+    kl: mean KL on the anchor answers from where the step began, in nats.
 
     `stats.extra` has, where there was a pull, two means over the tokens of the rated answers as the step began:
     `kl_anchor`, the KL to the anchor version in nats, and `unlikely`, the share to which it gives less than UNLIKELY.
 
-    anchor_logits: on the anchor answers, before the step and after it, if it moved the weights.
+    anchor_logits: float32[K, V] on the anchor answers, before the step and after it, if it moved the weights.
     """
 
     outcomes: dict[str, Outcome]
@@ -118,56 +120,68 @@ def take_step(
     *,
     origin: Policy | None = None,
     anchor_logits: Tensor | None = None,
-) -> Taught:
+) -> StepResult:
     """One step of the weights, in place, and what became of each new event.
 
     origin: the anchor version, to which `config.kl_coef` pulls; None leaves the pull out.
-    anchor_logits: of the weights as they are, on the anchor answers, where they are known already.
+    anchor_logits: float32[K, V] of the weights as they are, on the anchor answers, where they are known already.
 
-    When the step with earlier events does not follow what was said, one on the new events alone is made instead. The
-    weights are as they were, bit for bit, when nothing is taught, when the step is sick, or when no share of it keeps
-    the KL budget and follows; the reason is then told for each event.
+    When the step with rehearsed events does not follow what was said, one on the new events alone is made instead. The
+    weights are as they were, bit for bit, when nothing is taught, when the step is not finite, or when no share of it
+    keeps the KL budget and follows; the reason is then in each event's outcome.
     """
     outcomes = dict(lesson.outcomes)
-    if not lesson.taught:
-        return Taught(outcomes, None, 0.0, 0.0)
-    policy.model.eval()  # dropout would make the ratio and the replay of a record another one
-    room = config.tokens_per_microbatch
-    _leave_out_the_far(policy, lesson, outcomes, config)
-    if not lesson.taught:
-        return Taught(outcomes, None, 0.0, 0.0)
+    if lesson.fresh:
+        policy.model.eval()  # dropout would make the ratio and the replay of a record another one
+        _leave_out_the_far(policy, lesson, outcomes, config)
+    if not lesson.fresh:
+        return StepResult(outcomes, None, 0.0, 0.0)
     fresh = _batches(policy, [r for r in lesson.rated if r.fresh], [p for p in lesson.paired if p.fresh], config)
-    also = [anchors.batch] if config.anchor_coef else []
-    steps = [([*fresh, *also], HALVINGS)]
-    if lesson.replayed:  # what was learned before may pull the other way; then the new events are learned alone
-        steps.insert(0, ([*_batches(policy, lesson.rated, lesson.paired, config), *also], PATIENCE))
-    reference = anchors.logits(policy, room) if anchor_logits is None else anchor_logits
-    # in the order of the batches
-    new: list[Rated | Paired] = [r for r in lesson.rated if r.fresh] + sorted(
-        (p for p in lesson.paired if p.fresh), key=lambda p: not p.likelihood
-    )
-    said, before = _said(policy, fresh, config)
-    parameters = policy.trainable_parameters()
-    start = [p.detach().clone() for p in parameters]
-    for batches, patience in steps:
-        stats = learner.step([m for batch in batches for m in microbatches(batch, room)], _loss_of(config, origin))
-        scale, kl, logits, after, reason = 0.0, 0.0, reference, before, stats.reason
+    search = _LineSearch(policy, fresh, anchors, config, anchor_logits)
+    loss_of, reason = _loss_of(config, origin), ""
+    for batches, tries in _attempts(policy, lesson, fresh, anchors, config):
+        found, room = search.begin, config.tokens_per_microbatch
+        stats = learner.step([micro for batch in batches for micro in microbatches(batch, room)], loss_of)
+        reason = stats.reason
         if not reason:
-            scale, kl, logits, after = _scaled_back(
-                policy, start, fresh, said, before, anchors, reference, config, patience
-            )
-            reason = "" if scale else "no step within the KL budget moved the text the right way"
-        if scale:
+            found = search.shorten(tries)
+            reason = "" if found.scale else "no step within the KL budget moved the text the right way"
+        if not reason:
             break
-    for row, was, now in zip(new, before, after, strict=True):
-        advantage = row.advantage if isinstance(row, Rated) else None
-        told = reason if reason or row.part > 0.995 else f"weighed {row.part:.2f}: {_LESS}"
-        outcomes[row.event.id] = Outcome("unused" if reason else "used", told, advantage, was, now)
-    return Taught(outcomes, stats, scale, kl, (reference, logits) if scale else None)
+    rows = _in_the_order_of_batches(lesson.fresh)
+    for row, before, after in zip(rows, search.begin.logprobs, found.logprobs, strict=True):
+        outcomes[row.event.id] = _outcome(row, reason, before, after)
+    moved = (search.begin.logits, found.logits) if found.scale else None
+    return StepResult(outcomes, stats, found.scale, found.kl, moved)
+
+
+def _attempts(
+    policy: Policy, lesson: Lesson, fresh: list[Batch], anchors: Anchors, config: LiveConfig
+) -> Iterator[tuple[list[Batch], int]]:
+    """What steps are tried on, one after the other, and the tries that each has in the line search."""
+    also = [anchors.batch] if config.anchor_coef else []
+    if lesson.rehearsed:  # what was learned before may pull the other way; then the new events are learned alone
+        yield [*_batches(policy, lesson.rated, lesson.paired, config), *also], PATIENCE
+    yield [*fresh, *also], HALVINGS
+
+
+def _in_the_order_of_batches(rows: Sequence[LessonRow]) -> list[LessonRow]:
+    return sorted(rows, key=lambda row: 0 if isinstance(row, Rated) else 1 if row.likelihood else 2)
+
+
+def _outcome(row: LessonRow, reason: str, before: float, after: float) -> Outcome:
+    """reason: why the step was not made, empty if it was. before, after: log π of the text, in nats."""
+    advantage = row.advantage if isinstance(row, Rated) else None
+    if reason:
+        return Outcome("unused", reason, advantage, before, after)
+    return Outcome("used", "" if row.part > 0.995 else f"weighed {row.part:.2f}: {_LESS}", advantage, before, after)
 
 
 def _leave_out_the_far(policy: Policy, lesson: Lesson, outcomes: dict[str, Outcome], config: LiveConfig) -> None:
-    """Drop bad ratings whose text is below the band, so that a step does not wait for what it cannot move."""
+    """Drop bad ratings whose text is below the band, so that a step does not wait for what it cannot move.
+
+    The log-probs of all ratings are looked up for it.
+    """
     far: list[Rated] = []
     for rows in ([r for r in lesson.rated if r.fresh], [r for r in lesson.rated if not r.fresh]):
         if not rows:
@@ -181,47 +195,60 @@ def _leave_out_the_far(policy: Policy, lesson: Lesson, outcomes: dict[str, Outco
         if row.fresh:
             outcomes[row.event.id] = Outcome("unused", _FAR, advantage=row.advantage)
         else:
-            lesson.replayed.remove(row.event.id)
+            lesson.rehearsed.remove(row.event.id)
     gone = {row.event.id for row in far}
     lesson.state.memory = [entry for entry in lesson.state.memory if entry["event"]["id"] not in gone]
 
 
-def _scaled_back(
-    policy: Policy,
-    start: Sequence[Tensor],
-    fresh: Sequence[Batch],
-    said: float,
-    before: list[float],
-    anchors: Anchors,
-    reference: Tensor,
-    config: LiveConfig,
-    patience: int,
-) -> tuple[float, float, Tensor, list[float]]:
-    """Halve the step from `start` until it keeps the budget and follows, which is that the loss of the new events is
-    below `said`; the share that is left, its KL and logits, and the log-probs of what is told (`before`: at the start).
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """The weights at a share of the step. kl: of the anchor answers, from where the step began.
 
-    patience: tries within the budget before it is given up.
+    logits: float32[K, V] on the anchor answers. logprobs: log π of what each new event is about.
     """
-    parameters = policy.trainable_parameters()
-    whole = [p.detach() - s for p, s in zip(parameters, start, strict=True)]
-    for halving in range(HALVINGS):
-        scale = 0.5**halving
-        with torch.no_grad():
-            for p, s, d in zip(parameters, start, whole, strict=True):
-                p.copy_(s + scale * d)
-        logits = anchors.logits(policy, config.tokens_per_microbatch)
-        kl = divergence(logits, reference)
-        if kl <= config.kl_budget:
-            says, after = _said(policy, fresh, config)
-            if says < said:
-                return scale, kl, logits, after
-            patience -= 1
-            if not patience:
-                break
-    with torch.no_grad():
-        for p, s in zip(parameters, start, strict=True):
-            p.copy_(s)
-    return 0.0, 0.0, reference, before
+
+    scale: float
+    kl: float
+    logits: Tensor
+    logprobs: list[float]
+
+
+class _LineSearch:
+    """Halves a step of the weights, from where they are when this is made, until it keeps the KL budget and follows,
+    which is that it lowers the loss of the new events (backtracking line search)."""
+
+    def __init__(
+        self, policy: Policy, fresh: Sequence[Batch], anchors: Anchors, config: LiveConfig, logits: Tensor | None
+    ) -> None:
+        self.policy, self.fresh, self.anchors, self.config = policy, fresh, anchors, config
+        self.weights = [p.detach().clone() for p in policy.trainable_parameters()]
+        self.loss, logprobs = _loss_and_logprobs(policy, fresh, config)
+        if logits is None:
+            logits = anchors.logits(policy, config.tokens_per_microbatch)
+        self.begin = _Point(0.0, 0.0, logits, logprobs)
+
+    def shorten(self, tries: int) -> _Point:
+        """Keep the largest share of the step that was just made, or none of it after so many within the budget."""
+        whole = [p.detach() - w for p, w in zip(self.policy.trainable_parameters(), self.weights, strict=True)]
+        for halving in range(HALVINGS):
+            scale = 0.5**halving
+            self._move(w + scale * d for w, d in zip(self.weights, whole, strict=True))
+            logits = self.anchors.logits(self.policy, self.config.tokens_per_microbatch)
+            kl = divergence(logits, self.begin.logits)
+            if kl <= self.config.kl_budget:
+                loss, logprobs = _loss_and_logprobs(self.policy, self.fresh, self.config)
+                if loss < self.loss:
+                    return _Point(scale, kl, logits, logprobs)
+                tries -= 1
+                if not tries:
+                    break
+        self._move(self.weights)
+        return self.begin
+
+    @torch.no_grad()
+    def _move(self, weights: Iterable[Tensor]) -> None:
+        for p, w in zip(self.policy.trainable_parameters(), weights, strict=True):
+            p.copy_(w)
 
 
 def _batches(policy: Policy, rated: Sequence[Rated], paired: Sequence[Paired], config: LiveConfig) -> list[Batch]:
@@ -247,7 +274,7 @@ def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) ->
     for i, row in enumerate(rated):
         taught = row.marked[drawn(row.completion)]
         marked[i, : len(taught)] = torch.from_numpy(taught)
-    advantages = torch.tensor([[r.advantage * r.weight * weight_of(r, config)] for r in rated])
+    advantages = torch.tensor([[r.advantage * r.weight * weight_of(r.event, r.advantage, config)] for r in rated])
     batch.advantages = scatter(batch, marked * advantages, trajectories)
     if any(r.logprobs is None for r in rated):
         found = logprobs_of(policy, batch, config.tokens_per_microbatch)
@@ -300,20 +327,20 @@ def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Bat
         with torch.no_grad():
             theirs = origin.acting_logits(batch)
         pull = torch.zeros_like(logprobs).masked_scatter(batch.action_mask, objectives.full_kl(logits, theirs))
-        told = {}
+        extra = {}
         if batch.kind == "completions":  # texts that the policy wrote itself
             given = origin.logprobs(batch, logits=theirs).logprobs
-            told = {"kl_anchor": pull.detach().sum(), "unlikely": (given < math.log(UNLIKELY)).sum()}
-        return _loss_of_rows(logprobs, batch, config) + config.kl_coef * pull, told
+            extra = {"kl_anchor": pull.detach().sum(), "unlikely": (given < math.log(UNLIKELY)).sum()}
+        return _loss_of_rows(logprobs, batch, config) + config.kl_coef * pull, extra
 
     return loss_of
 
 
 @torch.no_grad()
-def _said(policy: Policy, batches: Sequence[Batch], config: LiveConfig) -> tuple[float, list[float]]:
+def _loss_and_logprobs(policy: Policy, batches: Sequence[Batch], config: LiveConfig) -> tuple[float, list[float]]:
     """Of new events: the loss that a step on them would lower, the pull left out; and log π of what each is about, at
     temperature 1 (see `Outcome`), in the order of the batches."""
-    total, told = 0.0, list[float]()
+    total, found = 0.0, list[float]()
     for batch in batches:
         logprobs = plain = logprobs_of(policy, batch, config.tokens_per_microbatch)
         if batch.temperature is not None and bool((batch.temperature != 1.0).any()):
@@ -321,8 +348,8 @@ def _said(policy: Policy, batches: Sequence[Batch], config: LiveConfig) -> tuple
             plain = logprobs_of(policy, bare, config.tokens_per_microbatch)
         total += float((_loss_of_rows(logprobs, batch, config) * batch.weights).sum()) / batch.denominator
         if batch.is_chosen is not None:
-            told += plain.double().sum(1)[batch.is_chosen].tolist()
+            found += plain.double().sum(1)[batch.is_chosen].tolist()
         else:
             assert batch.observed is not None
-            told += (plain.double() * batch.observed).sum(1).tolist()
-    return total, told
+            found += (plain.double() * batch.observed).sum(1).tolist()
+    return total, found

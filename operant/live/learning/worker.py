@@ -10,7 +10,6 @@ folders, nowhere else.
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import json
 import logging
@@ -35,9 +34,10 @@ from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_number
 from operant.data.prompts import load_fitting_prompts
 from operant.data.replay import Replay, line_of
 from operant.data.rows import Fields, load_rows
+from operant.live.learning.events import EventReader, EventSource, open_store
 from operant.live.learning.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
-from operant.live.learning.lesson import EventSource, LearnerState, Lesson, prepare
-from operant.live.learning.step import Taught, fingerprint, new_learner, take_step
+from operant.live.learning.lesson import LearnerState, Lesson, prepare
+from operant.live.learning.step import StepResult, fingerprint, new_learner, take_step
 from operant.live.storage.versions import Moved, Outcome, Pointer, StepRecord, Versions
 from operant.models.policy import Policy
 from operant.run.files import replace_file
@@ -47,7 +47,7 @@ from operant.types import Completion, Feedback, OperantError, Prompt
 if TYPE_CHECKING:
     from operant.live.learning.forget import Remaking
 
-__all__ = ["FeedbackLog", "Worker", "compare", "main", "replayed"]
+__all__ = ["Worker", "compare", "main", "replayed"]
 
 log = logging.getLogger(__name__)
 
@@ -57,61 +57,6 @@ LONGEST_PAUSE = 30.0  # seconds between tries after faults in a row
 LONGEST_REST = 0.5  # seconds after a step
 
 _NUMBERS = [f.name for f in dataclasses.fields(LiveConfig)]
-
-
-# --- the store --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Interaction:
-    prompt: Prompt
-    completion: Completion | None
-
-
-class FeedbackLog:
-    """An `EventSource` over a growing file of prompts, completions and feedback (`replay.line_of`).
-
-    Offsets are line numbers. A last line without an end is not read yet: somebody is writing it.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._replay = Replay()
-        self._events: list[tuple[int, Feedback]] = []
-        self._read = self._lines = 0
-
-    def completion(self, completion_id: str) -> _Interaction | None:
-        self._refresh()
-        completion = self._replay.completions.get(completion_id)
-        prompt = self._replay.prompts.get(completion.prompt_id) if completion is not None else None
-        return None if prompt is None else _Interaction(prompt, completion)
-
-    def events_after(self, offset: int, limit: int) -> Sequence[tuple[int, Feedback]]:
-        self._refresh()
-        first = bisect.bisect_right(self._events, offset, key=lambda pair: pair[0])
-        return self._events[first : first + limit]
-
-    def _refresh(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    one = Replay.from_lines([line.decode()])
-                except (OperantError, UnicodeDecodeError) as error:
-                    raise OperantError(
-                        f"line {self._lines + 1} of {self.path} is no prompt, completion or feedback; mend that line"
-                    ) from error
-                self._read += len(line)
-                self._lines += 1
-                for event in one.events.values():
-                    if event.id not in self._replay.events:
-                        self._replay.add(event)
-                        self._events.append((self._lines, event))
-                self._replay.add(*one.prompts.values(), *one.completions.values())
 
 
 # --- a version, and a step from it ------------------------------------------------------------------------------------
@@ -161,16 +106,12 @@ def run_record(
         name: r.version for r in earlier if r.version in line and r.state == "published"
         for name, outcome in r.outcomes.items() if outcome.state == "used"
     }  # fmt: skip
-    state = dataclasses.replace(
-        at.state, memory=[entry for entry in at.state.memory if entry["event"]["id"] not in forgotten],
-        opinions=[opinion for opinion in at.state.opinions if opinion["event"] not in forgotten],
+    reader = EventReader(
+        source.completion, at.policy.codec, config.score_low, config.score_high,
+        encoder=at.policy.family == "encoder-decoder", max_length=at.policy.max_length,
     )  # fmt: skip
-    lesson = prepare(
-        events, source.completion, at.policy.codec, state, config,
-        encoder=at.policy.family == "encoder-decoder", max_length=at.policy.max_length, seed=record.seed,
-        learned=learned,
-    )  # fmt: skip
-    return lesson, config
+    state = at.state.without(forgotten)
+    return prepare(events, reader, state, config, seed=record.seed, learned=learned), config
 
 
 def events_of(record: StepRecord, source: EventSource) -> list[tuple[int, Feedback]]:
@@ -192,7 +133,7 @@ def events_of(record: StepRecord, source: EventSource) -> list[tuple[int, Feedba
 
 def make_step(
     record: StepRecord, at: Learning, lesson: Lesson, anchors: Anchors, config: LiveConfig, origin: Policy | None
-) -> Taught:
+) -> StepResult:
     """`take_step` with the record's coefficients and seed, whatever the learner in memory was made with.
 
     origin: the version that `record.pulled_to` names.
@@ -226,7 +167,7 @@ def replayed(versions: Versions, version: int, source: EventSource, config: Work
     lesson, used = run_record(record, at, source, versions, config)
     origin = None if record.pulled_to is None else load_version(versions, record.pulled_to, config)
     make_step(record, at, lesson, _load_anchors(versions.root, at.policy), used, origin)
-    if lesson.replayed != record.replayed:  # after the step, which leaves out what is too far, as the record does
+    if lesson.rehearsed != record.replayed:  # after the step, which leaves out what is too far, as the record does
         raise OperantError(f"the store lacks what step {version} learned again; give the --store that it began with")
     return at.policy
 
@@ -411,7 +352,7 @@ class Worker:
         record.anchor, record.since = pointer.anchor, pointer.since
         lesson, config = run_record(record, at, self.source, self.versions, self.config)
         anchors = self._measured_on()
-        record.replayed, record.forgotten, record.anchors = lesson.replayed, lesson.forgotten, list(anchors.ids)
+        record.replayed, record.forgotten, record.anchors = lesson.rehearsed, lesson.forgotten, list(anchors.ids)
         record.baselines = dict(at.state.baselines)
         record.times["begun"] = time.time()
         self.versions.announce(record)
@@ -598,21 +539,10 @@ def _print(told: dict[str, Any]) -> None:
         raise SystemExit(1) from None
 
 
-def _why(taught: Taught) -> str:
+def _why(taught: StepResult) -> str:
     """Why a step published nothing, in the words of its events."""
     reasons = dict.fromkeys(o.reason for o in taught.outcomes.values() if o.reason)
     return "; ".join(reasons)
-
-
-def open_store(name: str) -> EventSource:
-    """A database (see `store.Store`), or a file of JSON Lines."""
-    if not name:
-        raise OperantError("--store is missing; give the database, or the file of JSON Lines, that holds the feedback")
-    if name.endswith(".jsonl"):
-        return FeedbackLog(name)
-    from operant.live.storage.store import Store
-
-    return Store(name, read_only=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from operant.data.preferences import good_or_bad
 from operant.types import Completion, Feedback, OperantError, Prompt
 
-__all__ = ["KINDS", "BadFeedback", "body_hash", "parse"]
+__all__ = ["KINDS", "BadFeedback", "Interaction", "body_hash", "parse"]
 
 KINDS = ("score", "thumb", "edit", "comparison", "span", "comment", "retract")
 _FIELDS = {"completion_id", "kind", "value", "span", "text", "source", "tags", "idempotency_key"}
@@ -27,8 +27,8 @@ class BadFeedback(OperantError):
         self.param = param
 
 
-class Rated(Protocol):
-    """What is rated: a stored interaction, its completion None while it is being written."""
+class Interaction(Protocol):
+    """A stored interaction, as far as it is rated and learned from. `completion` is None while there are no tokens."""
 
     @property
     def id(self) -> str: ...
@@ -48,8 +48,8 @@ def body_hash(body: Mapping[str, Any]) -> str:
 
 def parse(
     body: Mapping[str, Any],
-    stored: Rated,
-    look: Callable[[str], Rated | None],
+    stored: Interaction,
+    look: Callable[[str], Interaction | None],
     *,
     source: str,
     now: float,
@@ -127,7 +127,7 @@ def _number(given: Any, low: float, high: float, what: str) -> float:
     return given
 
 
-def _same_prompt(name: str, stored: Rated, look: Callable[[str], Rated | None]) -> None:
+def _same_prompt(name: str, stored: Interaction, look: Callable[[str], Interaction | None]) -> None:
     if name == stored.id:
         raise BadFeedback("a completion cannot be preferred to itself; value is the id of the other one", "value")
     other = look(name)
@@ -137,7 +137,7 @@ def _same_prompt(name: str, stored: Rated, look: Callable[[str], Rated | None]) 
         raise BadFeedback(f"{name} answers another prompt; compare two answers to the same one", "value")
 
 
-def _characters(body: Mapping[str, Any], stored: Rated) -> tuple[int, int]:
+def _characters(body: Mapping[str, Any], stored: Interaction) -> tuple[int, int]:
     """The code points [start, end) that a span is about."""
     if stored.completion is None:
         raise BadFeedback("the answer is not written to its end; rate a span of it when it is", "span")
