@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import openai
 
 from operant.config import ServeConfig
 from operant.live.api.server import create_app
-from operant.live.api.service import Service
+from operant.live.api.service import Listener, Service
 from operant.live.learning.worker import Worker
 from operant.live.serve import _learner_config, live, server_of
+from operant.live.serving.access import Keys, Links
 from operant.live.serving.engine import Engine
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
@@ -88,7 +89,7 @@ def listening(server: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def serving(
-    policy: Policy, folder: Path, *, keys: Any = None, implicit: Any = None, automatic: Any = None, **settings: Any
+    policy: Policy, folder: Path, *, keys: Keys | None = None, listeners: Sequence[Listener] = (), **settings: Any
 ) -> Iterator[Served]:
     """A server without a learner, on version 0 of this policy."""
     config = ServeConfig(
@@ -104,8 +105,10 @@ def serving(
     store.reconcile(versions.records())
     engine = Engine(policy, versions.pointer().version, max_rows=config.max_rows, queue=config.queue)
     app = create_app(
-        engine, store, versions, None, config, codec=policy.codec, encoder=policy.family == "encoder-decoder",
-        max_length=policy.max_length, keys=keys, implicit=implicit, automatic=automatic,
+        Service(
+            engine, policy.codec, policy.family == "encoder-decoder", policy.max_length, store, versions, None, config,
+            Links.at(versions.root, int(config.link_days * 86_400)), keys or Keys(None), listeners=list(listeners),
+        )
     )  # fmt: skip
     try:
         server = server_of(app, config)

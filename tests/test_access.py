@@ -16,7 +16,7 @@ from program import Program
 from serving import Served, serving
 
 from operant.live.serving import access
-from operant.live.serving.access import Keys, Links, check_listening, is_loopback
+from operant.live.serving.access import Caller, Keys, Links, check_listening, is_loopback
 from operant.models.policy import Policy
 from operant.types import OperantError
 
@@ -64,7 +64,8 @@ def test_every_hash_is_compared_in_constant_time(tmp_path: Path, monkeypatch: py
     ("name", "roles", "words"),
     [("ann", ["chat"], "remove it first"), ("bob", ["admin"], "no role 'admin'"), ("bob", [], "without a role"),
      ("", ["chat"], "at most 64"), ("a\nb", ["chat"], "at most 64"), ("x" * 65, ["chat"], "at most 64"),
-     ("owner", ["chat"], "remove it first"), ("rule:x", ["chat"], "at most 64")],
+     ("owner", ["chat"], "remove it first"), ("rule:x", ["chat"], "rates by itself"),
+     ("reward:judge", ["rate"], "rates by itself")],
 )  # fmt: skip
 def test_what_is_no_key_is_refused(tmp_path: Path, name: str, roles: list[str], words: str) -> None:
     keys = Keys(tmp_path / "keys.json")
@@ -93,6 +94,21 @@ def test_a_broken_file_of_keys_is_told_and_lets_nobody_in(tmp_path: Path) -> Non
         Keys(tmp_path / "none.json").remove("bob")
     with pytest.raises(OperantError, match="give --keys"):
         Keys(None).add("ann", ["chat"])
+
+
+def test_a_key_of_a_name_that_was_not_always_reserved_goes_on_working_and_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.json"
+    key = Keys(file).add("ann", ["rate"])
+    file.write_text(file.read_text().replace('"ann"', '"reward:judge"'))
+    keys = Keys(file)
+    for _ in range(3):
+        assert keys.caller(key) == Caller("reward:judge", frozenset(["rate"]))
+    (told,) = caplog.messages
+    assert "operant keys --add NAME, then --remove reward:judge" in told and "\n" not in told
+    keys.remove("reward:judge")
+    assert keys.all() == ()
 
 
 def test_the_program_makes_lists_and_removes_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -248,6 +264,18 @@ def test_only_an_operator_speaks_for_others(guarded: tuple[Served, dict[str, str
         for who, value in (("ann", 1), ("cleo", -1))
     ]  # fmt: skip
     assert both[0]["id"] != both[1]["id"] and not both[1]["duplicate"]
+
+
+def test_nobody_speaks_as_what_the_server_rates_by_itself(guarded: tuple[Served, dict[str, str]]) -> None:
+    served, keys = guarded
+    ann, root = bearer(keys["ann"]), bearer(keys["root"])
+    name = served.client(keys["ann"]).chat.completions.create(model="default", messages=HELLO, max_tokens=4).id
+    for reserved in ("reward:judge", "rule:m:f"):
+        body: dict[str, Any] = {"completion_id": name, "kind": "thumb", "value": 1, "source": reserved}
+        assert served.fault("POST", "/v1/feedback", 422, json=body, headers=root)["param"] == "source"
+        body = {"model": "default", "messages": HELLO, "user": reserved}
+        assert served.fault("POST", "/v1/chat/completions", 400, json=body, headers=ann)["param"] == "user"
+    assert served.store.events(completion_id=name) == []
 
 
 def test_a_chat_key_may_change_metadata_but_rates_nothing_by_it(guarded: tuple[Served, dict[str, str]]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,13 +17,15 @@ from program import Program
 from serving import Served, learning
 
 from operant.config import ServeConfig
-from operant.live.api.versions_api import Rated, VersionList
-from operant.live.api.versions_api import Trial as VersionTrial
+from operant.live.api.evidence import TrialEvidence
+from operant.live.api.service import Way
+from operant.live.api.versions_routes import RatedReply, TrialReply, VersionsReply
 from operant.live.serve import live
 from operant.live.serving.canary import MOST_OF_ONE, Bet, Canary, Trial, among, reward_of, wager
+from operant.live.storage.store import StoredCompletion
 from operant.live.storage.versions import Pointer, Versions
 from operant.models.policy import Policy
-from operant.types import Feedback, OperantError
+from operant.types import Completion, Feedback, OperantError, Prompt
 
 PATIENCE = 300  # seconds after which a test fails instead of hanging
 ALPHA, RUNS, LENGTH = 0.05, 500, 150
@@ -108,14 +111,17 @@ class Line(Versions):
         return None
 
 
-def pay(canary: Canary, version: int, value: float, number: int, source: str = "") -> None:
-    from operant.live.storage.store import StoredCompletion
-    from operant.types import Completion, Prompt
-
+def rating(version: int, value: float, number: int, source: str) -> tuple[Feedback, StoredCompletion]:
+    """A score of an answer to the user "u", and the answer, which `version` wrote."""
     tokens = np.array([1, 2])
     answer = Completion(f"c{number}", "p", "", tokens, tokens, policy_version=np.array([version, version]))
     stored = StoredCompletion(answer.id, Prompt("p", tokens=tokens), answer, "complete", "", "u", version, {}, {}, 0.0)
-    canary.rated(Feedback(f"e{number}", answer.id, "score", value, source or f"s{number}", f"k{number}", 0.0), stored)
+    return Feedback(f"e{number}", answer.id, "score", value, source, f"k{number}", 0.0), stored
+
+
+def pay(canary: Canary, version: int, value: float, number: int, source: str = "") -> None:
+    who = source or f"s{number}"
+    canary.rated(*rating(version, value, number, who), who)
 
 
 def test_a_better_one_is_promoted_and_a_worse_one_refused_by_name(tmp_path: Path) -> None:
@@ -169,7 +175,7 @@ def test_one_source_decides_nothing_and_an_answer_counts_once(tmp_path: Path) ->
     canary.look()
     for number in range(400):
         pay(canary, number % 2, float(number % 2), number, source="mallory")
-    assert canary.trial().candidate == 1 and canary.trial().told()["pairs"] == MOST_OF_ONE // 2
+    assert canary.trial().candidate == 1 and canary.trial().summary()["pairs"] == MOST_OF_ONE // 2
     bet = Bet()
     for _ in range(MOST_OF_ONE):  # the most that one can say, each word set against another's
         bet = wager(bet, 1.1)
@@ -180,6 +186,23 @@ def test_one_source_decides_nothing_and_an_answer_counts_once(tmp_path: Path) ->
     assert canary.trial() == before
 
 
+def test_people_are_told_from_the_servers_own_ratings_by_the_way_they_come_in(tmp_path: Path) -> None:
+    """A key may be older than the rule that keeps the names of automatic sources: whoever holds it is a person."""
+    versions = Line(tmp_path / "live")
+    canary = Canary(versions, ServeConfig(canary_share=0.5))
+    versions.publish_number(1)
+    canary.look()
+    ways: list[tuple[Way, str]] = [
+        ("api", "reward:judge"),
+        ("link", "rule:x"),
+        ("rule", "rule:m:f"),
+        ("reward", "reward:chrf"),
+    ]
+    for number, (way, source) in enumerate(ways):
+        asyncio.run(TrialEvidence(canary).rated(cast(Any, None), *rating(1, 1.0, number, source), way))
+    assert canary.trial().counted == {"reward:judge": 1, "rule:x": 1, "u": 1}
+
+
 def test_how_far_a_trial_is_is_told_with_what_decides_it(tmp_path: Path) -> None:
     versions = Line(tmp_path / "live")
     canary = Canary(versions, ServeConfig(canary_share=0.25, canary_alpha=0.04, canary_margin=0.2, canary_pairs=9))
@@ -187,7 +210,7 @@ def test_how_far_a_trial_is_is_told_with_what_decides_it(tmp_path: Path) -> None
     canary.look()
     for number, (version, value) in enumerate([(1, 1.0), (1, 0.5), (1, 0.5), (0, 0.25), (0, 0.0)]):
         pay(canary, version, value, number)
-    told = canary.told()
+    told = canary.summary()
     assert told["rated"] == {"serving": 2, "candidate": 3} and told["pairs"] == 2 and told["difference"] == 0.625
     assert (told["kind"], told["share"], told["margin"], told["most_pairs"]) == ("canary", 0.25, 0.2, 9)
     assert told["needed"] == 25 and told["e_worse"] == 1.0  # it has seen nothing to bet on
@@ -216,7 +239,7 @@ def test_whoever_moves_versions_by_hand_ends_the_trial(tmp_path: Path) -> None:
     assert canary.look() == (0, 1)
     canary.judged(1, 1.0)
     canary.judged(5, 1.0)  # of a version that is tried no more
-    assert canary.trial().told()["pairs"] == 1
+    assert canary.trial().summary()["pairs"] == 1
     versions.promote(1)
     assert canary.look() == (1, None) and canary.trial() == Trial(1)
     versions.publish_number(2)
@@ -310,8 +333,8 @@ def test_some_users_are_answered_by_what_is_tried_until_their_ratings_decide(
         told = lambda: served.http.get("/v1/versions").json()  # noqa: E731
         until(lambda: told()["trial"]["candidate"] == 1 and 1 in told()["resident"], "version 1 is tried")
         assert told()["current"] == 1 and told()["serving"] == 0
-        assert VersionList.model_validate(told()).trial == VersionTrial(
-            serving=0, candidate=1, kind="canary", share=0.5, rated=Rated(serving=0, candidate=0), pairs=0,
+        assert VersionsReply.model_validate(told()).trial == TrialReply(
+            serving=0, candidate=1, kind="canary", share=0.5, rated=RatedReply(serving=0, candidate=0), pairs=0,
             difference=None, e_better=1, e_worse=1, needed=20, margin=0.1, most_pairs=1000, promoted=0, refused=0,
         )  # fmt: skip
         answered = {user: ask(served, user) for user in [f"u{i}" for i in range(40)]}
@@ -331,7 +354,7 @@ def test_some_users_are_answered_by_what_is_tried_until_their_ratings_decide(
             lambda: any((row["trial"] or {}).get("verdict") == "refused" for row in told()["versions"]), "it is refused"
         )
         (refused,) = [row for row in told()["versions"] if row["version"] == 1]
-        VersionList.model_validate(told())
+        VersionsReply.model_validate(told())
         assert refused["trial"]["against"] == 0 and "worse than version 0" in refused["trial"]["reason"]
         assert told()["serving"] == 0 and ask(served, "u0")["operant"]["version"] != 1
         assert "operant_canary_refused 1.0" in served.http.get("/metrics").text

@@ -23,7 +23,7 @@ from serving import Served, learning
 
 from operant.algorithms.learner import logprobs_of
 from operant.data.batch import from_sequences
-from operant.live.api.page import STATIC
+from operant.live.api.page_routes import STATIC
 from operant.live.learning import lesson, step
 from operant.live.learning.gate import fast_gate, slow_gate
 from operant.live.storage.store import Store

@@ -7,7 +7,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from serving import Served, serving
 
 from operant.live.api.automatic import Automatic
 from operant.live.api.implicit import Implicit
+from operant.live.api.service import GenerationRequest, Listener, Service, Way
 from operant.live.serving.access import Links
-from operant.live.storage.store import StoreFault
+from operant.live.storage.store import StoredCompletion, StoreFault
 from operant.models.policy import Policy
-from operant.types import Completion, Prompt
+from operant.types import Completion, Feedback, Prompt
 
 HELLO = [{"role": "user", "content": "the cat sat"}]
 
@@ -761,7 +762,7 @@ def test_a_rule_may_read_the_next_message_as_a_score(
     policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rule = Implicit("test_server:gratitude")
-    with serving(policy, tmp_path, implicit=rule) as own:
+    with serving(policy, tmp_path, listeners=[rule]) as own:
         name, text = (answer := own.chat(seed=1))["id"], answer["choices"][0]["message"]["content"]
 
         def say(message: str, **options: Any) -> None:
@@ -782,10 +783,57 @@ def test_a_rule_may_read_the_next_message_as_a_score(
         until(lambda: "boom" in caplog.text and "from 0 to 1" in caplog.text)
         again = Implicit("test_server:gratitude")  # of the next process
         again.recall(own.store.list_completions(limit=1000))
-        own.service.implicit = again
+        own.service.listeners[:] = [again]
         say("wrong", user="owner")
         say("go on")
     assert again._answers.keys() >= rule._answers.keys()
+
+
+# --- listeners --------------------------------------------------------------------------------------------------------
+
+
+class Heard(Listener):
+    """Writes down what it hears, and then fails."""
+
+    def __init__(self) -> None:
+        self.words: list[tuple[str, str]] = []
+
+    async def begun(
+        self, service: Service, request: GenerationRequest, prompt: Prompt, completion_ids: Sequence[str]
+    ) -> None:
+        self.words += [(f"begun {request.kind}", name) for name in completion_ids]
+        raise RuntimeError("it cannot hear")
+
+    async def answered(
+        self, service: Service, request: GenerationRequest, prompt: Prompt, completion: Completion
+    ) -> None:
+        self.words.append(("answered", completion.id))
+        raise RuntimeError("it cannot hear")
+
+    async def rated(self, service: Service, event: Feedback, stored: StoredCompletion, way: Way) -> None:
+        self.words.append((f"rated by {way}", stored.id))
+        raise RuntimeError("it cannot hear")
+
+
+def test_listeners_are_told_of_everything_and_a_fault_of_theirs_harms_nobody(
+    policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = Heard(), Heard()
+    with serving(policy, tmp_path, listeners=[first, second]) as own:
+        chat = own.chat(n=2)["id"]
+        text = own.http.post("/v1/completions", json={"model": "default", "prompt": ["a", "the"], "max_tokens": 2})
+        texts = [choice["completion_id"] for choice in text.json()["choices"]]
+        assert own.rate(chat, "thumb", 1)["state"] == "pending"
+        assert own.rate(chat, "thumb", 1, idempotency_key="k")["duplicate"] is False
+        assert own.rate(chat, "thumb", 1, idempotency_key="k")["duplicate"] is True  # nothing new happens
+        until(lambda: not own.service.tasks)
+    names = [chat, f"{chat}.1", *texts]
+    kinds = ["begun chat", "begun chat", "begun text", "begun text"]
+    expected = [*zip(kinds, names), *(("answered", name) for name in names), *[("rated by api", chat)] * 2]
+    assert sorted(first.words) == sorted(expected) == sorted(second.words)
+    assert caplog.text.count("Heard failed on what it was told") == 2 * (
+        len(expected) - 1
+    )  # a chat of two choices begins once
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -826,7 +874,7 @@ def far_off(prompt: Prompt, completion: Completion) -> float:
 def test_a_reward_rates_every_answer_once(policy: Policy, tmp_path: Path, reward: Any, events: int) -> None:
     automatic = Automatic(reward)
     try:
-        with serving(policy, tmp_path, automatic=automatic) as served:
+        with serving(policy, tmp_path, listeners=[automatic]) as served:
             name = served.chat(logit_bias={"2": -100})["id"]
             served.chat(store=False)
             until = time.monotonic() + 60

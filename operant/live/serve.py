@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_numbers
-from operant.live.serving.access import Keys, check_listening
+from operant.live.serving.access import Keys, Links, check_listening
 from operant.live.storage.versions import Versions
 from operant.run.files import replace_file
 from operant.types import OperantError
@@ -64,7 +64,7 @@ def serve(config: ServeConfig) -> None:
     bound = contextlib.closing(_bind(config.host, config.port))
     with bound as listening, _interruptible(), _logged(Path(config.root) / "serve.log"), live(config) as running:
         server = server_of(running.app, config)
-        _say(running, listening)
+        _print_address(running, listening)
         with _signals_left_alone():
             server.run(sockets=[listening])
 
@@ -73,8 +73,10 @@ def serve(config: ServeConfig) -> None:
 def live(config: ServeConfig) -> Iterator[Live]:
     """Everything but the socket: begin or take up the folder, reconcile the ledger, start engine and learner."""
     from operant.live.api.automatic import Automatic
+    from operant.live.api.evidence import TrialEvidence
     from operant.live.api.implicit import Implicit
     from operant.live.api.server import create_app
+    from operant.live.api.service import Listener, Service
     from operant.live.learning.worker import heldout_prompts
     from operant.live.serving.canary import Canary
     from operant.live.serving.engine import Engine
@@ -115,10 +117,14 @@ def live(config: ServeConfig) -> Iterator[Live]:
         supervisor = stack.enter_context(contextlib.closing(Supervisor(learner, engine, store, canary=canary)))
         if canary is not None:
             canary.changed = supervisor.look
+        evidence = None if canary is None else TrialEvidence(canary, automatic)
+        listeners: list[Listener | None] = [implicit, automatic, evidence]
         app = create_app(
-            engine, store, versions, supervisor, config, codec=policy.codec,
-            encoder=policy.family == "encoder-decoder", max_length=policy.max_length, keys=_keys(config),
-            implicit=implicit, automatic=automatic, canary=canary,
+            Service(
+                engine, policy.codec, policy.family == "encoder-decoder", policy.max_length, store, versions,
+                supervisor, config, Links.at(root, int(config.link_days * 86_400)), _keys(config), canary,
+                [listener for listener in listeners if listener is not None],
+            )
         )  # fmt: skip
         del policy  # the engine alone keeps weights, and lets old ones go
         yield Live(app, engine, store, versions, supervisor, config)
@@ -212,7 +218,7 @@ def _versions(config: WorkerConfig, store: Any) -> Versions:
     origin = root / "origin.json"
     if versions.exists():
         begun = json.loads(origin.read_text(encoding="utf-8"))["model"] if origin.exists() else ""
-        if config.model and begun and begun != _place(config.model):
+        if config.model and begun and begun != _resolved(config.model):
             raise OperantError(
                 f"{config.root} goes on with what was begun from {begun}; leave --model out to serve that, or give "
                 "another --root"
@@ -222,14 +228,14 @@ def _versions(config: WorkerConfig, store: Any) -> Versions:
         raise OperantError(f"--model is missing; give a model folder or hub id to begin with in {config.root}")
     try:
         with FileLock(root / "learner.lock", timeout=LOCK_SECONDS):
-            replace_file(origin, json.dumps({"model": _place(config.model)}))
+            replace_file(origin, json.dumps({"model": _resolved(config.model)}))
             Worker(config, store, lambda told: None).start()
     except Timeout:
         raise OperantError(f"a learner is at work in {root}; stop that one, or give another --root") from None
     return versions
 
 
-def _place(model: str) -> str:
+def _resolved(model: str) -> str:
     """A model's folder, wherever the program is called from; a hub id as it is."""
     return str(Path(model).resolve()) if Path(model).exists() else model
 
@@ -284,7 +290,7 @@ def _signals_left_alone() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say(running: Live, listening: socket.socket) -> None:
+def _print_address(running: Live, listening: socket.socket) -> None:
     """Where to talk to it, with a line to try."""
     config = running.config
     host, port = listening.getsockname()[:2]

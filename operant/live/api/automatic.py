@@ -9,23 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from operant.live.api.feedback_api import record, stored_of
-from operant.live.api.service import ApiError
+from operant.live.api.intake import find_completion, record
+from operant.live.api.service import ApiError, GenerationRequest, Listener, Service
+from operant.live.serving.access import automatic_source
 from operant.live.storage.feedback import BadFeedback
 from operant.rewards import RewardRunner, reward_by_name
 from operant.types import Completion, OperantError, Prompt
-
-if TYPE_CHECKING:
-    from operant.live.api.service import Service
 
 __all__ = ["Automatic"]
 
 log = logging.getLogger(__name__)
 
 
-class Automatic:
+class Automatic(Listener):
     """The reward that `name` names (`rewards.reward_by_name`), one answer after the other. Close it to end its process.
 
     Raises OperantError when there is no such reward.
@@ -38,6 +36,7 @@ class Automatic:
         self._turn = asyncio.Lock()
 
     def close(self) -> None:
+        """End the reward's process."""
         self._runner.close()
 
     async def score(self, prompt: Prompt, completion: Completion) -> float | None:
@@ -49,11 +48,16 @@ class Automatic:
             return None
         return float(rated.rewards.sum())
 
-    async def rate(self, service: Service, completion_id: str) -> None:
-        """Rate one answer. Never raises: a reward that is missing teaches nothing, and the log says why."""
+    async def answered(
+        self, service: Service, request: GenerationRequest, prompt: Prompt, completion: Completion
+    ) -> None:
+        """Rate an answer that is stored. A reward that is missing teaches nothing, and the log says why."""
+        if not request.stored:
+            return
+        completion_id = completion.id
         with contextlib.suppress(asyncio.CancelledError):
             try:
-                stored = await stored_of(service, completion_id)
+                stored = await find_completion(service, completion_id)
                 if stored is None or stored.completion is None:
                     return
                 value = await self.score(stored.prompt, stored.completion)
@@ -63,7 +67,7 @@ class Automatic:
                     "completion_id": completion_id, "kind": "score", "value": value,
                     "idempotency_key": f"{completion_id}-reward",
                 }  # fmt: skip
-                await record(service, body, stored, f"reward:{self.name}", "reward")
+                await record(service, body, stored, automatic_source("reward", self.name), "reward")
             except BadFeedback as error:
                 log.warning("the reward %s is off the scale of scores for %s: %s", self.name, completion_id, error)
             except (OperantError, ApiError) as error:

@@ -7,33 +7,19 @@ then is recorded all the same.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
+from operant.live.api.service import ApiError, GenerationRequest, Service
+from operant.live.serving.engine import Busy, NotResident, empty_completion
+from operant.types import Completion, OperantError, Prompt, TokenInfo
 
-from operant.live.api.service import ApiError, Service
-from operant.live.serving.canary import among, unit, version_of
-from operant.live.serving.engine import Busy, NotResident
-from operant.types import Completion, OperantError, Prompt, Sampling, TokenInfo
-
-__all__ = ["Ask", "Choice", "Generation", "Piece"]
+__all__ = ["Choice", "Generation", "Piece"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One prompt and how many answers are wanted of it."""
-
-    prompt: Prompt
-    n: int
 
 
 @dataclass(slots=True)
@@ -68,14 +54,8 @@ class Generation:
     id: of the response; choice 0 has it too, choice i > 0 has f"{id}.{i}".
     """
 
-    def __init__(
-        self, service: Service, id: str, sampling: Sampling, *, user: str, owner: str, stored: bool,
-        request: dict[str, Any], metadata: dict[str, str], top_logprobs: int | None = None, streamed: bool = False,
-    ) -> None:  # fmt: skip
-        self.service, self.id, self.sampling = service, id, sampling
-        self.user, self.owner, self.stored = user, owner, stored
-        self.request, self.metadata = request, metadata
-        self.top_logprobs, self.streamed = top_logprobs, streamed
+    def __init__(self, service: Service, id: str, request: GenerationRequest) -> None:
+        self.service, self.id, self.request = service, id, request
         self.created = time.time()
         self.choices: list[Choice] = []
         self.version = 0
@@ -86,21 +66,24 @@ class Generation:
 
     # --- beginning ----------------------------------------------------------------------------------------------------
 
-    async def begin(self, asks: Sequence[Ask]) -> None:
-        """Ask the engine, and return when every answer's stub is committed.
+    async def begin(self, prompts: Sequence[Prompt]) -> None:
+        """Ask the engine for `request.n` answers to each prompt; returns when every answer's stub is committed.
 
         Raises ApiError: 429 when too much is waiting, 400 for a prompt that does not fit, 503 when nothing can be
         written down, with nothing left under way.
         """
-        if self.service.stopping:
+        service = self.service
+        if service.stopping:
             raise ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
         stubs = None
         try:
             version = await self._pinned()
-            for ask in asks:
-                self._submit(ask, version)
-            stubs = self.service.spawn(self._stubs())  # not the request's, which may end before they are committed
+            for prompt in prompts:
+                self._submit(prompt, version)
+            stubs = service.spawn(self._stubs())  # not the request's, which may end before they are committed
             await asyncio.shield(stubs)
+            for prompt in prompts:
+                await self._tell_begun(prompt)
         except BaseException:
             if stubs is None:
                 self._begun.set()
@@ -109,34 +92,34 @@ class Generation:
 
     async def _pinned(self) -> int | None:
         """The version that this user is pinned to, made resident; None when they follow what is current."""
-        service = self.service
+        service, user = self.service, self.request.user
         self.version = service.version
-        pinned = service.versions.pins().get(self.user)
+        pinned = service.versions.pins().get(user)
         if pinned is None:
-            wished = None if service.canary is None else service.canary.version_for(self.user)
+            wished = None if service.canary is None else service.canary.version_for(user)
             if wished is not None and wished in service.engine.resident():
                 self.version = self.wished = wished
             return None
         if pinned not in service.engine.resident():
             if service.supervisor is None:
-                raise ApiError(503, f"version {pinned}, to which {self.user} is pinned, is not in memory")
+                raise ApiError(503, f"version {pinned}, to which {user} is pinned, is not in memory")
             try:
                 await asyncio.to_thread(service.supervisor.make_resident, pinned)
             except Busy as error:
                 raise _busy(error) from error
             except OperantError as error:
-                raise ApiError(503, f"the version that {self.user} is pinned to cannot be served: {error}") from error
+                raise ApiError(503, f"the version that {user} is pinned to cannot be served: {error}") from error
         self.version = pinned
         return pinned
 
-    def _submit(self, ask: Ask, version: int | None) -> None:
-        first = len(self.choices)
-        ids = [self.id if i == 0 else f"{self.id}.{i}" for i in range(first, first + ask.n)]
-        on_text = self._on_text if self.streamed or self.top_logprobs is not None else None
+    def _submit(self, prompt: Prompt, version: int | None) -> None:
+        first, request = len(self.choices), self.request
+        ids = [self.id if i == 0 else f"{self.id}.{i}" for i in range(first, first + request.n)]
+        on_text = self._on_text if request.streamed or request.top_logprobs is not None else None
         try:
             futures = self.service.engine.submit(
-                ask.prompt, self.sampling, ids=ids, version=version, wished=self.wished, on_text=on_text,
-                top_logprobs=self.top_logprobs or 0,
+                prompt, request.sampling, ids=ids, version=version, wished=self.wished, on_text=on_text,
+                top_logprobs=request.top_logprobs or 0,
             )  # fmt: skip
         except Busy as error:
             self.service.metrics.refused.inc()
@@ -144,16 +127,16 @@ class Generation:
         except NotResident as error:
             raise ApiError(503, str(error), headers={"Retry-After": "1"}) from error
         except OperantError as error:
-            param = "prompt" if self.request.get("kind") == "text" else "messages"
+            param = "prompt" if request.kind == "text" else "messages"
             raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
         for i, (name, future) in enumerate(zip(ids, futures)):
-            choice = Choice(first + i, name, ask.prompt, future)
+            choice = Choice(first + i, name, prompt, future)
             self.choices.append(choice)
             self.service.spawn(self._finish(choice))
 
     async def _stubs(self) -> None:
         try:
-            if self.stored:
+            if self.request.stored:
                 done = await asyncio.gather(*(self._stub(c) for c in self.choices), return_exceptions=True)
                 for fault in done:
                     if isinstance(fault, BaseException):
@@ -162,12 +145,21 @@ class Generation:
             self._begun.set()
 
     async def _stub(self, choice: Choice) -> None:
+        request = self.request
+        kept = {
+            "kind": request.kind, "model": request.model, "n": request.n, "owner": request.owner,
+            "choice": choice.index, "choices": len(self.choices),
+        }  # fmt: skip
         await self.service.io(
-            self.service.store.begin, choice.id, choice.prompt, self.sampling, route=choice.prompt.task,
-            user=self.user, model_version=self.version, created=self.created, metadata=self.metadata,
-            request=self.request | {"owner": self.owner, "choice": choice.index, "choices": len(self.choices)},
+            self.service.store.begin, choice.id, choice.prompt, request.sampling, route=choice.prompt.task,
+            user=request.user, model_version=self.version, created=self.created, metadata=dict(request.metadata),
+            request=kept,
         )  # fmt: skip
         choice.begun = True
+
+    async def _tell_begun(self, prompt: Prompt) -> None:
+        ids = [choice.id for choice in self.choices if choice.prompt is prompt]
+        await self.service.tell(lambda listener: listener.begun(self.service, self.request, prompt, ids))
 
     # --- under way ----------------------------------------------------------------------------------------------------
 
@@ -180,12 +172,12 @@ class Generation:
         choice = self.choices[number]
         choice.text += text
         choice.tokens.append(token)
-        if self.streamed:
+        if self.request.streamed:
             self._pieces.put_nowait(Piece(choice, text, token))
 
     async def _finish(self, choice: Choice) -> None:
         """Wait for the engine and write the answer down, whatever became of the request."""
-        service = self.service
+        service, request = self.service, self.request
         status = "complete"
         try:
             completion = await asyncio.wrap_future(choice.future)
@@ -193,11 +185,11 @@ class Generation:
         except Exception as error:
             log.error("%s: %s", choice.id, error)
             choice.fault = f"the answer could not be written: {error}"
-            status, completion = "failed", _nothing(choice, self.sampling)
+            status, completion = "failed", empty_completion(choice.id, choice.prompt, request.sampling, service.codec)
         await self._begun.wait()
-        if self.stored and not choice.begun:
+        if request.stored and not choice.begun:
             return  # nobody was told of it
-        if self.stored:
+        if request.stored:
             try:
                 await service.io(service.store.complete, completion, status)
             except ApiError as error:
@@ -208,15 +200,13 @@ class Generation:
                 log.warning("%s: %s", choice.id, error)
         if choice.fault is None:
             choice.completion = completion
-            if self.stored and status == "complete" and service.automatic is not None:
-                service.spawn(service.automatic.rate(service, choice.id))
-            if status == "complete" and service.canary is not None:
-                service.spawn(shadow(service, completion, choice.prompt, self.sampling))
+            if status == "complete":
+                service.spawn(service.tell(lambda to: to.answered(service, request, choice.prompt, completion)))
         service.metrics.finished(completion, status, time.time() - self.created)
         if choice.fault is not None:
             self._pieces.put_nowait(ApiError(500, choice.fault, code="generation_failed"))
             return
-        rest = completion.text[len(choice.text) :] if self.streamed else ""
+        rest = completion.text[len(choice.text) :] if request.streamed else ""
         self._pieces.put_nowait(Piece(choice, rest, done=True))
 
     async def pieces(self) -> AsyncIterator[Piece]:
@@ -246,39 +236,6 @@ class Generation:
                 self.service.engine.cancel(choice.id)
 
 
-async def shadow(service: Service, shown: Completion, prompt: Prompt, sampling: Sampling) -> None:
-    """Let what is tried answer too, unseen, for a share of the answers of what serves, and let the reward judge both.
-    Nothing of it is stored. Never raises: an answer that is not to be had says nothing."""
-    canary, automatic, config = service.canary, service.automatic, service.config
-    if canary is None or automatic is None or canary.kind != "shadow":
-        return
-    trial = await asyncio.to_thread(canary.trial)
-    candidate = trial.candidate
-    if candidate is None or version_of(shown) != trial.serving or not among(shown.id, candidate, config.shadow_share):
-        return
-    with contextlib.suppress(OperantError, ApiError, RuntimeError, asyncio.CancelledError):
-        if service.engine.stats()["queued"]:  # people come first
-            return
-        (future,) = service.engine.submit(prompt, sampling, ids=[f"shadow-{shown.id}"], wished=candidate)
-        unseen = await asyncio.wrap_future(future)
-        if version_of(unseen) != candidate or unseen.stop_reason == "cancelled":
-            return
-        paid = [await automatic.score(prompt, answer) for answer in (unseen, shown)]
-        ours, theirs = (None if value is None else unit(value, config.score_low, config.score_high) for value in paid)
-        if ours is not None and theirs is not None:
-            await asyncio.to_thread(canary.judged, candidate, ours - theirs)
-
-
 def _busy(error: Busy) -> ApiError:
     seconds = max(1, round(error.retry_after + 0.5))
     return ApiError(429, str(error), code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
-
-
-def _nothing(choice: Choice, sampling: Sampling) -> Completion:
-    """What is recorded of an answer that failed: no tokens."""
-    none, zero = np.empty(0, np.int64), np.empty(0, np.float32)
-    return Completion(
-        choice.id, choice.prompt.id, "", none, none, behavior_logprobs=zero, model_logprobs=zero,
-        sampled=np.empty(0, np.bool_), policy_version=none, stop_reason="cancelled",
-        sampling=dataclasses.replace(sampling),
-    )  # fmt: skip

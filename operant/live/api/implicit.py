@@ -13,18 +13,14 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from operant.live.api.feedback_api import record, stored_of
-from operant.live.api.openai_api import Message
-from operant.live.api.service import ApiError
+from operant.live.api.intake import find_completion, record
+from operant.live.api.service import ApiError, GenerationRequest, Listener, Service
+from operant.live.serving.access import automatic_source
 from operant.live.storage.store import StoredCompletion
 from operant.rewards.names import import_object
-from operant.types import OperantError
-
-if TYPE_CHECKING:
-    from operant.live.api.generation import Generation
-    from operant.live.api.service import Service
+from operant.types import OperantError, Prompt
 
 __all__ = ["Implicit"]
 
@@ -33,7 +29,7 @@ log = logging.getLogger(__name__)
 REMEMBERED = 10_000  # chats whose answers may be continued
 
 
-class Implicit:
+class Implicit(Listener):
     """The rule `module:function` and the chats that it may be asked about. Raises OperantError when there is none."""
 
     def __init__(self, name: str) -> None:
@@ -48,18 +44,19 @@ class Implicit:
             if one.prompt.messages is not None:
                 self._remember(_key(str(one.request.get("owner")), one.user, one.prompt.messages), [one.id])
 
-    def continued(self, generation: Generation, messages: Sequence[Message]) -> None:
-        """Remember what is being answered, and, if it continues an answer, ask the rule about that one. Never raises,
-        and never waits."""
-        chat = [{"role": m.role, "content": m.content} for m in messages]
-        key = _key(generation.owner, generation.user, chat)
+    async def begun(
+        self, service: Service, request: GenerationRequest, prompt: Prompt, completion_ids: Sequence[str]
+    ) -> None:
+        """Remember a stored chat that is being answered, and, if it continues an answer, ask the rule about that one,
+        which nothing waits for."""
+        chat = prompt.messages
+        if not request.stored or chat is None:
+            return
         if len(chat) > 2 and chat[-1]["role"] == "user" and chat[-2]["role"] == "assistant":
-            earlier = self._answers.get(_key(generation.owner, generation.user, chat[:-2]), [])
+            earlier = self._answers.get(_key(request.owner, request.user, chat[:-2]), [])
             if earlier:
-                generation.service.spawn(
-                    self._judge(generation.service, list(earlier), chat[-2]["content"], chat[-1]["content"])
-                )
-        self._remember(key, [choice.id for choice in generation.choices])
+                service.spawn(self._judge(service, list(earlier), chat[-2]["content"], chat[-1]["content"]))
+        self._remember(_key(request.owner, request.user, chat), completion_ids)
 
     def _remember(self, key: str, names: Sequence[str]) -> None:
         self._answers.setdefault(key, []).extend(names)
@@ -71,7 +68,7 @@ class Implicit:
     async def _judge(self, service: Service, names: Sequence[str], answer: str, message: str) -> None:
         try:
             for name in reversed(names):
-                stored = await stored_of(service, name)
+                stored = await find_completion(service, name)
                 if stored is None or stored.completion is None or stored.completion.text.strip() != answer.strip():
                     continue
                 value = await asyncio.to_thread(self.rule, stored.prompt, stored.completion, message)
@@ -80,11 +77,12 @@ class Implicit:
                 value = float(value)
                 if not math.isfinite(value):
                     raise ValueError(f"it returned {value}")
-                told = hashlib.sha256(message.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+                message_hash = hashlib.sha256(message.encode("utf-8", "surrogatepass")).hexdigest()[:16]
                 body = {
-                    "completion_id": name, "kind": "score", "value": value, "idempotency_key": f"{name}-{told}"
+                    "completion_id": name, "kind": "score", "value": value,
+                    "idempotency_key": f"{name}-{message_hash}",
                 }  # fmt: skip
-                await record(service, body, stored, f"rule:{self.name}", "rule")
+                await record(service, body, stored, automatic_source("rule", self.name), "rule")
                 return
         except (OperantError, ApiError) as error:
             log.warning("the implicit reward %s teaches nothing here: %s", self.name, error)
@@ -93,5 +91,5 @@ class Implicit:
 
 
 def _key(owner: str, user: str, chat: Sequence[Mapping[str, Any]]) -> str:
-    told = [[m["role"].replace("developer", "system"), m["content"]] for m in chat]
-    return hashlib.sha256(json.dumps([owner, user, told]).encode()).hexdigest()
+    turns = [[message["role"], message["content"]] for message in chat]
+    return hashlib.sha256(json.dumps([owner, user, turns]).encode()).hexdigest()

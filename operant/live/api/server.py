@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
@@ -17,25 +17,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from operant import __version__
-from operant.config import ServeConfig
-from operant.data.text import Codec
-from operant.live.api import feedback_api, forget_api, openai_routes, page, versions_api
-from operant.live.api.implicit import Implicit
-from operant.live.api.service import ApiError, Service, caller_of, fault, service_of
+from operant.live.api import feedback_routes, forget_routes, openai_routes, page_routes, versions_routes
+from operant.live.api.service import ApiError, Service, caller_of, error_body, service_of
 from operant.live.learning.sources import by_source
-from operant.live.serving.access import OWNER, Caller, Keys, Links, is_loopback
-from operant.live.serving.limits import RateLimits
-from operant.live.serving.metrics import Metrics
+from operant.live.serving.access import OWNER, Caller, is_loopback
 from operant.live.storage.feedback import BadFeedback
-from operant.live.storage.store import Conflict, Store, UnknownCompletion
-from operant.live.storage.versions import Versions
+from operant.live.storage.store import Conflict, UnknownCompletion
 from operant.types import OperantError
-
-if TYPE_CHECKING:
-    from operant.live.api.automatic import Automatic
-    from operant.live.serving.canary import Canary
-    from operant.live.serving.engine import Engine
-    from operant.live.serving.supervisor import Supervisor
 
 __all__ = ["create_app", "drain"]
 
@@ -52,21 +40,8 @@ HEADERS = {
 }
 
 
-def create_app(
-    engine: Engine, store: Store, versions: Versions, supervisor: Supervisor | None, config: ServeConfig, *,
-    codec: Codec, encoder: bool, max_length: int, keys: Keys | None = None, links: Links | None = None,
-    implicit: Implicit | None = None, automatic: Automatic | None = None, canary: Canary | None = None,
-) -> FastAPI:  # fmt: skip
-    """The application.
-
-    codec, encoder, max_length: of the policy (`service.Service`). keys: None asks nobody who they are. links: None
-    makes them with the secret in the folder of the versions.
-    """
-    service = Service(
-        engine, codec, encoder, max_length, store, versions, supervisor, config, keys or Keys(None),
-        links or Links.at(versions.root, int(config.link_days * 86400)), Metrics(), _limits(config), implicit,
-        automatic, canary,
-    )  # fmt: skip
+def create_app(service: Service) -> FastAPI:
+    """The application of these parts. It drains and closes the service when it ends."""
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -78,20 +53,14 @@ def create_app(
         title="operant", version=__version__, lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.service = service
-    for routes in (openai_routes.routes, feedback_api.routes, versions_api.routes, forget_api.routes, page.routes):
-        app.include_router(routes)
+    for module in (openai_routes, feedback_routes, versions_routes, forget_routes, page_routes):
+        app.include_router(module.routes)
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/ready", ready, methods=["GET"])
     app.add_api_route("/metrics", metrics, methods=["GET"])
-    _tell_faults(app)
-    app.add_middleware(Door, service=service)
+    _handle_errors(app)
+    app.add_middleware(Entrance, service=service)
     return app
-
-
-def _limits(config: ServeConfig) -> RateLimits:
-    """Nobody's own server counts what they say."""
-    shared = config.mode == "shared"
-    return RateLimits(config.chat_rate if shared else 0.0, config.feedback_rate if shared else 0.0)
 
 
 async def drain(service: Service, seconds: float | None = None) -> None:
@@ -117,7 +86,7 @@ async def health(request: Request) -> dict[str, Any]:
 
 
 async def ready(request: Request) -> Response:
-    """200 when a chat would be answered and written down; 503 with the reason otherwise."""
+    """200 when a chat would be answered and written down. Raises ApiError 503 with the reason otherwise."""
     service = service_of(request)
     if service.stopping:
         raise ApiError(503, "the server is stopping", code="stopping")
@@ -126,6 +95,7 @@ async def ready(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
+    """What Prometheus reads."""
     service = service_of(request)
     caller_of(request, "operate")
     stats = service.engine.stats()
@@ -135,7 +105,7 @@ async def metrics(request: Request) -> Response:
         "learner_up": float(service.supervisor is not None and service.supervisor.alive),
     }  # fmt: skip
     if service.canary is not None:
-        trial = (await asyncio.to_thread(service.canary.trial)).told()
+        trial = (await asyncio.to_thread(service.canary.trial)).summary()
         trial["candidate"] = -1 if trial["candidate"] is None else trial["candidate"]
         now |= {f"canary_{name}": float(value or 0) for name, value in trial.items() if name != "serving"}
     with contextlib.suppress(ApiError):  # what else there is to tell is told while the store is away
@@ -149,12 +119,12 @@ async def metrics(request: Request) -> Response:
     return Response(service.metrics.page(now), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def _tell_faults(app: FastAPI) -> None:
-    def told(status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> Response:
-        return JSONResponse(fault(status, message, param, code), status, headers)
+def _handle_errors(app: FastAPI) -> None:
+    def reply(status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> Response:
+        return JSONResponse(error_body(status, message, param, code), status, headers)
 
     @app.exception_handler(ApiError)
     async def _(request: Request, error: ApiError) -> Response:
@@ -162,38 +132,38 @@ def _tell_faults(app: FastAPI) -> None:
 
     @app.exception_handler(BadFeedback)
     async def _(request: Request, error: BadFeedback) -> Response:
-        return told(422, str(error), error.param, "invalid_value")
+        return reply(422, str(error), error.param, "invalid_value")
 
     @app.exception_handler(UnknownCompletion)
     async def _(request: Request, error: UnknownCompletion) -> Response:
-        return told(404, str(error), code="not_found")
+        return reply(404, str(error), code="not_found")
 
     @app.exception_handler(Conflict)
     async def _(request: Request, error: Conflict) -> Response:
-        return told(409, str(error), "idempotency_key", "idempotency_conflict")
+        return reply(409, str(error), "idempotency_key", "idempotency_conflict")
 
     @app.exception_handler(OperantError)
     async def _(request: Request, error: OperantError) -> Response:
         log.error("%s", error)
-        return told(503, str(error), **{"Retry-After": "5"})
+        return reply(503, str(error), **{"Retry-After": "5"})
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> Response:
         code = "request_too_large" if error.status_code == 413 else None
-        return told(error.status_code, str(error.detail), code=code, **dict(error.headers or {}))
+        return reply(error.status_code, str(error.detail), code=code, **dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> Response:
         errors = error.errors()
         if any(one["type"] == "json_invalid" for one in errors):
-            return told(400, "the body is no JSON", code="invalid_json")
+            return reply(400, "the body is no JSON", code="invalid_json")
         param, message = _in_words(errors)
         status = 422 if request.url.path.startswith("/v1/feedback") else 400
-        return told(status, message, param, "invalid_value")
+        return reply(status, message, param, "invalid_value")
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> Response:
-        return told(500, "the server failed; its log says how")
+        return reply(500, "the server failed; its log says how")
 
 
 _BRANCHES = ("str", "int", "float", "bool", "none", "list", "dict", "constrained")
@@ -227,7 +197,7 @@ def _in_words(errors: Sequence[Any]) -> tuple[str | None, str]:
 # --- before and after every route -------------------------------------------------------------------------------------
 
 
-class Door:
+class Entrance:
     """Who comes in, with how much, and what every response carries.
 
     A page of another site, or a name that somebody made resolve to this machine (DNS rebinding), must not use a server

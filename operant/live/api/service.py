@@ -1,37 +1,37 @@
-"""What every route of the server shares: the parts of the live loop, and how a fault is told to a client."""
+"""What every route of the server shares: the parts of the live loop, who listens to it, and the form of an error."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import Request
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from operant.config import ServeConfig
 from operant.data.text import Codec
 from operant.live.serving.access import OWNER, Caller, Keys, Links, Role
+from operant.live.serving.canary import Canary
+from operant.live.serving.engine import Engine
 from operant.live.serving.limits import RateLimits, What
-from operant.live.storage.store import Conflict, UnknownCompletion
+from operant.live.serving.metrics import Metrics
+from operant.live.serving.supervisor import Supervisor
+from operant.live.storage.store import Conflict, Store, StoredCompletion, UnknownCompletion
 from operant.live.storage.versions import Versions
-from operant.types import OperantError
+from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
-if TYPE_CHECKING:
-    from operant.live.api.automatic import Automatic
-    from operant.live.api.implicit import Implicit
-    from operant.live.serving.canary import Canary
-    from operant.live.serving.engine import Engine
-    from operant.live.serving.metrics import Metrics
-    from operant.live.serving.supervisor import Supervisor
-    from operant.live.storage.store import Store
-
-__all__ = ["ApiError", "Service", "caller_of", "fault", "new_id", "service_of"]
+__all__ = [
+    "ApiError", "GenerationRequest", "Listener", "RequestBody", "Service", "StrictModel", "Way", "caller_of",
+    "error_body", "new_id", "service_of",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        return fault(self.status, self.message, self.param, self.code)
+        return error_body(self.status, self.message, self.param, self.code)
 
 
-def fault(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """The body of an error as OpenAI's clients read it."""
     kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
         status, "invalid_request_error" if status < 500 else "server_error"
@@ -70,12 +70,82 @@ def new_id(kind: str) -> str:
     return f"{kind}-{secrets.token_hex(12)}"
 
 
+class StrictModel(BaseModel):
+    """An object of JSON without fields that nothing knows, nor values that would have to be converted."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class RequestBody(StrictModel):
+    """The body of a request. Its texts can be written as UTF-8: a lone surrogate is half a character."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: Any) -> Any:
+        try:
+            json.dumps(body, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half a character (a lone surrogate); send whole ones") from None
+        return body
+
+
+# --- who listens ------------------------------------------------------------------------------------------------------
+
+Way = Literal["api", "metadata", "link", "rule", "reward"]  # by which feedback comes in; the last two are the server's
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What a request for answers asks for, beside its prompts.
+
+    owner: the name of the key that asks. user: whom the answer is for, the owner unless the request names another.
+    stored: whether it is written down. kind: "chat" or "text". n: answers to each prompt. model: as the request named
+    it. streamed: told piece by piece. top_logprobs: alternatives told with each token; None tells no log-probabilities.
+    """
+
+    sampling: Sampling
+    owner: str
+    user: str
+    kind: Literal["chat", "text"]
+    model: str
+    n: int = 1
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stored: bool = True
+    streamed: bool = False
+    top_logprobs: int | None = None
+
+
+class Listener(Protocol):
+    """Is told what happens on a server. A subclass writes the methods that it needs.
+
+    What a method raises is logged and harms nobody's answer, receipt, or other listeners (`Service.tell`).
+    """
+
+    async def begun(
+        self, service: Service, request: GenerationRequest, prompt: Prompt, completion_ids: Sequence[str]
+    ) -> None:
+        """Answers to a prompt are under way; nothing of them is sent before this returns."""
+        return
+
+    async def answered(
+        self, service: Service, request: GenerationRequest, prompt: Prompt, completion: Completion
+    ) -> None:
+        """An answer is written to its end and, if it is stored, recorded. Nobody waits for this."""
+        return
+
+    async def rated(self, service: Service, event: Feedback, stored: StoredCompletion, way: Way) -> None:
+        """An event about an answer is committed; its receipt is sent when this returns."""
+        return
+
+
 @dataclasses.dataclass
 class Service:
     """The parts of the live loop that the routes work with. `supervisor` is None where nobody learns.
 
     codec, encoder, max_length: of every version, as they are of one family: what the policy's tokens are, whether it
     reads prompts with an encoder, and how many tokens it holds.
+    keys: none asks nobody who they are. canary: None where versions are not tried before they serve everybody.
+    listeners: are told of what is asked, answered and rated, all at once.
     """
 
     engine: Engine
@@ -86,13 +156,12 @@ class Service:
     versions: Versions
     supervisor: Supervisor | None
     config: ServeConfig
-    keys: Keys
     links: Links
-    metrics: Metrics
-    limits: RateLimits
-    implicit: Implicit | None = None
-    automatic: Automatic | None = None
+    keys: Keys = dataclasses.field(default_factory=lambda: Keys(None))
     canary: Canary | None = None
+    listeners: list[Listener] = dataclasses.field(default_factory=list)
+    metrics: Metrics = dataclasses.field(default_factory=Metrics)
+    limits: RateLimits = dataclasses.field(init=False)
     stopping: bool = False
     started: float = dataclasses.field(default_factory=time.time)
     # answers under way and records being written, which a stop waits for
@@ -100,6 +169,11 @@ class Service:
     _threads: ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: ThreadPoolExecutor(STORE_THREADS, "operant-store")
     )
+
+    def __post_init__(self) -> None:
+        config = self.config
+        counted = config.mode == "shared"  # nobody's own server counts what they say
+        self.limits = RateLimits(config.chat_rate if counted else 0.0, config.feedback_rate if counted else 0.0)
 
     @property
     def name(self) -> str:
@@ -112,7 +186,8 @@ class Service:
         return serving
 
     async def io(self, call: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """A call to the store, off the event loop. Trouble of the storage is the client's 503."""
+        """A call to the store, off the event loop. Raises ApiError 503 for trouble of the storage, and the store's
+        UnknownCompletion and Conflict as they are."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(*arguments, **options))
         except (UnknownCompletion, Conflict):
@@ -124,7 +199,18 @@ class Service:
                 503, f"storage: {error}", code="storage_unavailable", headers={"Retry-After": "5"}
             ) from error
 
-    def spawn(self, work: Any) -> asyncio.Task[Any]:
+    async def tell(self, call: Callable[[Listener], Coroutine[Any, Any, None]]) -> None:
+        """Make this call to every listener, all at once. Never raises: what a listener raises is logged."""
+
+        async def tell_one(listener: Listener) -> None:
+            try:
+                await call(listener)
+            except Exception:
+                log.exception("%s failed on what it was told", type(listener).__name__)
+
+        await asyncio.gather(*(tell_one(listener) for listener in self.listeners))
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task that outlives the request that began it."""
         task = asyncio.get_running_loop().create_task(work)
         self.tasks.add(task)
@@ -148,6 +234,7 @@ class Service:
             self.supervisor.poke()
 
     def close(self) -> None:
+        """End the threads that wait for the store."""
         self._threads.shutdown(wait=True)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import logging
 import secrets
 import time
 from collections.abc import Iterable
@@ -23,7 +24,12 @@ from operant.run import checkpoint
 from operant.run.files import replace_file
 from operant.types import OperantError
 
-__all__ = ["OWNER", "ROLES", "Caller", "Key", "Keys", "Links", "check_listening", "is_loopback"]
+__all__ = [
+    "OWNER", "ROLES", "Caller", "Key", "Keys", "Links", "automatic_source", "check_listening", "is_loopback",
+    "is_reserved",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 Role = Literal["chat", "rate", "operate"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -44,6 +50,24 @@ class Caller:
 
 
 OWNER = Caller("owner", frozenset(ROLES))  # who asks a server without keys, which listens to its own machine only
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+Automatic = Literal["rule", "reward"]  # what of the server's own rates answers
+
+
+def automatic_source(kind: Automatic, name: str) -> str:
+    """The source of what the server rates by itself: with the rule that reads messages, or with a reward."""
+    return f"{kind}:{name}"
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a name is kept for a source of `automatic_source`: no key, user or source of a person's may have it."""
+    return name.startswith(tuple(automatic_source(kind, "") for kind in get_args(Automatic)))
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +108,39 @@ class Keys:
                     f"{self.path} is no file of keys; move it away and make keys with operant keys --add NAME"
                 ) from error
             self._stamp, self._keys = stamp, keys
+            for key in keys:
+                if is_reserved(key.name):  # of a time when it was not refused; its owner goes on rating with it
+                    log.warning(
+                        "%s: %r is named as what the server rates by itself; give its owner a key of another name "
+                        "(operant keys --add NAME, then --remove %s)", self.path, key.name, key.name,
+                    )  # fmt: skip
         return self._keys
 
     def add(self, name: str, roles: Iterable[str]) -> str:
-        """A new key, which is told here and never again. Raises OperantError for a name that is taken or a role that
-        there is not."""
+        """A new key, which is returned here and kept nowhere. Raises OperantError for a name that is taken, reserved
+        or no word, a role that there is not, and where there is no file of keys."""
         given = tuple(dict.fromkeys(roles))
         if unknown := [role for role in given if role not in ROLES]:
             raise OperantError(f"there is no role {unknown[0]!r}; give some of {', '.join(ROLES)}")
         if not given:
             raise OperantError(f"a key without a role may do nothing; give --roles some of {', '.join(ROLES)}")
-        if not name.isprintable() or not name.strip() or len(name) > 64 or name.startswith("rule:"):
+        if not name.isprintable() or not name.strip() or len(name) > 64:
             raise OperantError("the name of a key is a word of at most 64 characters; give --add another")
+        if is_reserved(name):
+            raise OperantError(
+                f"{name!r} is named as what the server rates by itself, as all that begins with "
+                f"{' or '.join(repr(automatic_source(kind, '')) for kind in get_args(Automatic))}; give --add another"
+            )
         key = PREFIX + secrets.token_urlsafe(32)
         with self._lock():
             keys = self.all()
             if any(one.name == name for one in keys) or name == OWNER.name:
                 raise OperantError(f"there is a key named {name!r}; choose another name, or remove it first")
-            self._write([*keys, Key(name, _digest(key), given, time.time())])
+            self._write([*keys, Key(name, _key_hash(key), given, time.time())])
         return key
 
     def remove(self, name: str) -> None:
+        """Refuse a key from now on. Raises OperantError when there is no key of this name, or no file of keys."""
         with self._lock():
             keys = self.all()
             if not any(one.name == name for one in keys):
@@ -113,8 +149,11 @@ class Keys:
             self._write([one for one in keys if one.name != name])
 
     def caller(self, key: str) -> Caller | None:
-        """Whose key this is. Every stored hash is compared in constant time, whether or not one has matched."""
-        digest, found = _digest(key), None
+        """Whose key this is. Every stored hash is compared in constant time, whether or not one has matched.
+
+        Raises OperantError when the file of keys cannot be read.
+        """
+        digest, found = _key_hash(key), None
         for one in self.all():
             if hmac.compare_digest(one.sha256, digest):
                 found = Caller(one.name, frozenset(one.roles))
@@ -139,6 +178,9 @@ class Keys:
         return FileLock(f"{self.path}.lock")
 
 
+# --- signed links -----------------------------------------------------------------------------------------------------
+
+
 class Links:
     """Signed links: the right to rate one answer, in the name of who asked for it, until they expire.
 
@@ -153,7 +195,8 @@ class Links:
 
     @classmethod
     def at(cls, root: str | Path, seconds: int) -> Links:
-        """With the secret of this root, which is made when there is none."""
+        """With the secret of this root, which is made when there is none. Raises OperantError for one that is too short
+        to sign with."""
         file = Path(root) / "link.secret"
         with FileLock(Path(root) / "link.secret.lock"):
             checkpoint.clean(file.parent, file.name)
@@ -165,6 +208,7 @@ class Links:
         return cls(secret, seconds)
 
     def sign(self, completion_id: str, source: str) -> str:
+        """The token of a link by which `source` may rate an answer."""
         return str(self._serializer.dumps([completion_id, source]))
 
     def read(self, token: str) -> tuple[str, str]:
@@ -182,7 +226,11 @@ class Links:
         return str(completion_id), str(source)
 
 
+# --- listening --------------------------------------------------------------------------------------------------------
+
+
 def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address or a name."""
     if host == "localhost":
         return True
     try:
@@ -200,5 +248,5 @@ def check_listening(host: str, keys: Keys) -> None:
         )
 
 
-def _digest(key: str) -> str:
+def _key_hash(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

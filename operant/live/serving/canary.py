@@ -26,15 +26,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from operant.config import ServeConfig
 from operant.data.preferences import good_or_bad
+from operant.live.storage.store import StoredCompletion
 from operant.live.storage.versions import Versions
 from operant.types import Completion, Feedback, OperantError
-
-if TYPE_CHECKING:
-    from operant.live.storage.store import StoredCompletion
 
 __all__ = ["Bet", "Canary", "Trial", "among", "reward_of", "unit", "wager"]
 
@@ -110,7 +108,7 @@ class Trial:
     promoted: int = 0
     refused: int = 0
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """How far it is, as plain data."""
         better, worse = Bet(**self.better), Bet(**self.worse)
         return {
@@ -136,18 +134,19 @@ class Canary:
             self._write(Trial(versions.pointer().version))
 
     def trial(self) -> Trial:
+        """The trial as it is kept, or a new one where none is."""
         values = self.versions.trial()
         if values is None:  # somebody has removed the file
             return Trial(self.versions.pointer().version)
         return Trial(**values)
 
-    def told(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """The trial with its rules, as plain data: who is answered by what is tried, and what decides when."""
         trial, config = self.trial(), self.config
-        told = trial.told()
-        return told | {
+        summary = trial.summary()
+        return summary | {
             "kind": self.kind, "share": config.canary_share or config.shadow_share,
-            "rated": {name: told["pairs"] + len(trial.waiting[name]) for name in ("serving", "candidate")},
+            "rated": {name: summary["pairs"] + len(trial.waiting[name]) for name in ("serving", "candidate")},
             "needed": 1 / config.canary_alpha, "margin": config.canary_margin, "most_pairs": config.canary_pairs,
         }  # fmt: skip
 
@@ -181,14 +180,12 @@ class Canary:
             return None
         return candidate
 
-    def rated(self, event: Feedback, stored: StoredCompletion) -> None:
-        """A rating has come, of any answer by anybody. Rewards are no evidence here: the shadow is for them."""
+    def rated(self, event: Feedback, stored: StoredCompletion, who: str) -> None:
+        """A rating has come, of any answer. who: the person whose word it is. Rewards are no evidence here: the shadow
+        is for them."""
         config = self.config
         reward = reward_of(event, config.score_low, config.score_high)
         wrote = version_of(stored.completion)
-        who = stored.user if event.source.startswith("rule:") else event.source
-        if who.startswith("reward:"):
-            return
         if self.kind != "canary" or reward is None or wrote is None or self.versions.pins().get(stored.user) == wrote:
             return
         with self.versions.trying():
@@ -230,19 +227,19 @@ class Canary:
             self._write(trial)
 
     def _decide(self, trial: Trial, promoted: bool, what: str) -> None:
-        told = trial.told()
+        summary = trial.summary()
         candidate = trial.candidate
         assert candidate is not None
         reason = (
-            f"{what} than version {trial.serving} after {told['pairs']} pairs (mean difference "
-            f"{told['difference']:+.3f}, significance {self.config.canary_alpha:g})"
+            f"{what} than version {trial.serving} after {summary['pairs']} pairs (mean difference "
+            f"{summary['difference']:+.3f}, significance {self.config.canary_alpha:g})"
         )
         verdict = "promoted" if promoted else "refused"
         self.versions.note_trial(
             candidate,
             {"verdict": verdict, "reason": reason, "kind": self.kind, "against": trial.serving, "time": time.time(),
              "alpha": self.config.canary_alpha, "margin": self.config.canary_margin,
-             **{name: told[name] for name in ("pairs", "difference", "e_better", "e_worse")}},
+             **{name: summary[name] for name in ("pairs", "difference", "e_better", "e_worse")}},
         )  # fmt: skip
         if not promoted:  # first, so that a kill in between tries no descendant of what was refused
             try:

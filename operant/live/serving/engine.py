@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from operant.data.text import Codec
 from operant.models.policy import LanguagePolicy
 from operant.models.sampler import Sampler, room
 from operant.types import Completion, OperantError, Prompt, SamplerProtocol, Sampling, TokenInfo
 
-__all__ = ["Busy", "Engine", "NotResident", "OnText", "StepFailed", "TokenInfo", "held_back"]
+__all__ = ["Busy", "Engine", "NotResident", "OnText", "StepFailed", "TokenInfo", "empty_completion", "held_back"]
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ class StepFailed(RuntimeError):
 class _Output:
     """One completion asked for, and where it goes.
 
-    version: that it is written under, once it has begun or is pinned. untold: text that may yet be cut off.
+    version: that it is written under, once it has begun or is pinned. held: text that may yet be cut off. sent:
+    characters that `on_text` was given.
     """
 
     future: Future[Completion]
@@ -73,12 +75,14 @@ class _Output:
     version: int | None
     pinned: bool
     begun: bool = False
-    untold: str = ""
-    told: int = 0
+    held: str = ""
+    sent: int = 0
 
 
 @dataclass(slots=True)
-class _Request:
+class _Waiting:
+    """What of one request has not begun: these ids, the first of them keyed sample `first`."""
+
     prompt: Prompt
     sampling: Sampling
     ids: list[str]
@@ -118,10 +122,13 @@ class _Rates:
 class Engine:
     """Serves a policy from a thread of its own. Every method may be called from any thread but that one.
 
+    Once the engine is closed, `submit`, `load`, `add` and `drop` raise Busy.
+
     policy, version: what serves first. Weights must not change while they are resident.
     max_rows: completions decoded together. queue: completions that may wait beside them.
     threads: CPU threads of this thread's matrix work; 0 leaves torch's default. In torch this is a setting of each
         thread; one that has not computed yet takes the value that was set last.
+    Raises OperantError for numbers that are out of range.
     """
 
     def __init__(
@@ -140,7 +147,7 @@ class Engine:
         # the engine's thread alone changes what follows, and replaces what others read
         self._version = version
         self._residents: dict[int, _Resident] = {version: self._enter(policy, version)}  # oldest first
-        self._requests: deque[_Request] = deque()
+        self._requests: deque[_Waiting] = deque()
         self._outputs: dict[str, _Output] = {}
         self._fresh: dict[str, TokenInfo] = {}  # tokens of the step under way
         self._rates = _Rates()
@@ -176,25 +183,12 @@ class Engine:
         did, and with NotResident when the version left between this call and its turn.
         Raises Busy when too many completions wait, NotResident, and OperantError when the prompt is empty or too long.
         """
-        residents, asked = self._residents, list(ids)
-        if len(prompt.tokens) == 0:
-            raise OperantError("the prompt is empty, so nothing predicts the first token; give some text")
-        serving = next(reversed(residents))  # read with them, not beside them
-        resident = residents.get(serving if version is None else version)
-        if resident is None:
-            raise _not_resident(version)
-        if room(resident.policy, prompt, sampling.max_tokens) < 1:
-            raise OperantError(
-                f"the prompt has {len(prompt.tokens)} tokens and the model holds {resident.policy.max_length} with the "
-                "completion; shorten it"
-            )
-        if len(asked) > self.queue:
-            raise OperantError(f"{len(asked)} completions are asked for and {self.queue} may wait; ask for fewer")
+        self._check_request(prompt, sampling, len(ids), version)
         pinned, version = version is not None, wished if version is None else version
-        outputs = {i: _Output(Future(), on_text, sampling.stop, version, pinned) for i in asked}
+        outputs = {i: _Output(Future(), on_text, sampling.stop, version, pinned) for i in ids}
         for output in outputs.values():
             output.future.set_running_or_notify_cancel()  # so that only `cancel` ends it
-        request = _Request(prompt, sampling, asked, version, top_logprobs if on_text is not None else 0)
+        request = _Waiting(prompt, sampling, list(ids), version, top_logprobs if on_text is not None else 0)
 
         def join() -> None:
             self._outputs.update(outputs)
@@ -206,6 +200,23 @@ class Engine:
             self._post(join)
             self._waits += len(outputs)
         return [output.future for output in outputs.values()]
+
+    def _check_request(self, prompt: Prompt, sampling: Sampling, count: int, version: int | None) -> None:
+        """Raises what `submit` does of a request that can never begin."""
+        if len(prompt.tokens) == 0:
+            raise OperantError("the prompt is empty, so nothing predicts the first token; give some text")
+        residents = self._residents
+        serving = next(reversed(residents))  # read with them, not beside them
+        resident = residents.get(serving if version is None else version)
+        if resident is None:
+            raise _not_resident(version)
+        if room(resident.policy, prompt, sampling.max_tokens) < 1:
+            raise OperantError(
+                f"the prompt has {len(prompt.tokens)} tokens and the model holds {resident.policy.max_length} with the "
+                "completion; shorten it"
+            )
+        if count > self.queue:
+            raise OperantError(f"{count} completions are asked for and {self.queue} may wait; ask for fewer")
 
     def cancel(self, completion_id: str) -> None:
         """End one completion before its next token; its future resolves with what there is, stop reason "cancelled".
@@ -398,23 +409,23 @@ class Engine:
             return
         self._totals["tokens"] += len(self._fresh)
         for completion_id, token in self._fresh.items():
-            self._tell(completion_id, token, finished.get(completion_id))
+            self._send(completion_id, token, finished.get(completion_id))
         for completion_id, completion in finished.items():
             self._outputs.pop(completion_id).future.set_result(completion)
         self._totals["completions"] += len(finished)
         self._rates.pass_time(time.monotonic() - began, len(finished))
 
-    def _tell(self, completion_id: str, token: TokenInfo, finished: Completion | None) -> None:
+    def _send(self, completion_id: str, token: TokenInfo, finished: Completion | None) -> None:
         output = self._outputs[completion_id]
         if output.on_text is None:
             return
         if finished is not None:
-            piece = finished.text[output.told :]
+            piece = finished.text[output.sent :]
         else:
-            output.untold += token.text
-            final = len(output.untold) - held_back(output.untold, output.stop)
-            piece, output.untold = output.untold[:final], output.untold[final:]
-        output.told += len(piece)
+            output.held += token.text
+            final = len(output.held) - held_back(output.held, output.stop)
+            piece, output.held = output.held[:final], output.held[final:]
+        output.sent += len(piece)
         try:
             output.on_text(completion_id, piece, token)
         except Exception:  # often a client's event loop that has gone
@@ -435,7 +446,8 @@ class Engine:
             for request in self._requests:
                 if completion_id in request.ids:
                     request.ids.remove(completion_id)
-                    completion = _nothing(completion_id, request, self._residents[self._version].policy)
+                    codec = self._residents[self._version].policy.codec
+                    completion = empty_completion(completion_id, request.prompt, request.sampling, codec)
                     break
         assert completion is not None
         self._totals["cancelled"] += 1
@@ -473,12 +485,11 @@ def _not_resident(version: int | None) -> NotResident:
     return NotResident(f"version {version} is not in memory; it has to be loaded first")
 
 
-def _nothing(completion_id: str, request: _Request, policy: LanguagePolicy) -> Completion:
-    """A completion that was cancelled before it began."""
+def empty_completion(completion_id: str, prompt: Prompt, sampling: Sampling, codec: Codec) -> Completion:
+    """A completion of no tokens, which ended before it began."""
     none, zero = np.empty(0, np.int64), np.empty(0, np.float32)
     return Completion(
-        id=completion_id, prompt_id=request.prompt.id, text="", tokens=none, text_ends=none, text_reach=none,
+        id=completion_id, prompt_id=prompt.id, text="", tokens=none, text_ends=none, text_reach=none,
         behavior_logprobs=zero, model_logprobs=zero, sampled=np.empty(0, np.bool_), policy_version=none,
-        stop_reason="cancelled", sampling=request.sampling, tokenizer_hash=policy.codec.hash,
-        template_hash=policy.codec.template_hash,
+        stop_reason="cancelled", sampling=sampling, tokenizer_hash=codec.hash, template_hash=codec.template_hash,
     )  # fmt: skip

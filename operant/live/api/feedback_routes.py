@@ -1,4 +1,4 @@
-"""How people's feedback comes in, by three ways that end in one event, and what each event is told to have done."""
+"""The routes of feedback: the native call, what each event has done, what each source has said, and signed links."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import base64
 import hashlib
 import html
 import json
-import re
 import time
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
@@ -16,24 +15,22 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import Field
 
-from operant.live.api.openai_api import Asked, Body
-from operant.live.api.service import ApiError, Service, caller_of, new_id, service_of
+from operant.live.api.intake import find_completion, is_id, record
+from operant.live.api.service import ApiError, RequestBody, StrictModel, caller_of, service_of
 from operant.live.learning.sources import by_source
-from operant.live.storage import feedback
+from operant.live.serving.access import is_reserved
 from operant.live.storage.store import EventStory, StoredCompletion
 
-__all__ = ["from_metadata", "record", "routes", "story_of"]
+__all__ = ["routes"]
 
 routes = APIRouter()
 
 Kind = Literal["score", "thumb", "edit", "comparison", "span", "comment", "retract"]
 LONGEST_WAIT = 30.0  # seconds that a request for a story may wait
 LOOK_AGAIN = 0.05
-PEOPLE = ("api", "metadata", "link")  # ways by which people rate; the others are the server's own
-_ID = re.compile(r"[\w.:-]{1,200}", re.ASCII)
 
 
-class Characters(Body):
+class Characters(StrictModel):
     """The characters of the answer that a span is about: by their places (code points), by their words, or both."""
 
     start: int | None = None
@@ -41,7 +38,7 @@ class Characters(Body):
     text: str | None = None
 
 
-class FeedbackRequest(Asked):
+class FeedbackRequest(RequestBody):
     """What somebody says about an answer."""
 
     completion_id: str
@@ -54,95 +51,35 @@ class FeedbackRequest(Asked):
     idempotency_key: str | None = None
 
 
-async def stored_of(service: Service, completion_id: str) -> StoredCompletion | None:
-    if not _ID.fullmatch(completion_id):
-        return None
-    return await service.io(service.store.completion, completion_id)
-
-
-async def record(
-    service: Service, body: dict[str, Any], stored: StoredCompletion, source: str, way: str
-) -> dict[str, Any]:
-    """Validate, commit and acknowledge one event, and wake the learner. `way`: by which it came in.
-
-    Raises ApiError 422 for what is no feedback, 409 for an idempotency key that was used for something else, 429 when
-    people say more than their rate.
-    """
-    if way in PEOPLE:
-        service.admit("feedback", source)
-    others: dict[str, StoredCompletion | None] = {}
-    if body.get("kind") == "comparison" and isinstance(body.get("value"), str):
-        others[body["value"]] = await stored_of(service, body["value"])
-    if body.get("kind") == "retract" and (name := body.get("value")):
-        taken = await service.io(service.store.story, name) if isinstance(name, str) and _ID.fullmatch(name) else None
-        if taken is None or (taken.event.source, taken.event.completion_id) != (source, stored.id):
-            raise ApiError(422, f"value: you have said nothing {str(name)[:100]!r} about this answer", param="value")
-    config = service.config
-    event = feedback.parse(
-        body, stored, others.get, source=source, now=time.time(), id=new_id("fb"), score_low=config.score_low,
-        score_high=config.score_high,
-    )  # fmt: skip
-    tags = dict(body.get("tags") or {})
-    receipt = await service.io(service.store.add_feedback, event, body_hash=feedback.body_hash(body), tags=tags)
-    if not receipt.duplicate:
-        service.metrics.feedback.labels(event.kind, way).inc()
-        service.poke()
-        if service.canary is not None:
-            await asyncio.to_thread(service.canary.rated, event, stored)
-    return {
-        "id": receipt.id, "object": "feedback", "completion_id": stored.id, "kind": event.kind, "source": source,
-        "state": receipt.state, "duplicate": receipt.duplicate, "offset": receipt.offset,
-    }  # fmt: skip
-
-
-def from_metadata(completion_id: str, metadata: dict[str, str]) -> list[dict[str, Any]]:
-    """The feedback in a stored completion's metadata: {"feedback": "up", "down" or a score}, {"score": "0.7"},
-    {"edit": …}, {"comment": …}."""
-    events: list[dict[str, Any]] = []
-    for name in ("feedback", "score"):
-        given = metadata.get(name)
-        if given is None:
-            continue
-        if name == "feedback" and given in ("up", "down"):
-            events.append({"completion_id": completion_id, "kind": "thumb", "value": 1 if given == "up" else -1})
-            continue
-        try:
-            value = float(given)
-        except ValueError:
-            words = '"up", "down" or a number' if name == "feedback" else "a number"
-            raise ApiError(422, f"{name} is {given[:40]!r}; give {words}", param=f"metadata.{name}") from None
-        events.append({"completion_id": completion_id, "kind": "score", "value": value})
-    events += [
-        {"completion_id": completion_id, "kind": name, "value": metadata[name]}
-        for name in ("edit", "comment") if name in metadata
-    ]  # fmt: skip
-    return events
-
-
 # --- the native call --------------------------------------------------------------------------------------------------
 
 
 @routes.post("/v1/feedback")
-async def add_feedback(request: Request, said: FeedbackRequest) -> dict[str, Any]:
+async def add_feedback(request: Request, body: FeedbackRequest) -> dict[str, Any]:
     """Say something about an answer. It is committed when this returns; GET it by its id to see what it did."""
     service, caller = service_of(request), caller_of(request, "rate")
     source = caller.name
-    if said.source is not None and said.source != source:
+    if body.source is not None and body.source != source:
         if not caller.may("operate"):
             raise ApiError(
                 403, "only a key with the role operate may speak for another source", param="source",
                 code="insufficient_permissions",
             )  # fmt: skip
-        source = said.source
+        if is_reserved(body.source):
+            raise ApiError(
+                422, "source names what the server rates by itself; give the name of somebody", param="source",
+                code="reserved_name",
+            )  # fmt: skip
+        source = body.source
     if not source:
         raise ApiError(422, "source must not be empty", param="source")
-    stored = await stored_of(service, said.completion_id)
+    stored = await find_completion(service, body.completion_id)
     if stored is None:
         raise ApiError(
-            404, f"there is no stored completion {said.completion_id[:100]!r}; take its id from the response, which is "
+            404, f"there is no stored completion {body.completion_id[:100]!r}; take its id from the response, which is "
             "stored unless it was asked for with store: false", param="completion_id", code="not_found",
         )  # fmt: skip
-    return await record(service, said.model_dump(exclude_unset=True), stored, source, "api")
+    return await record(service, body.model_dump(exclude_unset=True), stored, source, "api")
 
 
 @routes.get("/v1/feedback")
@@ -161,13 +98,13 @@ async def list_feedback(
         if source not in (None, caller.name):
             raise ApiError(403, "a key without the role operate sees its own feedback only", param="source")
         source = caller.name
-    if not all(_ID.fullmatch(name) or name.isprintable() for name in (completion_id or "", source or "")):
+    if not all(is_id(name) or name.isprintable() for name in (completion_id or "", source or "")):
         return {"object": "list", "data": [], "has_more": False}
     rows = await service.io(
         service.store.events, completion_id=completion_id, source=source, kind=kind, state=state, after=after,
         limit=limit + 1,
     )  # fmt: skip
-    return {"object": "list", "data": [story_of(row) for row in rows[:limit]], "has_more": len(rows) > limit}
+    return {"object": "list", "data": [render_story(row) for row in rows[:limit]], "has_more": len(rows) > limit}
 
 
 @routes.get("/v1/feedback/{feedback_id}")
@@ -178,20 +115,21 @@ async def feedback_story(
     service, caller = service_of(request), caller_of(request, "rate")
     until = time.monotonic() + wait
     while True:
-        story = await service.io(service.store.story, feedback_id) if _ID.fullmatch(feedback_id) else None
+        story = await service.io(service.store.story, feedback_id) if is_id(feedback_id) else None
         if story is None or not (caller.may("operate") or story.event.source == caller.name):
             raise ApiError(404, f"there is no feedback {feedback_id[:100]!r}", code="not_found")
-        if settled(story) or time.monotonic() >= until or service.stopping:
-            return story_of(story)
+        if is_settled(story) or time.monotonic() >= until or service.stopping:
+            return render_story(story)
         await asyncio.sleep(LOOK_AGAIN)
 
 
-def settled(story: EventStory) -> bool:
+def is_settled(story: EventStory) -> bool:
     """Whether nothing more will become of it: it was not used, or what it taught is served."""
     return story.state != "pending" and (story.state != "used" or "served" in story.times)
 
 
-def story_of(story: EventStory) -> dict[str, Any]:
+def render_story(story: EventStory) -> dict[str, Any]:
+    """What became of an event, as plain data."""
     event, times = story.event, story.times
     seconds = times["served"] - times["received"] if {"served", "received"} <= times.keys() else None
     return {
@@ -200,12 +138,12 @@ def story_of(story: EventStory) -> dict[str, Any]:
         "source": event.source, "tags": story.tags, "offset": story.offset, "state": story.state,
         "reason": story.reason, "version": story.version, "advantage": story.advantage,
         "logprob_before": story.logprob_before, "logprob_after": story.logprob_after, "times": times,
-        "seconds": seconds, "told": _told(story, seconds),
+        "seconds": seconds, "told": _in_a_sentence(story, seconds),
     }  # fmt: skip
 
 
-def _told(story: EventStory, seconds: float | None) -> str:
-    """One sentence for a person."""
+def _in_a_sentence(story: EventStory, seconds: float | None) -> str:
+    """What became of it, for a person."""
     if story.state == "pending":
         return "waiting to be learned"
     if story.state != "used":
@@ -251,7 +189,7 @@ PAGE_POLICY = (
 )
 
 
-def _page(body: str, status: int = 200) -> HTMLResponse:
+def _link_html(body: str, status: int = 200) -> HTMLResponse:
     content = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Rate this answer</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="robots" content="noindex">'
@@ -268,21 +206,21 @@ async def _linked(request: Request, token: str) -> tuple[StoredCompletion, str]:
         raise ApiError(410, "this link has expired", code="link_expired") from None
     except ValueError:
         raise ApiError(404, "this link is not genuine", code="bad_link") from None
-    stored = await stored_of(service, completion_id)
+    stored = await find_completion(service, completion_id)
     if stored is None:
         raise ApiError(404, "the answer is no longer stored", code="not_found")
     return stored, source
 
 
 @routes.get("/f/{token}", response_class=HTMLResponse)
-async def link_page(request: Request, token: str) -> Response:
+async def link_link_html(request: Request, token: str) -> Response:
     """The answer with two buttons. Looking at it rates nothing: mail programs look at links by themselves."""
     try:
         stored, _ = await _linked(request, token)
     except ApiError as error:
-        return _page(f"<p>{html.escape(error.message)}.</p>", error.status)
+        return _link_html(f"<p>{html.escape(error.message)}.</p>", error.status)
     text = stored.completion.text if stored.completion is not None else "(not written yet)"
-    return _page(
+    return _link_html(
         f"<h1>Rate this answer</h1><p>{html.escape(stored.prompt.text)}</p><blockquote>{html.escape(text)}</blockquote>"
         '<form method="post"><button name="value" value="1">&#128077; Good</button>'
         '<button name="value" value="-1">&#128078; Bad</button></form>'
@@ -319,10 +257,10 @@ async def link_rating(request: Request, token: str) -> Response:
     except ApiError as error:
         if as_json:
             raise
-        return _page(f"<p>{html.escape(error.message)}.</p>", error.status)
+        return _link_html(f"<p>{html.escape(error.message)}.</p>", error.status)
     if as_json:
         return JSONResponse(receipt)
-    return _page("<h1>Thank you</h1><p>Your rating is recorded, and the model learns from it.</p>")
+    return _link_html("<h1>Thank you</h1><p>Your rating is recorded, and the model learns from it.</p>")
 
 
 def _check_tags(body: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""OpenAI's chat and text completions: what a request may say, what it means to the sampler, what goes back.
+"""What a request of OpenAI's API may say, and what it means: prompts and settings for the sampler, and feedback.
 
 Whatever a model here cannot honour is refused by name; nothing that would change the answer is silently ignored.
 """
@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from operant.data.text import Codec
-from operant.live.api.service import ApiError
+from operant.live.api.service import ApiError, RequestBody, StrictModel
 from operant.types import Ints, OperantError, Prompt, Sampling
 
-__all__ = ["ChatRequest", "Message", "TextRequest", "chat_prompt", "check_metadata", "sampling_of", "text_prompts"]
+__all__ = [
+    "ChatRequest", "CompletionRequest", "Message", "MetadataUpdate", "TextRequest", "chat_prompt", "check_metadata",
+    "parse_sampling", "rating_bodies", "refuse_unsupported", "text_prompts",
+]  # fmt: skip
 
 GREEDY_BELOW = 1e-3  # a temperature under this is greedy decoding in every digit, and would overflow the logits
 MAX_CHOICES = 128
@@ -26,7 +29,7 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 
 
-def _content(value: Any) -> Any:
+def _message_text(value: Any) -> Any:
     """The text of a message's content, which may also come as a list of text parts."""
     if value is None:
         raise ValueError("a message needs content, a text")
@@ -44,26 +47,9 @@ def _content(value: Any) -> Any:
     return "".join(texts)
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class Asked(Body):
-    """The body of a request. Its texts can be written as UTF-8: a lone surrogate is half a character."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, body: Any) -> Any:
-        try:
-            json.dumps(body, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("a text holds half a character (a lone surrogate); send whole ones") from None
-        return body
-
-
-class Message(Body):
+class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
+    content: Annotated[str, BeforeValidator(_message_text)]
     name: str | None = None
     refusal: None = None
     annotations: list[Any] | None = None  # what an answer of OpenAI's client carries when it is sent back
@@ -73,12 +59,16 @@ class Message(Body):
     completion_id: str | None = None
 
 
-class StreamOptions(Body):
+class MetadataUpdate(RequestBody):
+    metadata: dict[str, str] | None = Field(...)
+
+
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(RequestBody):
     """What both kinds of request have."""
 
     model: str
@@ -187,11 +177,40 @@ def check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
     return given
 
 
+def rating_bodies(completion_id: str, metadata: dict[str, str]) -> list[dict[str, Any]]:
+    """The feedback in a stored completion's metadata: {"feedback": "up", "down" or a score}, {"score": "0.7"},
+    {"edit": …}, {"comment": …}; each as the body of a native call. Raises ApiError 422 for a score that is no number.
+    """
+    events: list[dict[str, Any]] = []
+    for name in ("feedback", "score"):
+        given = metadata.get(name)
+        if given is None:
+            continue
+        if name == "feedback" and given in ("up", "down"):
+            events.append({"completion_id": completion_id, "kind": "thumb", "value": 1 if given == "up" else -1})
+            continue
+        try:
+            value = float(given)
+        except ValueError:
+            words = '"up", "down" or a number' if name == "feedback" else "a number"
+            raise ApiError(422, f"{name} is {given[:40]!r}; give {words}", param=f"metadata.{name}") from None
+        events.append({"completion_id": completion_id, "kind": "score", "value": value})
+    events += [
+        {"completion_id": completion_id, "kind": name, "value": metadata[name]}
+        for name in ("edit", "comment") if name in metadata
+    ]  # fmt: skip
+    return events
+
+
 # --- what the sampler is asked ----------------------------------------------------------------------------------------
 
 
-def sampling_of(request: CompletionRequest, default_max: int, vocab_size: int) -> Sampling:
-    """The request's settings. Without a seed one is drawn, so that what was sampled can always be sampled again."""
+def parse_sampling(request: CompletionRequest, default_max: int, vocab_size: int) -> Sampling:
+    """The request's settings. Without a seed one is drawn, so that what was sampled can always be sampled again.
+
+    default_max: tokens of an answer when the request does not say.
+    Raises ApiError 400 for stop strings or a logit_bias that cannot be honoured.
+    """
     stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
     if len(stops) > MAX_STOPS or not all(0 < len(stop) <= 256 for stop in stops):
         raise ApiError(
@@ -235,7 +254,8 @@ def chat_prompt(
     messages: Sequence[Message], codec: Codec, *, encoder: bool, prefix: str, separator: str, route: str = ""
 ) -> Prompt:
     """The prompt of a chat: through the tokenizer's template, or, where it has none, the contents joined by newlines
-    between `prefix` and `separator` as fine-tuning saw prompts."""
+    between `prefix` and `separator` as fine-tuning saw prompts. Raises ApiError 400 for a chat that the template
+    refuses."""
     chat = [
         {"role": "system" if message.role == "developer" else message.role, "content": message.content}
         for message in messages
@@ -252,7 +272,10 @@ def chat_prompt(
 
 
 def text_prompts(request: TextRequest, codec: Codec, *, encoder: bool, route: str = "") -> list[Prompt]:
-    """The prompts of a text completion: texts exactly as given, or token ids."""
+    """The prompts of a text completion: texts exactly as given, or token ids.
+
+    Raises ApiError 400 for too many prompts, or token ids that there are not.
+    """
     given = request.prompt
     if isinstance(given, str):
         several: list[Any] = [given]

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from operant.live.api.openai_api import Asked
-from operant.live.api.service import ApiError, Service, caller_of, service_of
+from operant.live.api.service import ApiError, RequestBody, Service, caller_of, service_of
 from operant.live.serving.access import Caller
 from operant.types import OperantError
 
@@ -23,7 +22,7 @@ SERVED_WITHIN = 10.0  # seconds that a call which moves the pointer waits until 
 Number = Annotated[int, Path(ge=0, lt=1 << 31)]
 
 
-class Pin(Asked):
+class PinRequest(RequestBody):
     """A user who is served `version` whatever is published; null lets them follow again."""
 
     user: str = Field(min_length=1, max_length=256)
@@ -33,23 +32,25 @@ class Pin(Asked):
 # --- what is answered ------------------------------------------------------------------------------------------------
 
 
-class Told(BaseModel):
+class Reply(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Rated(Told):
+class RatedReply(Reply):
     serving: int
     candidate: int
 
 
-class Trial(Told):
+class TrialReply(Reply):
     """How far the trial of a version is. It is decided by e-values, which may be looked at after every pair."""
 
     serving: int = Field(description="the version that serves meanwhile")
     candidate: int | None = Field(description="the version on trial; null while none is")
     kind: Literal["canary", "shadow"] = Field(description="canary: it answers some users. shadow: it answers unseen")
     share: float = Field(description="of the users (canary) or of the answers (shadow) that it answers")
-    rated: Rated = Field(description="answers of each whose rating counts; one source counts five times in a trial")
+    rated: RatedReply = Field(
+        description="answers of each whose rating counts; one source counts five times in a trial"
+    )
     pairs: int = Field(description="ratings of one that were set against one of the other")
     difference: float | None = Field(description="mean of candidate − serving, rewards on [0, 1]; null without pairs")
     e_better: float = Field(description="evidence that it is not worse by `margin` or more")
@@ -61,7 +62,7 @@ class Trial(Told):
     refused: int = Field(description="trials so far that ended so")
 
 
-class Verdict(Told):
+class VerdictReply(Reply):
     """How the trial of a version ended."""
 
     verdict: Literal["promoted", "refused"]
@@ -77,7 +78,7 @@ class Verdict(Told):
     e_worse: float
 
 
-class Slow(Told):
+class SlowGateReply(Reply):
     """What the slow gate found on held-out prompts."""
 
     model_config = ConfigDict(extra="allow")
@@ -85,7 +86,7 @@ class Slow(Told):
     passed: bool
 
 
-class OneVersion(Told):
+class VersionReply(Reply):
     version: int
     parent: int | None
     state: str = Field(description="published, refused by the gate, or nothing, where there was nothing to learn")
@@ -93,42 +94,48 @@ class OneVersion(Told):
     events: int = Field(description="events that the step consumed")
     used: int = Field(description="those of them that it learned from")
     on_disk: bool = Field(description="whether its weights are kept")
-    slow: Slow | None = Field(description="null while it has not looked")
-    trial: Verdict | None = Field(description="null where no trial of it has ended")
+    slow: SlowGateReply | None = Field(description="null while it has not looked")
+    trial: VerdictReply | None = Field(description="null where no trial of it has ended")
 
 
-class Learner(Told):
+class LearnerReply(Reply):
     state: str
     fault: str | None = Field(None, description="what it fails at; operators only")
 
 
-class VersionList(Told):
+class VersionsReply(Reply):
     object: Literal["list"]
     current: int = Field(description="the version that learning goes on from; without a trial it serves, too")
     anchor: int = Field(description="the version that what may be lost is measured from")
     serving: int
     resident: list[int] = Field(description="versions whose weights are in memory")
-    learner: Learner
-    trial: Trial | None = Field(description="null where the server tries no versions")
+    learner: LearnerReply
+    trial: TrialReply | None = Field(description="null where the server tries no versions")
     pins: dict[str, int] | None = Field(None, description="user to version; operators only")
-    versions: list[OneVersion]
+    versions: list[VersionReply]
 
 
-@routes.get("", responses={200: {"model": VersionList}})
+@routes.get("", responses={200: {"model": VersionsReply}})
 async def versions(request: Request) -> dict[str, Any]:
     """What serves, what is on trial and how far that is, and every step with its verdict."""
     service = service_of(request)
     caller: Caller = request.state.caller
-    told = await asyncio.to_thread(service.versions.overview)
+    overview = await asyncio.to_thread(service.versions.overview)
     stats = service.engine.stats()
     supervisor = service.supervisor
     learner = {"state": "none"} if supervisor is None else {"state": supervisor.state, "fault": supervisor.fault}
     if service.canary is not None:
-        told["trial"] = await asyncio.to_thread(service.canary.told)
+        overview["trial"] = await asyncio.to_thread(service.canary.summary)
     if not caller.may("operate"):
-        told.pop("pins")
+        overview.pop("pins")
         learner.pop("fault", None)
-    return {"object": "list", "serving": stats["version"], "resident": stats["resident"], "learner": learner, **told}
+    return {
+        "object": "list",
+        "serving": stats["version"],
+        "resident": stats["resident"],
+        "learner": learner,
+        **overview,
+    }
 
 
 @routes.post("/{version}/promote")
@@ -146,10 +153,10 @@ async def roll_back(request: Request) -> dict[str, Any]:
 
 
 @routes.post("/pins")
-async def pin(request: Request, pin: Pin) -> dict[str, Any]:
+async def pin(request: Request, body: PinRequest) -> dict[str, Any]:
     service, _ = service_of(request), caller_of(request, "operate")
     try:
-        await asyncio.to_thread(service.versions.pin, pin.user, pin.version)
+        await asyncio.to_thread(service.versions.pin, body.user, body.version)
         return {"pins": await asyncio.to_thread(service.versions.pins)}
     except OperantError as error:
         raise ApiError(409, str(error), param="version") from error

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request
 from pydantic import Field
 
-from operant.live.api.openai_api import Asked
-from operant.live.api.service import ApiError, Service, caller_of, service_of
+from operant.live.api.service import ApiError, RequestBody, Service, caller_of, service_of
 from operant.live.learning.forget import Forgotten, Plan, ask, forgotten
 from operant.types import OperantError
 
@@ -21,14 +20,14 @@ routes = APIRouter(prefix="/v1/forget")
 Wait = Annotated[float, Query(ge=0, le=600)]
 
 
-class Forget(Asked):
+class ForgetRequest(RequestBody):
     """Whom to forget: the name of their key, or the source that was given with their feedback."""
 
     source: str = Field(min_length=1, max_length=256)
 
 
 @routes.post("")
-async def forget(request: Request, body: Forget, wait: Wait = 0.0) -> dict[str, Any]:
+async def begin_forgetting(request: Request, body: ForgetRequest, wait: Wait = 0.0) -> dict[str, Any]:
     """Begin to forget a source, and wait at most so many seconds until that is done.
 
     {"id", "state", "result"}: the state is "done" with {"events", "base", "redone", "dropped", "current"}, or how far
@@ -46,17 +45,19 @@ async def forget(request: Request, body: Forget, wait: Wait = 0.0) -> dict[str, 
     except OperantError as error:
         raise ApiError(409, str(error), param="source") from error
     service.poke()
-    return await _told(service, plan.number, wait)
+    return await _progress(service, plan.number, wait)
 
 
 @routes.get("/{number}")
-async def state(request: Request, number: Annotated[int, Path(ge=1, lt=1 << 31)], wait: Wait = 0.0) -> dict[str, Any]:
+async def forgetting_progress(
+    request: Request, number: Annotated[int, Path(ge=1, lt=1 << 31)], wait: Wait = 0.0
+) -> dict[str, Any]:
     """How far the forgetting of this id is, or what it came to."""
     service, _ = service_of(request), caller_of(request, "operate")
-    return await _told(service, number, wait)
+    return await _progress(service, number, wait)
 
 
-async def _told(service: Service, number: int, wait: float) -> dict[str, Any]:
+async def _progress(service: Service, number: int, wait: float) -> dict[str, Any]:
     until = time.monotonic() + wait
     while True:
         done, plan = await asyncio.to_thread(_look, service, number)

@@ -1,0 +1,265 @@
+"""What OpenAI's API sends back: chat and text completions, whole or in chunks, stored chats, and the model.
+
+What OpenAI's objects have no field for is under `operant`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request
+
+from operant.data.text import Codec
+from operant.live.api.generation import Choice, Generation
+from operant.live.api.service import Service
+from operant.live.storage.store import StoredCompletion
+from operant.types import Completion, TokenInfo
+
+__all__ = [
+    "ChatForm", "Chunks", "TextForm", "render_answer", "render_model", "render_stored_chat", "server_sent_event",
+]  # fmt: skip
+
+_FINISH = {"eos": "stop", "stop": "stop", "reward": "stop", "length": "length"}
+
+
+# --- the two forms of a completion ------------------------------------------------------------------------------------
+
+
+class ChatForm:
+    """The objects of a chat completion. `whole` and `part` are their names, of an answer and of a chunk of one."""
+
+    whole, part = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    def opening(self) -> dict[str, Any]:
+        """The first chunk of a choice."""
+        return {"delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}
+
+    def piece(self, text: str, tokens: Sequence[TokenInfo], start: int, wanted: int | None) -> dict[str, Any]:
+        """A chunk of a choice. start: characters before it. wanted: alternatives to tell of each token, if any."""
+        return {"delta": {"content": text}, "logprobs": self.logprobs(tokens, wanted)}
+
+    def closing(self) -> dict[str, Any]:
+        """The last chunk of a choice."""
+        return {"delta": {}, "logprobs": None}
+
+    def choice(self, text: str, tokens: Sequence[TokenInfo], wanted: int | None) -> dict[str, Any]:
+        """A whole choice."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message, "logprobs": self.logprobs(tokens, wanted)}
+
+    def logprobs(self, tokens: Sequence[TokenInfo], wanted: int | None) -> dict[str, Any] | None:
+        """Of the model itself: at temperature 1 and with nothing cut off."""
+        if wanted is None:
+            return None
+        content = [
+            self._token(token.token, token.model_logprob)
+            | {"top_logprobs": [self._token(other, logprob) for other, logprob in token.alternatives[:wanted]]}
+            for token in tokens if self.codec.is_text(token.token)
+        ]  # fmt: skip
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.codec.token_bytes(token)
+        return {"token": text.decode("utf-8", "replace"), "logprob": _json_logprob(logprob), "bytes": list(text)}
+
+
+class TextForm:
+    """The objects of a text completion, as `ChatForm`'s."""
+
+    whole = part = "text_completion"
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+
+    def opening(self) -> dict[str, Any]:
+        return {"text": "", "logprobs": None}
+
+    def piece(self, text: str, tokens: Sequence[TokenInfo], start: int, wanted: int | None) -> dict[str, Any]:
+        return {"text": text, "logprobs": self.logprobs(tokens, wanted, start)}
+
+    def closing(self) -> dict[str, Any]:
+        return {"text": "", "logprobs": None}
+
+    def choice(self, text: str, tokens: Sequence[TokenInfo], wanted: int | None) -> dict[str, Any]:
+        return self.piece(text, tokens, 0, wanted)
+
+    def logprobs(self, tokens: Sequence[TokenInfo], wanted: int | None, start: int) -> dict[str, Any] | None:
+        """As `ChatForm.logprobs`; `start` is the place of the first token's text."""
+        if wanted is None:
+            return None
+        columns: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        at = start
+        for token in tokens:
+            if not self.codec.is_text(token.token):
+                continue
+            columns["tokens"].append(self._name(token.token))
+            columns["token_logprobs"].append(_json_logprob(token.model_logprob))
+            columns["top_logprobs"].append(
+                {self._name(other): _json_logprob(logprob) for other, logprob in token.alternatives[:wanted]}
+            )
+            columns["text_offset"].append(at)
+            at += len(token.text)
+        return columns
+
+    def _name(self, token: int) -> str:
+        """A token's text; one that is a part of a character is spelled as OpenAI spells it, so that names differ."""
+        text = self.codec.token_bytes(token)
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
+
+
+def _json_logprob(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else -9999.0  # as OpenAI writes what cannot be drawn
+
+
+# --- an answer, whole or in chunks ------------------------------------------------------------------------------------
+
+
+def render_answer(request: Request, generation: Generation, form: ChatForm | TextForm) -> dict[str, Any]:
+    """The completion object of an answer whose choices are all written."""
+    choices = generation.choices
+    rows = [
+        {"index": choice.index, "completion_id": choice.id, "finish_reason": _finish_reason(choice.completion)}
+        | form.choice(
+            choice.completion.text if choice.completion else "", choice.tokens, generation.request.top_logprobs
+        )
+        for choice in choices
+    ]
+    return (
+        _head(generation, form.whole)
+        | {"choices": rows, "usage": _answer_usage(generation)}
+        | _extras(request, generation, _last_version(choices[0]))
+    )
+
+
+class Chunks:
+    """The chunks of an answer, each as a server-sent event. usage: whether its tokens are counted in the end."""
+
+    def __init__(self, request: Request, generation: Generation, form: ChatForm | TextForm, usage: bool) -> None:
+        self._request, self._generation, self._form = request, generation, form
+        self._head = _head(generation, form.part)
+        self._usage: dict[str, Any] = {"usage": None} if usage else {}
+        self._starts = [0] * len(generation.choices)
+
+    def opening(self, choice: Choice) -> bytes:
+        return self._chunk(choice, self._form.opening(), **_extras(self._request, self._generation))
+
+    def piece(self, choice: Choice, text: str, tokens: Sequence[TokenInfo]) -> bytes:
+        """The text that follows what was sent of the choice."""
+        wanted = self._generation.request.top_logprobs
+        chunk = self._chunk(choice, self._form.piece(text, tokens, self._starts[choice.index], wanted))
+        self._starts[choice.index] += len(text)
+        return chunk
+
+    def closing(self, choice: Choice) -> bytes:
+        reason, version = _finish_reason(choice.completion), _last_version(choice)
+        return self._chunk(choice, self._form.closing(), reason, operant={"version": version})
+
+    def usage(self) -> bytes:
+        """The last chunk of all, with the tokens of the answer."""
+        return server_sent_event(self._head | {"choices": [], "usage": _answer_usage(self._generation)})
+
+    def _chunk(self, choice: Choice, content: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
+        row = {"index": choice.index, "completion_id": choice.id, "finish_reason": finish} | content
+        return server_sent_event(self._head | {"choices": [row]} | self._usage | more)
+
+
+def server_sent_event(content: dict[str, Any]) -> bytes:
+    """One event of a stream."""
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+
+
+def _head(generation: Generation, kind: str) -> dict[str, Any]:
+    return {
+        "id": generation.id, "object": kind, "created": int(generation.created), "model": generation.service.name,
+        "system_fingerprint": f"version-{generation.version}",
+    }  # fmt: skip
+
+
+def _extras(request: Request, generation: Generation, version: int | None = None) -> dict[str, Any]:
+    extras: dict[str, Any] = {"version": generation.version if version is None else version}
+    if generation.request.stored:
+        extras["feedback_url"] = _feedback_url(generation.service, request, generation.id, generation.request.owner)
+    return {"operant": extras}
+
+
+def _feedback_url(service: Service, request: Request, completion_id: str, source: str) -> str:
+    """A link by which a browser can rate this answer without a key."""
+    base = service.config.public_url or str(request.base_url)
+    return f"{base.rstrip('/')}/f/{service.links.sign(completion_id, source)}"
+
+
+def _last_version(choice: Choice) -> int | None:
+    """The version that wrote the last token, which is all of them unless one left the memory meanwhile."""
+    completion = choice.completion
+    if completion is None or completion.policy_version is None or not len(completion.tokens):
+        return None
+    return int(completion.policy_version[-1])
+
+
+def _finish_reason(completion: Completion | None) -> str | None:
+    return None if completion is None else _FINISH.get(completion.stop_reason)
+
+
+def _answer_usage(generation: Generation) -> dict[str, int]:
+    prompts = {id(choice.prompt): len(choice.prompt.tokens) for choice in generation.choices}
+    return _token_usage(sum(prompts.values()), [choice.completion for choice in generation.choices])
+
+
+def _token_usage(prompt_tokens: int, completions: Sequence[Completion | None]) -> dict[str, int]:
+    written = sum(len(c.tokens) for c in completions if c is not None)
+    return {
+        "prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written
+    }  # fmt: skip
+
+
+# --- stored chats, and the model --------------------------------------------------------------------------------------
+
+
+def render_stored_chat(service: Service, request: Request, rows: Sequence[StoredCompletion]) -> dict[str, Any]:
+    """A stored chat as it was answered. rows: its choices; the first one is what the chat is stored as."""
+    stored = rows[0]
+    choices = [
+        {
+            "index": row.request.get("choice", 0), "completion_id": row.id, "logprobs": None,
+            "finish_reason": _finish_reason(row.completion),
+            "message": {
+                "role": "assistant", "refusal": None,
+                "content": row.completion.text if row.completion is not None else None,
+            },
+        }
+        for row in rows
+    ]  # fmt: skip
+    sampling = stored.completion.sampling if stored.completion is not None else None
+    return {
+        "id": stored.id, "object": "chat.completion", "created": int(stored.created), "model": service.name,
+        "choices": choices, "usage": _token_usage(len(stored.prompt.tokens), [row.completion for row in rows]),
+        "metadata": stored.metadata, "request_id": stored.id, "input_user": stored.user, "tools": None,
+        "tool_choice": None, "response_format": None, "service_tier": "default",
+        "temperature": sampling.temperature if sampling else None, "top_p": sampling.top_p if sampling else None,
+        "seed": sampling.seed if sampling else None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+        "operant": {
+            "status": stored.status, "version": stored.model_version,
+            "feedback_url": _feedback_url(service, request, stored.id, stored.request.get("owner", "")),
+        },
+    }  # fmt: skip
+
+
+def render_model(service: Service, name: str) -> dict[str, Any]:
+    """The model that is served, under one of its names."""
+    return {
+        "id": name, "object": "model", "created": int(service.started), "owned_by": "operant",
+        "operant": {
+            "version": service.version, "max_length": service.max_length,
+            "scores": [service.config.score_low, service.config.score_high],
+            "conversation": bool(service.codec.tokenizer.chat_template),  # without: every question stands alone
+        },
+    }  # fmt: skip
