@@ -248,9 +248,9 @@ def _check_whole(result: Any) -> None:
 
 
 def run_pretrain(config: configs.PretrainConfig) -> None:
-    from operant.stages import pretrain, pretrain_masked, wants_masked
+    from operant.stages import pretrain, pretrain_masked, trains_encoder
 
-    _check_whole((pretrain_masked if wants_masked(config) else pretrain)(config))
+    _check_whole((pretrain_masked if trains_encoder(config) else pretrain)(config))
 
 
 def run_sft(config: configs.SftConfig) -> None:

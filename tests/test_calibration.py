@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from operant.stages.calibration import (
+from operant.rewards.calibration import (
     brier_score,
     calibration_error,
     fit_affine,

@@ -18,12 +18,14 @@ tokenizers that look at the whole sentence (MeCab, SentencePiece).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from operant.rewards.calibration import pearson
 from operant.rewards.seam import last_sampled
 from operant.types import Completion, Doubles, Ints, Trajectory
 
@@ -355,16 +357,10 @@ def potential_diagnostics(trajectories: Iterable[Trajectory]) -> list[float]:
             before = potentials_before(trajectory.rewards)
             rows.append([before[int((d + 0.5) * size / 10)] for d in range(10)])
             finals.append(float(trajectory.rewards.sum()))
-    return [_correlation([row[d] for row in rows], finals) for d in range(10)]
-
-
-def _correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
-    if len(xs) < 2:
-        return float("nan")
-    x, y = np.asarray(xs) - np.mean(xs), np.asarray(ys) - np.mean(ys)
-    scale = float(np.sqrt((x * x).sum() * (y * y).sum()))
-    # Rounding leaves constants with a spread of a few ulp, which is no variation.
-    return float((x * y).sum()) / scale if scale > 1e-18 else float("nan")
+    potentials, metrics = np.array(rows).reshape(-1, 10), np.array(finals)
+    # rounding leaves constants with a spread of a few ulp, which is no variation
+    noise = 1e-12 * float(np.abs(np.append(potentials, metrics)).max(initial=0.0))
+    return [pearson(column, metrics, noise=noise, undefined=math.nan) for column in potentials.T]
 
 
 def dense_rewards(metric: Any, prompt_references: Sequence[str], completion: Completion) -> Doubles:

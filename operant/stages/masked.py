@@ -96,7 +96,7 @@ def starting_encoder(config: StartConfig, seed: int, device: str, dtype: str, te
     )  # fmt: skip
 
 
-def wants_masked(config: PretrainConfig) -> bool:
+def trains_encoder(config: PretrainConfig) -> bool:
     """Whether `operant pretrain` trains an encoder: it is asked for, or the model to go on from is one and no other
     objective is asked for (an encoder to begin from is not one to go on with: see `Encoder.with_decoder`)."""
     if config.model:
@@ -104,4 +104,4 @@ def wants_masked(config: PretrainConfig) -> bool:
     return config.arch in ENCODER_SIZES
 
 
-__all__ = ["pretrain_masked", "starting_encoder", "wants_masked"]
+__all__ = ["pretrain_masked", "starting_encoder", "trains_encoder"]

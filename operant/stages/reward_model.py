@@ -17,21 +17,23 @@ from operant.data.batch import microbatches
 from operant.data.rows import ABSENT, Row, cell, find_column, is_chat, load_split_rows, text_of
 from operant.data.text import chars_to_tokens
 from operant.models.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts
-from operant.run.run import DataOrder, Run
-from operant.stages.calibration import (
+from operant.rewards.calibration import (
     brier_score,
     calibration_error,
     fit_affine,
     fit_temperature,
     log_loss,
     pearson,
+    regression_slope,
     spearman,
 )
+from operant.run.files import replace_file
+from operant.run.run import DataOrder, Run
 from operant.stages.masked import starting_encoder
 from operant.stages.supervised import Measures, Task, all_texts, fit
 from operant.types import Batch, Doubles, OperantError
 
-_LABELS = {"comparison": ("label_field",), "regression": ("score_field",), "token": ("span_field",)}
+_LABELS = {"comparison": "label_field", "regression": "score_field", "token": "span_field"}
 
 
 @dataclass(slots=True)
@@ -85,10 +87,8 @@ def train_reward_model(
             dev_rows = loaded if dev_rows is None else dev_rows
         if not rows:
             raise OperantError("there are no rows to learn from; check --data and --limit")
-        encoder = starting_encoder(config, config.seed, config.device, config.dtype, all_texts(rows))
-        pool = config.pool if config.pool != "auto" else "last" if encoder.causal else "mean"
-        facts = RewardFacts(config.kind, pool, config.separator)
-        model = RewardModel(encoder, facts, seed=config.seed)
+        model = _starting_model(config, rows)
+        facts = model.facts
         known, notes = read_judgements(rows, config, model, "training")
         held_out, more = read_judgements(dev_rows, config, model, "held-out") if dev_rows else ([], [])
         check_classes(known, config)
@@ -101,13 +101,20 @@ def train_reward_model(
         measured: dict[str, Measures] = {}
         if held_out:
             measured = measure_and_calibrate(model, held_out, known)
-            (run.folder.path / "results.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
-            run.log.samples(run.step, _samples(model, held_out))
+            replace_file(run.folder.path / "results.json", json.dumps(measured, indent=1))
+            run.log.samples(run.step, _sample_rows(model, held_out))
         facts.measured = measured
         result = RewardModelResult(model, run.folder.path, run.step, run.seconds, run.stop_reason, measured)
     # the run has put the best checkpoint's weights there; what was fitted after it belongs beside them
     write_facts(facts, result.out / "model")
     return result
+
+
+def _starting_model(config: RewardModelConfig, rows: Sequence[Row]) -> RewardModel:
+    """An untrained reward model on the encoder that `config` names, or on a new one."""
+    encoder = starting_encoder(config, config.seed, config.device, config.dtype, all_texts(rows))
+    pool = config.pool if config.pool != "auto" else "last" if encoder.causal else "mean"
+    return RewardModel(encoder, RewardFacts(config.kind, pool, config.separator), seed=config.seed)
 
 
 class RewardTask(Task):
@@ -141,60 +148,40 @@ class RewardTask(Task):
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """The texts of row `number`, counted from 1: its prompt, and one completion or the better and the worse of two."""
+
+    row: Row
+    number: int
+    prompt: str
+    completions: tuple[str, ...]
+    first_won: bool
+
+
 def read_judgements(
     rows: Sequence[Row], config: RewardModelConfig, model: RewardModel, which: str
 ) -> tuple[list[Judgement], list[str]]:
-    """(labelled rows as the model reads them, what was left out). Raises OperantError naming the first faulty row."""
-    prompt_field = config.prompt_field or ("prompt" if any("prompt" in row for row in rows) else None)
-    two = config.kind == "comparison"
-    fields = (config.chosen_field, config.rejected_field) if two else (config.completion_field,)
-    flags = ("chosen_field", "rejected_field") if two else ("completion_field",)
-    for field, flag in zip(fields, flags, strict=True):
-        find_column(rows, flag, field, f"--{flag}")
-    for flag in _LABELS[config.kind]:
-        if field := getattr(config, flag):
-            find_column(rows, flag, field, f"--{flag}")
-    texts: list[tuple[str, ...]] = []
-    labels: list[tuple[Row, int, bool]] = []
-    ties = 0
-    for number, row in enumerate(rows, start=1):
-        asked = _text(row, prompt_field, number) if prompt_field else ""
-        answers = tuple(_text(row, field, number) for field in fields)
-        first_won = True
-        if two and config.label_field:
-            label = _number(row, config.label_field, number)
-            if label not in (0, 1, 2):
-                raise OperantError(
-                    f"row {number}: the label is {label:g}; it must be 1 (first is better), 2 or 0 (tie)"
-                )
-            if label == 0:
-                ties += 1
-                continue
-            first_won = label == 1
-            answers = answers if first_won else answers[::-1]
-        if two and answers[0] == answers[1]:
-            ties += 1
-            continue
-        texts.append((asked, *answers))
-        labels.append((row, number, first_won))
-    flat = [(asked, answer) for asked, *answers in texts for answer in answers]
-    readings = model.read_all(flat)
-    each = 2 if two else 1
+    """(labelled rows as the model reads them, what was left out). `which` names the rows in messages.
+
+    Raises OperantError naming the first faulty row, for a missing column, completions that are too long ("error"), and
+    where no row is left.
+    """
+    _check_columns(rows, config)
+    asks = config.prompt_field or ("prompt" if any("prompt" in row for row in rows) else None)
+    read = [_labelled(row, number, asks, config) for number, row in enumerate(rows, start=1)]
+    labelled = [row for row in read if row is not None]
+    readings = iter(model.read_all([(row.prompt, text) for row in labelled for text in row.completions]))
     judgements: list[Judgement] = []
-    long = 0
-    for i, (row, number, first_won) in enumerate(labels):
-        own = tuple(readings[i * each : (i + 1) * each])
-        if any(reading is None for reading in own):
-            long += 1
-            continue
+    for row in labelled:
+        own = [next(readings) for _ in row.completions]
         whole = tuple(reading for reading in own if reading is not None)
-        if two:
-            judgements.append(Judgement(whole, np.zeros(0), first_won))
-        else:
-            judgements.append(Judgement(whole, _targets(row, number, whole[0], config)))
+        if len(whole) == len(own):
+            judgements.append(Judgement(whole, _targets(row, whole[0], config), row.first_won))
+    ties, long = len(read) - len(labelled), len(labelled) - len(judgements)
     if long and config.too_long == "error":
         raise OperantError(
-            f"{long} of {len(labels)} {which} rows have a completion of more tokens than the model holds "
+            f"{long} of {len(labelled)} {which} rows have a completion of more tokens than the model holds "
             f"({model.encoder.max_length}); use --too_long skip, or a longer --max_length"
         )
     notes = [f"{ties} {which} rows are ties and were left out"] if ties else []
@@ -204,25 +191,45 @@ def read_judgements(
     return judgements, notes
 
 
-def _targets(row: Row, number: int, reading: Reading, config: RewardModelConfig) -> Doubles:
+def _completion_flags(config: RewardModelConfig) -> tuple[str, ...]:
+    return ("chosen_field", "rejected_field") if config.kind == "comparison" else ("completion_field",)
+
+
+def _check_columns(rows: Sequence[Row], config: RewardModelConfig) -> None:
+    for flag in _completion_flags(config):
+        find_column(rows, flag, getattr(config, flag), f"--{flag}")
+    label = _LABELS[config.kind]
+    if field := getattr(config, label):
+        find_column(rows, label, field, f"--{label}")
+
+
+def _labelled(row: Row, number: int, prompt_field: str | None, config: RewardModelConfig) -> _Labelled | None:
+    """The texts of a row; None for a comparison that is a tie."""
+    prompt = _text(row, prompt_field, number) if prompt_field else ""
+    completions = tuple(_text(row, getattr(config, flag), number) for flag in _completion_flags(config))
+    if config.kind != "comparison":
+        return _Labelled(row, number, prompt, completions, True)
+    label = _number_in(row, config.label_field, number) if config.label_field else 1
+    if label not in (0, 1, 2):
+        raise OperantError(f"row {number}: the label is {label:g}; it must be 1 (first is better), 2 or 0 (tie)")
+    if label == 0 or completions[0] == completions[1]:
+        return None
+    return _Labelled(row, number, prompt, completions if label == 1 else completions[::-1], label == 1)
+
+
+def _targets(labelled: _Labelled, reading: Reading, config: RewardModelConfig) -> Doubles:
+    """`Judgement.targets` of a row."""
     sign = -1.0 if config.lower_is_better else 1.0
+    if config.kind == "comparison":
+        return np.zeros(0)
     if config.kind == "regression":
-        return np.array([sign * _number(row, config.score_field, number)])
-    labels = cell(row, config.span_field)
-    if not isinstance(labels, list):
-        raise OperantError(
-            f"row {number} has no list in the column {config.span_field!r}; [] says that nothing is marked"
-        )
-    if row.get("tokens") is None:
-        spans = _char_spans(labels, number)
-    else:
-        spans = _token_spans(row["tokens"], labels, number, _text(row, config.completion_field, number))
+        return np.array([sign * _number_in(labelled.row, config.score_field, labelled.number)])
     values = np.zeros(len(reading.text_ends))
-    for start, end, label in spans:
+    for start, end, label in _spans(labelled, config):
         if not 0 <= start < end <= len(reading.text):
             raise OperantError(
-                f"row {number}: a span covers [{start}, {end}) of a completion of {len(reading.text)} characters; "
-                "spans are half-open and count characters"
+                f"row {labelled.number}: a span covers [{start}, {end}) of a completion of {len(reading.text)} "
+                "characters; spans are half-open and count characters"
             )
         first, stop = chars_to_tokens(reading.text_ends, start, end)
         if label is None:
@@ -230,6 +237,18 @@ def _targets(row: Row, number: int, reading: Reading, config: RewardModelConfig)
         else:
             values[first:stop] += sign * label / max(1, stop - first)
     return values
+
+
+def _spans(labelled: _Labelled, config: RewardModelConfig) -> list[tuple[int, int, float | None]]:
+    """(start, end, value) of a row's labels, in characters of its completion; None where a token has no value."""
+    labels = cell(labelled.row, config.span_field)
+    if not isinstance(labels, list):
+        raise OperantError(
+            f"row {labelled.number} has no list in the column {config.span_field!r}; [] says that nothing is marked"
+        )
+    if labelled.row.get("tokens") is None:
+        return _char_spans(labels, labelled.number)
+    return _token_spans(labelled.row["tokens"], labels, labelled.number, labelled.completions[0])
 
 
 def _char_spans(labels: list[Any], number: int) -> list[tuple[int, int, float | None]]:
@@ -280,7 +299,8 @@ def _text(row: Row, field: str, number: int) -> str:
     return "\n".join(text_of(turn, field, number) for turn in turns)
 
 
-def _number(row: Row, field: str, number: int) -> float:
+def _number_in(row: Row, field: str, number: int) -> float:
+    """The number in a column of row `number`."""
     value = cell(row, field)
     try:
         found = math.nan if value is None or value is ABSENT or isinstance(value, list | dict) else float(value)
@@ -385,8 +405,7 @@ def baselines(judgements: Sequence[Judgement], kind: str, known: Sequence[Judgem
     values = np.concatenate([j.targets for j in known])
     there = np.isfinite(values)
     x, y = lengths[there], values[there]
-    spread = float(np.sum((x - x.mean()) ** 2))
-    slope = float(np.sum((x - x.mean()) * (y - y.mean()))) / spread if spread else 0.0
+    slope = regression_slope(x, y)
     line = [np.full(len(j.targets), y.mean() + slope * (j.length - x.mean())) for j in judgements]
     flat = [np.full(len(j.targets), y.mean()) for j in judgements]
     keep = ("correlation", "rank_correlation", "rmse", "accuracy")
@@ -427,7 +446,8 @@ def _calibration(judgements: Sequence[Judgement], rewards: Sequence[Doubles], ki
     return (scale, offset) if scale > 0 else (1.0, 0.0)
 
 
-def _samples(model: RewardModel, held_out: Sequence[Judgement], most: int = 8) -> list[dict[str, Any]]:
+def _sample_rows(model: RewardModel, held_out: Sequence[Judgement], most: int = 8) -> list[dict[str, Any]]:
+    """What samples.jsonl keeps of the first held-out judgements."""
     shown = held_out[:most]
     codec = model.encoder.codec
     rows = []

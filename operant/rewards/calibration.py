@@ -1,4 +1,4 @@
-"""How well predictions agree with what they predict: correlation, calibration and its repair. Pure numpy functions."""
+"""How well a reward agrees with what it should foretell: correlation, calibration and its repair. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import numpy as np
 
 from operant.types import Doubles
 
-__all__ = ["brier_score", "calibration_error", "fit_affine", "fit_temperature", "log_loss", "pearson", "spearman"]
+__all__ = [
+    "brier_score",
+    "calibration_error",
+    "fit_affine",
+    "fit_temperature",
+    "log_loss",
+    "pearson",
+    "regression_slope",
+    "spearman",
+]
 
 
-def pearson(x: Doubles, y: Doubles) -> float:
-    """Pearson's correlation of float[N] and float[N]; 0 when either is constant, since nothing is foretold."""
+def pearson(x: Doubles, y: Doubles, *, noise: float = 0.0, undefined: float = 0.0) -> float:
+    """Pearson's correlation Σ(x − x̄)(y − ȳ) / √(Σ(x − x̄)² Σ(y − ȳ)²) of float[N] and float[N].
+
+    `undefined` stands where either is constant, since nothing is foretold: its largest and smallest differ by no more
+    than `noise`, which rounding may have left; or where there are fewer than two.
+    """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
+    if len(x) < 2 or np.ptp(x) <= noise or np.ptp(y) <= noise:
+        return undefined
     a, b = x - x.mean(), y - y.mean()
     return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
 def spearman(x: Doubles, y: Doubles) -> float:
-    """Spearman's ρ: Pearson's correlation of the ranks, ties given their mean rank."""
+    """Spearman's ρ of float[N] and float[N]: Pearson's correlation of the ranks, ties given their mean rank; 0 when
+    either is constant."""
     return pearson(_ranks(x), _ranks(y))
 
 
@@ -30,7 +44,8 @@ def _ranks(x: Doubles) -> Doubles:
 
 
 def brier_score(probabilities: Doubles, outcomes: Doubles) -> float:
-    """Mean squared distance of probabilities float[N] in [0, 1] from outcomes 0 or 1 (Brier 1950); always ½ gives ¼."""
+    """Mean squared distance of probabilities float[N] in [0, 1] from outcomes 0 or 1 (Brier 1950); always ½
+    gives ¼. outcomes: float[N]."""
     return float(np.mean((np.asarray(probabilities) - np.asarray(outcomes)) ** 2))
 
 
@@ -65,12 +80,18 @@ def fit_temperature(margins: Doubles) -> float:
     return float(np.exp((low + high) / 2))
 
 
+def regression_slope(x: Doubles, y: Doubles) -> float:
+    """Slope of the least-squares line from x to y, Σ(x − x̄)(y − ȳ) / Σ(x − x̄)²; 0 where x is constant. float[N]."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    spread = float(np.sum((x - x.mean()) ** 2))
+    return float(np.sum((x - x.mean()) * (y - y.mean()))) / spread if spread > 0 else 0.0
+
+
 def fit_affine(predictions: Doubles, targets: Doubles) -> tuple[float, float]:
     """(a, b) that minimise Σ (a·prediction + b − target)², a not negative: it must not turn a ranking round.
 
-    Constant predictions give (0, mean target).
+    predictions, targets: float[N]. Constant predictions give (0, mean target).
     """
     x, y = np.asarray(predictions, np.float64), np.asarray(targets, np.float64)
-    spread = float(np.sum((x - x.mean()) ** 2))
-    slope = max(0.0, float(np.sum((x - x.mean()) * (y - y.mean()))) / spread) if spread > 0 else 0.0
+    slope = max(0.0, regression_slope(x, y))
     return slope, float(y.mean() - slope * x.mean())
