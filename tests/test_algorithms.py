@@ -57,9 +57,9 @@ OFTEN = {"group_size": 4}
     ],
 )
 def test_auto_is_what_the_papers_say(options: dict[str, Any], dense: bool, baseline: str, normalisation: str) -> None:
-    recipe = resolve(TrainConfig(**{**OFTEN, **options}), dense=dense)
-    assert (recipe.baseline, recipe.normalisation) == (baseline, normalisation)
-    assert recipe.algorithm is ALGORITHMS[options["algorithm"]]
+    resolved = resolve(TrainConfig(**{**OFTEN, **options}), dense=dense)
+    assert (resolved.baseline, resolved.normalisation) == (baseline, normalisation)
+    assert resolved.algorithm is ALGORITHMS[options["algorithm"]]
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,13 @@ def test_every_algorithm_steps_the_right_way_on_every_family(
 ) -> None:
     """Sampling, credit, loss and update of each row of the table, with a decoder and with an encoder-decoder."""
     config = TrainConfig(algorithm=name, group_size=3, prompts_per_step=3, max_tokens=6, overlong_buffer=2)
-    recipe = resolve(config, dense=False)
+    resolved = resolve(config, dense=False)
     policy = make_policy(family)
-    if recipe.critic:
+    if resolved.critic:
         policy.add_critic()
     if name == "double_q":
         policy.freeze_reference()
-        policy.add_lagging()
+        policy.add_target_network()
     prompts = [Prompt(str(i), np.arange(40, 43 + i)) for i in range(3)]
     groups = Sampler(policy).sample(prompts, Sampling(max_tokens=6, seed=3), 3)
     rows = [
@@ -173,10 +173,10 @@ def test_every_algorithm_steps_the_right_way_on_every_family(
     assert len({float(t.rewards.sum()) for t in rows}) > 1
     greedy = torch.full((len(rows), 6), 0.4, dtype=torch.float64)
     state: dict[str, Any] = {}
-    estimator = QEstimator(policy, config, state) if name == "double_q" else Estimator(policy, config, recipe, state)
+    estimator = QEstimator(policy, config, state) if name == "double_q" else Estimator(policy, config, resolved, state)
     batch, _ = estimator(Rollout(rows, rows, greedy=greedy))
     batch.old_logprobs = logprobs_of(policy, batch, 10_000)
-    surrogate = Surrogate(config, recipe, state)
+    surrogate = Surrogate(config, resolved, state)
 
     @torch.no_grad()
     def measured() -> tuple[float, float]:
@@ -187,7 +187,7 @@ def test_every_algorithm_steps_the_right_way_on_every_family(
         return float(loss.sum() / batch.denominator), float(gain.double().sum())
 
     begun, (first, gain) = [p.detach().clone() for p in policy.trainable_parameters()], measured()
-    learner = Learner(policy, lr=1e-4, rule=update_rule(policy, config, recipe))
+    learner = Learner(policy, lr=1e-4, rule=update_rule(policy, config, resolved))
     stats = learner.step(list(microbatches(batch, 40)), surrogate)
     assert (
         not stats.skipped

@@ -291,7 +291,7 @@ def test_groups_of_equal_rewards_are_told_from_those_that_teach() -> None:
     totals = torch.tensor([1.0, 1.0, 0.0, 1.0, 2.0, 5.0, 3.0, math.nan], dtype=torch.float64)
     groups = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
     valid = torch.tensor([True, True, True, True, True, False, True, False])
-    keep = credit.informative(totals, groups, valid)
+    keep = credit.rewards_differ(totals, groups, valid)
     assert keep.tolist() == [False, False, True, True, False, False, False, False]
 
 

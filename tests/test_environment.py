@@ -374,12 +374,12 @@ def test_tokens_and_turns_are_discounted_and_observations_cost_nothing(gamma: fl
 def test_only_drawn_tokens_have_an_advantage(algorithm: str, family: str, make_policy: Callable[..., Policy]) -> None:
     policy = make_policy(family, context=96)
     config = TrainConfig(environment="x", algorithm=algorithm, gamma_turn=0.5, max_tokens=3)
-    recipe = resolve(config, dense=False)
-    if recipe.critic:
+    resolved = resolve(config, dense=False)
+    if resolved.critic:
         policy.add_critic()
-        recipe = dataclasses.replace(recipe, lam=1.0)
+        resolved = dataclasses.replace(resolved, lam=1.0)
     _, trajectories = played(policy)
-    batch, _ = Estimator(policy, config, recipe, {})(Rollout(trajectories, trajectories))
+    batch, _ = Estimator(policy, config, resolved, {})(Rollout(trajectories, trajectories))
     assert batch.advantages is not None and batch.returns is not None
     assert not batch.advantages[~batch.action_mask].any() and not batch.weights[~batch.action_mask].any()
     assert batch.advantages[batch.action_mask].any()

@@ -367,7 +367,7 @@ def test_dynamic_sampling_divides_the_gradient_by_the_chance_of_keeping_a_group(
     pays[torch.arange(len(pays)), world.mask.sum(1) - 1] = totals
     pairs = torch.tensor(list(itertools.product(range(len(world.tokens)), repeat=2)))
     groups, flat = torch.arange(len(pairs)).repeat_interleave(2), pairs.reshape(-1)
-    kept = credit.informative(totals[flat], groups, everyone(flat)).reshape(-1, 2)
+    kept = credit.rewards_differ(totals[flat], groups, everyone(flat)).reshape(-1, 2)
     assert torch.equal(kept[:, 0], kept[:, 1])
     chance = world.probabilities()[pairs].prod(1)
     share = float(chance[kept[:, 0]].sum())

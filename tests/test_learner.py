@@ -105,12 +105,14 @@ def test_a_loss_may_say_what_it_counts(make_policy: Callable[..., Policy]) -> No
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_a_sick_step_leaves_weights_and_optimizer_as_they_were(bad: str, make_policy: Callable[..., Policy]) -> None:
+def test_a_non_finite_step_leaves_weights_and_optimizer_as_they_were(
+    bad: str, make_policy: Callable[..., Policy]
+) -> None:
     policy = make_policy("gpt2")
     learner = Learner(policy, lr=0.01)
     batch = batch_of(policy)
 
-    def sick(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def broken(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         token_loss = -policy.logprobs(batch).logprobs
         if bad == "loss":
             return token_loss * math.nan, {}
@@ -119,7 +121,7 @@ def test_a_sick_step_leaves_weights_and_optimizer_as_they_were(bad: str, make_po
     learner.step([batch], likelihood)
     before, optimizer = weights(policy), copy.deepcopy(learner.rule.state_dict())
     for count in (1, 2):
-        stats = learner.step([batch], sick)
+        stats = learner.step([batch], broken)
         assert stats.skipped and ("loss" if bad == "loss" else "gradient") in stats.reason
         assert learner.skipped == learner.skipped_in_row == count
     assert same(before, weights(policy))
@@ -132,7 +134,7 @@ def test_a_sick_step_leaves_weights_and_optimizer_as_they_were(bad: str, make_po
     assert not same(before, weights(policy))
 
 
-def test_one_sick_micro_batch_spoils_the_whole_step(make_policy: Callable[..., Policy]) -> None:
+def test_one_non_finite_micro_batch_spoils_the_whole_step(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy("gpt2")
     batch = batch_of(policy)
     before = weights(policy)

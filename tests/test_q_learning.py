@@ -131,7 +131,7 @@ def awake(policy: Policy) -> Policy:
     assert policy.critic is not None
     torch.manual_seed(2)
     torch.nn.init.normal_(policy.critic.head.weight, std=0.3)
-    policy.add_lagging()
+    policy.add_target_network()
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
@@ -155,17 +155,17 @@ def test_the_copy_lags_until_it_catches_up_and_is_saved_with_the_policy(
     with torch.no_grad():
         begun = bare.logits(batch)[batch.action_mask]
     now = parts(policy, batch)
-    with policy.as_lagging():
+    with policy.as_target_network():
         lag = parts(policy, batch)
     torch.testing.assert_close(lag[1], begun.double().log_softmax(-1), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(lag[1], now[1], atol=1e-2) and not torch.allclose(lag[0], now[0], atol=1e-2)
     policy.save(tmp_path / "m")
-    policy.catch_up()
-    with policy.as_lagging():
+    policy.update_target_network()
+    with policy.as_target_network():
         for ahead, behind in zip(now, parts(policy, batch), strict=True):
             torch.testing.assert_close(ahead, behind)
     policy.restore(tmp_path / "m")
-    with policy.as_lagging():
+    with policy.as_target_network():
         for old, restored in zip(lag, parts(policy, batch), strict=True):
             torch.testing.assert_close(old, restored)
     loaded = Policy.load(tmp_path / "m", device="cpu")
@@ -174,14 +174,14 @@ def test_the_copy_lags_until_it_catches_up_and_is_saved_with_the_policy(
     lora = make_policy("gpt2")
     lora.add_lora(rank=2)
     with pytest.raises(OperantError, match="--lora_rank"):
-        lora.add_lagging()
+        lora.add_target_network()
 
 
 def test_at_first_every_token_is_worth_the_mean_return(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy("gpt2")
     policy.freeze_reference()
     policy.add_critic()
-    policy.add_lagging()
+    policy.add_target_network()
     rows = rows_of(policy)
     for t in rows:
         t.rewards[:] = 0
@@ -195,7 +195,7 @@ def test_the_values_begin_at_the_first_returns_that_are_known(make_policy: Calla
     policy = make_policy("gpt2")
     policy.freeze_reference()
     policy.add_critic()
-    policy.add_lagging()
+    policy.add_target_network()
     rows = rows_of(policy)
     unknown = [missing_trajectory(t.prompt, t.completion, "r", "none: not yet") for t in rows]
     for t in rows:
@@ -241,7 +241,7 @@ def test_a_batch_has_the_double_estimators_targets(
         return value[:, None] + 0.4 * (logprobs - reference)
 
     online = worth()
-    with policy.as_lagging():
+    with policy.as_target_network():
         target = worth()
     k = 0
     for i in range(5):

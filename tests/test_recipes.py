@@ -394,8 +394,8 @@ def taught_by_what_was_said_before(policy: Policy, algorithm: str, out: Path, pa
     runner = RewardRunner(quick(share_of_even))
     rows = runner.run([(p, c) for p, group in zip(PROMPTS, groups, strict=True) for c in group])
     runner.close()
-    recipe, state = resolve(config, dense=False), {}
-    estimator, surrogate = Estimator(policy, config, recipe, state), Surrogate(config, recipe, state)
+    resolved, state = resolve(config, dense=False), {}
+    estimator, surrogate = Estimator(policy, config, resolved, state), Surrogate(config, resolved, state)
     batch, _ = estimator(Rollout(rows, rows))
     rewards, mask, _ = completion_axes(rows)
     totals = (rewards * mask).sum(1)

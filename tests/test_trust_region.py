@@ -245,7 +245,7 @@ def test_a_surrogate_that_falls_where_its_gradient_says_rise_is_refused(make_pol
     assert all(p.grad is None for p in policy.model.parameters())
 
 
-def test_refusals_are_counted_but_never_sick_and_a_number_that_is_none_is(make_policy: Callable[..., Policy]) -> None:
+def test_refusals_are_counted_but_never_broken_and_a_number_that_is_none_is(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy("gpt2")
     batch = batch_of(policy)
     learner = Learner(policy, lr=0.0, rule=TrustRegion(policy))
@@ -257,10 +257,10 @@ def test_refusals_are_counted_but_never_sick_and_a_number_that_is_none_is(make_p
     assert (learner.skipped, learner.skipped_in_row) == (1, 0)
     begun = weights(policy)
 
-    def sick(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def broken(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return surrogate(policy, batch)[0] * float("nan"), {}
 
-    stats = learner.step([batch], sick)
+    stats = learner.step([batch], broken)
     assert stats.skipped and "nan" in stats.reason and "refused" not in stats.reason
     assert (learner.skipped, learner.skipped_in_row) == (2, 1) and same(begun, weights(policy))
 

@@ -78,7 +78,7 @@ def leave_one_out(values: Tensor, groups: Tensor, valid: Tensor) -> tuple[Tensor
     finished row counting with what it holds there (0 for a return-to-go), which keeps it independent of row i's
     choices: unbiased. Means over the rows still alive are not, and are not offered. valid: bool[N], or bool[N, T] with
     such values.
-    Returns (float like values, usable like valid): a row without a valid fellow has no baseline and is not usable.
+    Returns (float like values, usable like valid): a row that is alone in its group has no baseline and is not usable.
     """
     weight = valid.to(values.dtype).reshape(*valid.shape, *[1] * (values.dim() - valid.dim()))
     count, _ = group_sums(weight, groups)
@@ -211,7 +211,7 @@ def whiten(advantages: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     return (advantages - mean) / (deviation + eps) * mask
 
 
-def informative(totals: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
+def rewards_differ(totals: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
     """Rows whose group has different rewards: those that DAPO's dynamic sampling keeps (Yu et al. 2025, eq. 11).
 
     Groups of equal rewards have no advantage; leaving them out makes the expected gradient that of the kept prompts,
@@ -323,8 +323,8 @@ def advantages(
     position (`running_baseline`, unbiased); positions beyond W take its last number, and None is no earlier step.
     batch: the mean over the other
     prompts' completions in the batch (unbiased: a row's own group is left out, unless it is the only group).
-    leave_one_out: the group's fellows' sequence returns. position_leave_one_out: their returns-to-go at the same
-    position. control_variate: see `control_variate` (γ = 1). group_scaled, group_centred: see `group_centred`, with and
+    leave_one_out: the mean of the group's other sequence returns. position_leave_one_out: of their returns-to-go at the
+    same position. control_variate: see `control_variate` (γ = 1). group_scaled, group_centred: see `group_centred`, with and
     without the deviation, one number for all tokens of a row. greedy: `given`
     float[N, W], the return-to-go of the prompt's greedy completion at the same position (ReMax, Li et al. 2023, whose
     one number per prompt it is when the reward stands at the end), held at its last number beyond its end. route:

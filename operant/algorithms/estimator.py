@@ -11,7 +11,7 @@ from torch import Tensor
 
 from operant.algorithms import credit, objectives
 from operant.algorithms.learner import logprobs_of, whole_batch
-from operant.algorithms.table import SUMMING_BASELINES, Recipe, resolve
+from operant.algorithms.table import SUMMING_BASELINES, AlgorithmSettings, resolve
 from operant.config import TrainConfig
 from operant.data.batch import (
     completion_axes,
@@ -49,47 +49,47 @@ class Estimator:
     """Rewards → advantages, placed on the batch's columns.
 
     `state` holds what outlives a step and is saved with it: the running mean, each route's baseline, and whether a
-    reward that was not declared dense has paid before a last token. From that step on `recipe` is a dense reward's.
+    reward that was not declared dense has paid before a last token. From that step on `settings` is a dense reward's.
     """
 
-    def __init__(self, policy: Policy, config: TrainConfig, recipe: Recipe, state: dict[str, Any]) -> None:
-        self.policy, self.config, self.recipe, self.state = policy, config, recipe, state
+    def __init__(self, policy: Policy, config: TrainConfig, settings: AlgorithmSettings, state: dict[str, Any]) -> None:
+        self.policy, self.config, self.settings, self.state = policy, config, settings, state
         begun = {"running": [], "running_weight": [], "routes": {}, "dense": False, "kl_coef": config.kl_coef}
         self.gamma: float | Tensor = config.gamma
         for name, begin in begun.items():
             state.setdefault(name, begin)
         if state["dense"]:
-            self.recipe = self.dense_recipe()
+            self.settings = self.dense_settings()
 
     def __call__(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
         config, trajectories = self.config, rollout.trajectories
         rewards, mask, whole = completion_axes(trajectories)
         self.notice_dense(rewards, mask)
-        recipe = self.recipe
+        settings = self.settings
         batch = from_trajectories(
             trajectories, encoder=self.policy.family == "encoder-decoder", pad_id=self.policy.codec.pad_id,
-            normalisation=recipe.normalisation, constant=float(config.max_tokens),
+            normalisation=settings.normalisation, constant=float(config.max_tokens),
         )  # fmt: skip
         metrics: dict[str, float] = {}
-        if recipe.overlong_buffer:
+        if settings.overlong_buffer:
             rewards = rewards + self.overlong(mask, metrics)
         penalty = self.kl_penalty(batch, trajectories)
         self.gamma = turn_discounts(trajectories, config.gamma, config.gamma_turn)
         valid = self.known(batch, trajectories, mask, whole)
-        if recipe.baseline == "critic":
+        if settings.baseline == "critic":
             advantages, returns, usable = self.against_critic(batch, trajectories, rewards + penalty, mask, valid)
             metrics["train/explained_variance"] = explained_variance(returns, advantages, mask & valid[:, None])
         else:
-            advantages, returns, usable = self.against_fellows(rollout, rewards, mask, valid, metrics)
+            advantages, returns, usable = self.against_baseline(rollout, rewards, mask, valid, metrics)
             advantages = advantages + self.of_penalty(trajectories, penalty, mask, valid)
         taught = (usable if usable.dim() == 2 else usable[:, None]) & mask
         metrics["train/advantage_std"] = float(advantages[mask].std()) if int(mask.sum()) > 1 else 0.0
-        if recipe.whiten:
+        if settings.whiten:
             advantages = credit.whiten(advantages, taught)
         if config.discount_state:  # last, for whitening would bring the discounted tokens back to the others' size
             advantages = advantages * credit.discount_weights(mask, self.gamma)
         self.remember(trajectories, (rewards * mask).sum(1), whole)
-        if recipe.baseline == "running":
+        if settings.baseline == "running":
             known = mask & (usable if usable.dim() == 2 else usable[:, None])
             sums = self.state["running"], self.state["running_weight"]
             self.state["running"], self.state["running_weight"] = credit.updated_running(
@@ -109,23 +109,23 @@ class Estimator:
         number for all its tokens where it is for `auto` to say."""
         if self.state["dense"] or not bool((rewards * mask)[:, :-1].logical_and(mask[:, 1:]).any()):
             return
-        if self.recipe.baseline in SUMMING_BASELINES or not self.recipe.algorithm.honours_dense:
+        if self.settings.baseline in SUMMING_BASELINES or not self.settings.algorithm.honours_dense:
             raise OperantError(
-                f"{self.recipe.algorithm.name} would sum the dense reward that the function returned; "
+                f"{self.settings.algorithm.name} would sum the dense reward that the function returned; "
                 "use --algorithm rloo or ppo"
             )
-        recipe = self.dense_recipe()
-        self.state["dense"] = recipe != self.recipe
-        self.recipe = recipe
+        settings = self.dense_settings()
+        self.state["dense"] = settings != self.settings
+        self.settings = settings
 
-    def dense_recipe(self) -> Recipe:
+    def dense_settings(self) -> AlgorithmSettings:
         dense = resolve(self.config, dense=True)
-        return dataclasses.replace(self.recipe, baseline=dense.baseline, bootstrap=dense.bootstrap)
+        return dataclasses.replace(self.settings, baseline=dense.baseline, bootstrap=dense.bootstrap)
 
     def overlong(self, mask: Tensor, metrics: dict[str, float]) -> Tensor:
         """The penalty on length, on each row's last token."""
         lengths = mask.sum(1)
-        penalty = credit.overlong_penalty(lengths, self.config.max_tokens, self.recipe.overlong_buffer)
+        penalty = credit.overlong_penalty(lengths, self.config.max_tokens, self.settings.overlong_buffer)
         metrics["train/overlong_penalty"] = self.config.overlong_penalty * float(penalty.mean())
         last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
         return last * (self.config.overlong_penalty * penalty)[:, None]
@@ -143,7 +143,7 @@ class Estimator:
     def known(self, batch: Batch, trajectories: list[Trajectory], mask: Tensor, valid: Tensor) -> Tensor:
         """Rows bool[N] whose return is known, or positions bool[N, T] where the baseline can teach part of a row."""
         partly = any(0 < t.observed.sum() < len(t.observed) for t in trajectories)
-        if self.recipe.baseline not in credit.PER_POSITION or not partly:
+        if self.settings.baseline not in credit.PER_POSITION or not partly:
             return valid
         observed = torch.zeros_like(mask)
         for i, t in enumerate(trajectories):
@@ -154,31 +154,31 @@ class Estimator:
 
     # --- advantages ----------------------------------------------------------------------------------------------
 
-    def against_fellows(
+    def against_baseline(
         self, rollout: Rollout, rewards: Tensor, mask: Tensor, valid: Tensor, metrics: dict[str, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns less what other completions, or earlier ones, were paid."""
         groups = group_numbers(rollout.trajectories)
         beta: float | Tensor = 1.0
-        if self.recipe.baseline == "control_variate":
+        if self.settings.baseline == "control_variate":
             beta = self.coefficient(rewards, mask, groups, valid, metrics)
         given = rollout.greedy
-        if self.recipe.baseline == "route":
+        if self.settings.baseline == "route":
             given = credit.route_baselines(
                 self.state["routes"], self.routes(rollout.trajectories), self.config.reward_midpoint
             )
             metrics["train/route_baseline"] = float(given.mean())
         running = credit.running_baseline(self.state["running"], self.state["running_weight"])
         return credit.advantages(
-            rewards, mask, groups, valid, baseline=self.recipe.baseline, gamma=self.gamma,
-            running=running, beta=beta, given=given, shift=self.recipe.shift,
+            rewards, mask, groups, valid, baseline=self.settings.baseline, gamma=self.gamma,
+            running=running, beta=beta, given=given, shift=self.settings.shift,
         )  # fmt: skip
 
     def of_penalty(self, trajectories: list[Trajectory], penalty: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
         """Linear in the reward, so the penalty has its own return and baseline beside the task's."""
         if not bool(penalty.any()):
             return penalty
-        baseline = self.recipe.baseline
+        baseline = self.settings.baseline
         if baseline == "control_variate":
             baseline = "position_leave_one_out"
         elif baseline in ("running", "greedy", "route"):
@@ -195,11 +195,11 @@ class Estimator:
         batch.values = values[:, :-1]
         of_row, after = gather(batch, values, trajectories), torch.zeros(len(mask), dtype=torch.float64)
         for i, (t, (_, _, end)) in enumerate(zip(trajectories, locate_tokens(batch, trajectories), strict=True)):
-            if self.recipe.bootstrap and t.completion.truncated:
+            if self.settings.bootstrap and t.completion.truncated:
                 after[i] = values[end].double()
         advantages, returns = credit.gae(
             torch.where(valid[:, None], rewards, 0.0), of_row, mask,
-            gamma=self.gamma, lam=self.recipe.lam, bootstrap=after,
+            gamma=self.gamma, lam=self.settings.lam, bootstrap=after,
         )  # fmt: skip
         return advantages * valid[:, None], returns, valid
 
@@ -228,7 +228,7 @@ class Estimator:
 
     def remember(self, trajectories: list[Trajectory], totals: Tensor, valid: Tensor) -> None:
         """Exponential means, which this step has already read."""
-        if self.recipe.baseline == "route":
+        if self.settings.baseline == "route":
             self.state["routes"] = credit.updated_routes(
                 self.state["routes"], self.routes(trajectories), totals, valid,
                 midpoint=self.config.reward_midpoint, rate=self.config.baseline_rate,

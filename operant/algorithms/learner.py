@@ -48,7 +48,7 @@ class ClosureResult:
     """loss: of the whole step. sums: what is logged, over `counted` things. tokens: all action tokens.
 
     told: what the rule itself reports of the step. refused: the rule weighed finite numbers and kept the old weights,
-    which is its reason for skipping and no sickness.
+    which is its reason for skipping: nothing was non-finite.
     """
 
     loss: float
@@ -246,7 +246,10 @@ def same_bits(device: torch.device) -> Iterator[None]:
 
 
 class Learner:
-    """Applies an `UpdateRule` to a policy. `step` counts every attempt; `skipped_in_row` the sick ones in a row."""
+    """Applies an `UpdateRule` to a policy.
+
+    `steps` counts every attempt, `skipped_in_row` the non-finite ones since the last that was taken.
+    """
 
     def __init__(
         self,

@@ -106,13 +106,13 @@ class QEstimator:
         y_t = Σ_{k<n} γ^k r_{t+k} + γ^n Q⁻(s_{t+n}, argmax_{a ∈ A(s)} Q(s_{t+n}, a))
 
     The policy is its own advantages and its critic is V, so what is sampled from is π_ref reweighted by exp(A / β), the
-    policy that a KL to π_ref of weight β makes best (Peters et al. 2010). Q chooses and the lagging Q⁻ judges, so that
-    one network's luck does not count twice (van Hasselt et al. 2016). A(s) holds the argmax to what the behaviour could
+    policy that a KL to π_ref of weight β makes best (Peters et al. 2010). Q chooses and Q⁻, the target network's,
+    judges, so that one network's luck does not count twice (van Hasselt et al. 2016). A(s) holds the argmax to what the behaviour could
     have said: tokens with π_ref(a|s) ≥ support · max π_ref, and the logged one (Fujimoto et al. 2019; otherwise the
     argmax looks for errors where nothing was ever tried). After the last token comes nothing, also where the length
     limit cut it off: a reward of the text was paid for the cut one.
 
-    `state["replay"]` is saved with every checkpoint; the lagging copy with the policy, which must have one, a critic
+    `state["replay"]` is saved with every checkpoint; the target network with the policy, which must have one, a critic
     and a frozen reference. Raises OperantError for a log without one usable completion.
     """
 
@@ -145,7 +145,7 @@ class QEstimator:
             self.policy.critic.begin_at(float(np.mean([drawn_rewards(t)[0].sum() for t in self.buffer.rows])))
             self.state["v_begun"] = True
         if first or number % config.target_every == 0:
-            self.policy.catch_up()
+            self.policy.update_target_network()
         self.state["q_batches"] = number + 1
         metrics = {"train/replay": float(len(self.buffer.rows))}
         if not self.buffer.rows:  # every reward so far is missing: a batch that teaches nothing
@@ -198,7 +198,7 @@ class QEstimator:
             with policy.as_reference():
                 reference = policy.acting_logits(micro).log_softmax(-1)
             online = objectives.action_value(*now(), reference, beta)
-            with policy.as_lagging():
+            with policy.as_target_network():
                 judge = objectives.action_value(*now(), reference, beta)
             allowed = objectives.supported(reference, share).scatter(-1, token, True)
             found = [objectives.double_q_value(online, judge, allowed)]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from operant.algorithms import objectives
-from operant.algorithms.table import Recipe
+from operant.algorithms.table import AlgorithmSettings
 from operant.config import TrainConfig
 from operant.models.policy import Policy
 from operant.types import Batch
@@ -16,8 +16,8 @@ from operant.types import Batch
 class Surrogate:
     """A `learner.TokenLoss` for the algorithm of a run. `state["kl_coef"]` is the KL's weight as it stands now."""
 
-    def __init__(self, config: TrainConfig, recipe: Recipe, state: dict[str, Any]) -> None:
-        self.config, self.recipe, self.state = config, recipe, state
+    def __init__(self, config: TrainConfig, settings: AlgorithmSettings, state: dict[str, Any]) -> None:
+        self.config, self.settings, self.state = config, settings, state
         state.setdefault("kl_coef", config.kl_coef)
 
     def __call__(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -25,7 +25,7 @@ class Surrogate:
         config, mask = self.config, batch.action_mask
         if batch.kind == "supervised":  # the labelled pairs of sft_coef
             return config.sft_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
-        if self.recipe.algorithm.loss == "double_q":
+        if self.settings.algorithm.loss == "double_q":
             return self.value_loss(policy, batch)
         out = policy.logprobs(batch, entropy="differentiable" if config.entropy_coef else "measured")
         old = out.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
@@ -35,7 +35,7 @@ class Surrogate:
             stats["clipfrac"] = (clipped * mask).sum()
         if batch.behavior_logprobs is not None and config.temperature > 0:
             stats["sampler_gap"] = ((old - batch.behavior_logprobs) * mask).abs().sum()
-            if not self.recipe.algorithm.honours_stale:  # those have their own way with other distributions
+            if not self.settings.algorithm.honours_stale:  # those have their own way with other distributions
                 loss = loss * self.correction(policy, batch, old, stats)
         if out.entropy is not None:
             stats["entropy"] = (out.entropy * mask).sum()
@@ -65,8 +65,8 @@ class Surrogate:
     def policy_loss(self, batch: Batch, logprobs: Tensor, old: Tensor) -> tuple[Tensor, Tensor | None]:
         """(loss per token, clipped as 0/1 float or None)."""
         assert batch.advantages is not None
-        low, high = self.recipe.clip_low, self.recipe.clip_high
-        kind = self.recipe.algorithm.loss
+        low, high = self.settings.clip_low, self.settings.clip_high
+        kind = self.settings.algorithm.loss
         if kind == "ppo_clip":
             return objectives.ppo_clip(logprobs, old, batch.advantages, low, high)
         if kind == "importance":

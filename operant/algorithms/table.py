@@ -200,7 +200,7 @@ def table() -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class AlgorithmSettings:
     """What a run really uses, once every `auto` is resolved.
 
     critic: "separate" or "shared", or None for none. rounds: of sampling a step, more than 1 with dynamic sampling.
@@ -223,7 +223,7 @@ class Recipe:
     bootstrap: bool
 
 
-def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
+def resolve(config: TrainConfig, *, dense: bool) -> AlgorithmSettings:
     """Resolve the `auto` fields and refuse what the estimator cannot honour.
 
     dense: the reward pays per token.
@@ -260,7 +260,7 @@ def resolve(config: TrainConfig, *, dense: bool) -> Recipe:
             f"baseline_shift is {shift}, and {'a critic' if has_critic else 'whitening'} would undo it; "
             f"use --algorithm areinforce, or --baseline_shift 0{' or --whiten false' if whiten else ''}"
         )
-    return Recipe(
+    return AlgorithmSettings(
         algorithm=algorithm,
         lr=float(auto(config.lr, algorithm.lr)),
         baseline=baseline,
@@ -444,7 +444,7 @@ def _check_values(config: TrainConfig, algorithm: Algorithm) -> None:
     else:
         _refuse_given(config, POLICY_SETTINGS, "learns values and has no policy gradient; use --algorithm rloo")
         if config.lora_rank:
-            raise OperantError("double_q keeps a copy of the weights that lags behind; leave --lora_rank out")
+            raise OperantError("double_q keeps a target network, a copy of the whole weights; leave --lora_rank out")
     if config.logged and not algorithm.honours_stale:
         raise OperantError(
             f"{config.algorithm} learns from what the policy says now, and --logged gives what was said; "

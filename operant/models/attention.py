@@ -160,7 +160,7 @@ class PickedLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits, tokens)
         picked, spread = logits.new_zeros(len(tokens)), logits.new_zeros(len(tokens))
-        for part in _parts(logits):
+        for part in _row_chunks(logits):
             logprobs = torch.log_softmax(logits[part], -1)
             picked[part] = logprobs.gather(-1, tokens[part, None])[:, 0]
             if entropy:
@@ -176,12 +176,12 @@ class PickedLogprobs(torch.autograd.Function):
             softmax = torch.softmax(logits, -1)
             return torch.scatter_add(-softmax * grad[:, None], -1, tokens[:, None], grad[:, None]), None, None
         out = torch.empty_like(logits)
-        for part in _parts(logits):
+        for part in _row_chunks(logits):
             torch.softmax(logits[part], -1, out=out[part]).mul_(-grad[part, None])
         return out.scatter_add_(-1, tokens[:, None], grad[:, None]), None, None
 
 
-def _parts(logits: Tensor) -> list[slice]:
+def _row_chunks(logits: Tensor) -> list[slice]:
     rows = max(1, CHUNK // logits.shape[-1]) if logits.device.type == "cpu" else max(1, len(logits))
     return [slice(at, at + rows) for at in range(0, len(logits), rows)]
 

@@ -30,7 +30,7 @@ transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint 
 
 Family = Literal["decoder", "encoder-decoder"]
 EntropyMode = Literal["none", "measured", "differentiable"]
-LAGGING = "lagging.safetensors"
+TARGET_FILE = "lagging.safetensors"  # the name that older checkpoints have too
 # read when CUDA's matrix library starts: with it a product has the same bits every time
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -107,7 +107,7 @@ class Policy:
         self.family: Family = "encoder-decoder" if self.config.is_encoder_decoder else "decoder"
         self.version = 0
         self.critic: Critic | None = None
-        self._lagging: nn.ModuleDict | None = None
+        self._target: nn.ModuleDict | None = None
         self._reference: Any = None  # a frozen model, or the name of a frozen adapter; None: the adapter switched off
         if codec.vocab_size > self.vocabulary:
             raise OperantError(
@@ -278,9 +278,9 @@ class Policy:
         self.codec.save(folder)
         if self.critic is not None:
             self.critic.save(folder)
-        if self._lagging is not None:
-            weights = {name: t.detach().cpu().clone() for name, t in self._lagging.state_dict().items()}
-            save_file(weights, folder / LAGGING)
+        if self._target is not None:
+            weights = {name: t.detach().cpu().clone() for name, t in self._target.state_dict().items()}
+            save_file(weights, folder / TARGET_FILE)
 
     def restore(self, path: str | Path) -> None:
         """Put the weights that `save` wrote at `path` into this policy, in place: optimizers keep their tensors."""
@@ -295,8 +295,8 @@ class Policy:
             self._restore_model(folder)
         if self.critic is not None:
             self.critic.restore(folder)
-        if self._lagging is not None:
-            self._lagging.load_state_dict(load_file(folder / LAGGING))
+        if self._target is not None:
+            self._target.load_state_dict(load_file(folder / TARGET_FILE))
 
     def _restore_model(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -408,33 +408,33 @@ class Policy:
                 finally:
                     self.model = current
 
-    # --- a copy that lags behind ---------------------------------------------------------------------------------
+    # --- the target network --------------------------------------------------------------------------------------
 
-    def add_lagging(self) -> None:
-        """Keep a copy of the weights, the critic's included, that `catch_up` brings up to them. It is saved and
-        restored with the policy, in a file that plain Transformers does not look at.
+    def add_target_network(self) -> None:
+        """Keep a copy of the weights, the critic's included, which lags behind them until `update_target_network`.
 
+        It is saved and restored with the policy, in a file that plain Transformers does not look at.
         Raises OperantError for an adapter.
         """
         if self.is_lora:
-            raise OperantError("a copy that lags behind is kept of plain models alone; leave --lora_rank out")
+            raise OperantError("a target network is kept of plain models alone; leave --lora_rank out")
         parts = {"model": self.model} | ({} if self.critic is None else {"critic": self.critic})
-        self._lagging = nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False).eval()
+        self._target = nn.ModuleDict(copy.deepcopy(parts)).requires_grad_(False).eval()
 
-    def catch_up(self) -> None:
-        """Let the copy be what the policy is now."""
-        assert self._lagging is not None
-        self._lagging["model"].load_state_dict(self.model.state_dict())
+    def update_target_network(self) -> None:
+        """Let the target network be what the policy is now."""
+        assert self._target is not None
+        self._target["model"].load_state_dict(self.model.state_dict())
         if self.critic is not None:
-            self._lagging["critic"].load_state_dict(self.critic.state_dict())
+            self._target["critic"].load_state_dict(self.critic.state_dict())
 
     @contextlib.contextmanager
-    def as_lagging(self) -> Iterator[None]:
-        """Inside, the policy and its critic compute with the copy's weights, without gradients."""
-        assert self._lagging is not None
+    def as_target_network(self) -> Iterator[None]:
+        """Inside, the policy and its critic compute with the target network's weights, without gradients."""
+        assert self._target is not None
         now = self.model, self.critic
-        self.model = self._lagging["model"]
-        self.critic = cast(Critic, self._lagging["critic"]) if "critic" in self._lagging else None
+        self.model = self._target["model"]
+        self.critic = cast(Critic, self._target["critic"]) if "critic" in self._target else None
         try:
             with torch.no_grad():
                 yield

@@ -21,7 +21,7 @@ from operant.algorithms.estimator import Estimator, Rollout
 from operant.algorithms.learner import Learner, logprobs_of
 from operant.algorithms.q_learning import QEstimator
 from operant.algorithms.surrogate import Surrogate
-from operant.algorithms.table import Recipe, places_tokens, resolve
+from operant.algorithms.table import AlgorithmSettings, places_tokens, resolve
 from operant.algorithms.trust_region import TrustRegion
 from operant.config import TrainConfig
 from operant.data.batch import drawn, from_sequences, microbatches, select_rows
@@ -115,7 +115,7 @@ def train(
         reward, workers=None if config.reward_workers < 0 else config.reward_workers, time_limit=config.reward_seconds
     )
     try:
-        recipe = resolve(config, dense=runner.reward.dense)
+        settings = resolve(config, dense=runner.reward.dense)
         for asked in (prompts, dev_prompts[: config.eval_prompts]):
             check_references(runner.reward, asked)
         read_target(config.target)
@@ -130,7 +130,7 @@ def train(
                 "a log takes the place of prompts; set config.logged to where it is from, leave prompts out"
             )
         told = []
-        usable = with_propensities(recipe.algorithm, logged)
+        usable = with_propensities(settings.algorithm, logged)
         if len(usable) < len(logged):
             told.append(
                 f"{len(logged) - len(usable)} of {len(logged)} logged completions have no behavior_logprobs, which "
@@ -154,7 +154,7 @@ def train(
                 check_metric("--target", re.split(r"[<>]", config.target)[0].strip(), dev_prompts)
         with Run(config, "train", quiet=quiet) as run:
             loop = _Loop(
-                run, config, recipe, policy, prompts, runner, dev_prompts, pairs,
+                run, config, settings, policy, prompts, runner, dev_prompts, pairs,
                 judged(usable, runner),
             )  # fmt: skip
             for text in told:
@@ -174,7 +174,7 @@ class _Loop:
         self,
         run: Run,
         config: TrainConfig,
-        recipe: Recipe,
+        settings: AlgorithmSettings,
         policy: Policy,
         prompts: list[Prompt],
         runner: RewardRunner,
@@ -183,20 +183,20 @@ class _Loop:
         logged: list[Trajectory],
     ) -> None:
         self.run, self.config, self.policy, self.runner, self.pairs = run, config, policy, runner, pairs
-        self.recipe = recipe
+        self.settings = settings
         policy.model.eval()  # dropout off: the sampler and the learner must be the same policy
-        learns_values = recipe.algorithm.loss == "double_q"
+        learns_values = settings.algorithm.loss == "double_q"
         if config.kl_coef > 0 or dev_prompts or config.environment or learns_values:  # the held-out drift is against it
             policy.freeze_reference()
-        if recipe.critic is not None:
-            policy.add_critic(separate=recipe.critic == "separate")
+        if settings.critic is not None:
+            policy.add_critic(separate=settings.critic == "separate")
         if learns_values:
-            policy.add_lagging()
+            policy.add_target_network()
         passes = config.epochs * config.minibatches
         self.learner = Learner(
-            policy, lr=recipe.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+            policy, lr=settings.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps * passes, total_steps=config.steps * passes, schedule=config.schedule,
-            critic_lr=config.critic_lr or CRITIC_RATE * recipe.lr, rule=update_rule(policy, config, recipe),
+            critic_lr=config.critic_lr or CRITIC_RATE * settings.lr, rule=update_rule(policy, config, settings),
         )  # fmt: skip
         self.state: dict[str, Any] = {"rewards": {}}
         run.attach(policy, self.learner, self.state)
@@ -210,13 +210,13 @@ class _Loop:
         elif logged:
             self.rollouts = Logged(config, logged, self.state)
         else:
-            self.rollouts = Rollouts(run, config, recipe, prompts, self.sampler, runner, self.state)
+            self.rollouts = Rollouts(run, config, settings, prompts, self.sampler, runner, self.state)
         self.estimator: Estimator | QEstimator = (
             QEstimator(policy, config, self.state, logged)
             if learns_values
-            else Estimator(policy, config, recipe, self.state)
+            else Estimator(policy, config, settings, self.state)
         )
-        self.surrogate = Surrogate(config, recipe, self.state)
+        self.surrogate = Surrogate(config, settings, self.state)
         self.held_out = (
             HeldOutEpisodes(run, config, policy, runner, self.state)
             if config.environment
@@ -284,7 +284,7 @@ class _Loop:
         config = self.config
         rows = batch.tokens.shape[0]
         passes = config.epochs * config.minibatches
-        region = self.recipe.algorithm.rule == "trust_region"
+        region = self.settings.algorithm.rule == "trust_region"
         if passes > 1 or region:
             with self.policy.full_precision() if region else contextlib.nullcontext():
                 batch.old_logprobs = logprobs_of(self.policy, batch, config.tokens_per_microbatch)
@@ -396,9 +396,9 @@ def _paid_elsewhere(prompt: Prompt, completion: Completion) -> None:
     """The reward of episodes, which their environment has paid while they were played."""
 
 
-def update_rule(policy: Policy, config: TrainConfig, recipe: Recipe) -> TrustRegion | None:
+def update_rule(policy: Policy, config: TrainConfig, settings: AlgorithmSettings) -> TrustRegion | None:
     """The update rule of an algorithm that has one of its own; None leaves the learner its Adam."""
-    if recipe.algorithm.rule == "adam":
+    if settings.algorithm.rule == "adam":
         return None
     return TrustRegion(
         policy, delta=config.delta, damping=config.damping, cg_steps=config.cg_steps, backtracks=config.backtracks,

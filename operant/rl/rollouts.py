@@ -13,7 +13,7 @@ from torch import Tensor
 
 from operant.algorithms import credit
 from operant.algorithms.estimator import Rollout
-from operant.algorithms.table import Recipe
+from operant.algorithms.table import AlgorithmSettings
 from operant.config import TrainConfig
 from operant.data.batch import completion_axes, group_numbers
 from operant.models.policy import Policy
@@ -30,13 +30,13 @@ class Rollouts:
         self,
         run: Run,
         config: TrainConfig,
-        recipe: Recipe,
+        settings: AlgorithmSettings,
         prompts: list[Prompt],
         sampler: Sampler,
         runner: RewardRunner,
         state: dict[str, Any],
     ) -> None:
-        self.run, self.config, self.recipe, self.prompts, self.sampler = run, config, recipe, prompts, sampler
+        self.run, self.config, self.settings, self.prompts, self.sampler = run, config, settings, prompts, sampler
         self.runner, self.state = runner, state
         self.order = DataOrder(len(prompts), config.prompts_per_step, config.seed, "prompts")
         self.stream = Limited(runner.reward, config.reward_seconds) if runner.reward.streaming else None
@@ -48,15 +48,15 @@ class Rollouts:
         kept: list[Trajectory] = []
         seen: list[Trajectory] = []
         rounds = 0
-        while rounds < self.recipe.rounds and (lacking := self.lacking(kept)) > 0:
+        while rounds < self.settings.rounds and (lacking := self.lacking(kept)) > 0:
             new = self.once(step, rounds, lacking)
             seen += new
-            kept += informative(new) if self.recipe.rounds > 1 else new
+            kept += informative(new) if self.settings.rounds > 1 else new
             rounds += 1
         self.note_missing(seen, step)
         # a step in which no group had different rewards teaches nothing and is still told
         taken = kept or seen
-        return Rollout(taken, seen, self.greedy(taken) if self.recipe.baseline == "greedy" else None, rounds)
+        return Rollout(taken, seen, self.greedy(taken) if self.settings.baseline == "greedy" else None, rounds)
 
     def lacking(self, kept: list[Trajectory]) -> int:
         """Groups that the step still wants. A prompt that comes twice is two: counted by prompt, a step of more prompts
@@ -97,7 +97,7 @@ class Rollouts:
     def note_missing(self, trajectories: list[Trajectory], step: int) -> None:
         """Ends a run whose reward never answers."""
         # double Q-learning has no baseline, and needs every reward of a completion for its targets
-        by_position = self.recipe.baseline in credit.PER_POSITION and self.recipe.algorithm.loss != "double_q"
+        by_position = self.settings.baseline in credit.PER_POSITION and self.settings.algorithm.loss != "double_q"
 
         def teaches(t: Trajectory) -> bool:
             """Some return is known: any at γ = 0, else only those after the last reward that is missing."""
@@ -133,6 +133,6 @@ def check_prompts(policy: Policy, prompts: Sequence[Prompt], max_tokens: int) ->
 def informative(trajectories: list[Trajectory]) -> list[Trajectory]:
     """Those whose prompt's completions have different rewards."""
     rewards, mask, valid = completion_axes(trajectories)
-    keep = credit.informative((rewards * mask).sum(1), group_numbers(trajectories), valid)
+    keep = credit.rewards_differ((rewards * mask).sum(1), group_numbers(trajectories), valid)
     teaching = {t.prompt.id for t, yes in zip(trajectories, keep.tolist(), strict=True) if yes}
     return [t for t in trajectories if t.prompt.id in teaching]
