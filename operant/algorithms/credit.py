@@ -324,7 +324,8 @@ def advantages(
     batch: the mean over the other
     prompts' completions in the batch (unbiased: a row's own group is left out, unless it is the only group).
     leave_one_out: the mean of the group's other sequence returns. position_leave_one_out: of their returns-to-go at the
-    same position. control_variate: see `control_variate` (γ = 1). group_scaled, group_centred: see `group_centred`, with and
+    same position. control_variate: see `control_variate` (γ = 1).
+    group_scaled, group_centred: see `group_centred`, with and
     without the deviation, one number for all tokens of a row. greedy: `given`
     float[N, W], the return-to-go of the prompt's greedy completion at the same position (ReMax, Li et al. 2023, whose
     one number per prompt it is when the reward stands at the end), held at its last number beyond its end. route:

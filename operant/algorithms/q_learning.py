@@ -107,7 +107,8 @@ class QEstimator:
 
     The policy is its own advantages and its critic is V, so what is sampled from is π_ref reweighted by exp(A / β), the
     policy that a KL to π_ref of weight β makes best (Peters et al. 2010). Q chooses and Q⁻, the target network's,
-    judges, so that one network's luck does not count twice (van Hasselt et al. 2016). A(s) holds the argmax to what the behaviour could
+    judges, so that one network's luck does not count twice (van Hasselt et al. 2016).
+    A(s) holds the argmax to what the behaviour could
     have said: tokens with π_ref(a|s) ≥ support · max π_ref, and the logged one (Fujimoto et al. 2019; otherwise the
     argmax looks for errors where nothing was ever tried). After the last token comes nothing, also where the length
     limit cut it off: a reward of the text was paid for the cut one.
