@@ -60,7 +60,7 @@ bench: install
 	$(BIN)/python -m benchmarks.trl $(ARGS)
 	$(BIN)/python -m benchmarks.live $(ARGS)
 
-# The learning tables of docs/results.md: hours on two cores, what is recorded already is skipped, ARGS=--fresh does it all
+# The learning tables of docs/results: hours on two cores, what is recorded already is skipped, ARGS=--fresh does it all
 # again. Needs OPERANT_DATA, the folder of the data sets.
 results: install
 	$(BIN)/python -m benchmarks.quickstart $(ARGS)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "results.md"
+PAGES = ROOT / "docs" / "results"
 RECORDS = ROOT / "benchmarks" / "records"
 
 
@@ -159,12 +159,14 @@ def machine() -> str:
     return f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def write_section(name: str, text: str, page: Path = PAGE) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in docs/results.md."""
-    whole = page.read_text(encoding="utf-8")
+def write_section(name: str, text: str, pages: Path = PAGES) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` on the page of docs/results that has them."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    if begin not in whole or end not in whole:
-        raise SystemExit(f"{page} has no section {begin} … {end}; add the two lines where the table belongs")
-    before, _, rest = whole.partition(begin)
-    _, _, after = rest.partition(end)
-    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    for page in sorted(pages.glob("*.md")):
+        whole = page.read_text(encoding="utf-8")
+        if begin in whole and end in whole:
+            before, _, rest = whole.partition(begin)
+            _, _, after = rest.partition(end)
+            page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+            return
+    raise SystemExit(f"no page in {pages} has a section {begin} … {end}; add the two lines where the table belongs")

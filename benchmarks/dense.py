@@ -6,7 +6,7 @@ by token, with discounts γ, and summed up and paid at the end. Same weights to 
 
 python -m benchmarks.dense                       three seeds, about 15 minutes on one core
 python -m benchmarks.dense --seeds 0 --fresh
-python -m benchmarks.dense --write               only write the table into docs/results.md
+python -m benchmarks.dense --write               only write the table into docs/results
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ export OPERANT_DATA=…
 python -m benchmarks.learning --jobs 2                        every cell that is missing, then the tables
 python -m benchmarks.learning --tasks tatoeba --regimes few --seeds 0
 python -m benchmarks.learning --list                          what is there and what is missing
-python -m benchmarks.learning --write                         only write the tables into docs/results.md
+python -m benchmarks.learning --write                         only write the tables into docs/results
 """
 
 from __future__ import annotations
@@ -650,7 +650,7 @@ def plot(path: Path) -> None:
 
 
 def write() -> None:
-    """The tables of what is there, into docs/results.md."""
+    """The tables of what is there, into docs/results."""
     plot(ROOT / "docs" / "images" / "learning.png")
     lines = []
     for task in TASKS:

@@ -1,6 +1,6 @@
 """Reward models from nothing on small public sets, beside what length and the majority foretell.
 
-python -m benchmarks.reward_models                measure what is missing, then write the tables into docs/results.md
+python -m benchmarks.reward_models                measure what is missing, then write the tables into docs/results
 python -m benchmarks.reward_models --write        write what is there
 
 The data sets are found by name under the folder that OPERANT_DATA names. A cell trains on the training split less its

@@ -2,7 +2,7 @@
 
 python -m benchmarks.trl                a table
 python -m benchmarks.trl --json         the last line holds only the ratios, above 1 where operant is better
-python -m benchmarks.trl --write        the table goes into docs/results.md
+python -m benchmarks.trl --write        the table goes into docs/results
 python -m benchmarks.trl --fresh        measures again what runs/bench already holds
 python -m benchmarks.trl --device cuda --size base --dtype bf16        on a GPU, 88 M parameters
 
@@ -391,7 +391,7 @@ def learning(given: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print only the ratios, as the last line")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/results")
     parser.add_argument("--fresh", action="store_true", help="measure again what is already in runs/bench")
     parser.add_argument(
         "--repeat", type=int, default=3, help="pairs of alternating runs; 0 for the runs that learn alone"
