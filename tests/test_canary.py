@@ -21,7 +21,7 @@ from operant.live.api.evidence import TrialEvidence
 from operant.live.api.service import Way
 from operant.live.api.versions_routes import RatedReply, TrialReply, VersionsReply
 from operant.live.serve import live
-from operant.live.serving.canary import MOST_OF_ONE, Bet, Canary, Trial, among, reward_of, wager
+from operant.live.serving.canary import MOST_OF_ONE, Bet, Canary, Trial, among, wager
 from operant.live.storage.store import StoredCompletion
 from operant.live.storage.versions import Pointer, Versions
 from operant.models.policy import Policy
@@ -80,14 +80,6 @@ def test_shares_are_stable_and_as_large_as_they_say() -> None:
     assert len(chosen) / len(names) == pytest.approx(0.2, abs=0.02)
     assert chosen != {name for name in names if among(name, 4, 0.2)}
     assert not any(among(name, 3, 0.0) for name in names) and all(among(name, 3, 1.0) for name in names)
-
-
-def test_what_a_rating_pays() -> None:
-    def event(kind: Any, value: Any) -> Feedback:
-        return Feedback("e", "c", kind, value, "ann", "k", 0.0)
-
-    assert reward_of(event("thumb", 1), 0, 1) == 1.0 and reward_of(event("thumb", -1), 0, 1) == 0.0
-    assert reward_of(event("score", 3), 1, 5) == 0.5 and reward_of(event("edit", "x"), 0, 1) is None
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -166,6 +158,15 @@ def test_what_says_neither_is_refused_in_the_end(tmp_path: Path) -> None:
         pay(canary, number % 2, 0.5, number)
     verdict = versions.verdict(1)
     assert verdict is not None and verdict["reason"].startswith("undecided") and verdict["pairs"] == 30
+
+
+def test_a_score_out_of_scale_is_no_rating(tmp_path: Path) -> None:
+    canary = Canary(versions := Line(tmp_path / "live"), ServeConfig(canary_share=0.5, score_low=1, score_high=5))
+    versions.publish_number(1)
+    canary.look()
+    for number, value in enumerate((0.5, 9.0, math.nan, 3.0)):
+        pay(canary, 1, value, number)
+    assert canary.trial().rated == ["c3"]
 
 
 def test_one_source_decides_nothing_and_an_answer_counts_once(tmp_path: Path) -> None:

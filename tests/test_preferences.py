@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
+from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, reward_of, share_of, unpaired
 from operant.data.rows import Fields
 from operant.data.text import Codec
 from operant.types import OperantError
@@ -140,6 +140,19 @@ def test_bad_pairs_are_refused_in_one_line(codec: Codec, rows: list[dict[str, An
     with pytest.raises(OperantError) as fault:
         load_preferences(rows, codec)
     assert told in str(fault.value) and "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "share"),
+    [
+        ("thumb", 1, 1.0), ("thumb", "down", 0.0), ("thumb", "?", None), ("score", 1, 0.0), ("score", 3, 0.5),
+        ("score", "4", 0.75), ("score", 5, 1.0), ("score", 0.9, None), ("score", 6, None), ("score", "nan", None),
+        ("score", None, None), ("edit", "x", None),
+    ],
+)  # fmt: skip
+def test_what_a_rating_pays(kind: str, value: Any, share: float | None) -> None:
+    assert share_of(kind, value, 1, 5) == share
+    assert reward_of(kind, value, 1, 5) == (None if share is None else 2 * share - 1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from operant.data.text import Codec
 from operant.types import Ints, OperantError, Prompt
 
 __all__ = [
-    "Preference", "Rating", "good_or_bad", "load_preferences", "load_ratings", "reward_of", "scaled", "unpaired",
+    "Preference", "Rating", "good_or_bad", "load_preferences", "load_ratings", "reward_of", "share_of", "unpaired",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -50,26 +50,27 @@ def good_or_bad(value: Any) -> bool | None:
     return word in _GOOD if word in _GOOD or word in _BAD else None
 
 
-def scaled(score: float, low: float, high: float) -> float:
-    """A score between low and high on the scale of thumbs, [−1, 1]: 2 (score − low) / (high − low) − 1."""
-    return 2 * (score - low) / (high - low) - 1
-
-
-def reward_of(kind: str, value: Any, low: float, high: float) -> float | None:
-    """What a thumb or a score pays, in [−1, 1]: a thumb 1 or −1, a score as `scaled` has it.
+def share_of(kind: str, value: Any, low: float, high: float) -> float | None:
+    """How good a thumb or a score finds a completion, in [0, 1]: a thumb 1 or 0, a score (score − low) / (high − low).
 
     None for what is neither, for a thumb that says nothing, and for a score outside low to high.
     """
     if kind == "thumb":
         good = good_or_bad(value)
-        return None if good is None else 1.0 if good else -1.0
+        return None if good is None else float(good)
     if kind != "score":
         return None
     try:
         score = float(value)
     except (TypeError, ValueError):
         return None
-    return scaled(score, low, high) if low <= score <= high else None
+    return (score - low) / (high - low) if low <= score <= high else None
+
+
+def reward_of(kind: str, value: Any, low: float, high: float) -> float | None:
+    """What a thumb or a score pays, in [−1, 1]: 2 share − 1, with None for None, and the share that `share_of` has."""
+    share = share_of(kind, value, low, high)
+    return None if share is None else 2 * share - 1
 
 
 def unpaired(pairs: Sequence[Preference]) -> list[Rating]:
@@ -166,7 +167,7 @@ def load_ratings(
     made, labels = [], []
     for number, row in enumerate(rows, start=1):
         history, text = _answer(cell(row, answer), answer, number)
-        labels.append(_label(cell(row, label), label, number))
+        labels.append(_read_label(cell(row, label), label, number))
         if labels[-1]:
             _not_empty(text, answer, number)
         asked = list(history) if history else _asked(row, prompt, number)
@@ -286,7 +287,7 @@ def _not_empty(text: str, column: str, number: int) -> None:
         )
 
 
-def _label(value: Any, column: str, number: int) -> bool:
+def _read_label(value: Any, column: str, number: int) -> bool:
     good = good_or_bad(value)
     if good is None:
         word = str(value).strip()

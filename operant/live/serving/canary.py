@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from operant.config import ServeConfig
-from operant.data.preferences import good_or_bad
+from operant.data.preferences import share_of
 from operant.live.storage.store import StoredCompletion
 from operant.live.storage.versions import Versions
 from operant.types import Completion, Feedback, OperantError
 
-__all__ = ["Bet", "Canary", "Trial", "among", "reward_of", "unit", "wager"]
+__all__ = ["Bet", "Canary", "Trial", "among", "unit", "wager"]
 
 log = logging.getLogger(__name__)
 
@@ -78,16 +78,6 @@ def among(name: str, salt: int, share: float) -> bool:
 def unit(value: float, low: float, high: float) -> float:
     """A reward between low and high, or beyond, in [0, 1]."""
     return min(1.0, max(0.0, (value - low) / (high - low)))
-
-
-def reward_of(event: Feedback, low: float, high: float) -> float | None:
-    """What a thumb or a score pays, in [0, 1]; None for all else."""
-    if event.kind == "thumb":
-        good = good_or_bad(event.value)
-        return None if good is None else float(good)
-    if event.kind != "score" or event.value is None:
-        return None
-    return unit(float(event.value), low, high)
 
 
 @dataclass(slots=True)
@@ -184,7 +174,7 @@ class Canary:
         """A rating has come, of any answer. who: the person whose word it is. Rewards are no evidence here: the shadow
         is for them."""
         config = self.config
-        reward = reward_of(event, config.score_low, config.score_high)
+        reward = share_of(event.kind, event.value, config.score_low, config.score_high)
         wrote = version_of(stored.completion)
         if self.kind != "canary" or reward is None or wrote is None or self.versions.pins().get(stored.user) == wrote:
             return
