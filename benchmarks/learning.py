@@ -649,9 +649,41 @@ def plot(path: Path) -> None:
     small.save(path, optimize=True)
 
 
+def plot_first_page(path: Path) -> None:
+    """The README's picture: descriptions with few labels, the median of the seeds and their spread, over minutes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    seeds = seeds_of("e2e", "few")
+    curves = {arm: [arm_record("e2e", "few", seed, arm) for seed in seeds] for arm in ARMS}
+    if not seeds or not all(all(found) for found in curves.values()):
+        return
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    for (arm, title), color in zip(ARMS.items(), ("#8a8a8a", "#d9822b", "#1f6feb")):
+        points = [record["curve"] for record in curves[arm] if record]
+        minutes = np.linspace(0, min(curve[-1]["minutes"] for curve in points), 40)
+        bleu = np.stack([np.interp(minutes, [p["minutes"] for p in c], [p["bleu"] for p in c]) for c in points])
+        axis.fill_between(minutes, bleu.min(0), bleu.max(0), color=color, alpha=0.18, lw=0)
+        axis.plot(minutes, np.median(bleu, 0), color=color, lw=2)
+        axis.annotate(title, (minutes[-1], float(np.median(bleu, 0)[-1])), (6, -3), color=color, fontsize=10,
+                      textcoords="offset points")  # fmt: skip
+    axis.set_title(f"BLEU of held-out descriptions, {len(seeds)} seeds", fontsize=10, loc="left")
+    axis.set_xlabel("minutes after fine-tuning stopped helping", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=9)
+    axis.set_xlim(0, minutes[-1] * 1.01)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
 def write() -> None:
     """The tables of what is there, into docs/results."""
     plot(ROOT / "docs" / "images" / "learning.png")
+    plot_first_page(ROOT / "docs" / "images" / "reward.png")
     lines = []
     for task in TASKS:
         for regime in REGIMES:
