@@ -346,7 +346,6 @@ def perplexity(task: Task, texts: Sequence[str]) -> float:
     """Per token, under a small language model of the training targets that no reward has touched."""
     import torch
 
-    from operant.data.batch import from_sequences
     from operant.models.policy import Policy
 
     judge = Policy.load(RUNS / task.name / "judge" / "model")
@@ -356,7 +355,7 @@ def perplexity(task: Task, texts: Sequence[str]) -> float:
     with torch.no_grad():
         for i in range(0, len(texts), 64):
             rows = [judge.codec.encode(text, eos=True)[: judge.max_length - 1] for text in texts[i : i + 64]]
-            batch = from_sequences([start] * len(rows), rows, encoder=False, pad_id=judge.codec.pad_id)
+            batch = judge.batch_of_sequences([start] * len(rows), rows)
             total -= float(judge.logprobs(batch).logprobs.sum())
             count += int(batch.action_mask.sum())
     return math.exp(total / count)
@@ -386,7 +385,7 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
 
     from operant.algorithms import credit
     from operant.algorithms.objectives import reinforce
-    from operant.data.batch import completion_axes, from_trajectories, group_numbers, scatter
+    from operant.data.batch import completion_axes, group_numbers, scatter
     from operant.data.prompts import load_fitting_prompts
     from operant.data.rows import Fields, load_rows
     from operant.models.policy import Policy
@@ -398,7 +397,6 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
     _, rest = labelled(data, regime, seed)
     policy = Policy.load(RUNS / task.name / regime / str(seed) / start_of(task.name, regime) / "model")
     policy.model.eval()
-    encoder = policy.family == "encoder-decoder"
     fields = Fields(prompt=task.prompt, references=task.reference)
     prompts = load_fitting_prompts(load_rows(rest, limit=16 * batches), policy, fields=fields)
     sampler = Sampler(policy, max_rows=64)
@@ -418,7 +416,7 @@ def variance(task: Task, regime: str, seed: int, data: Path, batches: int = 32) 
         for potential, runner in runners.items():
             trajectories = runner.run(answered)
             foretold[potential].append(potential_diagnostics(trajectories))
-            batch = from_trajectories(trajectories, encoder=encoder, pad_id=policy.codec.pad_id)
+            batch = policy.batch_of(trajectories)
             rewards, mask, valid = completion_axes(trajectories)
             ids = group_numbers(trajectories)
             fitted = credit.fit_beta((rewards * mask).sum(1), credit.held_potential(rewards, mask), mask, ids, valid)

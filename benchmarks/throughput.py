@@ -22,7 +22,6 @@ import torch
 
 from operant.algorithms import objectives
 from operant.algorithms.learner import Learner
-from operant.data.batch import from_trajectories
 from operant.data.prompts import load_fitting_prompts
 from operant.data.text import Codec
 from operant.models.policy import Policy
@@ -69,7 +68,7 @@ def main() -> None:
     policy = Policy.new(given.arch, given.size, codec, max_length=256, device=given.device, dtype=given.dtype)
     policy.model.eval()
     torch.backends.cuda.enable_cudnn_sdp(given.cudnn_attention)
-    encoder = policy.family == "encoder-decoder"
+    encoder = policy.has_encoder
     prompts = load_fitting_prompts(task.prompts, policy)
     sampler = Sampler(policy, max_rows=given.prompts * given.group_size)
     runner = RewardRunner(reward_by_name(given.reward))
@@ -94,7 +93,7 @@ def main() -> None:
     rate = len(pairs) / seconds
     print(json.dumps({"part": "reward", "name": given.reward, "seconds": seconds, "completions_per_second": rate}))
 
-    batch = from_trajectories(trajectories, encoder=encoder, pad_id=codec.pad_id)
+    batch = policy.batch_of(trajectories)
     seconds, _ = timed(given.repeat, lambda: learner.step([batch], loss_of))
     print(json.dumps({"part": "update", "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds}))
     if policy.device.type == "cuda":

@@ -377,7 +377,7 @@ def run_sample(config: configs.SampleConfig) -> None:
     _need(config.model, "--model", "a model folder or hub id")
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()
-    encoder = policy.family == "encoder-decoder"
+    encoder = policy.has_encoder
     written = PromptFormat(prefix=config.prefix, separator=config.separator, encoder=encoder)
     if not config.prompt and sys.stdin.isatty():
         print("a prompt a line, Ctrl-D ends:", file=sys.stderr)

@@ -17,7 +17,6 @@ from operant.data.batch import (
     completion_axes,
     drawn,
     drawn_rewards,
-    from_trajectories,
     gather,
     group_numbers,
     locate_tokens,
@@ -66,10 +65,9 @@ class Estimator:
         rewards, mask, whole = completion_axes(trajectories)
         self.notice_dense(rewards, mask)
         settings = self.settings
-        batch = from_trajectories(
-            trajectories, encoder=self.policy.family == "encoder-decoder", pad_id=self.policy.codec.pad_id,
-            normalisation=settings.normalisation, constant=float(config.max_tokens),
-        )  # fmt: skip
+        batch = self.policy.batch_of(
+            trajectories, normalisation=settings.normalisation, constant=float(config.max_tokens)
+        )
         metrics: dict[str, float] = {}
         if settings.overlong_buffer:
             rewards = rewards + self.overlong(mask, metrics)

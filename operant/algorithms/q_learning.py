@@ -18,7 +18,6 @@ from operant.data.batch import (
     completion_axes,
     drawn,
     drawn_rewards,
-    from_trajectories,
     gather,
     scatter,
     turn_discounts,
@@ -150,14 +149,14 @@ class QEstimator:
         self.state["q_batches"] = number + 1
         metrics = {"train/replay": float(len(self.buffer.rows))}
         if not self.buffer.rows:  # every reward so far is missing: a batch that teaches nothing
-            batch = self.batch_of(rollout.trajectories)
+            batch = self.policy.batch_of(rollout.trajectories, normalisation="per_token")
             batch.weights = torch.zeros_like(batch.weights)
             batch.returns = batch.ref_logprobs = torch.zeros_like(batch.weights)
             return batch, metrics
         generator = np.random.default_rng([config.seed, number])
         places, importance = self.buffer.draw(config.prompts_per_step * config.group_size, generator)
         rows = [self.buffer.rows[i] for i in places]
-        batch = self.batch_of(rows)
+        batch = self.policy.batch_of(rows, normalisation="per_token")
         rewards, mask, _ = completion_axes(rows)
         judged, taken_now, reference = self.columns(batch).unbind(-1)
         batch.ref_logprobs = reference.contiguous()
@@ -176,12 +175,6 @@ class QEstimator:
         if config.priority or not self.offline:  # else the log itself is all that there is to know
             self.state["replay"] = self.buffer.to_json()
         return batch, metrics
-
-    def batch_of(self, rows: list[Trajectory]) -> Batch:
-        return from_trajectories(
-            rows, encoder=self.policy.family == "encoder-decoder", pad_id=self.policy.codec.pad_id,
-            normalisation="per_token",
-        )  # fmt: skip
 
     def columns(self, batch: Batch) -> Tensor:
         """Of every acting token, float32[B, S, 3]: the double estimator's value of the state before it, Q of the token

@@ -121,7 +121,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
         listeners: list[Listener | None] = [implicit, automatic, evidence]
         app = create_app(
             Service(
-                engine, policy.codec, policy.family == "encoder-decoder", policy.max_length, store, versions,
+                engine, policy.codec, policy.has_encoder, policy.max_length, store, versions,
                 supervisor, config, Links.at(root, int(config.link_days * 86_400)), _keys(config), canary,
                 [listener for listener in listeners if listener is not None],
             )

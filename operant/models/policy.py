@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from operant.data.batch import Normalisation, from_sequences, from_trajectories
 from operant.data.text import Codec, looks_like_path
 from operant.models.attention import PickedLogprobs, Picks, RowLayout, attending_in_rows, one_kernel_gelu
 from operant.models.cache import DecodeState
 from operant.models.critic import Critic
-from operant.types import Batch, Ints, OperantError
+from operant.types import Batch, Ints, OperantError, Trajectory
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint would bury our own
 
@@ -244,7 +245,7 @@ class Policy:
         """Train a low-rank adapter on every linear layer instead of the weights (Hu et al. 2021), `alpha` 2·rank."""
         from peft import LoraConfig, TaskType, get_peft_model
 
-        task = TaskType.SEQ_2_SEQ_LM if self.family == "encoder-decoder" else TaskType.CAUSAL_LM
+        task = TaskType.SEQ_2_SEQ_LM if self.has_encoder else TaskType.CAUSAL_LM
         if self.is_lora:
             self.model = self.model.merge_and_unload()
         with torch.random.fork_rng(devices=[]):
@@ -469,6 +470,34 @@ class Policy:
         with self.autocast():
             return _upcast(self.critic(self.model, batch, start, self._takes_positions))
 
+    # --- batches -------------------------------------------------------------------------------------------------
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads the prompts, so that the rows of a batch are completions alone."""
+        return self.family == "encoder-decoder"
+
+    def batch_of(
+        self,
+        trajectories: Sequence[Trajectory],
+        *,
+        normalisation: Normalisation = "per_completion",
+        constant: float = 1.0,
+    ) -> Batch:
+        """Completions and what they were paid, laid out as this policy reads them (`data.batch.from_trajectories`)."""
+        return from_trajectories(
+            trajectories, encoder=self.has_encoder, pad_id=self.codec.pad_id, normalisation=normalisation,
+            constant=constant,
+        )  # fmt: skip
+
+    def batch_of_sequences(
+        self, prompts: Sequence[Ints], completions: Sequence[Ints], *, normalisation: Normalisation = "per_token"
+    ) -> Batch:
+        """Prompts int64[P] with a completion int64[T] each, laid out so too (`data.batch.from_sequences`)."""
+        return from_sequences(
+            prompts, completions, encoder=self.has_encoder, pad_id=self.codec.pad_id, normalisation=normalisation
+        )
+
     # --- log-probabilities ---------------------------------------------------------------------------------------
 
     def logits(self, batch: Batch, keep_from: int = 0) -> Tensor:
@@ -656,8 +685,8 @@ class Policy:
         """Read prompts (and prefixes already written). Returns the rows' state and their next logits float32[B, V]."""
         before = [np.empty(0, np.int64)] * len(prompts) if prefixes is None else list(prefixes)
         layers = self._decoder_layers()
-        state = DecodeState.empty(len(prompts), layers, self.device, self.family == "encoder-decoder")
-        if self.family == "encoder-decoder":
+        state = DecodeState.empty(len(prompts), layers, self.device, self.has_encoder)
+        if self.has_encoder:
             width = max(1, max(len(p) for p in prompts))
             tokens = torch.full((len(prompts), width), self.codec.pad_id, dtype=torch.long)
             mask = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -690,7 +719,7 @@ class Policy:
         state.positions = state.positions + real.sum(1)
         attention = state.mask.long()
         with self.autocast():
-            if self.family == "encoder-decoder":
+            if self.has_encoder:
                 assert state.encoder_hidden is not None and state.encoder_mask is not None
                 with _decoder_positions(self._base(), positions):
                     output = self.model(
@@ -718,9 +747,7 @@ class Policy:
         config = self.config
         for name in ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer"):
             value = getattr(config, name, None)
-            if isinstance(value, int) and (
-                self.family == "encoder-decoder" or name in ("num_hidden_layers", "n_layer")
-            ):
+            if isinstance(value, int) and (self.has_encoder or name in ("num_hidden_layers", "n_layer")):
                 return value
         raise OperantError(f"the config of {config.model_type!r} does not say how many decoder layers there are")
 

@@ -19,7 +19,7 @@ from operant.algorithms.estimator import Rollout
 from operant.algorithms.learner import logprobs_of
 from operant.algorithms.table import nearest
 from operant.config import TrainConfig
-from operant.data.batch import drawn, from_trajectories
+from operant.data.batch import drawn
 from operant.data.prompts import PromptFormat
 from operant.models.sampler import Sampler
 from operant.rewards import RewardRunner, reward_trajectory
@@ -291,7 +291,7 @@ class HeldOutEpisodes(HeldOut):
 
     def moved(self, trajectories: Sequence[Trajectory]) -> float:
         """Mean log π/π_ref of the drawn tokens."""
-        batch = from_trajectories(trajectories, encoder=self.player.encoder, pad_id=self.policy.codec.pad_id)
+        batch = self.policy.batch_of(trajectories)
         batch.temperature = torch.ones(len(batch.tokens))
         now = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
         with self.policy.as_reference():

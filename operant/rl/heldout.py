@@ -11,7 +11,6 @@ from typing import Any
 from operant.algorithms.learner import logprobs_of
 from operant.algorithms.table import nearest
 from operant.config import TrainConfig
-from operant.data.batch import from_sequences
 from operant.models.policy import Policy
 from operant.rewards import Limited, RewardRunner
 from operant.rl.evaluate import evaluate
@@ -88,10 +87,7 @@ class HeldOut:
     def drift(self, completions: Sequence[Completion]) -> float:
         """Mean log π/π_ref per token of the held-out (greedy) completions: how far the policy has moved."""
         rows = [(p, c) for p, c in zip(self.prompts, completions, strict=True)][:64]
-        batch = from_sequences(
-            [p.tokens for p, _ in rows], [c.tokens for _, c in rows],
-            encoder=self.policy.family == "encoder-decoder", pad_id=self.policy.codec.pad_id,
-        )  # fmt: skip
+        batch = self.policy.batch_of_sequences([p.tokens for p, _ in rows], [c.tokens for _, c in rows])
         now = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
         with self.policy.as_reference():
             then = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)

@@ -24,7 +24,7 @@ from operant.algorithms.surrogate import Surrogate
 from operant.algorithms.table import AlgorithmSettings, places_tokens, resolve
 from operant.algorithms.trust_region import TrustRegion
 from operant.config import TrainConfig
-from operant.data.batch import drawn, from_sequences, microbatches, select_rows
+from operant.data.batch import drawn, microbatches, select_rows
 from operant.data.prompts import Pair
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
@@ -317,10 +317,7 @@ class _Loop:
 
     def supervised(self, step: int) -> Batch:
         chosen = [self.pairs[i] for i in self.pair_order.take(step)]
-        return from_sequences(
-            [p.prompt.tokens for p in chosen], [p.completion_tokens for p in chosen],
-            encoder=self.policy.family == "encoder-decoder", pad_id=self.policy.codec.pad_id,
-        )  # fmt: skip
+        return self.policy.batch_of_sequences([p.prompt.tokens for p in chosen], [p.completion_tokens for p in chosen])
 
     # --- what is seen --------------------------------------------------------------------------------------------
 

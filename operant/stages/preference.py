@@ -16,7 +16,7 @@ from torch import Tensor
 from operant.algorithms.objectives import full_kl, kto_reference_point, preference_loss
 from operant.algorithms.table import ALGORITHMS, nearest
 from operant.config import PreferConfig
-from operant.data.batch import from_sequences, microbatches, to_device
+from operant.data.batch import microbatches, to_device
 from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
 from operant.data.replay import Replay, draw
 from operant.data.rows import Fields, load_rows, load_split_rows, split_rows
@@ -58,11 +58,9 @@ class Answers:
 
     def batch(self, policy: Policy, rows: Sequence[int]) -> Batch:
         """A batch of completions; its denominator is the number of examples in it."""
-        encoder = policy.family == "encoder-decoder"
-        batch = from_sequences(
-            [self.prompts[r].tokens for r in rows], [self.tokens[r] for r in rows], encoder=encoder,
-            pad_id=policy.codec.pad_id, normalisation="per_completion",
-        )  # fmt: skip
+        batch = policy.batch_of_sequences(
+            [self.prompts[r].tokens for r in rows], [self.tokens[r] for r in rows], normalisation="per_completion"
+        )
         batch.is_chosen = torch.tensor([self.good[r] for r in rows])
         batch.kind, batch.denominator = "labels", float(len(rows))
         if self.paired:
@@ -73,7 +71,7 @@ class Answers:
         for i, r in enumerate(rows):
             reference = self.reference[r]
             if reference is not None:
-                start = 0 if encoder else len(self.prompts[r].tokens)
+                start = 0 if policy.has_encoder else len(self.prompts[r].tokens)
                 batch.ref_logprobs[i, start : start + len(reference)] = torch.from_numpy(reference)
         return batch
 
@@ -84,7 +82,6 @@ class Answers:
         # run that is resumed with more steps needs more of them
         ordered = sorted(range(len(self.tokens)), key=lambda r: (self._length(r), r))
         needed, start = set(rows), 0
-        encoder = policy.family == "encoder-decoder"
         while start < len(ordered):
             stop = start + 1
             while stop < len(ordered) and self._length(ordered[stop]) * (stop + 1 - start) <= max_tokens:
@@ -94,7 +91,7 @@ class Answers:
                 continue
             logprobs = policy.logprobs(to_device(self.batch(policy, chunk), policy.device)).logprobs.cpu().numpy()
             for i, r in enumerate(chunk):
-                first = 0 if encoder else len(self.prompts[r].tokens)
+                first = 0 if policy.has_encoder else len(self.prompts[r].tokens)
                 self.reference[r] = logprobs[i, first : first + len(self.tokens[r])].astype(np.float32)
 
     def _length(self, row: int) -> int:
@@ -126,7 +123,7 @@ class Answers:
         room = policy.max_length
         tokens = []
         for row, other in enumerate(partner):
-            taken = 0 if policy.family == "encoder-decoder" else len(self.prompts[row].tokens)
+            taken = 0 if policy.has_encoder else len(self.prompts[row].tokens)
             tokens.append(self.tokens[other][: max(1, room - taken)])
         return Answers(self.prompts, tokens, self.good, paired=False)
 
@@ -336,7 +333,7 @@ def _loaded(
     config: PreferConfig, policy: Policy, replay: Replay | None
 ) -> tuple[Sequence[Preference] | Sequence[Rating], Sequence[Preference] | Sequence[Rating]]:
     """(what to learn from, what is held out)."""
-    encoder = policy.family == "encoder-decoder"
+    encoder = policy.has_encoder
     fields = Fields(
         prompt=config.prompt_field, completion=config.completion_field, chosen=config.chosen_field,
         rejected=config.rejected_field, label=config.label_field,
@@ -370,7 +367,7 @@ def read_replay(path: str) -> Replay:
 
 
 def _from_replay(config: PreferConfig, policy: Policy, replay: Replay) -> list[Preference] | list[Rating]:
-    encoder = policy.family == "encoder-decoder"
+    encoder = policy.has_encoder
     found: list[Preference] | list[Rating] = replay.preferences(policy.codec, encoder=encoder)
     left_out = dict(replay.left_out)
     if config.algorithm == "kto":
@@ -389,7 +386,7 @@ def _from_replay(config: PreferConfig, policy: Policy, replay: Replay) -> list[P
 
 def _check_fits(policy: Policy, example: Preference | Rating) -> None:
     """Raises OperantError for an example that the model cannot read."""
-    length, prompt = _longest(example, policy.family == "encoder-decoder"), example.prompt
+    length, prompt = _longest(example, policy.has_encoder), example.prompt
     if max(length, len(prompt.tokens)) > policy.max_length:
         raise OperantError(
             f"the example of prompt {prompt.id!r} has {max(length, len(prompt.tokens))} tokens and the model's context "

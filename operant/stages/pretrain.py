@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from operant.config import PretrainConfig
-from operant.data.batch import from_sequences, microbatches, pack
+from operant.data.batch import microbatches, pack
 from operant.data.prompts import load_texts
 from operant.data.rows import Fields, load_split_rows
 from operant.models.policy import Policy
@@ -82,7 +82,7 @@ def pretrain(
         known, dev_texts, words = known_texts(config, texts, dev_texts)
         sentinels = SENTINELS if config.arch in ("t5", "mbart") else 0
         policy = policy or starting_policy(config, config, lambda: words or known, sentinels)
-        own = ("spans", "infilling") if policy.family == "encoder-decoder" else ("causal",)
+        own = ("spans", "infilling") if policy.has_encoder else ("causal",)
         if config.objective not in ("auto", *own):
             raise OperantError(
                 f"--objective {config.objective} does not fit a {policy.family} model; it learns by {' or '.join(own)}"
@@ -91,7 +91,7 @@ def pretrain(
         documents = policy.codec.encode_batch(known, eos=True)
         held_out = policy.codec.encode_batch(list(dev_texts), eos=True) if dev_texts else []
         block = min(config.block or policy.max_length, policy.max_length)
-        task = _denoising if policy.family == "encoder-decoder" else _causal
+        task = _denoising if policy.has_encoder else _causal
         return fit(run, policy, task(policy, documents, held_out, block, config), config)
 
 
@@ -174,11 +174,10 @@ def _denoising(
     def corrupted(chosen: list[Ints], seed: int) -> Batch:
         rng = np.random.default_rng(seed)
         both = [corrupt(p, sentinels, rng, config.noise_density, config.mean_span) for p in chosen]
-        return from_sequences(
+        return policy.batch_of_sequences(
             [np.concatenate([frame[:-1], source, frame[-1:]]) for source, _ in both],
             [np.concatenate([target, eos]) for _, target in both],
-            encoder=True, pad_id=policy.codec.pad_id,
-        )  # fmt: skip
+        )
 
     dev_pieces = pieces_of(held_out, block - len(frame), 2)[:512]
     dev = [corrupted(dev_pieces[i : i + 64], mixed_seed(config.seed, "dev", i)) for i in range(0, len(dev_pieces), 64)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from operant.algorithms.objectives import label_smoothed
 from operant.config import SftConfig
-from operant.data.batch import from_sequences, microbatches
+from operant.data.batch import microbatches
 from operant.data.prompts import Pair, load_fitting_pairs
 from operant.data.rows import load_split_rows
 from operant.models.policy import Policy
@@ -21,10 +21,7 @@ from operant.types import Batch, OperantError, Prompt, Sampling
 
 def pairs_batch(pairs: Sequence[Pair], policy: Policy) -> Batch:
     """A batch of labelled pairs; the loss is on the completions' tokens, averaged per token."""
-    return from_sequences(
-        [p.prompt.tokens for p in pairs], [p.completion_tokens for p in pairs],
-        encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id,
-    )  # fmt: skip
+    return policy.batch_of_sequences([p.prompt.tokens for p in pairs], [p.completion_tokens for p in pairs])
 
 
 def sft(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from operant.algorithms.objectives import full_kl
-from operant.data.batch import from_sequences, microbatches, to_device
+from operant.data.batch import microbatches, to_device
 from operant.models.policy import LanguagePolicy, Policy
 from operant.models.sampler import Sampler
 from operant.rl.evaluate import evaluate
@@ -39,25 +39,20 @@ class Anchors:
     prompts, answers (int64[T] each): the same number of each; `ids` name them in the records.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], answers: Sequence[Ints], *, encoder: bool, pad_id: int) -> None:
+    def __init__(self, policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Ints]) -> None:
         if not prompts or not any(len(a) for a in answers):
             raise OperantError("there are no anchor answers to measure a step by; give --anchors with some prompts")
         kept = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a)]
         self.prompts = [p for p, _ in kept]
         self.answers = [a for _, a in kept]
         self.ids = [p.id for p in self.prompts]
-        self.batch: Batch = from_sequences(
-            [p.tokens for p in self.prompts], self.answers, encoder=encoder, pad_id=pad_id, normalisation="per_token"
-        )
+        self.batch: Batch = policy.batch_of_sequences([p.tokens for p in self.prompts], self.answers)
 
     @classmethod
     def of(cls, policy: Policy, prompts: Sequence[Prompt], *, max_tokens: int = 32, seed: int = 0) -> Anchors:
         """The policy's own answers to these prompts, sampled at temperature 1."""
         groups = Sampler(policy).sample(prompts, Sampling(max_tokens=max_tokens, seed=seed))
-        return cls(
-            prompts, [g[0].tokens for g in groups], encoder=policy.family == "encoder-decoder",
-            pad_id=policy.codec.pad_id,
-        )  # fmt: skip
+        return cls(policy, prompts, [g[0].tokens for g in groups])
 
     @torch.no_grad()
     def logits(self, policy: Policy, max_tokens: int) -> Tensor:

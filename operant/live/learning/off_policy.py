@@ -11,7 +11,6 @@ import torch
 
 from operant.algorithms.learner import logprobs_of
 from operant.config import LiveConfig
-from operant.data.batch import from_trajectories
 from operant.data.replay import Replay
 from operant.live.learning.events import EventSource
 from operant.live.learning.gate import off_policy_value
@@ -43,7 +42,7 @@ def evaluate(
     for number in numbers:
         policy = Policy.load(Path(versions.get(number).path) / "model", device=device)
         policy.model.eval()
-        batch = from_trajectories(rows, encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id)
+        batch = policy.batch_of(rows)
         with torch.no_grad():
             logprobs = logprobs_of(policy, batch, LiveConfig().tokens_per_microbatch).double()
         assert batch.behavior_logprobs is not None

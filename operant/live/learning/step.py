@@ -28,13 +28,13 @@ from torch import Tensor
 from operant.algorithms import objectives
 from operant.algorithms.learner import Learner, Sgd, logprobs_of
 from operant.config import LiveConfig
-from operant.data.batch import drawn, from_sequences, from_trajectories, microbatches, scatter
+from operant.data.batch import drawn, microbatches, scatter
 from operant.live.learning.events import LessonRow, Paired, Rated
 from operant.live.learning.gate import Anchors, divergence
 from operant.live.learning.lesson import Lesson, weight_of
 from operant.live.storage.versions import Outcome
 from operant.models.policy import Policy
-from operant.types import Batch, Ints, Prompt, StepStats, Trajectory
+from operant.types import Batch, StepStats, Trajectory
 
 __all__ = ["ARITHMETIC", "StepResult", "fingerprint", "new_learner", "rating_loss", "take_step"]
 
@@ -266,10 +266,7 @@ def _batches(policy: Policy, rated: Sequence[Rated], paired: Sequence[Paired], c
 def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) -> Batch:
     """Ratings as rows. Only marked tokens, those `observed`, have an advantage, which holds the row's weight too."""
     trajectories = [Trajectory(r.prompt, r.completion, np.zeros(len(r.marked)), r.marked) for r in rated]
-    batch = from_trajectories(
-        trajectories, encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id,
-        normalisation="per_completion",
-    )  # fmt: skip
+    batch = policy.batch_of(trajectories)
     marked = torch.zeros(len(rated), max(len(r.marked) for r in rated))
     for i, row in enumerate(rated):
         taught = row.marked[drawn(row.completion)]
@@ -290,20 +287,15 @@ def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) ->
 def _pair_batch(policy: Policy, paired: Sequence[Paired], config: LiveConfig) -> Batch:
     """Pairs as neighbouring rows, with this step's beginning as the reference."""
     rows = [(p.pair.prompt, tokens) for p in paired for tokens in (p.pair.chosen, p.pair.rejected)]
-    batch = _plain_batch(policy, rows)
+    batch = policy.batch_of_sequences(
+        [prompt.tokens for prompt, _ in rows], [tokens for _, tokens in rows], normalisation="per_completion"
+    )
     batch.is_chosen = torch.arange(len(rows)) % 2 == 0
     batch.pair_ids = torch.arange(len(rows)) // 2
     batch.weights = batch.weights * torch.tensor([[p.weight] for p in paired for _ in range(2)])
     batch.kind = "edits" if paired[0].likelihood else "pairs"
     batch.ref_logprobs = logprobs_of(policy, batch, config.tokens_per_microbatch)
     return batch
-
-
-def _plain_batch(policy: Policy, rows: Sequence[tuple[Prompt, Ints]]) -> Batch:
-    return from_sequences(
-        [prompt.tokens for prompt, _ in rows], [tokens for _, tokens in rows],
-        encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id, normalisation="per_completion",
-    )  # fmt: skip
 
 
 def _loss_of_rows(logprobs: Tensor, batch: Batch, config: LiveConfig) -> Tensor:

@@ -108,7 +108,7 @@ def run_record(
     }  # fmt: skip
     reader = EventReader(
         source.completion, at.policy.codec, config.score_low, config.score_high,
-        encoder=at.policy.family == "encoder-decoder", max_length=at.policy.max_length,
+        encoder=at.policy.has_encoder, max_length=at.policy.max_length,
     )  # fmt: skip
     state = at.state.without(forgotten)
     return prepare(events, reader, state, config, seed=record.seed, learned=learned), config
@@ -200,10 +200,7 @@ def _load_anchors(root: Path, policy: Policy) -> Anchors:
     with _anchor_file(root).open(encoding="utf-8") as file:
         kept = Replay.from_lines(file)
     answers = list(kept.completions.values())
-    return Anchors(
-        [kept.prompts[a.prompt_id] for a in answers], [a.tokens for a in answers],
-        encoder=policy.family == "encoder-decoder", pad_id=policy.codec.pad_id,
-    )  # fmt: skip
+    return Anchors(policy, [kept.prompts[a.prompt_id] for a in answers], [a.tokens for a in answers])
 
 
 def heldout_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
