@@ -332,9 +332,10 @@ class PreferConfig(RunConfig):
         data: rows of prompt, chosen, rejected; of prompt, original, edited; or, for kto, of prompt, completion, label.
         dev_data: held-out rows; empty takes the dev split of `data`, or the last tenth of it.
         limit: use only the first rows.
-        replay: a file of feedback events with their completions, instead of `data`; see operant.data.replay.
-        half_life: hours after which an event of the replay is half as likely to be drawn; 0 draws uniformly.
-        midpoint: a score of the replay above it is good, below it bad.
+        replay: a feedback log (`operant.FeedbackLog`), a file of feedback events with their completions, instead of
+            `data`.
+        half_life: hours after which an event of the log is half as likely to be drawn; 0 draws uniformly.
+        midpoint: a score of the log above it is good, below it bad.
         out: the run folder.
         prompt_field: column of the prompt, a text or a chat; without one, what both completions begin with.
         chosen_field: column of the preferred completion.
@@ -844,7 +845,7 @@ class LearnerConfig(LiveConfig):
     Args:
         root: the folder of the versions.
         store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
-            operant.data.replay writes it.
+            operant.data.feedback_log writes it.
         model: the first version, a folder or hub id; only to begin a new root.
         anchors: rows with prompts, on whose answers every step is measured; empty samples from the bare model. Only to
             begin a new root.

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from program import Program
 
+from operant.data.feedback_log import FeedbackLog
 from operant.data.preferences import load_preferences, load_ratings
 from operant.data.prompts import load_prompts
-from operant.data.replay import Replay
 from operant.data.rows import load_rows
 from operant.data.text import Codec
 from operant.live.storage.exchange import Scale, export, export_rows, load
@@ -65,7 +65,7 @@ def talked(store: Store, **options: Any) -> None:
 def test_lines_hold_everything_and_come_back(store: Store, tmp_path: Path) -> None:
     talked(store)
     assert export(store, tmp_path / "all.jsonl") == 1 + 3 + 10
-    replay = Replay.from_lines((tmp_path / "all.jsonl").read_text().splitlines(keepends=True))
+    replay = FeedbackLog.from_lines((tmp_path / "all.jsonl").read_text().splitlines(keepends=True))
     assert list(replay.events.values()) == [event for _, event in store.events_after(0, 99)]
     with Store(tmp_path / "other.db") as other:
         assert load(other, tmp_path / "all.jsonl") == {"completions": 3, "events": 10}

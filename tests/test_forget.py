@@ -147,7 +147,7 @@ def test_the_bits_are_expected_of_the_same_arithmetic_alone(
         here = world("live", said=SAID[:1])
     assert here.versions.record(1).fingerprint.get("arithmetic") == (None if recorded is None else str(recorded))
     here.store.close()
-    made_again = forgetting.replayed
+    made_again = forgetting.make_again
 
     def nudged(*arguments: Any) -> Policy:
         """What a learner with another order of its sums would have come to."""
@@ -156,7 +156,7 @@ def test_the_bits_are_expected_of_the_same_arithmetic_alone(
             next(policy.model.parameters()).view(-1)[0] += 1e-6
         return policy
 
-    monkeypatch.setattr(forgetting, "replayed", nudged)
+    monkeypatch.setattr(forgetting, "make_again", nudged)
     verified = program("replay", "--root", here.config.root)
     assert verified.status == alarm and ("with other libraries or by another operant" in verified.out) is not alarm
     assert ("version 1 is not what its record makes" in verified.err[-1]) is alarm

@@ -17,7 +17,7 @@ from live import answered
 from operant.algorithms.table import ALGORITHMS
 from operant.config import TrainConfig, WorkerConfig
 from operant.data.batch import from_sequences, to_device
-from operant.live.learning.worker import Learning, Worker, replayed
+from operant.live.learning.worker import Learning, Worker, make_again
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.rewards import Reward
@@ -109,7 +109,7 @@ def test_a_rating_is_learned_and_replayed_bit_for_bit(family: str, make_policy: 
         assert worker.once()
     assert worker.versions.pointer().version == 3
     for version in (1, 2, 3):
-        again = replayed(worker.versions, version, store, dataclasses.replace(config, lr=0.5))
+        again = make_again(worker.versions, version, store, dataclasses.replace(config, lr=0.5))
         saved = Learning.load(worker.versions, version, 0, config).policy
         assert again.device.type == "cuda"
         for a, b in zip(again.model.parameters(), saved.model.parameters(), strict=True):

@@ -274,8 +274,8 @@ def test_a_later_opinion_or_a_retraction_ends_the_replay_of_an_earlier_one(make_
     assert second.rehearsed == ["e3"] and second.forgotten == ["e1", "e2"]
     assert [m["event"]["id"] for m in second.state.memory] == ["e3", "e5"]
     assert [r.event.id for r in second.fresh] == ["e5"]
-    replayed = next(r for r in second.rated if r.event.id == "e3")
-    assert replayed.advantage == pytest.approx(1.0 - first.state.baselines["talk"])  # what it is worth by now
+    rehearsed = next(r for r in second.rated if r.event.id == "e3")
+    assert rehearsed.advantage == pytest.approx(1.0 - first.state.baselines["talk"])  # what it is worth by now
     taught = take_step(policy, new_learner(policy, config), second, anchors_of(policy), config)
     assert set(taught.outcomes) == {"e4", "e5"}
 

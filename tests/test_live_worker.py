@@ -21,10 +21,10 @@ from program import Program
 
 import operant
 from operant.config import ServeConfig, WorkerConfig
-from operant.data.replay import line_of
-from operant.live.learning.events import FeedbackLog, open_store
+from operant.data.feedback_log import line_of
+from operant.live.learning.events import FeedbackFile, open_store
 from operant.live.learning.gate import divergence, likelihood
-from operant.live.learning.worker import Learning, Worker, main, replayed
+from operant.live.learning.worker import Learning, Worker, main, make_again
 from operant.live.serving.canary import Canary
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
@@ -144,15 +144,15 @@ def test_the_replay_of_a_record_gives_the_same_bits(make_loop: Callable[..., Loo
     # a learner with other settings replays with the record's
     config = dataclasses.replace(loop.worker.config, lr=0.5, max_grad_norm=9.0, replay_events=0, beta=3.0)
     for version in (1, 2, 4):
-        again = replayed(loop.versions, version, loop.store, config)
+        again = make_again(loop.versions, version, loop.store, config)
         assert same(again, as_saved(loop, version).policy)
         assert not same(again, as_saved(loop, loop.versions.record(version).parent).policy)
     assert loop.versions.record(2).replayed == ["e1"] and loop.versions.record(4).replayed == ["e2"]
     with pytest.raises(OperantError, match="not made by a step"):
-        replayed(loop.versions, 3, loop.store, config)
+        make_again(loop.versions, 3, loop.store, config)
     loop.store.log[0] = dataclasses.replace(loop.store.log[0], id="swapped")
     with pytest.raises(OperantError, match="does not hold the events of step 1"):
-        replayed(loop.versions, 1, loop.store, config)
+        make_again(loop.versions, 1, loop.store, config)
 
 
 def test_rolling_back_forgets_what_was_learned_since_and_brings_the_optimizer_back(
@@ -193,7 +193,7 @@ def test_a_roll_back_during_a_step_begins_the_step_again(
     assert len(calls) == 2
     record = loop.versions.record(2)
     assert record.parent == 0 and loop.versions.current().version == 2
-    assert same(replayed(loop.versions, 2, loop.store, loop.worker.config), loop.worker.current().policy)
+    assert same(make_again(loop.versions, 2, loop.store, loop.worker.config), loop.worker.current().policy)
 
 
 def test_a_step_that_teaches_nothing_publishes_nothing_and_says_so(make_loop: Callable[..., Loop]) -> None:
@@ -309,7 +309,7 @@ def test_a_full_disk_is_told_and_the_step_is_made_when_there_is_room(
     monkeypatch.setattr(Policy, "save", real)
     assert loop.worker.once() and not loop.worker.once()
     assert loop.versions.current().version == 1 and loop.versions.record(1).outcomes["e1"].state == "used"
-    assert same(replayed(loop.versions, 1, loop.store, loop.worker.config), loop.worker.current().policy)
+    assert same(make_again(loop.versions, 1, loop.store, loop.worker.config), loop.worker.current().policy)
 
 
 def test_an_event_on_which_the_step_fails_is_told_and_does_not_stop_the_others(
@@ -481,7 +481,7 @@ def log_of(store: MemoryStore, path: Path) -> None:
 def test_a_growing_file_is_read_as_far_as_it_is_written(make_policy: Make, tmp_path: Path) -> None:
     store = answered(make_policy("gpt2"))
     path = tmp_path / "log.jsonl"
-    log = FeedbackLog(path)
+    log = FeedbackFile(path)
     assert log.events_after(0, 5) == [] and log.completion("c0") is None
     log_of(store, path)
     found = log.completion("c1")
@@ -495,7 +495,7 @@ def test_a_growing_file_is_read_as_far_as_it_is_written(make_policy: Make, tmp_p
     first, second = log.events_after(0, 5)
     assert (first[1], second[1]) == tuple(store.log) and second[0] == first[0] + 2  # the repeated line is no event
     assert log.events_after(first[0], 5) == [second] and log.events_after(0, 1) == [first]
-    assert FeedbackLog(path).events_after(0, 5) == [first, second]
+    assert FeedbackFile(path).events_after(0, 5) == [first, second]
     with path.open("a") as file:
         file.write("nonsense\n")
     with pytest.raises(OperantError, match=r"line \d+ of .*log.jsonl is no prompt"):
@@ -520,7 +520,7 @@ def test_it_learns_from_a_database_that_another_process_writes(make_loop: Callab
             written.add_feedback(loop.store.add("c1", kind, value), body_hash="")
         assert loop.worker.once() and not loop.worker.once()
         # what it learned is what it learns from the same events in memory
-        again = replayed(loop.versions, 1, loop.store, loop.worker.config)
+        again = make_again(loop.versions, 1, loop.store, loop.worker.config)
         assert same(again, loop.worker.current().policy) and not same(again, as_saved(loop, 0).policy)
         assert written.counts()["pending"] == 3
         written.reconcile(loop.versions.records())

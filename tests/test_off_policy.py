@@ -13,7 +13,7 @@ from live import answered
 from program import Program
 
 from operant.config import WorkerConfig
-from operant.data.replay import line_of
+from operant.data.feedback_log import line_of
 from operant.live.learning.off_policy import evaluate
 from operant.live.learning.worker import Worker
 from operant.models.policy import Policy

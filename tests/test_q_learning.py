@@ -1,4 +1,4 @@
-"""Double Q-learning: what the double estimator is for, its targets, the replay, and text reweighted by the values."""
+"""Double Q-learning: what the double estimator is for, its targets, its buffer, and text reweighted by the values."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_loss_is_half_the_square_and_the_target_is_a_constant() -> None:
     assert values.grad is not None and values.grad.tolist() == [-2.0, -1.0] and targets.grad is None
 
 
-# --- the replay ------------------------------------------------------------------------------------------------------
+# --- the replay buffer -----------------------------------------------------------------------------------------------
 
 
 def row(name: str, tokens: list[int], rewards: list[float]) -> Trajectory:

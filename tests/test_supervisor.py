@@ -17,8 +17,8 @@ import pytest
 from live import MemoryStore, answered, logprob, prompts
 
 from operant.config import WorkerConfig
-from operant.data.replay import line_of
-from operant.live.learning.events import FeedbackLog
+from operant.data.feedback_log import line_of
+from operant.live.learning.events import FeedbackFile
 from operant.live.learning.worker import Worker
 from operant.live.serving import supervisor as module
 from operant.live.serving.engine import RESIDENT, Busy, Engine
@@ -389,7 +389,7 @@ def test_a_real_learner_teaches_what_is_served_and_survives_kill_9(make_live: Ma
     event = live.store.add("c0", "thumb", 1)
     log.write_text("".join([*lines, line_of(event)]))
     # a step that was announced and then cut off, as by kill -9 in its middle
-    record = Worker(live.worker.config, FeedbackLog(log), lambda told: None)._next()
+    record = Worker(live.worker.config, FeedbackFile(log), lambda told: None)._next()
     assert record is not None
     live.versions.announce(record)
     supervisor = live.start(None)

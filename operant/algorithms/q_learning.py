@@ -98,7 +98,7 @@ class ReplayBuffer:
 
 
 class QEstimator:
-    """Takes the place of `estimate.Estimator`: rewarded completions go into the replay, a batch of it comes out with
+    """Takes the place of `estimate.Estimator`: rewarded completions go into the buffer, a batch of it comes out with
     the double estimator's n-step targets as `returns`.
 
         Q(s, a) = V(s) + β log π(a|s)/π_ref(a|s)

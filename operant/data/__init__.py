@@ -1,1 +1,1 @@
-"""Text in, ids out: tokenizers and chat templates, rows of files, preferences, replayed feedback."""
+"""Text in, ids out: tokenizers and chat templates, rows of files, preferences, logs of feedback."""

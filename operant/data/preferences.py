@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from operant.data.prompts import Pair, TooLong, load_pairs
+from operant.data.prompts import Pair, PromptFormat, load_pairs
 from operant.data.rows import ABSENT, Fields, Row, cell, find_column, is_chat, no_column, text_of
 from operant.data.text import Codec
 from operant.types import Ints, OperantError, Prompt
@@ -88,13 +88,10 @@ def load_preferences(
     rows: Sequence[Row],
     codec: Codec,
     fields: Fields | None = None,
+    prompt_format: PromptFormat | None = None,
     *,
-    prefix: str = "",
-    separator: str = "\n",
-    encoder: bool = False,
-    max_prompt_tokens: int | None = None,
     max_tokens: int | None = None,
-    too_long: TooLong = "error",
+    **options: Any,
 ) -> list[Preference]:
     """Pairs of completions, one a row. An edit is such a pair: the edited text is chosen, the original rejected.
 
@@ -103,25 +100,23 @@ def load_preferences(
     chats, or of two texts the common words, after which no separator is written.
 
     Args:
-        rows, codec, fields, prefix, separator, encoder, max_prompt_tokens: as in `load_pairs`.
+        rows, codec, fields, prompt_format, options: as in `load_prompts`. `too_long` is of completions as well:
+            "error", "skip" (leave the pair out) or "truncate" (cut both completions; pairs that are the same afterwards
+            are left out).
         max_tokens: the longest completion of an encoder-decoder; of a decoder, prompt and completion together.
-        too_long: "error", "skip" (leave the pair out) or "truncate" (cut both completions; pairs that are the same
-            afterwards are left out).
 
     Raises:
         OperantError: there are no pairs in the rows, both texts of a row are the same, the chosen one is empty, a
             value is no text, or a row is too long.
     """
-    fields = fields or Fields()
+    fields, written = fields or Fields(), dataclasses.replace(prompt_format or PromptFormat(), **options)
     made, implicit = _pair_rows(rows, fields)
-    pairs = load_pairs(
-        made, codec, Fields(prompt="prompt", completion="completion", id=fields.id), prefix=prefix,
-        separator="" if implicit else separator, encoder=encoder, max_prompt_tokens=max_prompt_tokens,
-        too_long=too_long,
-    )  # fmt: skip
+    if implicit:
+        written = dataclasses.replace(written, separator="")
+    pairs = load_pairs(made, codec, _made_fields(fields), written)
     out = []
     for chosen, rejected in zip(pairs[::2], pairs[1::2], strict=True):
-        sides = [_fitted(side, max_tokens, encoder, too_long) for side in (chosen, rejected)]
+        sides = [_fitted(side, max_tokens, written) for side in (chosen, rejected)]
         if sides[0] is not None and sides[1] is not None and not np.array_equal(sides[0], sides[1]):
             out.append(Preference(_without_references(chosen.prompt), sides[0], sides[1]))
     return _some(out, "pair", max_tokens)
@@ -131,13 +126,10 @@ def load_ratings(
     rows: Sequence[Row],
     codec: Codec,
     fields: Fields | None = None,
+    prompt_format: PromptFormat | None = None,
     *,
-    prefix: str = "",
-    separator: str = "\n",
-    encoder: bool = False,
-    max_prompt_tokens: int | None = None,
     max_tokens: int | None = None,
-    too_long: TooLong = "error",
+    **options: Any,
 ) -> list[Rating]:
     """Completions that are each good or bad. Rows of pairs (see `load_preferences`) give two each.
 
@@ -148,40 +140,20 @@ def load_ratings(
         OperantError: there are neither labels nor pairs, a label is neither good nor bad, a desirable completion is
             empty, a value is no text, or a row is too long.
     """
-    fields = fields or Fields()
+    fields, written = fields or Fields(), dataclasses.replace(prompt_format or PromptFormat(), **options)
     if not rows:
         raise OperantError("there are no rows: give data with at least one row")
     label = find_column(rows, "label", fields.label)
     answer = find_column(rows, "completion", fields.completion, "--completion-field")
     if label is None or answer is None:
         if all(find_column(rows, side, getattr(fields, side)) is not None for side in ("chosen", "rejected")):
-            return unpaired(
-                load_preferences(
-                    rows, codec, fields, prefix=prefix, separator=separator, encoder=encoder,
-                    max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, too_long=too_long,
-                )
-            )  # fmt: skip
+            return unpaired(load_preferences(rows, codec, fields, written, max_tokens=max_tokens))
         missing, flag = ("label", "--label-field") if label is None else ("completion", "--completion-field")
         raise OperantError(no_column(rows, missing, missing, flag))
-    prompt = _prompt_column(rows, fields)
-    made, labels = [], []
-    for number, row in enumerate(rows, start=1):
-        history, text = _answer(cell(row, answer), answer, number)
-        labels.append(_read_label(cell(row, label), label, number))
-        if labels[-1]:
-            _not_empty(text, answer, number)
-        asked = list(history) if history else _asked(row, prompt, number)
-        made.append(_others(row, (prompt, answer, label)) | {"prompt": asked, "completion": text})
-    # skipped prompts would shift the labels against the rows, so each carries its own
-    for row, good in zip(made, labels, strict=True):
-        row["desirable"] = good
-    pairs = load_pairs(
-        made, codec, Fields(prompt="prompt", completion="completion", id=fields.id), prefix=prefix,
-        separator=separator, encoder=encoder, max_prompt_tokens=max_prompt_tokens, too_long=too_long,
-    )  # fmt: skip
+    made = _rated_rows(rows, _prompt_column(rows, fields), answer, label)
     out = []
-    for pair in pairs:
-        tokens = _fitted(pair, max_tokens, encoder, too_long)
+    for pair in load_pairs(made, codec, _made_fields(fields), written):
+        tokens = _fitted(pair, max_tokens, written)
         if tokens is not None:
             out.append(Rating(_without_references(pair.prompt), tokens, bool(pair.prompt.meta["desirable"])))
     return _some(out, "completion", max_tokens)
@@ -236,6 +208,24 @@ def _pair_rows(rows: Sequence[Row], fields: Fields) -> tuple[list[Row], bool]:
             f"{same[0]}): a preference needs two different completions; remove those rows"
         )
     return made, implicit
+
+
+def _rated_rows(rows: Sequence[Row], prompt: str | None, answer: str, label: str) -> list[Row]:
+    """Rows with `prompt`, `completion` and `desirable`: each has its label, since rows may be left out later."""
+    made: list[Row] = []
+    for number, row in enumerate(rows, start=1):
+        history, text = _answer(cell(row, answer), answer, number)
+        good = _read_label(cell(row, label), label, number)
+        if good:
+            _not_empty(text, answer, number)
+        asked = list(history) if history else _asked(row, prompt, number)
+        made.append(_others(row, (prompt, answer, label)) | {"prompt": asked, "completion": text, "desirable": good})
+    return made
+
+
+def _made_fields(fields: Fields) -> Fields:
+    """The columns of the rows that `_pair_rows` and `_rated_rows` make."""
+    return Fields(prompt="prompt", completion="completion", id=fields.id)
 
 
 def _prompt_column(rows: Sequence[Row], fields: Fields) -> str | None:
@@ -310,17 +300,17 @@ def _others(row: Row, used: Sequence[str | None]) -> Row:
 # -- lengths
 
 
-def _fitted(pair: Pair, limit: int | None, encoder: bool, too_long: TooLong) -> Ints | None:
-    """The completion's tokens, cut if they may be; None where the row is to be left out."""
-    before = 0 if encoder else len(pair.prompt.tokens)
+def _fitted(pair: Pair, limit: int | None, written: PromptFormat) -> Ints | None:
+    """The completion's tokens, int64[T], cut if they may be; None where the row is to be left out."""
+    before = 0 if written.encoder else len(pair.prompt.tokens)
     if limit is None or before + len(pair.completion_tokens) <= limit:
         return pair.completion_tokens
-    if too_long == "error":
+    if written.too_long == "error":
         raise OperantError(
             f"row {pair.prompt.id} has {before + len(pair.completion_tokens)} tokens and the model holds {limit}; "
             "use --too_long skip or truncate"
         )
-    return pair.completion_tokens[: limit - before] if too_long == "truncate" and limit > before else None
+    return pair.completion_tokens[: limit - before] if written.too_long == "truncate" and limit > before else None
 
 
 def _some(items: list[T], what: str, limit: int | None) -> list[T]:

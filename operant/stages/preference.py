@@ -17,8 +17,9 @@ from operant.algorithms.objectives import full_kl, kto_reference_point, preferen
 from operant.algorithms.table import ALGORITHMS, nearest
 from operant.config import PreferConfig
 from operant.data.batch import microbatches, to_device
+from operant.data.feedback_log import FeedbackLog, draw_examples
 from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
-from operant.data.replay import Replay, draw
+from operant.data.prompts import PromptFormat
 from operant.data.rows import Fields, load_rows, load_split_rows, split_rows
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Run, mixed_seed
@@ -134,16 +135,17 @@ def prefer(
     policy: Policy | None = None,
     examples: Sequence[Preference] | Sequence[Rating] | None = None,
     dev_examples: Sequence[Preference] | Sequence[Rating] | None = None,
-    replay: Replay | None = None,
+    replay: FeedbackLog | None = None,
     quiet: bool = False,
 ) -> StageResult[Policy]:
     """Learn from preferences until the held-out loss stops improving. What is not given is loaded as `config` says.
 
     The reference is the policy as it comes in; its log-probs are computed once, before the first step. DPO and IPO take
-    pairs; KTO takes ratings, and pairs as two ratings each. With `replay`, batches are drawn from it. Dropout is off.
+    pairs; KTO takes ratings, and pairs as two ratings each. With `replay`, a feedback log, batches are drawn from it.
+    Dropout is off.
 
     Raises OperantError for an unknown algorithm, settings that it has no use for, missing or empty data, an empty
-    replay, and ratings where pairs are needed.
+    feedback log, and ratings where pairs are needed.
     """
     _check_settings(config)
     with Run(config, "prefer", quiet=quiet) as run:
@@ -178,7 +180,7 @@ def _picked(
     if not drawn:
         return DataOrder(len(learned), per_step, config.seed, "preferences").take
     times = [example.time for example in learned]
-    return lambda step: draw(times, per_step, seed=config.seed, step=step, half_life=3600 * config.half_life)
+    return lambda step: draw_examples(times, per_step, seed=config.seed, step=step, half_life=3600 * config.half_life)
 
 
 def _check_settings(config: PreferConfig) -> None:
@@ -330,10 +332,9 @@ def _as_needed(
 
 
 def _loaded(
-    config: PreferConfig, policy: Policy, replay: Replay | None
+    config: PreferConfig, policy: Policy, replay: FeedbackLog | None
 ) -> tuple[Sequence[Preference] | Sequence[Rating], Sequence[Preference] | Sequence[Rating]]:
     """(what to learn from, what is held out)."""
-    encoder = policy.has_encoder
     fields = Fields(
         prompt=config.prompt_field, completion=config.completion_field, chosen=config.chosen_field,
         rejected=config.rejected_field, label=config.label_field,
@@ -342,37 +343,35 @@ def _loaded(
     def read(rows: list[dict[str, object]]) -> Sequence[Preference] | Sequence[Rating]:
         load = load_ratings if config.algorithm == "kto" else load_preferences
         return load(
-            rows, policy.codec, fields, prefix=config.prefix, separator=config.separator, encoder=encoder,
-            max_prompt_tokens=config.max_prompt_tokens or policy.max_length - (not encoder),
-            max_tokens=policy.max_length, too_long=config.too_long,
+            rows, policy.codec, fields, PromptFormat.fitting(policy, config), max_tokens=policy.max_length
         ) if rows else []  # fmt: skip
 
     if replay is None and config.replay is None:
         rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
         return read(rows), read(dev_rows)
-    found = _from_replay(config, policy, replay if replay is not None else read_replay(str(config.replay)))
+    found = _from_log(config, policy, replay if replay is not None else read_feedback_log(str(config.replay)))
     if config.dev_data:
         return found, read(load_rows(config.dev_data, split="dev", limit=500))
     # the newest are held out: they say whether what was learned from the past foretells the future
     return split_rows(found, 0.1, 500)  # type: ignore[return-value]
 
 
-def read_replay(path: str) -> Replay:
-    """The replay in a file. Raises OperantError when it cannot be read."""
+def read_feedback_log(path: str) -> FeedbackLog:
+    """The feedback log in a file. Raises OperantError when it cannot be read."""
     try:
         with Path(path).expanduser().open(encoding="utf-8", newline="\n") as lines:
-            return Replay.from_lines(lines)
+            return FeedbackLog.from_lines(lines)
     except (OSError, UnicodeDecodeError) as error:
-        raise OperantError(f"the replay {path} cannot be read ({error}); give a file of feedback") from error
+        raise OperantError(f"the feedback log {path} cannot be read ({error}); give a file of feedback") from error
 
 
-def _from_replay(config: PreferConfig, policy: Policy, replay: Replay) -> list[Preference] | list[Rating]:
+def _from_log(config: PreferConfig, policy: Policy, log: FeedbackLog) -> list[Preference] | list[Rating]:
     encoder = policy.has_encoder
-    found: list[Preference] | list[Rating] = replay.preferences(policy.codec, encoder=encoder)
-    left_out = dict(replay.left_out)
+    found: list[Preference] | list[Rating] = log.preferences(policy.codec, encoder=encoder)
+    left_out = dict(log.left_out)
     if config.algorithm == "kto":
-        found = unpaired(found) + replay.ratings(policy.codec, midpoint=config.midpoint)  # type: ignore[arg-type]
-        left_out = {name: left_out.get(name, 0) + replay.left_out[name] for name in left_out | replay.left_out}
+        found = unpaired(found) + log.ratings(policy.codec, midpoint=config.midpoint)  # type: ignore[arg-type]
+        left_out = {name: left_out.get(name, 0) + log.left_out[name] for name in left_out | log.left_out}
     kept = [e for e in found if _longest(e, encoder) <= policy.max_length]
     if len(kept) < len(found):
         left_out["rows longer than the model holds"] = len(found) - len(kept)
@@ -380,7 +379,9 @@ def _from_replay(config: PreferConfig, policy: Policy, replay: Replay) -> list[P
         what = "rating, edit or comparison" if config.algorithm == "kto" else "edit or comparison"
         why = "".join(f"; left out: {count} {name}" for name, count in sorted(left_out.items()))
         also = "" if config.algorithm == "kto" else ", or use --algorithm kto if there are ratings"
-        raise OperantError(f"the replay is empty: it holds no {what} to learn from{why}; collect feedback first{also}")
+        raise OperantError(
+            f"the feedback log is empty: it holds no {what} to learn from{why}; collect feedback first{also}"
+        )
     return sorted(kept, key=lambda e: e.time)  # type: ignore[return-value]
 
 

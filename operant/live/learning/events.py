@@ -5,7 +5,7 @@
     edit           a DPO pair, the edited text over the original, and the edited text's likelihood
     comparison     a DPO pair
 
-Events come from an `EventSource`: the store, or a growing file (`FeedbackLog`). Reading one reads no clock.
+Events come from an `EventSource`: the store, or a growing file (`FeedbackFile`). Reading one reads no clock.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from operant.data.feedback_log import FeedbackLog
 from operant.data.preferences import Preference, reward_of
-from operant.data.replay import Replay
 from operant.data.text import Codec, chars_to_tokens
 from operant.live.storage.feedback import Interaction
 from operant.types import Bools, Completion, Feedback, Ints, OperantError, Prompt
 
-__all__ = ["EventReader", "EventSource", "FeedbackLog", "LessonRow", "Paired", "Rated", "open_store"]
+__all__ = ["EventReader", "EventSource", "FeedbackFile", "LessonRow", "Paired", "Rated", "open_store"]
 
 
 # --- where events come from -------------------------------------------------------------------------------------------
@@ -48,15 +48,15 @@ class _LoggedInteraction:
     completion: Completion | None
 
 
-class FeedbackLog:
-    """An `EventSource` over a growing file of prompts, completions and feedback (`replay.line_of`).
+class FeedbackFile:
+    """An `EventSource` over a growing file of prompts, completions and feedback (`feedback_log.line_of`).
 
     Offsets are line numbers. A last line without an end is not read yet: somebody is writing it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._replay = Replay()
+        self._log = FeedbackLog()
         self._events: list[tuple[int, Feedback]] = []
         self._read = self._lines = 0
 
@@ -66,8 +66,8 @@ class FeedbackLog:
         Raises OperantError when a line is no record.
         """
         self._refresh()
-        completion = self._replay.completions.get(completion_id)
-        prompt = self._replay.prompts.get(completion.prompt_id) if completion is not None else None
+        completion = self._log.completions.get(completion_id)
+        prompt = self._log.prompts.get(completion.prompt_id) if completion is not None else None
         return None if prompt is None else _LoggedInteraction(completion_id, prompt, completion)
 
     def events_after(self, offset: int, limit: int) -> Sequence[tuple[int, Feedback]]:
@@ -85,7 +85,7 @@ class FeedbackLog:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    one = Replay.from_lines([line.decode()])
+                    one = FeedbackLog.from_lines([line.decode()])
                 except (OperantError, UnicodeDecodeError) as error:
                     raise OperantError(
                         f"line {self._lines + 1} of {self.path} is no prompt, completion or feedback; mend that line"
@@ -93,10 +93,10 @@ class FeedbackLog:
                 self._read += len(line)
                 self._lines += 1
                 for event in one.events.values():
-                    if event.id not in self._replay.events:
-                        self._replay.add(event)
+                    if event.id not in self._log.events:
+                        self._log.add(event)
                         self._events.append((self._lines, event))
-                self._replay.add(*one.prompts.values(), *one.completions.values())
+                self._log.add(*one.prompts.values(), *one.completions.values())
 
 
 def open_store(name: str) -> EventSource:
@@ -107,7 +107,7 @@ def open_store(name: str) -> EventSource:
     if not name:
         raise OperantError("--store is missing; give the database, or the file of JSON Lines, that holds the feedback")
     if name.endswith(".jsonl"):
-        return FeedbackLog(name)
+        return FeedbackFile(name)
     from operant.live.storage.store import Store  # needs SQLAlchemy, which a file of JSON Lines does not
 
     return Store(name, read_only=True)
@@ -202,8 +202,8 @@ class EventReader:
         return Rated(event, found.prompt, completion, reward, advantage, drawn)
 
     def _read_pair(self, event: Feedback, prompt: Prompt, completion: Completion) -> Paired | str:
-        """An edit or a comparison, as `Replay.preferences` reads it."""
-        replay = Replay()
+        """An edit or a comparison, as `FeedbackLog.preferences` reads it."""
+        log = FeedbackLog()
         sides = [(prompt, completion)]
         if event.kind == "comparison":
             other = self.find(str(event.value))
@@ -215,11 +215,11 @@ class EventReader:
         for asked, answer in sides:
             # two requests with the same words are one prompt, whatever ids they had
             name = asked.tokens.tobytes().hex()
-            replay.add(dataclasses.replace(asked, id=name), dataclasses.replace(answer, prompt_id=name))
-        replay.add(event)
-        pairs = replay.preferences(self.codec, encoder=self.encoder)
+            log.add(dataclasses.replace(asked, id=name), dataclasses.replace(answer, prompt_id=name))
+        log.add(event)
+        pairs = log.preferences(self.codec, encoder=self.encoder)
         if not pairs:
-            return next(iter(replay.left_out))
+            return next(iter(log.left_out))
         pair = dataclasses.replace(pairs[0], prompt=prompt)
         if self._too_long(prompt, pair.chosen) or self._too_long(prompt, pair.rejected):
             return "longer than the model holds"

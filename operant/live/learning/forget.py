@@ -6,10 +6,10 @@ coefficients, on the events that are left; the events stay in the store as facts
 counts hold. What serves goes on serving until all is made, and is then replaced at once.
 
 With the same fingerprint the weights are bit for bit those that the same steps would have made without the source:
-which earlier ratings a step learns again is drawn by priorities that no other source changes (`replay.draw_named`),
-and baselines, memory, and what the gate measures from are made again too. In `shared` mode, events of a step in which
-too few sources are left are learned with the next one. What people have read in the meantime cannot be unsampled, nor
-what other sources said because of it; both are beyond this.
+which earlier ratings a step learns again is drawn by priorities that no other source changes
+(`feedback_log.draw_named`), and baselines, memory, and what the gate measures from are made again too. In `shared`
+mode, events of a step in which too few sources are left are learned with the next one. What people have read in the
+meantime cannot be unsampled, nor what other sources said because of it; both are beyond this.
 
 A forgetting is a file that moves through stages, each written down when it is done, so that a kill between any two
 loses nothing: "asked"; "planned" (by the learner, between two steps); "emptied" (the store, by the one process that
@@ -32,7 +32,7 @@ from filelock import FileLock
 from operant.config import WorkerConfig
 from operant.live.learning.events import EventSource
 from operant.live.learning.step import fingerprint
-from operant.live.learning.worker import Worker, replayed
+from operant.live.learning.worker import Worker, make_again
 from operant.live.storage.store import FORGOTTEN, Store
 from operant.live.storage.versions import Pointer, StepRecord, Versions
 from operant.models.policy import Policy
@@ -67,7 +67,7 @@ def verify(versions: Versions, version: int, source: EventSource, config: Worker
 
     Raises OperantError when its weights, its parent's or its events are not there.
     """
-    again = replayed(versions, version, source, config)
+    again = make_again(versions, version, source, config)
     there = Policy.load(Path(versions.get(version).path) / "model", device=config.device, dtype=config.dtype)
     pairs = zip(again.model.parameters(), there.model.parameters(), strict=True)
     with torch.no_grad():

@@ -26,7 +26,7 @@ import torch
 
 from operant.algorithms import credit
 from operant.config import LiveConfig
-from operant.data.replay import Replay, draw_named, subject
+from operant.data.feedback_log import FeedbackLog, draw_named, subject, takes_back
 from operant.live.learning import influence
 from operant.live.learning.events import EventReader, LessonRow, Paired, Rated
 from operant.live.storage.versions import Outcome
@@ -169,7 +169,7 @@ def _read(
 ) -> tuple[list[LessonRow], dict[str, Outcome]]:
     """What each event teaches, ratings before pairs; and what became of those that teach nothing."""
     # what is later is what was appended later, whatever the clocks of its writers said
-    ordered = Replay()
+    ordered = FeedbackLog()
     ordered.add(*(dataclasses.replace(event, time=float(place)) for place, event in enumerate(events)))
     standing = {event.id for event in ordered.standing()}
     taken_back = _taken_back(events)
@@ -235,20 +235,16 @@ def _fault(row: LessonRow) -> str:
 # --- retractions ------------------------------------------------------------------------------------------------------
 
 
-def _takes_back(retraction: Feedback, event: Feedback) -> bool:
-    """Whether a retraction is about that event (see `Replay.standing`)."""
-    return (
-        event.kind != "retract" and event.source == retraction.source
-        and event.completion_id == retraction.completion_id and retraction.value in (None, "", event.id)
-    )  # fmt: skip
-
-
 def _taken_back(events: Sequence[Feedback]) -> dict[str, str]:
     """Event id → the later retraction, among these events, that takes it back."""
     found: dict[str, str] = {}
     for at, event in enumerate(events):
         if event.kind == "retract":
-            found.update((e.id, event.id) for e in events[:at] if _takes_back(event, e))
+            found.update(
+                (e.id, event.id)
+                for e in events[:at]
+                if e.kind != "retract" and takes_back(event, e.source, e.completion_id, e.id)
+            )
     return found
 
 
@@ -258,7 +254,8 @@ def _retraction_reason(
     """What a retraction came to."""
     now = [name for name, by in taken_back.items() if by == retraction.id]
     names = [str(retraction.value)] if retraction.value not in (None, "") else [
-        e.id for e in map(_event_of, state.memory) if _takes_back(retraction, e)
+        e.id for e in map(_event_of, state.memory)
+        if takes_back(retraction, e.source, e.completion_id, e.id)
     ]  # fmt: skip
     versions = sorted({learned[name] for name in names if name in learned})
     if versions:
@@ -284,7 +281,9 @@ def _still_standing(memory: Sequence[dict[str, Any]], events: Sequence[Feedback]
     kept = []
     for entry in memory:
         event = _event_of(entry)
-        if subject(event) not in replaced and not any(_takes_back(r, event) for r in retractions):
+        if subject(event) not in replaced and not any(
+            takes_back(r, event.source, event.completion_id, event.id) for r in retractions
+        ):
             kept.append(entry)
     return kept
 
@@ -385,8 +384,7 @@ def _updated_opinions(
     retractions = [e for e in events if e.kind == "retract"]
     kept = [
         opinion for opinion in known if not any(
-            r.source == opinion["source"] and r.completion_id == opinion["completion"]
-            and r.value in (None, "", opinion["event"]) for r in retractions
+            takes_back(r, opinion["source"], opinion["completion"], opinion["event"]) for r in retractions
         )
     ]  # fmt: skip
     by_subject = {(opinion["thing"], opinion["source"]): opinion for opinion in kept}

@@ -11,7 +11,7 @@ import torch
 
 from operant.algorithms.learner import logprobs_of
 from operant.config import LiveConfig
-from operant.data.replay import Replay
+from operant.data.feedback_log import FeedbackLog
 from operant.live.learning.events import EventSource
 from operant.live.learning.gate import off_policy_value
 from operant.live.storage.versions import Versions
@@ -54,7 +54,7 @@ def evaluate(
 
 
 def _rated(source: EventSource, limit: int) -> tuple[list[Trajectory], list[float]]:
-    said, offset = Replay(), 0
+    said, offset = FeedbackLog(), 0
     while page := source.events_after(offset, PAGE):
         said.add(*(event for _, event in page))
         offset = page[-1][0]

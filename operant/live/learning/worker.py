@@ -31,8 +31,8 @@ from torch import Tensor
 
 from operant.algorithms.learner import Learner, Sgd
 from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_numbers
+from operant.data.feedback_log import FeedbackLog, line_of
 from operant.data.prompts import load_fitting_prompts
-from operant.data.replay import Replay, line_of
 from operant.data.rows import Fields, load_rows
 from operant.live.learning.events import EventReader, EventSource, open_store
 from operant.live.learning.gate import Anchors, divergence, fast_gate, likelihood, slow_gate, slow_metrics
@@ -47,7 +47,7 @@ from operant.types import Completion, Feedback, OperantError, Prompt
 if TYPE_CHECKING:
     from operant.live.learning.forget import Remaking
 
-__all__ = ["Worker", "compare", "main", "replayed"]
+__all__ = ["Worker", "compare", "main", "make_again"]
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def load_version(versions: Versions, version: int, config: LearnerConfig) -> Pol
     return policy
 
 
-def replayed(versions: Versions, version: int, source: EventSource, config: WorkerConfig) -> Policy:
+def make_again(versions: Versions, version: int, source: EventSource, config: WorkerConfig) -> Policy:
     """The weights of a version, made again from its record and its parent: with the same fingerprint the same bits.
 
     Raises OperantError when the version was not published, its parent is not on disk, or the store has changed.
@@ -198,7 +198,7 @@ def _anchor_file(root: Path) -> Path:
 
 def _load_anchors(root: Path, policy: Policy) -> Anchors:
     with _anchor_file(root).open(encoding="utf-8") as file:
-        kept = Replay.from_lines(file)
+        kept = FeedbackLog.from_lines(file)
     answers = list(kept.completions.values())
     return Anchors(policy, [kept.prompts[a.prompt_id] for a in answers], [a.tokens for a in answers])
 

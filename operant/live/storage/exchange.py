@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from operant.data.feedback_log import FeedbackLog, line_of
 from operant.data.preferences import good_or_bad, reward_of
-from operant.data.replay import Replay, line_of
 from operant.data.rows import Row, load_rows
 from operant.live.storage.feedback import body_hash
 from operant.live.storage.store import Conflict, EventStory, Store, UnknownCompletion
@@ -95,7 +95,7 @@ def export_rows(
 
     events: each event with its texts: id, completion_id, prompt, completion, kind, number (of a thumb, score or span),
         text (of an edit, comparison or comment), start, end, source, time, state.
-    pairs: prompt, chosen, rejected, of edits and comparisons that stand (`Replay.standing`).
+    pairs: prompt, chosen, rejected, of edits and comparisons that stand (`FeedbackLog.standing`).
     ratings: prompt, completion, label, of thumbs and scores that stand; a score above the midpoint is good, and one of
         exactly that is left out.
     rewards: prompt, completion, prompt_tokens, tokens, behavior_logprobs, reward, of completions with thumbs, scores or
@@ -107,12 +107,12 @@ def export_rows(
     stories = list(_stories(store))
     if form == "events":
         return [_event_row(store, story) for story in stories]
-    replay = Replay()
-    replay.add(*(dataclasses.replace(story.event, time=float(story.offset)) for story in stories))
+    log = FeedbackLog()
+    log.add(*(dataclasses.replace(story.event, time=float(story.offset)) for story in stories))
     if form == "rewards":
-        return _rewarded(store, replay.standing(), scale)
+        return _rewarded(store, log.standing(), scale)
     found: list[tuple[Prompt, Row]] = []
-    for event in replay.standing():
+    for event in log.standing():
         about = store.completion(event.completion_id)
         if about is None or about.completion is None:
             continue
@@ -232,10 +232,10 @@ def load(store: Store, path: str | Path, format: str = "lines", *, metric: str =
 
 
 def import_lines(store: Store, lines: Iterable[str]) -> Counter[str]:
-    """Take in what `export_lines` or `operant.data.replay` wrote, answers included; how many of each there were."""
-    replay, counts = Replay.from_lines(lines), Counter[str]()
-    for completion in replay.completions.values():
-        prompt = replay.prompts.get(completion.prompt_id)
+    """Take in what `export_lines` or `FeedbackLog.lines` wrote, answers included; how many of each there were."""
+    log, counts = FeedbackLog.from_lines(lines), Counter[str]()
+    for completion in log.completions.values():
+        prompt = log.prompts.get(completion.prompt_id)
         if prompt is None:
             counts["completions without their prompt"] += 1
         elif store.completion(completion.id) is not None:
@@ -246,7 +246,7 @@ def import_lines(store: Store, lines: Iterable[str]) -> Counter[str]:
             store.begin(completion.id, prompt, completion.sampling, route=prompt.task, model_version=version)
             store.complete(completion)
             counts["completions"] += 1
-    for event in replay.events.values():
+    for event in log.events.values():
         _add(store, event, counts)
     return counts
 

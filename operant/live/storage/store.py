@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
+from operant.data.feedback_log import subject
 from operant.data.preferences import reward_of
-from operant.data.replay import subject
 from operant.live.storage.database import Database, StoreFault
 from operant.live.storage.tables import ARRAYS, COMPLETIONS, EVENTS, OUTCOMES, PROMPTS, STEPS
 from operant.live.storage.versions import Outcome, StepRecord
@@ -288,7 +288,7 @@ class Store:
         """Append an event. An idempotency key that the source has used before gives the first receipt again.
 
         An empty key is filled in: an event that repeats the last thing that its source said of the same subject
-        (`replay.subject`) is that one again, and any other a new one, so that up, down, up are three.
+        (`feedback_log.subject`) is that one again, and any other a new one, so that up, down, up are three.
 
         Raises UnknownCompletion; Conflict when the key was used for another body.
         """

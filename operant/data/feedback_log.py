@@ -1,4 +1,4 @@
-"""A buffer of feedback events with the completions they are about, from which preference batches are filled.
+"""A feedback log: what people said of completions, joined to these, from which preference batches are filled.
 
 Pure: it reads lines from any iterable and writes lines that the caller stores. One line is one record, so that a file
 of them grows by appending, and a line that a crash cut off in the middle is the last one and harmless.
@@ -21,7 +21,7 @@ from operant.data.preferences import Preference, Rating, good_or_bad
 from operant.data.text import Codec
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
-__all__ = ["Replay", "draw", "draw_named", "line_of", "subject"]
+__all__ = ["FeedbackLog", "Replay", "draw_examples", "draw_named", "line_of", "subject", "takes_back"]
 
 Record = Prompt | Completion | Feedback
 
@@ -33,7 +33,7 @@ _ARRAYS = {
 _TUPLES = {"messages", "references", "span"}
 
 
-def draw(times: Sequence[float], count: int, *, seed: int, step: int, half_life: float = 0.0) -> list[int]:
+def draw_examples(times: Sequence[float], count: int, *, seed: int, step: int, half_life: float = 0.0) -> list[int]:
     """Which of the items to learn from in a step: at most `count` different ones, a function of what is given alone.
 
     times: float[N], seconds; when each item was said. half_life: an item half_life seconds older than another is half
@@ -42,7 +42,7 @@ def draw(times: Sequence[float], count: int, *, seed: int, step: int, half_life:
     Raises OperantError when there is nothing to draw from.
     """
     if not len(times):
-        raise OperantError("the replay is empty: collect feedback first, or lower what is asked of it")
+        raise OperantError("there is no feedback to draw from: collect feedback first, or lower what is asked of it")
     rng = np.random.default_rng([seed, step])
     if half_life <= 0:
         return [int(i) for i in rng.permutation(len(times))[:count]]
@@ -55,7 +55,7 @@ def draw(times: Sequence[float], count: int, *, seed: int, step: int, half_life:
 def draw_named(
     names: Sequence[str], times: Sequence[float], count: int, *, seed: int, half_life: float = 0.0
 ) -> list[int]:
-    """`draw` by a priority that each item has of itself: the `count` items of the largest
+    """`draw_examples` by a priority that each item has of itself: the `count` items of the largest
 
         ln 2 · t_i / half_life − ln(−ln u_i),   u_i in (0, 1) from SHA-256 of (seed, name_i)
 
@@ -108,7 +108,7 @@ def _record(name: str, values: dict[str, Any]) -> Record:
 
 
 @dataclass(slots=True)
-class Replay:
+class FeedbackLog:
     """Feedback joined to completions and prompts. Records may come in any order, and again.
 
     `left_out` counts, by reason, the events that the last call of `preferences` or `ratings` could not use.
@@ -121,12 +121,12 @@ class Replay:
     _keys: dict[tuple[str, str], Feedback] = field(default_factory=dict)
 
     @classmethod
-    def from_lines(cls, lines: Iterable[str]) -> Replay:
+    def from_lines(cls, lines: Iterable[str]) -> FeedbackLog:
         """What `lines` wrote. A last line without an end that is no JSON is what a crash left, and is dropped.
 
         Raises OperantError, with the number of the line, for any other line that is no record.
         """
-        replay = cls()
+        log = cls()
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -137,10 +137,11 @@ class Replay:
                 if isinstance(error, json.JSONDecodeError) and not line.endswith("\n"):
                     break
                 raise OperantError(
-                    f"line {number} of the replay is no prompt, completion or feedback ({error}); remove that line"
+                    f"line {number} of the feedback log is no prompt, completion or feedback ({error}); "
+                    "remove that line"
                 ) from error
-            replay.add(record)
-        return replay
+            log.add(record)
+        return log
 
     def lines(self) -> Iterator[str]:
         """Every record as a line of JSON."""
@@ -175,11 +176,7 @@ class Replay:
         last: dict[tuple[Any, ...], Feedback] = {}
         for event in ordered:
             if event.kind == "retract":
-                gone = [
-                    key for key, e in last.items()
-                    if e.source == event.source and e.completion_id == event.completion_id
-                    and event.value in (None, "", e.id)
-                ]  # fmt: skip
+                gone = [key for key, e in last.items() if takes_back(event, e.source, e.completion_id, e.id)]
                 for key in gone:
                     del last[key]
             else:
@@ -258,8 +255,22 @@ class Replay:
         return None
 
 
+Replay = FeedbackLog
+"""The name that `operant` has given it first, and still knows."""
+
+
 def _body(event: Feedback) -> tuple[Any, ...]:
     return event.completion_id, event.kind, event.value, event.span
+
+
+def takes_back(retraction: Feedback, source: str, completion_id: str, event_id: str) -> bool:
+    """Whether a retraction takes back what a source said of a completion in the event of that id: one names an event,
+    or nothing, which is all that its source said of the completion. The event must be an earlier one, and no retraction
+    itself."""
+    return (
+        retraction.source == source and retraction.completion_id == completion_id
+        and retraction.value in (None, "", event_id)
+    )  # fmt: skip
 
 
 def subject(event: Feedback) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ import pytest
 from program import QUIET_RUN, Program, read_rows
 
 from operant.config import PreferConfig
-from operant.data.replay import Replay, draw, draw_named, line_of
+from operant.data.feedback_log import FeedbackLog, draw_examples, draw_named, line_of
 from operant.data.text import Codec
 from operant.models.policy import Policy
 from operant.stages.preference import prefer
@@ -37,9 +37,9 @@ def completion_of(codec: Codec, name: str, prompt: str, text: str, **more: Any) 
     )  # fmt: skip
 
 
-def filled(codec: Codec, *events: Feedback) -> Replay:
+def filled(codec: Codec, *events: Feedback) -> FeedbackLog:
     """Prompt p0 with completions c0, c1; p1 with c2, c3."""
-    replay = Replay()
+    replay = FeedbackLog()
     for i in (0, 1):
         text = ("the cat", "a dog")[i]
         replay.add(Prompt(id=f"p{i}", tokens=codec.encode_prompt(text + "\n"), text=text, references=("x",)))
@@ -49,7 +49,7 @@ def filled(codec: Codec, *events: Feedback) -> Replay:
     return replay
 
 
-def read(codec: Codec, replay: Replay) -> list[tuple[str, str, str]]:
+def read(codec: Codec, replay: FeedbackLog) -> list[tuple[str, str, str]]:
     return [
         (pair.prompt.id, codec.decode(pair.chosen), codec.decode(pair.rejected)) for pair in replay.preferences(codec)
     ]
@@ -160,22 +160,22 @@ def test_lines_give_back_every_record_exactly(codec: Codec) -> None:
     replay.add(Prompt(id="p2", tokens=np.array([3, 4]), messages=({"role": "user", "content": "hi"},), meta={"a": [1]}))
     lines = list(replay.lines())
     assert all(line.endswith("\n") and line.count("\n") == 1 for line in lines)
-    again = Replay.from_lines(lines)
+    again = FeedbackLog.from_lines(lines)
     for mine, theirs in (
         (replay.prompts, again.prompts), (replay.completions, again.completions), (replay.events, again.events),
     ):  # fmt: skip
         assert list(mine) == list(theirs) and all(same(mine[name], theirs[name]) for name in mine)
     assert list(again.lines()) == lines
-    assert list(Replay.from_lines(lines * 2).lines()) == lines  # again changes nothing
+    assert list(FeedbackLog.from_lines(lines * 2).lines()) == lines  # again changes nothing
 
 
 def test_a_line_that_a_crash_cut_off_is_dropped_and_no_other(codec: Codec) -> None:
     lines = list(filled(codec, event("e1", "c0", "thumb", 1)).lines())
     cut = [*lines[:-1], lines[-1][:20]]
-    assert list(Replay.from_lines(cut).lines()) == lines[:-1]
+    assert list(FeedbackLog.from_lines(cut).lines()) == lines[:-1]
     for bad in ("{broken\n", '{"nothing": {}}\n', '{"prompt": {"id": 1}}\n', "[]\n", '{"prompt": 3}\n'):
-        with pytest.raises(OperantError, match="line 2 of the replay") as fault:
-            Replay.from_lines([lines[0], bad, *lines[1:]])
+        with pytest.raises(OperantError, match="line 2 of the feedback log") as fault:
+            FeedbackLog.from_lines([lines[0], bad, *lines[1:]])
         assert "\n" not in str(fault.value)
 
 
@@ -201,23 +201,23 @@ def test_what_json_cannot_hold_is_refused() -> None:
 def test_draws_depend_on_seed_and_step_alone() -> None:
     times = [float(i) for i in range(50)]
     for half_life in (0.0, 5.0):
-        first = draw(times, 8, seed=1, step=3, half_life=half_life)
-        assert first == draw(times, 8, seed=1, step=3, half_life=half_life)
+        first = draw_examples(times, 8, seed=1, step=3, half_life=half_life)
+        assert first == draw_examples(times, 8, seed=1, step=3, half_life=half_life)
         assert len(set(first)) == 8 and set(first) <= set(range(50))
-        assert first != draw(times, 8, seed=1, step=4, half_life=half_life)
-        assert first != draw(times, 8, seed=2, step=3, half_life=half_life)
-        assert sorted(draw(times, 99, seed=1, step=0, half_life=half_life)) == list(range(50))
+        assert first != draw_examples(times, 8, seed=1, step=4, half_life=half_life)
+        assert first != draw_examples(times, 8, seed=2, step=3, half_life=half_life)
+        assert sorted(draw_examples(times, 99, seed=1, step=0, half_life=half_life)) == list(range(50))
 
 
 @pytest.mark.parametrize(("half_life", "newer"), [(0.0, 0.5), (10.0, 2 / 3), (5.0, 4 / 5), (1e-3, 1.0)])
 def test_recent_events_are_drawn_as_much_more_often_as_the_half_life_says(half_life: float, newer: float) -> None:
-    picks = [draw([1e9, 1e9 + 10.0], 1, seed=0, step=step, half_life=half_life)[0] for step in range(4000)]
+    picks = [draw_examples([1e9, 1e9 + 10.0], 1, seed=0, step=step, half_life=half_life)[0] for step in range(4000)]
     assert np.mean(picks) == pytest.approx(newer, abs=0.03)
 
 
 def test_an_empty_replay_is_refused() -> None:
-    with pytest.raises(OperantError, match="the replay is empty"):
-        draw([], 4, seed=0, step=0)
+    with pytest.raises(OperantError, match="no feedback to draw from"):
+        draw_examples([], 4, seed=0, step=0)
 
 
 def test_a_named_draw_comes_in_the_same_order_whoever_else_is_there() -> None:
@@ -252,9 +252,9 @@ def program(capsys: pytest.CaptureFixture[str]) -> Program:
     return Program(capsys)
 
 
-def busy(codec: Codec) -> Replay:
+def busy(codec: Codec) -> FeedbackLog:
     """Twelve prompts; people turn every `ran` into `sat` and thumb it down."""
-    replay = Replay()
+    replay = FeedbackLog()
     for i in range(12):
         text = f"the {'cat dog mat house'.split()[i % 4]} {'one two three'.split()[i % 3]}"
         replay.add(Prompt(id=f"p{i}", tokens=codec.encode_prompt(text + "\n"), text=text))
@@ -297,7 +297,7 @@ def test_the_program_learns_from_a_replay_and_refuses_an_empty_one(
     thumbs.write_text("".join(line for line in replay.lines() if '"edit"' not in line), encoding="utf-8")
     given = ("prefer", "--model", tmp_path / "start", "--out", tmp_path / "run", "--steps", 1, "--batch_size", 2)
     told = program.fault(*given, "--replay", empty, *QUIET_RUN)
-    assert "the replay is empty" in told and not (tmp_path / "run").exists()
+    assert "the feedback log is empty" in told and not (tmp_path / "run").exists()
     assert "--algorithm kto" in program.fault(*given, "--replay", thumbs, *QUIET_RUN)
     assert "cannot be read" in program.fault(*given, "--replay", tmp_path / "none.jsonl", *QUIET_RUN)
     assert program(*given, "--replay", file, *QUIET_RUN).status == 0
