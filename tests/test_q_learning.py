@@ -151,7 +151,7 @@ def test_the_copy_lags_until_it_catches_up_and_is_saved_with_the_policy(
     family: str, make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
     bare, policy = make_policy(family), awake(make_policy(family))
-    batch = QEstimator(policy, TrainConfig(), {}).batch_of(rows_of(policy))
+    batch = policy.batch_of(rows_of(policy), normalisation="per_token")
     with torch.no_grad():
         begun = bare.logits(batch)[batch.action_mask]
     now = parts(policy, batch)
