@@ -12,7 +12,7 @@ from operant.data.text import Codec
 from operant.models.encoder import ENCODER_SIZES, Encoder, hide_tokens, is_encoder, masked_tokenizer
 from operant.run.run import DataOrder, Run, mixed_seed
 from operant.stages.pretrain import accumulated, known_texts, pieces_of
-from operant.stages.supervised import Likelihood, StageResult, fit
+from operant.stages.supervised import LikelihoodTask, StageResult, fit
 from operant.types import Batch, Ints, OperantError
 
 
@@ -44,7 +44,7 @@ def pretrain_masked(
         return fit(run, encoder, _masking(encoder, known, dev_texts, config), config)
 
 
-def _masking(encoder: Encoder, known: list[str], dev_texts: Sequence[str], config: PretrainConfig) -> Likelihood:
+def _masking(encoder: Encoder, known: list[str], dev_texts: Sequence[str], config: PretrainConfig) -> LikelihoodTask:
     """Say which tokens of the texts were hidden, each time others.
 
     Raises OperantError for rows without room for text, a tokenizer without a mask token, and where every text is empty.
@@ -77,7 +77,7 @@ def _masking(encoder: Encoder, known: list[str], dev_texts: Sequence[str], confi
         return hidden([pieces[i] for i in order.take(number)], mixed_seed(config.seed, "noise", number))
 
     dev = [hidden(held_out[i : i + 64], mixed_seed(config.seed, "dev", i)) for i in range(0, len(held_out), 64)]
-    return Likelihood(encoder, accumulated(make, config), dev)
+    return LikelihoodTask(encoder, accumulated(make, config), dev)
 
 
 def starting_encoder(config: StartConfig, seed: int, device: str, dtype: str, texts: Sequence[str]) -> Encoder:

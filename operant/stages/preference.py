@@ -23,7 +23,7 @@ from operant.data.prompts import PromptFormat
 from operant.data.rows import Fields, load_rows, load_split_rows, split_rows
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Run, mixed_seed
-from operant.stages.supervised import Measures, StageResult, Task, fit
+from operant.stages.supervised import Measures, StageResult, StageTask, fit
 from operant.types import Batch, Floats, Ints, OperantError, Prompt
 
 METHODS = tuple(a.name for a in ALGORITHMS.values() if a.learns_from == "preferences")
@@ -209,7 +209,7 @@ def loss_settings(config: PreferConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class PreferenceTask(Task):
+class PreferenceTask(StageTask):
     """DPO, IPO or KTO against the policy as it is when the task is made: the reference's log-probs are computed then.
 
     pick: the examples of a step, a function of the step alone. Without held-out examples nothing is measured.

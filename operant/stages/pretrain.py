@@ -14,7 +14,7 @@ from operant.data.prompts import load_texts
 from operant.data.rows import Fields, load_split_rows
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Run, mixed_seed
-from operant.stages.supervised import Likelihood, StageResult, all_texts, fit, starting_policy
+from operant.stages.supervised import LikelihoodTask, StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, Ints, OperantError
 
 SENTINELS = 100  # as T5 has
@@ -125,7 +125,7 @@ def accumulated(make: Callable[[int], Batch], config: PretrainConfig) -> Callabl
 
 def _causal(
     policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig
-) -> Likelihood:
+) -> LikelihoodTask:
     """Foretell each token of packed rows."""
     per_step = max(1, config.batch_tokens // block)
     packed = pack(_shuffled(documents, config.seed), block, policy.codec.pad_id)
@@ -144,12 +144,12 @@ def _causal(
     dev_batches = (
         [rows_of(dev, list(range(i, min(i + per_step, count)))) for i in range(0, count, per_step)] if dev else []
     )
-    return Likelihood(policy, accumulated(lambda number: rows_of(packed, order.take(number)), config), dev_batches)
+    return LikelihoodTask(policy, accumulated(lambda number: rows_of(packed, order.take(number)), config), dev_batches)
 
 
 def _denoising(
     policy: Policy, documents: list[Ints], held_out: list[Ints], block: int, config: PretrainConfig
-) -> Likelihood:
+) -> LikelihoodTask:
     """Say what stood in hidden spans of texts, which are corrupted anew in every epoch.
 
     Raises OperantError for a tokenizer without sentinels, and where every text is too short.
@@ -185,7 +185,7 @@ def _denoising(
     def make(number: int) -> Batch:
         return corrupted([pieces[i] for i in order.take(number)], mixed_seed(config.seed, "noise", number))
 
-    return Likelihood(policy, accumulated(make, config), dev)
+    return LikelihoodTask(policy, accumulated(make, config), dev)
 
 
 def pieces_of(documents: list[Ints], size: int, least: int) -> list[Ints]:

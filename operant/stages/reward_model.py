@@ -30,7 +30,7 @@ from operant.rewards.calibration import (
 from operant.run.files import replace_file
 from operant.run.run import DataOrder, Run
 from operant.stages.masked import starting_encoder
-from operant.stages.supervised import Measures, Task, all_texts, fit
+from operant.stages.supervised import Measures, StageTask, all_texts, fit
 from operant.types import Batch, Doubles, OperantError
 
 _LABELS = {"comparison": "label_field", "regression": "score_field", "token": "span_field"}
@@ -95,7 +95,7 @@ def train_reward_model(
         if config.kind != "comparison":
             values = np.concatenate([j.targets[np.isfinite(j.targets)] for j in known])
             facts.mean, facts.std = float(values.mean()), float(values.std())
-        fit(run, model, RewardTask(model, config, known, held_out), config)
+        fit(run, model, RewardModelTask(model, config, known, held_out), config)
         for note in [*notes, *more]:
             run.note(note)
         measured: dict[str, Measures] = {}
@@ -117,7 +117,7 @@ def _starting_model(config: RewardModelConfig, rows: Sequence[Row]) -> RewardMod
     return RewardModel(encoder, RewardFacts(config.kind, pool, config.separator), seed=config.seed)
 
 
-class RewardTask(Task):
+class RewardModelTask(StageTask):
     """Foretell the labels of `known` judgements; measured on `held_out` ones by `quality` or the loss."""
 
     def __init__(

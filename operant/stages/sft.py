@@ -15,7 +15,7 @@ from operant.data.rows import load_split_rows
 from operant.models.policy import Policy
 from operant.rl.evaluate import evaluate
 from operant.run.run import DataOrder, Run
-from operant.stages.supervised import Likelihood, Measures, StageResult, all_texts, fit, starting_policy
+from operant.stages.supervised import LikelihoodTask, Measures, StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, OperantError, Prompt, Sampling
 
 
@@ -46,10 +46,10 @@ def sft(
                 run.note(note)
         if not pairs:
             raise OperantError("there are no pairs to learn from; check --data and --limit")
-        return fit(run, policy, FineTuning(policy, config, list(pairs), list(dev_pairs or [])), config)
+        return fit(run, policy, FineTuningTask(policy, config, list(pairs), list(dev_pairs or [])), config)
 
 
-class FineTuning(Likelihood):
+class FineTuningTask(LikelihoodTask):
     """Raise the likelihood of the completions of labelled pairs, smoothed if asked for.
 
     Measured by the dev loss and, where the best is kept by another metric, by greedy completions of the held-out

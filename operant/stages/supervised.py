@@ -40,7 +40,7 @@ class StageResult(Generic[M]):
     dev_loss: float
 
 
-class Task(ABC):
+class StageTask(ABC):
     """What a stage learns: the batches of each step, their loss, and how it is measured on held-out data.
 
     best_metric: what the best weights are kept by: "loss", the least, or another measured name, the most.
@@ -73,7 +73,7 @@ class Task(ABC):
         return [name for name in measures if name != "loss"]
 
 
-class Likelihood(Task):
+class LikelihoodTask(StageTask):
     """Raise the likelihood of the action tokens of `make(step)`, measured as nats per token over the `dev` batches."""
 
     unit = " nats/token"
@@ -114,7 +114,7 @@ class EarlyStopping:
     `state["stale"]`, measurements without improvement, and `state["dev_loss"]`, the least, are saved with the run.
     """
 
-    def __init__(self, run: Run, task: Task, state: dict[str, float]) -> None:
+    def __init__(self, run: Run, task: StageTask, state: dict[str, float]) -> None:
         self.run, self.task, self.state = run, task, state
 
     def measure(self) -> None:
@@ -155,7 +155,7 @@ class EarlyStopping:
         return value
 
 
-def fit(run: Run, model: M, task: Task, config: FitConfig) -> StageResult[M]:
+def fit(run: Run, model: M, task: StageTask, config: FitConfig) -> StageResult[M]:
     """Learn `task` for `config.steps` optimizer steps, or until it no longer improves on held-out data.
 
     Measures every `config.eval_every` steps; the model comes back with the best weights, in eval mode. `config.lr` is a
