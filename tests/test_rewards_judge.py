@@ -26,7 +26,8 @@ from operant.data.batch import from_sequences
 from operant.data.text import Codec
 from operant.models.policy import Policy
 from operant.rewards import RewardRunner, reward_by_name
-from operant.rewards.judge import Judge, Ledger
+from operant.rewards.judge import Judge
+from operant.rewards.verdicts import VerdictCache
 from operant.types import Completion, OperantError, Prompt
 
 KEY = "sk-very-secret-0123456789"
@@ -378,7 +379,7 @@ def test_the_cap_holds_and_outlives_the_process(
     paid = [value for value in found if value is not None]
     assert 0 < len(paid) < 12 and len(endpoint.seen) == len(paid)
     assert runner.counts == {"judge budget": 12 - len(paid)}
-    spent = limited.ledger.spent
+    spent = limited.verdicts.spent
     assert runner.spent() == {f"judge/{name}": value for name, value in spent.items()}
     assert spent["tokens_in"] == 300 * len(paid) and spent["tokens_out"] == 20 * len(paid)
     assert spent["tokens_in"] + spent["tokens_out"] <= 2000
@@ -388,24 +389,24 @@ def test_the_cap_holds_and_outlives_the_process(
     found, runner = rewards(costly, *[pair(f"answer {i}") for i in range(12)])
     refused = found.count(None)  # which of those asked at once came first, nobody promises
     assert 0 < refused < 12 and runner.counts == {"judge budget": refused}
-    assert costly.ledger.spent["cost"] == pytest.approx((300 * 1.0 + 20 * 2.0) / 1e6 * (12 - refused))
-    assert costly.ledger.spent["cost"] <= 0.001
+    assert costly.verdicts.spent["cost"] == pytest.approx((300 * 1.0 + 20 * 2.0) / 1e6 * (12 - refused))
+    assert costly.verdicts.spent["cost"] <= 0.001
 
 
 def test_many_at_once_cannot_pass_the_cap_together() -> None:
-    ledger = Ledger()
+    cache = VerdictCache()
     caps = (100, 0.0, (0.0, 0.0))
-    assert ledger.reserve((40, 10), caps) and ledger.reserve((40, 10), caps) and not ledger.reserve((1, 0), caps)
-    ledger.settle((40, 10), (5, 5), (0.0, 0.0))
-    assert ledger.reserve((30, 10), caps) and not ledger.reserve((1, 0), caps)
-    assert ledger.spent == {"requests": 1, "tokens_in": 5, "tokens_out": 5, "cost": 0.0}
-    ledger.close()
+    assert cache.reserve((40, 10), caps) and cache.reserve((40, 10), caps) and not cache.reserve((1, 0), caps)
+    cache.settle((40, 10), (5, 5), (0.0, 0.0))
+    assert cache.reserve((30, 10), caps) and not cache.reserve((1, 0), caps)
+    assert cache.spent == {"requests": 1, "tokens_in": 5, "tokens_out": 5, "cost": 0.0}
+    cache.close()
 
 
 def test_usage_that_is_not_told_is_estimated(endpoint: Endpoint, judge: Callable[..., Judge]) -> None:
     reward = judge(max_tokens=64)
     rewards(reward, pair("because"))
-    assert reward.ledger.spent["tokens_out"] == 64 and reward.ledger.spent["tokens_in"] > 50
+    assert reward.verdicts.spent["tokens_out"] == 64 and reward.verdicts.spent["tokens_in"] > 50
 
 
 def test_the_key_is_nowhere(
@@ -479,7 +480,7 @@ def test_settings_that_cannot_be_are_one_line(options: dict[str, Any], told: str
 def test_a_cache_that_is_something_else(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("these are my notes, and no database at all, whatever the judge may think of it")
     with pytest.raises(OperantError, match="choose another cache"):
-        Ledger(str(tmp_path / "notes"))
+        VerdictCache(str(tmp_path / "notes"))
 
 
 def test_operants_own_server_as_the_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

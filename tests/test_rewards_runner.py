@@ -185,10 +185,10 @@ def test_linear_metrics_stay_in_place_unless_the_text_is_long():
         found = runner.run([pair("the cat sat down", "the cat sat down"), pair("a b")])
         assert found[0].rewards[-1] == pytest.approx(1.0)
         assert found[1].missing.startswith("raised: OperantError: reward 'bleu' compares with references")
-        assert not runner._processes
+        assert not runner._pool.processes
         text = "word " * (IN_PLACE_CHARACTERS // 5 + 1)
         assert runner.run([pair(text, text)])[0].rewards[-1] == pytest.approx(1.0)
-        assert runner._processes
+        assert runner._pool.processes
 
 
 def test_only_leaves_are_sent_and_each_is_logged():

@@ -313,8 +313,8 @@ def optimised_metrics(reward: Any) -> list[str]:
     """The held-out metrics that the reward's parts say they optimise (attribute `optimises`), sorted."""
     names: set[str] = set()
     for leaf in leaves(reward):
-        told = getattr(leaf, "optimises", ())
-        names.update([told] if isinstance(told, str) else map(str, told))
+        own = getattr(leaf, "optimises", ())
+        names.update([own] if isinstance(own, str) else map(str, own))
     return sorted(names)
 
 

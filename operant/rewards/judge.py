@@ -11,38 +11,29 @@ A judge that is down, slow, unpaid or talks nonsense gives a missing reward, cou
 
 from __future__ import annotations
 
-import email.utils
 import hashlib
 import json
 import math
-import os
-import queue
 import random
 import re
 import secrets
-import socket
-import sqlite3
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
-from operant.rewards.learned import asked
+from operant.rewards.endpoint import Endpoint, EndpointFailed, EndpointRefused, reply_text, tokens_used
+from operant.rewards.learned import prompt_text
 from operant.rewards.metrics import Metric
 from operant.rewards.seam import Missing
+from operant.rewards.verdicts import VerdictCache
 from operant.types import Completion, OperantError, Prompt
 
 RUBRIC = "How good is the answer to the question: correct, complete, clear?"
-LONGEST_REPLY = 1 << 20  # bytes of a response that are read
 LONGEST_WAIT = 60.0  # seconds that a Retry-After is followed
-RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 VERDICTS = {"A": 1.0, "B": 0.0, "tie": 0.5}
 TEMPLATE = 1  # part of the cache's keys: another wording is another judge
 
@@ -131,20 +122,24 @@ class Judge(Metric):
         if self.max_cost and not (self.price_in or self.price_out):
             raise OperantError("max_cost of reward 'judge' needs price_in and price_out, per million tokens")
         if self.cache:
-            Ledger(self.cache).close()  # a path that cannot be used is told now
+            VerdictCache(self.cache).close()  # a path that cannot be used is refused now
 
     @cached_property
-    def ledger(self) -> Ledger:
+    def verdicts(self) -> VerdictCache:
         """Verdicts and what was spent."""
-        return Ledger(self.cache)
+        return VerdictCache(self.cache)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.url, self.key_env, self.timeout)
 
     @property
     def spent(self) -> dict[str, float]:
         """Requests, tokens and cost over the life of the cache."""
-        return self.ledger.spent
+        return self.verdicts.spent
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "ledger"}
+        return {name: value for name, value in self.__dict__.items() if name != "verdicts"}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:  # type: ignore[override]
         """A number or a `Missing` for each completion; equal questions are asked once."""
@@ -157,8 +152,8 @@ class Judge(Metric):
                 continue
             wanted.append([ask.key for ask in own])
             asks.update((ask.key, ask) for ask in own)
-        verdicts = self._verdicts(asks)
-        return [keys if isinstance(keys, Missing) else self._reward([verdicts[key] for key in keys]) for keys in wanted]
+        known = self._ask_all(asks)
+        return [keys if isinstance(keys, Missing) else self._reward([known[key] for key in keys]) for keys in wanted]
 
     def _reward(self, verdicts: Sequence[float | Missing]) -> float | Missing:
         missing = next((v for v in verdicts if isinstance(v, Missing)), None)
@@ -169,7 +164,7 @@ class Judge(Metric):
     # --- questions -----------------------------------------------------------------------------------------------
 
     def _asks(self, prompt: Prompt, answer: str) -> list[_Ask] | Missing:
-        question = asked(prompt)
+        question = prompt_text(prompt)
         if self.mode == "rubric":
             shown = [("QUESTION", question), ("ANSWER", answer)]
             if self.references:
@@ -230,8 +225,8 @@ class Judge(Metric):
 
     # --- asking --------------------------------------------------------------------------------------------------
 
-    def _verdicts(self, asks: dict[str, _Ask]) -> dict[str, float | Missing]:
-        known: dict[str, float | Missing] = dict(self.ledger.look(list(asks)))
+    def _ask_all(self, asks: dict[str, _Ask]) -> dict[str, float | Missing]:
+        known: dict[str, float | Missing] = dict(self.verdicts.look(list(asks)))
         open_asks = [ask for key, ask in asks.items() if key not in known]
         down = _Breaker(max(3, self.concurrency))
         with ThreadPoolExecutor(max_workers=self.concurrency, thread_name_prefix="judge") as pool:
@@ -249,24 +244,23 @@ class Judge(Metric):
                 return gone
             # a third of a token a byte is more than any tokenizer makes of most texts
             estimate = len(body) // 3 + 1, self.max_tokens
-            if not self.ledger.reserve(estimate, self._caps()):
+            if not self.verdicts.reserve(estimate, self._caps()):
                 return Missing("judge budget: the cap on tokens or cost is reached; raise it, or use a new cache")
             used: tuple[int, int] = (0, 0)
             try:
-                reply = self._request(body)
-                used = _usage(reply, estimate)
-                verdict = self.parse(_content(reply), nonce, ask.swapped)
+                reply = self.endpoint.complete(body)
+                used = tokens_used(reply, estimate)
+                verdict = self.parse(reply_text(reply), nonce, ask.swapped)
                 down.count(None)
                 if verdict is None:
-                    key = os.environ.get(self.key_env, "")
-                    return Missing(f"judge nonsense: {_shown(_hidden(_content(reply), key))}")
-                self.ledger.keep(ask.key, verdict)
+                    return Missing(f"judge nonsense: {self.endpoint.excerpt(reply_text(reply))}")
+                self.verdicts.keep(ask.key, verdict)
                 return verdict
-            except _Refused as refused:
+            except EndpointRefused as refused:
                 down.count(None)
                 return Missing(f"judge refused: {refused}")
-            except _Failed as failed:
-                last = Missing(f"{failed.slug}: {failed}")
+            except EndpointFailed as failed:
+                last = Missing(f"judge {failed.slug}: {failed}")
                 if failed.sent:  # it may have been computed and billed
                     used = (estimate[0], 0)
                 wait = self.backoff * 2**attempt * (1 + 0.25 * random.random())
@@ -277,7 +271,7 @@ class Judge(Metric):
                     down.count(last)
                     return last
             finally:
-                self.ledger.settle(estimate, used, self._prices())
+                self.verdicts.settle(estimate, used, self._prices())
             time.sleep(wait)
 
     def _caps(self) -> tuple[int, float, tuple[float, float]]:
@@ -307,43 +301,6 @@ class Judge(Metric):
             }
         return json.dumps(request).encode()  # ASCII: a lone surrogate travels as its escape
 
-    def _request(self, body: bytes) -> dict[str, Any]:
-        """One POST under one deadline. Raises _Failed for what may pass, _Refused for what will not."""
-        key = os.environ.get(self.key_env, "")
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "operant"}
-        if key:
-            if not key.isascii() or not key.isprintable():
-                raise _Refused(f"the key in {self.key_env} holds characters that no header can carry")
-            headers["Authorization"] = f"Bearer {key}"
-        target = f"{self.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(target, data=body, headers=headers, method="POST")
-        try:
-            data = _within(self.timeout, lambda: _read(request, self.timeout))
-        except urllib.error.HTTPError as error:
-            with closing(error):
-                told = _shown(_hidden(_quick_read(error), key))
-            if error.code in RETRIED:
-                slug = "judge down" if error.code != 408 else "judge timeout"
-                after = _retry_after(error.headers.get("Retry-After"))
-                raise _Failed(slug, f"HTTP {error.code} {told}", retry_after=after) from None
-            hint = f"; check the key in {self.key_env}" if error.code in (401, 403) else ""
-            raise _Refused(f"HTTP {error.code} {told}{hint}") from None
-        except TimeoutError:
-            raise _Failed("judge timeout", f"over {self.timeout:g} s", sent=True) from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError | socket.timeout):
-                raise _Failed("judge timeout", f"over {self.timeout:g} s", sent=True) from None
-            raise _Failed("judge down", _hidden(str(error.reason), key)) from None
-        except (OSError, ValueError, EOFError) as error:
-            raise _Failed("judge down", _hidden(f"{type(error).__name__} {error}", key), sent=True) from None
-        except Exception as error:  # http.client has its own: a status line that is none, a body cut off
-            raise _Failed("judge down", _hidden(f"{type(error).__name__} {error}", key), sent=True) from None
-        try:
-            reply = json.loads(data)
-        except (ValueError, RecursionError):
-            reply = None
-        return reply if isinstance(reply, dict) else {}
-
 
 @dataclass(frozen=True, slots=True)
 class _Ask:
@@ -352,18 +309,6 @@ class _Ask:
     key: str
     shown: tuple[tuple[str, str], ...]
     swapped: bool
-
-
-class _Failed(Exception):
-    """What may pass: worth another try."""
-
-    def __init__(self, slug: str, text: str, *, retry_after: float | None = None, sent: bool = False) -> None:
-        super().__init__(text)
-        self.slug, self.retry_after, self.sent = slug, retry_after, sent
-
-
-class _Refused(Exception):
-    """What another try will not mend."""
 
 
 class _Breaker:
@@ -382,166 +327,3 @@ class _Breaker:
     def reason(self) -> Missing | None:
         with self.lock:
             return self.last if self.row >= self.limit else None
-
-
-class Ledger:
-    """Verdicts and spending in one SQLite file (or in memory), for the threads of one process and for several.
-
-    `spent`: {"requests", "tokens_in", "tokens_out", "cost"} over the file's life. Reservations are this process's.
-    Raises OperantError when the file cannot be used.
-    """
-
-    def __init__(self, path: str = "") -> None:
-        self.path = path
-        self.lock = threading.Lock()
-        self.held = [0, 0]
-        try:
-            if path:
-                Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-            where = str(Path(path).expanduser()) if path else ":memory:"
-            self.db = sqlite3.connect(where, timeout=30.0, check_same_thread=False, isolation_level=None)
-            self.db.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, value REAL NOT NULL)")
-            self.db.execute(
-                "CREATE TABLE IF NOT EXISTS spent (id INTEGER PRIMARY KEY CHECK (id = 1), requests INTEGER NOT NULL, "
-                "tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, cost REAL NOT NULL)"
-            )
-            self.db.execute("INSERT OR IGNORE INTO spent VALUES (1, 0, 0, 0, 0.0)")
-        except (OSError, sqlite3.Error) as error:
-            raise OperantError(f"the judge's cache {path} cannot be used ({error}); choose another cache") from error
-
-    def close(self) -> None:
-        self.db.close()
-
-    @property
-    def spent(self) -> dict[str, float]:
-        with self.lock:
-            row = self.db.execute("SELECT requests, tokens_in, tokens_out, cost FROM spent").fetchone()
-        return dict(zip(("requests", "tokens_in", "tokens_out", "cost"), row, strict=True))
-
-    def look(self, keys: Sequence[str]) -> dict[str, float]:
-        """The verdicts that are known."""
-        known: dict[str, float] = {}
-        with self.lock:
-            for start in range(0, len(keys), 500):
-                part = keys[start : start + 500]
-                marks = ",".join("?" * len(part))
-                known.update(
-                    self.db.execute(f"SELECT key, value FROM verdicts WHERE key IN ({marks})", part).fetchall()
-                )
-        return known
-
-    def keep(self, key: str, value: float) -> None:
-        with self.lock:
-            self.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, value))
-
-    def reserve(self, estimate: tuple[int, int], caps: tuple[int, float, tuple[float, float]]) -> bool:
-        """Set the estimate (tokens in, out) aside; False when it would pass a cap together with what is under way."""
-        most_tokens, most_cost, prices = caps
-        with self.lock:
-            tokens_in, tokens_out, cost = self.db.execute("SELECT tokens_in, tokens_out, cost FROM spent").fetchone()
-            waiting = [held + new for held, new in zip(self.held, estimate, strict=True)]
-            if most_tokens and tokens_in + tokens_out + sum(waiting) > most_tokens:
-                return False
-            if most_cost and cost + sum(n * p for n, p in zip(waiting, prices, strict=True)) > most_cost:
-                return False
-            self.held = waiting
-            return True
-
-    def settle(self, estimate: tuple[int, int], used: tuple[int, int], prices: tuple[float, float]) -> None:
-        """Replace a reservation by what was used."""
-        cost = sum(n * p for n, p in zip(used, prices, strict=True))
-        with self.lock:
-            self.held = [held - old for held, old in zip(self.held, estimate, strict=True)]
-            self.db.execute(
-                "UPDATE spent SET requests = requests + 1, tokens_in = tokens_in + ?, tokens_out = tokens_out + ?, "
-                "cost = cost + ?",
-                (*used, cost),
-            )
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *args: Any, **options: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
-def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
-    """What `work` returns or raises, or TimeoutError. A socket's time limit is for each piece, so a server that sends
-    a byte now and then would never meet it; the thread that waits for such a one is abandoned."""
-    done: queue.SimpleQueue[bytes | BaseException] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            done.put(work())
-        except BaseException as error:
-            done.put(error)
-
-    threading.Thread(target=run, daemon=True, name="judge-request").start()
-    try:
-        outcome = done.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError from None
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
-
-
-def _read(request: urllib.request.Request, timeout: float) -> bytes:
-    with closing(_OPENER.open(request, timeout=timeout)) as response:
-        data: bytes = response.read(LONGEST_REPLY + 1)
-        if response.length and len(data) <= LONGEST_REPLY:  # a read that is given a size is silent about it
-            raise ValueError("the reply was cut off")
-    if len(data) > LONGEST_REPLY:
-        raise ValueError(f"the reply is longer than {LONGEST_REPLY} bytes")
-    return data
-
-
-def _quick_read(response: Any) -> str:
-    """The beginning of an error's body, if it can be had."""
-    try:
-        return str(response.read(2000).decode("utf-8", "replace"))
-    except Exception:
-        return ""
-
-
-def _content(reply: dict[str, Any]) -> str:
-    try:
-        content = reply["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        return ""
-    return content if isinstance(content, str) else ""
-
-
-def _usage(reply: dict[str, Any], estimate: tuple[int, int]) -> tuple[int, int]:
-    """(tokens in, out) that the endpoint counted; the estimate where it counted none."""
-    usage = reply.get("usage")
-    found = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
-    numbers = [n if isinstance(n, int) and n >= 0 else e for n, e in zip(found, estimate, strict=True)]
-    return numbers[0], numbers[1]
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, given as seconds or as a date (RFC 9110, §10.2.3)."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-        return seconds if math.isfinite(seconds) else None
-    except ValueError:
-        pass
-    try:
-        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def _shown(text: str) -> str:
-    return " ".join(text.split())[:120]
-
-
-def _hidden(text: str, key: str) -> str:
-    return text.replace(key, "***") if key else text

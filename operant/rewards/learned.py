@@ -53,15 +53,15 @@ class ModelReward(Metric):
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:  # type: ignore[override]
         begun = time.perf_counter()
-        out = self.judge(prompts, completions)
+        out = self.reward_batch(prompts, completions)
         self.spent["calls"] += 1
         self.spent["completions"] += len(completions)
         self.spent["seconds"] += time.perf_counter() - begun
         return out
 
-    def judge(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
+    def reward_batch(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
         """A reward for each completion."""
-        raise TypeError(f"{type(self).__name__} judges nothing")
+        raise TypeError(f"{type(self).__name__} rewards nothing")
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ class Learned(ModelReward):
 
         return [RewardModel.load(path, device=self.device) for path in self.paths]
 
-    def judge(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
+    def reward_batch(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
         from operant.models.reward_model import Reading
 
-        pairs = [(asked(p), c.text) for p, c in zip(prompts, completions, strict=True)]
+        pairs = [(prompt_text(p), c.text) for p, c in zip(prompts, completions, strict=True)]
         values: list[list[Any]] = []
         for model in self.models:
             readings = model.read_all(pairs)
@@ -196,7 +196,7 @@ class Similarity(ModelReward):
         texts = load_texts(load_rows(self.idf), Fields(text=self.idf_field))
         return inverse_document_frequency([row.tolist() for row in self.encoder.codec.encode_batch(texts)])
 
-    def judge(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
+    def reward_batch(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
         for prompt in prompts:
             if not prompt.references:
                 raise OperantError(
@@ -217,7 +217,7 @@ class Similarity(ModelReward):
         return out
 
 
-def asked(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """What a reward model reads of a prompt: its text, or of a chat its messages' texts, a line each."""
     if prompt.messages:
         return "\n".join(str(message.get("content", "")) for message in prompt.messages)

@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from operant.rewards.combine import Clip, Combination, Gate, Product, RunningNorm, Sum
+from operant.rewards.combine import Clip, Combination, Gate, Product, RunningNorm, Sum, leaves
 from operant.rewards.judge import Judge
 from operant.rewards.learned import Learned, Similarity
 from operant.rewards.metrics import (
@@ -129,19 +129,11 @@ def check_references(reward: Any, prompts: Iterable[Prompt]) -> None:
     sample = "".join(reference for prompt in prompts[:200] for reference in prompt.references)
     unspaced = len(re.findall(r"[\u3040-\u30ff\u3400-\u9fff]", sample))
     if unspaced > len(sample) / 3:
-        for part in _parts(reward):
+        for part in leaves(reward):
             if isinstance(part, Bleu) and part.tokenize in ("13a", "none", "intl"):
                 logger.warning(
                     "BLEU with tokenize=%s takes each unspaced sentence for one word; use zh or ja-mecab", part.tokenize
                 )
-
-
-def _parts(reward: Any) -> Iterable[Any]:
-    if isinstance(reward, Combination):
-        for child in reward.children:
-            yield from _parts(child)
-    else:
-        yield reward
 
 
 def _resolve(spec: Any, options: Mapping[str, Any], used: set[str], make: bool = True) -> Any:
@@ -200,10 +192,7 @@ class _Parser:
             tree = ast.parse(text, mode="eval").body
         except (SyntaxError, ValueError):
             raise self.fault('is not understood; write for instance "bleu(dense=True) + 0.2*length"') from None
-        terms = self.terms(tree, 1.0)
-        if len(terms) == 1 and terms[0][0] == 1.0:
-            return terms[0][1]
-        return Sum([reward for _, reward in terms], [weight for weight, _ in terms])
+        return self.whole(tree)
 
     def fault(self, what: str) -> OperantError:
         return OperantError(f"reward '{self.spec}' {what}")
@@ -226,6 +215,7 @@ class _Parser:
         return [(sign, self.atom(node))]
 
     def whole(self, node: ast.expr) -> Any:
+        """The reward that `node` is."""
         terms = self.terms(node, 1.0)
         if len(terms) == 1 and terms[0][0] == 1.0:
             return terms[0][1]

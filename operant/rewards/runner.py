@@ -66,8 +66,8 @@ class RewardRunner:
         self.rewarded = 0
         self._leaves = list(leaves(self.reward))
         self._pickles: dict[int, bytes | None] = {}
-        self._processes: list[_Process] = []
         self._abandoned: list[threading.Thread] = []
+        self._pool = _Pool(self.workers, self.time_limit)
         # No sockets to pass to a child elsewhere.
         self._processes_work = os.name == "posix" and self.workers > 0
 
@@ -81,9 +81,7 @@ class RewardRunner:
 
     def close(self) -> None:
         """End the worker processes. The runner starts new ones when it is used again."""
-        for process in self._processes:
-            process.kill()
-        self._processes.clear()
+        self._pool.close()
 
     def run(self, pairs: Sequence[Pair], *, update: bool = True, scaled: bool = True) -> list[Trajectory]:
         """Trajectories in the order of `pairs`; one whose reward is missing has nothing observed and says why.
@@ -176,69 +174,15 @@ class RewardRunner:
     def _run_processes(
         self, index: int, jobs: list[tuple[Any, Any]], remote: list[int], outcomes: list[Outcome | None]
     ) -> None:
-        data = self._pickle(index)
         payloads: dict[int, bytes] = {}
         for i in remote:
-            try:
+            # Where the prompt's inputs hold something alive, the reward is computed here.
+            with contextlib.suppress(Exception):
                 payloads[i] = _pickled(jobs[i])
-            except Exception:
-                # The prompt's inputs hold something alive, so this one is judged here.
-                continue
         if len(payloads) < len(remote):
             self._run_threads(index, jobs, [i for i in remote if i not in payloads], outcomes)
-        waiting = list(reversed(payloads))
-        busy: dict[Connection, tuple[_Process, int]] = {}
-        # Workers that died before taking a job: something is wrong with the machine, not with a completion.
-        failures = 0
-        for process in [process for process in self._processes if process.popen.poll() is not None]:
-            self._replace(process, 0)
-        while len(self._processes) < min(self.workers, len(payloads)):
-            self._processes.append(_Process())
-        idle = list(self._processes)
-        try:
-            while waiting or busy:
-                while idle and waiting:
-                    process = idle.pop()
-                    process.job = (index, data, payloads[waiting[-1]])
-                    busy[process.connection] = (process, waiting.pop())
-                    process.dispatch(self.time_limit)
-                now = time.monotonic()
-                pause = max(0.0, min(process.deadline for process, _ in busy.values()) - now)
-                for connection in wait(list(busy), timeout=pause):
-                    assert isinstance(connection, Connection)
-                    process, i = busy[connection]
-                    outcome = process.receive(self.time_limit)
-                    if outcome is None:
-                        continue
-                    del busy[connection]
-                    outcomes[i] = outcome
-                    if process.alive:
-                        idle.append(process)
-                        continue
-                    failures += not process.ready
-                    idle.append(self._replace(process, failures))
-                now = time.monotonic()
-                for connection, (process, i) in list(busy.items()):
-                    if now >= process.deadline:
-                        del busy[connection]
-                        failures += not process.ready
-                        outcomes[i] = (None, f"timeout: over {self.time_limit:g} s")
-                        idle.append(self._replace(process, failures))
-        except BaseException:
-            # An interrupted batch leaves answers under way that the next batch must not read.
-            self.close()
-            raise
-
-    def _replace(self, process: _Process, failures: int) -> _Process:
-        process.kill()
-        self._processes.remove(process)
-        if failures >= 3:
-            raise OperantError(
-                "reward workers die while starting; run the rewards in this process with 0 reward workers"
-            )
-        replacement = _Process()
-        self._processes.append(replacement)
-        return replacement
+        for i, outcome in self._pool.run(index, self._pickle(index), payloads).items():
+            outcomes[i] = outcome
 
     def _run_threads(
         self, index: int, jobs: list[tuple[Any, Any]], remote: list[int], outcomes: list[Outcome | None]
@@ -279,6 +223,90 @@ class RewardRunner:
                     del deadlines[i]
                     self._abandoned.append(threads[i])
                     outcomes[i] = (None, f"timeout: over {self.time_limit:g} s")
+
+
+class _Pool:
+    """Worker processes, started when there is work for them and kept for the next batch.
+
+    failures: workers that died before they took a job; then something is wrong with the machine, not with a completion.
+    """
+
+    def __init__(self, size: int, time_limit: float) -> None:
+        self.size, self.time_limit = size, time_limit
+        self.processes: list[_Process] = []
+        self.failures = 0
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        self.processes.clear()
+
+    def run(self, index: int, reward: bytes | None, payloads: Mapping[int, bytes]) -> dict[int, Outcome]:
+        """The outcome of each payload, a pickled job, under reward number `index`, pickled as `reward`.
+
+        Raises OperantError when workers cannot be started.
+        """
+        self._start(min(self.size, len(payloads)))
+        waiting, idle = list(payloads)[::-1], list(self.processes)
+        busy: dict[Connection, tuple[_Process, int]] = {}
+        outcomes: dict[int, Outcome] = {}
+        try:
+            while waiting or busy:
+                while idle and waiting:
+                    process, i = idle.pop(), waiting.pop()
+                    process.job = (index, reward, payloads[i])
+                    busy[process.connection] = (process, i)
+                    process.dispatch(self.time_limit)
+                for finished in (self._answered, self._overdue):
+                    for process, i, outcome in finished(busy):
+                        del busy[process.connection]
+                        outcomes[i] = outcome
+                        idle.append(process if process.alive else self._replace(process))
+        except BaseException:
+            # An interrupted batch leaves answers under way that the next batch must not read.
+            self.close()
+            raise
+        return outcomes
+
+    def _start(self, count: int) -> None:
+        self.failures = 0
+        for process in [process for process in self.processes if process.popen.poll() is not None]:
+            self._replace(process)
+        while len(self.processes) < count:
+            self.processes.append(_Process())
+
+    def _answered(self, busy: Mapping[Connection, tuple[_Process, int]]) -> list[tuple[_Process, int, Outcome]]:
+        """Wait until the next deadline at most; what has come by then."""
+        pause = max(0.0, min(process.deadline for process, _ in busy.values()) - time.monotonic())
+        found = []
+        for connection in wait(list(busy), timeout=pause):
+            assert isinstance(connection, Connection)
+            process, i = busy[connection]
+            outcome = process.receive(self.time_limit)
+            if outcome is not None:
+                self.failures += not (process.alive or process.ready)
+                found.append((process, i, outcome))
+        return found
+
+    def _overdue(self, busy: Mapping[Connection, tuple[_Process, int]]) -> list[tuple[_Process, int, Outcome]]:
+        now = time.monotonic()
+        found: list[tuple[_Process, int, Outcome]] = []
+        for process, i in busy.values():
+            if now >= process.deadline:
+                process.alive = False
+                self.failures += not process.ready
+                found.append((process, i, (None, f"timeout: over {self.time_limit:g} s")))
+        return found
+
+    def _replace(self, process: _Process) -> _Process:
+        process.kill()
+        self.processes.remove(process)
+        if self.failures >= 3:
+            raise OperantError(
+                "reward workers die while starting; run the rewards in this process with 0 reward workers"
+            )
+        self.processes.append(_Process())
+        return self.processes[-1]
 
 
 class _Process:

@@ -37,7 +37,7 @@ def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
     )
     rows = load_rows(config.data, limit=config.limit)
     codec = Codec.load(config.tokenizer) if config.tokenizer else None
-    pairs = [_pair(number, row, config, codec) for number, row in enumerate(rows)]
+    pairs = [_read_row(number, row, config, codec) for number, row in enumerate(rows)]
     check_references(reward, [prompt for prompt, _, _ in pairs])
     with RewardRunner(reward, time_limit=config.reward_seconds) as runner:
         for start in range(0, len(pairs), PIECE):
@@ -61,9 +61,10 @@ def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
                 yield out
 
 
-def _pair(
+def _read_row(
     number: int, row: dict[str, Any], config: ScoreConfig, codec: Codec | None
 ) -> tuple[Prompt, Completion, list[str]]:
+    """A row as a prompt, its completion, and the texts of the completion's tokens."""
     text = _column(
         row, config.completion_field, ("completion", "hypothesis", "output", "response"), "completion_field", number
     )
@@ -71,7 +72,7 @@ def _pair(
         raise OperantError(
             f"row {number + 1}: the completion is {type(text).__name__}, not text; choose --completion_field"
         )
-    asked = (
+    question = (
         _column(row, config.prompt_field, (), "prompt_field", number) if config.prompt_field else row.get("prompt", "")
     )
     given = row.get(config.reference_field) if config.reference_field else row.get("references", row.get("reference"))
@@ -93,7 +94,7 @@ def _pair(
         tokens, ends = np.arange(len(pieces), dtype=np.int64), _ends(pieces)
     if not len(tokens):  # an empty answer has a reward too; it stands on the end-of-text token
         tokens, ends, pieces = np.zeros(1, np.int64), np.zeros(1, np.int64), [""]
-    prompt = Prompt(id=name, text=str(asked), tokens=np.zeros(0, np.int64), references=references, meta=row)
+    prompt = Prompt(id=name, text=str(question), tokens=np.zeros(0, np.int64), references=references, meta=row)
     return prompt, Completion(id=name, prompt_id=name, text=text, tokens=tokens, text_ends=ends), pieces
 
 

@@ -71,7 +71,7 @@ class Limited:
         self.reward, self.seconds = reward, seconds
 
     def start(self, prompt: Prompt) -> _LimitedSession:
-        return _LimitedSession(_within(self.seconds, self.reward.start, prompt), self.seconds)
+        return _LimitedSession(_call_within(self.seconds, self.reward.start, prompt), self.seconds)
 
 
 class _LimitedSession:
@@ -83,10 +83,11 @@ class _LimitedSession:
         return getattr(self.session, "parts", None)
 
     def step(self, token: int, text: str) -> float | Stop:
-        return _within(self.seconds, self.session.step, token, text)
+        return _call_within(self.seconds, self.session.step, token, text)
 
 
-def _within(seconds: float, call: Callable[..., Any], *args: Any) -> Any:
+def _call_within(seconds: float, call: Callable[..., Any], *args: Any) -> Any:
+    """What `call(*args)` returns, interrupted at the limit where it can be. Raises StreamTimeout over it."""
     begun = time.monotonic()
     if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
         armed = True
@@ -232,14 +233,14 @@ def reward_trajectory(prompt: Prompt, completion: Completion, name: str, value: 
     in it marking single unobserved tokens; a list of `Span` is spread equally over the sampled tokens of each span, an
     empty list being no span at all. Anything else is missing, with the reason as "slug: detail".
     """
-    rewards, observed, reason = place(value, completion)
+    rewards, observed, reason = token_rewards(value, completion)
     if reason is not None:
         return missing_trajectory(prompt, completion, name, reason)
     return Trajectory(prompt, completion, rewards, observed, {name: float(rewards[observed].sum())}, None)
 
 
-def place(value: Any, completion: Completion) -> tuple[Doubles, Bools, str | None]:
-    """The placement behind `reward_trajectory`: (rewards float64[T], observed bool[T], reason or None)."""
+def token_rewards(value: Any, completion: Completion) -> tuple[Doubles, Bools, str | None]:
+    """What `reward_trajectory` is made of: (rewards float64[T], observed bool[T], why there is no reward or None)."""
     size = len(completion.tokens)
     rewards, observed = np.zeros(size, dtype=np.float64), np.ones(size, dtype=np.bool_)
     end = last_sampled(completion)
@@ -262,7 +263,7 @@ def place(value: Any, completion: Completion) -> tuple[Doubles, Bools, str | Non
         return rewards, observed, _not_finite(rewards)
     values = list(value)
     if all(isinstance(item, Span) for item in values):
-        return _place_spans(values, completion)
+        return _span_rewards(values, completion)
     if len(values) != size:
         return rewards, observed, f"wrong_length: {len(values)} rewards for {size} tokens; return one number or {size}"
     try:
@@ -280,7 +281,7 @@ def place(value: Any, completion: Completion) -> tuple[Doubles, Bools, str | Non
     return rewards, observed, reason
 
 
-def _place_spans(spans: list[Span], completion: Completion) -> tuple[Doubles, Bools, str | None]:
+def _span_rewards(spans: list[Span], completion: Completion) -> tuple[Doubles, Bools, str | None]:
     size = len(completion.tokens)
     rewards, observed = np.zeros(size, dtype=np.float64), np.ones(size, dtype=np.bool_)
     for span in spans:

@@ -18,7 +18,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from operant.rewards.seam import place
+from operant.rewards.seam import token_rewards
 
 SLACK = 5.0  # seconds after the time limit in which the runner, if it lives, has killed the process
 
@@ -31,11 +31,11 @@ def call(reward: Any, prompt: Any, completion: Any) -> tuple[Any, str | None]:
     try:
         value = reward(prompt, completion)
         if not isinstance(completion, list):
-            return _portable(value, completion), None
+            return token_rewards(value, completion), None
         values = list(value)
         if len(values) != len(completion):
             return None, f"wrong_length: {len(values)} rewards for {len(completion)} completions; return one for each"
-        return [_portable(item, row) for item, row in zip(values, completion, strict=True)], None
+        return [token_rewards(item, row) for item, row in zip(values, completion, strict=True)], None
     except Exception as error:
         return None, raised(error)
 
@@ -46,11 +46,8 @@ def raised(error: BaseException) -> str:
     return f"raised: {type(error).__name__}{': ' + message if message else ''}"
 
 
-def _portable(value: Any, completion: Any) -> tuple[Any, Any, str | None]:
-    return place(value, completion)
-
-
 def main() -> None:
+    """Answer jobs until the runner closes the socket or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
