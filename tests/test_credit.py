@@ -112,16 +112,17 @@ def test_a_missing_reward_teaches_nothing_and_reaches_no_other_row(baseline: cre
     broken = rewards.clone()
     broken[1] = math.nan
     given = torch.tensor([0.1, 0.1, 0.1, 0.4, 0.4], dtype=torch.float64)
+    against = {"running": torch.tensor([0.3, 0.2]), "control_variate": 0.7, "greedy": given, "route": given}
     out, returns, usable = credit.advantages(
-        broken, mask, groups, valid, baseline=baseline, running=torch.tensor([0.3, 0.2]), beta=0.7, given=given
+        broken, mask, groups, valid, baseline=baseline, against=against.get(baseline)
     )
     assert torch.isfinite(out).all() and torch.isfinite(returns[valid]).all()
     assert out[1].tolist() == [0, 0] and usable.tolist() == valid.tolist()
     keep = valid.nonzero()[:, 0]
+    kept = against | {"greedy": given[keep], "route": given[keep]}
     without, _, _ = credit.advantages(
-        rewards[keep], mask[keep], groups[keep], valid[keep], baseline=baseline, running=torch.tensor([0.3, 0.2]),
-        beta=0.7, given=given[keep],
-    )  # fmt: skip
+        rewards[keep], mask[keep], groups[keep], valid[keep], baseline=baseline, against=kept.get(baseline)
+    )
     assert torch.allclose(out[keep], without, atol=1e-12)
 
 
@@ -150,10 +151,8 @@ def test_a_row_with_one_missing_reward_keeps_its_later_tokens_where_the_baseline
     rewards, mask = rows([1.0, 2.0, 4.0], [math.nan, 5.0, 3.0], [7.0])
     groups, observed = torch.zeros(3, dtype=torch.long), ~rewards.isnan()
     valid = credit.known_returns(observed, mask)
-    given = torch.full((3,), 0.5)
-    out, _, usable = credit.advantages(
-        rewards, mask, groups, valid, baseline=baseline, running=torch.tensor([0.5]), given=given
-    )
+    against = {"running": torch.tensor([0.5]), "greedy": torch.full((3,), 0.5), "route": torch.full((3,), 0.5)}
+    out, _, usable = credit.advantages(rewards, mask, groups, valid, baseline=baseline, against=against.get(baseline))
     assert torch.isfinite(out).all()
     if baseline == "position_leave_one_out":  # returns: [7 6 4], [? 8 3], [7 0 0]
         assert usable.int().tolist() == [[1, 1, 1], [0, 1, 1], [1, 1, 1]]
@@ -171,8 +170,9 @@ def test_a_row_with_one_missing_reward_keeps_its_later_tokens_where_the_baseline
 def test_padding_changes_nothing(baseline: credit.Baseline) -> None:
     rewards, mask = rows([1.0, 2.0], [4.0], [0.5, 0.25], [3.0])
     groups, valid = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
-    options = {"baseline": baseline, "beta": 0.6, "given": torch.tensor([0.5, 0.5, 0.25, 0.25])}
-    options["running"] = torch.tensor([0.4, 0.1])
+    given = torch.tensor([0.5, 0.5, 0.25, 0.25])
+    against = {"running": torch.tensor([0.4, 0.1]), "control_variate": 0.6, "greedy": given, "route": given}
+    options = {"baseline": baseline, "against": against.get(baseline)}
     narrow, _, _ = credit.advantages(rewards, mask, groups, valid, **options)
     pad = torch.nn.functional.pad
     wide, _, _ = credit.advantages(pad(rewards, (0, 3)), pad(mask, (0, 3)), groups, valid, **options)
@@ -183,7 +183,7 @@ def test_the_running_baseline_is_taken_off_every_return_at_its_position() -> Non
     rewards, mask = rows([1.0, 2.0, 1.0], [4.0])
     groups, valid = torch.tensor([0, 1]), torch.ones(2, dtype=torch.bool)
     running = torch.tensor([0.5, 0.25])
-    out, returns, _ = credit.advantages(rewards, mask, groups, valid, baseline="running", running=running)
+    out, returns, _ = credit.advantages(rewards, mask, groups, valid, baseline="running", against=running)
     assert out.tolist() == [[3.5, 2.75, 0.75], [3.5, 0, 0]] and returns.tolist() == [[4, 3, 1], [4, 0, 0]]
 
 
@@ -203,7 +203,7 @@ def test_a_greedy_fellow_is_taken_off_at_its_position_and_held_beyond_its_end() 
     rewards, mask = rows([1.0, 2.0, 1.0], [0.0, 4.0])
     given = torch.tensor([[3.0, 2.0], [1.0, 1.0]])  # a dense and a terminal one
     out, _, _ = credit.advantages(
-        rewards, mask, torch.arange(2), torch.ones(2, dtype=torch.bool), baseline="greedy", given=given
+        rewards, mask, torch.arange(2), torch.ones(2, dtype=torch.bool), baseline="greedy", against=given
     )
     assert out.tolist() == [[4 - 3, 3 - 2, 1 - 2], [4 - 1, 4 - 1, 0]]
 
@@ -212,7 +212,7 @@ def test_a_given_baseline_is_taken_off_and_a_missing_one_leaves_its_row_out() ->
     rewards, mask = rows([1.0, 2.0], [4.0], [6.0])
     valid = torch.ones(3, dtype=torch.bool)
     given = torch.tensor([0.5, math.nan, 2.0], dtype=torch.float64)
-    out, _, usable = credit.advantages(rewards, mask, torch.arange(3), valid, baseline="greedy", given=given)
+    out, _, usable = credit.advantages(rewards, mask, torch.arange(3), valid, baseline="greedy", against=given)
     assert out.tolist() == [[2.5, 1.5], [0, 0], [4, 0]] and usable.tolist() == [True, False, True]
 
 
@@ -220,7 +220,7 @@ def test_a_shift_lowers_the_baseline_of_taught_tokens_only() -> None:
     rewards, mask = rows([1.0, 2.0], [4.0])
     valid = torch.tensor([True, False])
     out, _, _ = credit.advantages(
-        rewards, mask, torch.arange(2), valid, baseline="running", running=torch.tensor([0.5]), shift=0.1
+        rewards, mask, torch.arange(2), valid, baseline="running", against=torch.tensor([0.5]), shift=0.1
     )
     assert out.flatten().tolist() == pytest.approx([2.6, 1.6, 0, 0])
 

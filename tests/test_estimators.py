@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,17 @@ def test_the_world_is_a_distribution_with_rows_of_every_length(world: World) -> 
     assert set(world.mask.sum(1).tolist()) == {1, 2, 3}
 
 
+def discounted(rewards: Tensor, mask: Tensor, groups: Tensor, valid: Tensor, gamma: float, **options: Any) -> Tensor:
+    """The advantages whose mean is the exact gradient: token t weighs γ^t."""
+    found = credit.advantages(rewards, mask, groups, valid, gamma=gamma, **options)[0]
+    return found * credit.discount_weights(mask, gamma)
+
+
+def told(baseline: credit.Baseline) -> Tensor | None:
+    """What earlier steps leave to the running baseline."""
+    return torch.tensor([0.37, 0.21]) if baseline == "running" else None
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("baseline", ["none", "running", "leave_one_out", "position_leave_one_out"])
 @pytest.mark.parametrize("kind", ["dense", "terminal"])
@@ -153,10 +165,9 @@ def test_with_discounted_states_the_mean_is_the_exact_gradient(
     rewards = world.rewards if kind == "dense" else terminal(world)
 
     def advantages(rows: Tensor, groups: Tensor) -> Tensor:
-        return credit.advantages(
-            rewards[rows], world.mask[rows], groups, everyone(rows),
-            baseline=baseline, gamma=gamma, running=torch.tensor([0.37, 0.21]), discount_state=True,
-        )[0]  # fmt: skip
+        return discounted(
+            rewards[rows], world.mask[rows], groups, everyone(rows), gamma, baseline=baseline, against=told(baseline)
+        )
 
     assert close(of_groups(world, advantages), world.exact(rewards, gamma))
 
@@ -171,7 +182,7 @@ def test_without_discounted_states_the_bias_is_the_documented_one(world: World, 
             everyone(rows),
             baseline=baseline,
             gamma=0.7,
-            running=torch.tensor([0.37, 0.21]),
+            against=told(baseline),
         )[0]
 
     mean = of_groups(world, advantages)
@@ -193,10 +204,9 @@ def test_where_early_rewards_are_missing_later_positions_keep_their_exact_mean(
         observed[2::3, :2] = False
         rewards = torch.where(observed, world.rewards[rows], 0.0 if read_as_zero else torch.nan)
         valid = everyone(rows) if read_as_zero else credit.known_returns(observed, mask, gamma)
-        return credit.advantages(
-            rewards, mask, groups, valid, baseline=baseline, gamma=gamma, running=torch.tensor([0.37, 0.21]),
-            discount_state=True, given=torch.full((len(rows),), 0.37, dtype=torch.float64),
-        )[0]  # fmt: skip
+        elsewhere = torch.full((len(rows),), 0.37, dtype=torch.float64)
+        against = elsewhere if baseline in ("greedy", "route") else told(baseline)
+        return discounted(rewards, mask, groups, valid, gamma, baseline=baseline, against=against)
 
     share = torch.tensor([2 / 3 if len(p) < 2 else 1.0 for p in prefixes(3)], dtype=torch.float64)[:, None]
     expected = world.exact(world.rewards, gamma) * share
@@ -210,7 +220,7 @@ def test_where_early_rewards_are_missing_later_positions_keep_their_exact_mean(
 def test_every_fixed_coefficient_of_the_control_variate_has_the_exact_mean(world: World, beta: float) -> None:
     def advantages(rows: Tensor, groups: Tensor) -> Tensor:
         return credit.advantages(
-            world.rewards[rows], world.mask[rows], groups, everyone(rows), baseline="control_variate", beta=beta
+            world.rewards[rows], world.mask[rows], groups, everyone(rows), baseline="control_variate", against=beta
         )[0]
 
     assert close(of_groups(world, advantages), world.exact(world.rewards))
@@ -227,7 +237,7 @@ def test_a_coefficient_fitted_on_the_other_prompts_has_the_exact_mean() -> None:
             (rewards * mask).sum(1), credit.held_potential(rewards, mask), mask, groups, everyone(rows)
         )
         betas.update(round(float(b), 6) for b in beta)
-        return credit.advantages(rewards, mask, groups, everyone(rows), baseline="control_variate", beta=beta)[0]
+        return credit.advantages(rewards, mask, groups, everyone(rows), baseline="control_variate", against=beta)[0]
 
     assert close(of_batches(world, advantages, 4), world.exact(world.rewards))
     assert len([b for b in betas if 0 < b < 1.5]) >= 3  # the fit did something
@@ -255,10 +265,9 @@ def test_the_batch_baseline_has_the_exact_mean(groups: list[int], gamma: float) 
     world = make_world(length=2, seed=2)
 
     def advantages(rows: Tensor) -> Tensor:
-        return credit.advantages(
-            world.rewards[rows], world.mask[rows], torch.tensor(groups), everyone(rows),
-            baseline="batch", gamma=gamma, discount_state=True,
-        )[0]  # fmt: skip
+        return discounted(
+            world.rewards[rows], world.mask[rows], torch.tensor(groups), everyone(rows), gamma, baseline="batch"
+        )
 
     assert close(of_batches(world, advantages, len(groups)), world.exact(world.rewards, gamma))
 
@@ -325,10 +334,10 @@ def test_a_baseline_from_elsewhere_has_the_exact_mean_on_policy_with_any_shift(
     rewards = world.rewards if kind == "dense" else terminal(world)
 
     def advantages(rows: Tensor, groups: Tensor) -> Tensor:
-        return credit.advantages(
-            rewards[rows], world.mask[rows], groups, everyone(rows), baseline=baseline, gamma=gamma,
-            given=torch.full((len(rows),), 0.61, dtype=torch.float64), shift=shift, discount_state=True,
-        )[0]  # fmt: skip
+        return discounted(
+            rewards[rows], world.mask[rows], groups, everyone(rows), gamma, baseline=baseline,
+            against=torch.full((len(rows),), 0.61, dtype=torch.float64), shift=shift,
+        )  # fmt: skip
 
     assert close(of_groups(world, advantages, size=1), world.exact(rewards, gamma))
 
@@ -352,9 +361,7 @@ def test_a_missing_reward_leaves_the_mean_of_the_rest_exact() -> None:
     def advantages(rows: Tensor, groups: Tensor) -> Tensor:
         valid = torch.arange(len(rows)) % 3 != 1
         rewards = torch.where(valid[:, None], world.rewards[rows], torch.nan)
-        return credit.advantages(
-            rewards, world.mask[rows], groups, valid, baseline="position_leave_one_out", gamma=0.8, discount_state=True
-        )[0]
+        return discounted(rewards, world.mask[rows], groups, valid, 0.8, baseline="position_leave_one_out")
 
     assert close(of_groups(world, advantages, 3), world.exact(world.rewards, 0.8) * 2 / 3)
 
@@ -513,7 +520,7 @@ def test_asymmetric_reinforce_off_policy_is_the_gradient_of_its_objective(world:
     means = []
     for shift in (0.0, 0.3):
         advantages = credit.advantages(
-            terminal(world), world.mask, torch.arange(len(totals)), everyone(totals), baseline="route", given=given,
+            terminal(world), world.mask, torch.arange(len(totals)), everyone(totals), baseline="route", against=given,
             shift=shift,
         )[0]  # fmt: skip
         means.append(off_policy(world, behavior, objectives.reinforce(world.logprobs(), advantages)))

@@ -346,8 +346,7 @@ def advantages(
         groups,
         valid,
         baseline=baseline,
-        running=torch.tensor([0.3, 0.2], dtype=torch.float64),
-        beta=0.6,
+        against={"running": torch.tensor([0.3, 0.2], dtype=torch.float64), "control_variate": 0.6}.get(baseline),
         **options,
     )[0]
 

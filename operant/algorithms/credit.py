@@ -308,59 +308,50 @@ def advantages(
     *,
     baseline: Baseline,
     gamma: float | Tensor = 1.0,
-    running: Tensor | None = None,
-    beta: float | Tensor = 1.0,
-    given: Tensor | None = None,
+    against: float | Tensor | None = None,
     shift: float = 0.0,
-    discount_state: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Advantages of every token under a baseline. rewards float[N, T] → (advantages, returns, usable like valid).
+    """Advantages of every token under a baseline: (advantages float[N, T], returns float[N, T], usable like valid).
 
-    valid: bool[N]; or bool[N, T] (`known_returns`), which baselines outside `PER_POSITION` read row by row: a row with
-    one unknown return is not valid, and `usable` is bool[N].
+    rewards: float[N, T]; mask: bool[N, T]; groups: int64[N]. gamma: γ, or float[N, T], the discount from each token to
+    the next. valid: bool[N]; or bool[N, T] of `known_returns`, which baselines outside `PER_POSITION` read row by row:
+    a row with one unknown return is then not valid, and `usable` is bool[N].
 
-    none: A = G_t. running: A = G_t − b_t with `running` float[W], the mean return-to-go of earlier steps at each
-    position (`running_baseline`, unbiased); positions beyond W take its last number, and None is no earlier step.
-    batch: the mean over the other
-    prompts' completions in the batch (unbiased: a row's own group is left out, unless it is the only group).
-    leave_one_out: the mean of the group's other sequence returns. position_leave_one_out: of their returns-to-go at the
-    same position. control_variate: see `control_variate` (γ = 1).
-    group_scaled, group_centred: see `group_centred`, with and
-    without the deviation, one number for all tokens of a row. greedy: `given`
-    float[N, W], the return-to-go of the prompt's greedy completion at the same position (ReMax, Li et al. 2023, whose
-    one number per prompt it is when the reward stands at the end), held at its last number beyond its end. route:
-    `given` float[N] of `route_baselines`. A row whose number is NaN is not usable.
-    The critic's advantages are `gae`'s. `shift` lowers the baseline: off policy the update must push good completions
-    up more than it pushes bad ones down (Arnal et al. 2025, δV = −shift); on policy any shift has the same mean.
-    `discount_state` weighs token t with γ^t, the exact gradient; without it the usual, biased one (Thomas 2014). Who
-    whitens leaves it out and takes `discount_weights` afterwards.
+    baseline, and what it reads as `against`; None where nothing is said of it:
+        none: A = G_t.
+        running: G_t − b_t. against: b float[W] of `running_baseline`, None at the first step (see `less_held`).
+        batch: less the mean of the other prompts' sequence returns (see `less_other_groups`).
+        leave_one_out: less the mean of the group's other sequence returns.
+        position_leave_one_out: less the mean of their returns-to-go at the same position.
+        control_variate: see there; γ = 1. against: β, a number or float[N]; None is 1.
+        group_scaled, group_centred: one number for a whole row, see `group_centred`, with and without the deviation.
+        greedy: less the return-to-go of the prompt's greedy completion at the same position (ReMax, Li et al. 2023,
+            whose one number a prompt it is when the reward stands at the end). against: float[N, W].
+        route: less the route's own. against: float[N] of `route_baselines`.
+    Of greedy and route, a row with a number that is NaN is not usable. The critic's advantages are `gae`'s.
+
+    shift lowers the baseline: off policy the update must push good completions up more than it pushes bad ones down
+    (Arnal et al. 2025, δV = −shift); on policy any shift has the same mean. For the exact gradient of discounted
+    returns, take `discount_weights` times the advantages.
+    Raises ValueError for a baseline that is none of returns alone.
     """
     if valid.dim() == 2 and baseline not in PER_POSITION:
         valid = (valid | ~mask).all(1) & mask.any(1)
-    inside = mask & (valid if valid.dim() == 2 else valid[:, None])
-    returns = returns_to_go(torch.where(inside, rewards, torch.zeros_like(rewards)), mask, gamma)
+    inside = mask & _as_column(valid)
+    rewards = torch.where(inside, rewards, torch.zeros_like(rewards))
+    returns = returns_to_go(rewards, mask, gamma)
     totals = returns[:, 0] if returns.shape[1] else returns.sum(1)
     usable = valid
-    if baseline == "none":
+    if baseline == "none" or (baseline == "running" and against is None):
         out = returns
     elif baseline == "running":
-        out = returns if running is None else returns - held(running.to(returns.dtype), returns.shape[1])
+        assert isinstance(against, Tensor)
+        out, usable = less_held(returns, against, valid)
     elif baseline == "batch":
-        weight = valid.to(returns.dtype)
-        own_sum, _ = group_sums(totals * weight, groups)
-        own_count, _ = group_sums(weight, groups)
-        others = weight.sum() - own_count
-        if bool((others >= 1).all()):
-            out = returns - (((totals * weight).sum() - own_sum) / others.clamp(min=1))[:, None]
-        else:
-            centred, usable = leave_one_out(totals, torch.zeros_like(groups), valid)
-            out = returns - (totals - centred)[:, None]
+        out, usable = less_other_groups(returns, totals, groups, valid)
     elif baseline in ("greedy", "route"):
-        assert given is not None
-        given = held(given.to(returns.dtype).reshape(len(returns), -1), returns.shape[1])
-        known = given.isfinite().all(1, keepdim=True)
-        usable = valid & (known if valid.dim() == 2 else known[:, 0])
-        out = returns - torch.where(known, given, 0.0)
+        assert isinstance(against, Tensor)
+        out, usable = less_held(returns, against.reshape(len(returns), -1), valid)
     elif baseline in ("group_scaled", "group_centred"):
         out = group_centred(totals, groups, valid, scale=baseline == "group_scaled")[:, None].expand_as(returns)
         usable = valid & (group_sums(valid.to(returns.dtype), groups)[0] >= 2)
@@ -370,13 +361,42 @@ def advantages(
     elif baseline == "position_leave_one_out":
         out, usable = leave_one_out(returns, groups, valid)
     elif baseline == "control_variate":
-        out, usable = control_variate(
-            torch.where(inside, rewards, torch.zeros_like(rewards)), mask, groups, valid, beta
-        )
+        out, usable = control_variate(rewards, mask, groups, valid, 1.0 if against is None else against)
     else:
         raise ValueError(f"{baseline!r} is no baseline of returns alone; a critic's advantages come from gae()")
     out = out + shift
-    if discount_state:
-        out = out * discount_weights(mask, gamma, out.dtype)
-    keep = mask & (usable if usable.dim() == 2 else usable[:, None])
-    return torch.where(keep, out, torch.zeros_like(out)), returns, usable
+    return torch.where(mask & _as_column(usable), out, torch.zeros_like(out)), returns, usable
+
+
+def less_held(returns: Tensor, numbers: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns-to-go less a number a position, held at its last one beyond its end (`held`).
+
+    returns: float[N, T]; numbers: float[W], or float[N, W], where NaN is a row without one; valid: bool[N] or
+    bool[N, T]. Returns (float[N, T], usable like valid).
+    """
+    numbers = held(numbers.to(returns.dtype), returns.shape[1])
+    known = numbers.isfinite().all(-1, keepdim=True)
+    usable = valid & (known if valid.dim() == 2 or known.dim() == 1 else known[:, 0])
+    return returns - torch.where(known, numbers, 0.0), usable
+
+
+def less_other_groups(returns: Tensor, totals: Tensor, groups: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns-to-go less the mean sequence return of the batch's other groups, or of the other rows where there is
+    one group: without a row's own group that mean says nothing of the row, and the gradient stays unbiased.
+
+    returns: float[N, T]; totals: float[N], the sequence returns; groups: int64[N]; valid: bool[N].
+    Returns (float[N, T], usable bool[N]).
+    """
+    weight = valid.to(returns.dtype)
+    own_sum, _ = group_sums(totals * weight, groups)
+    own_count, _ = group_sums(weight, groups)
+    others = weight.sum() - own_count
+    if bool((others >= 1).all()):
+        return returns - (((totals * weight).sum() - own_sum) / others.clamp(min=1))[:, None], valid
+    centred, usable = leave_one_out(totals, torch.zeros_like(groups), valid)
+    return returns - (totals - centred)[:, None], usable
+
+
+def _as_column(valid: Tensor) -> Tensor:
+    """bool[N] as bool[N, 1]; bool[N, T] as it is."""
+    return valid if valid.dim() == 2 else valid[:, None]

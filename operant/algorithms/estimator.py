@@ -157,19 +157,21 @@ class Estimator:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns less what other completions, or earlier ones, were paid."""
         groups = group_numbers(rollout.trajectories)
-        beta: float | Tensor = 1.0
+        against: float | Tensor | None = None
         if self.settings.baseline == "control_variate":
-            beta = self.coefficient(rewards, mask, groups, valid, metrics)
-        given = rollout.greedy
-        if self.settings.baseline == "route":
-            given = credit.route_baselines(
+            against = self.coefficient(rewards, mask, groups, valid, metrics)
+        elif self.settings.baseline == "greedy":
+            against = rollout.greedy
+        elif self.settings.baseline == "running":
+            against = credit.running_baseline(self.state["running"], self.state["running_weight"])
+        elif self.settings.baseline == "route":
+            against = credit.route_baselines(
                 self.state["routes"], self.routes(rollout.trajectories), self.config.reward_midpoint
             )
-            metrics["train/route_baseline"] = float(given.mean())
-        running = credit.running_baseline(self.state["running"], self.state["running_weight"])
+            metrics["train/route_baseline"] = float(against.mean())
         return credit.advantages(
             rewards, mask, groups, valid, baseline=self.settings.baseline, gamma=self.gamma,
-            running=running, beta=beta, given=given, shift=self.settings.shift,
+            against=against, shift=self.settings.shift,
         )  # fmt: skip
 
     def of_penalty(self, trajectories: list[Trajectory], penalty: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
