@@ -16,8 +16,8 @@ from operant.config import ServeConfig
 from operant.live.api.server import create_app
 from operant.live.api.service import Listener, Service
 from operant.live.learning.worker import Worker
-from operant.live.serve import _learner_config, live, server_of
-from operant.live.serving.access import Keys, Links
+from operant.live.serve import _learner_config, _links, live, server_of
+from operant.live.serving.access import Keys
 from operant.live.serving.engine import Engine
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
@@ -106,8 +106,9 @@ def serving(
     engine = Engine(policy, versions.pointer().version, max_rows=config.max_rows, queue=config.queue)
     app = create_app(
         Service(
-            engine, policy.codec, policy.family == "encoder-decoder", policy.max_length, store, versions, None, config,
-            Links.at(versions.root, int(config.link_days * 86_400)), keys or Keys(None), listeners=list(listeners),
+            engine=engine, codec=policy.codec, encoder=policy.family == "encoder-decoder",
+            max_length=policy.max_length, store=store, versions=versions, supervisor=None, config=config,
+            links=_links(config), keys=keys or Keys(None), listeners=list(listeners),
         )
     )  # fmt: skip
     try:

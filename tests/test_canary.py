@@ -21,7 +21,7 @@ from operant.live.api.evidence import TrialEvidence
 from operant.live.api.service import Way
 from operant.live.api.versions_routes import RatedReply, TrialReply, VersionsReply
 from operant.live.serve import live
-from operant.live.serving.canary import MOST_OF_ONE, Bet, Canary, Trial, among, wager
+from operant.live.serving.canary import MOST_OF_ONE, Bet, Canary, Trial, in_share, wager
 from operant.live.storage.store import StoredCompletion
 from operant.live.storage.versions import Pointer, Versions
 from operant.models.policy import Policy
@@ -73,13 +73,13 @@ def test_a_wager_is_the_formula() -> None:
 
 def test_shares_are_stable_and_as_large_as_they_say() -> None:
     names = [f"user-{i}" for i in range(5000)]
-    chosen = {name for name in names if among(name, 3, 0.2)}
-    assert chosen == {name for name in names if among(name, 3, 0.2)} and chosen < {
-        name for name in names if among(name, 3, 0.4)
+    chosen = {name for name in names if in_share(name, 3, 0.2)}
+    assert chosen == {name for name in names if in_share(name, 3, 0.2)} and chosen < {
+        name for name in names if in_share(name, 3, 0.4)
     }
     assert len(chosen) / len(names) == pytest.approx(0.2, abs=0.02)
-    assert chosen != {name for name in names if among(name, 4, 0.2)}
-    assert not any(among(name, 3, 0.0) for name in names) and all(among(name, 3, 1.0) for name in names)
+    assert chosen != {name for name in names if in_share(name, 4, 0.2)}
+    assert not any(in_share(name, 3, 0.0) for name in names) and all(in_share(name, 3, 1.0) for name in names)
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def rating(version: int, value: float, number: int, source: str) -> tuple[Feedba
 
 def pay(canary: Canary, version: int, value: float, number: int, source: str = "") -> None:
     who = source or f"s{number}"
-    canary.rated(*rating(version, value, number, who), who)
+    canary.add_rating(*rating(version, value, number, who), who)
 
 
 def test_a_better_one_is_promoted_and_a_worse_one_refused_by_name(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_people_are_told_from_the_servers_own_ratings_by_the_way_they_come_in(tm
         ("reward", "reward:chrf"),
     ]
     for number, (way, source) in enumerate(ways):
-        asyncio.run(TrialEvidence(canary).rated(cast(Any, None), *rating(1, 1.0, number, source), way))
+        asyncio.run(TrialEvidence(canary).on_rated(cast(Any, None), *rating(1, 1.0, number, source), way))
     assert canary.trial().counted == {"reward:judge": 1, "rule:x": 1, "u": 1}
 
 
@@ -238,8 +238,8 @@ def test_whoever_moves_versions_by_hand_ends_the_trial(tmp_path: Path) -> None:
     canary = Canary(versions, ServeConfig(shadow_share=1.0, reward="length(target=4)"))
     versions.publish_number(1)
     assert canary.look() == (0, 1)
-    canary.judged(1, 1.0)
-    canary.judged(5, 1.0)  # of a version that is tried no more
+    canary.add_difference(1, 1.0)
+    canary.add_difference(5, 1.0)  # of a version that is tried no more
     assert canary.trial().summary()["pairs"] == 1
     versions.promote(1)
     assert canary.look() == (1, None) and canary.trial() == Trial(1)
@@ -260,7 +260,7 @@ def test_a_trial_that_is_ended_by_hand_stays_ended_while_ratings_come_in(tmp_pat
         for number in range(1, 9):
             versions.publish_number(number)
             assert canary.look()[1] == number
-            judged = [pool.submit(canary.judged, number, 0.0) for _ in range(12)]
+            judged = [pool.submit(canary.add_difference, number, 0.0) for _ in range(12)]
             cleaned = [pool.submit(versions.clean) for _ in range(12)]
             time.sleep(0.002 * number)
             versions.promote(number)
@@ -278,7 +278,7 @@ def test_a_promotion_by_hand_and_a_verdict_do_not_interleave(tmp_path: Path, mon
     with ThreadPoolExecutor(1) as pool:
 
         def late(version: int) -> None:
-            judged.append(pool.submit(canary.judged, 1, -1.0))  # would refuse what is being promoted
+            judged.append(pool.submit(canary.add_difference, 1, -1.0))  # would refuse what is being promoted
             time.sleep(0.2)
             inside(version)
 
@@ -296,10 +296,10 @@ def test_nothing_is_decided_while_a_source_is_being_forgotten(tmp_path: Path) ->
     versions.publish_number(1)
     assert canary.look() == (0, 1)
     versions.keep_plan({"source": "x", "number": 1, "stage": "asked"})
-    canary.judged(1, -1.0)
+    canary.add_difference(1, -1.0)
     assert versions.verdict(1) is None
     versions.plan_file.unlink()
-    canary.judged(1, -1.0)
+    canary.add_difference(1, -1.0)
     assert canary.look() == (0, None) and versions.verdict(1) is not None
 
 

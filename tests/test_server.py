@@ -798,19 +798,19 @@ class Heard(Listener):
     def __init__(self) -> None:
         self.words: list[tuple[str, str]] = []
 
-    async def begun(
+    async def on_begun(
         self, service: Service, request: GenerationRequest, prompt: Prompt, completion_ids: Sequence[str]
     ) -> None:
         self.words += [(f"begun {request.kind}", name) for name in completion_ids]
         raise RuntimeError("it cannot hear")
 
-    async def answered(
+    async def on_answered(
         self, service: Service, request: GenerationRequest, prompt: Prompt, completion: Completion
     ) -> None:
         self.words.append(("answered", completion.id))
         raise RuntimeError("it cannot hear")
 
-    async def rated(self, service: Service, event: Feedback, stored: StoredCompletion, way: Way) -> None:
+    async def on_rated(self, service: Service, event: Feedback, stored: StoredCompletion, way: Way) -> None:
         self.words.append((f"rated by {way}", stored.id))
         raise RuntimeError("it cannot hear")
 
@@ -831,7 +831,7 @@ def test_listeners_are_told_of_everything_and_a_fault_of_theirs_harms_nobody(
     kinds = ["begun chat", "begun chat", "begun text", "begun text"]
     expected = [*zip(kinds, names), *(("answered", name) for name in names), *[("rated by api", chat)] * 2]
     assert sorted(first.words) == sorted(expected) == sorted(second.words)
-    assert caplog.text.count("Heard failed on what it was told") == 2 * (
+    assert caplog.text.count("the listener Heard failed") == 2 * (
         len(expected) - 1
     )  # a chat of two choices begins once
 

@@ -62,7 +62,7 @@ def serve(config: ServeConfig) -> None:
     check_listening(config.host, _keys(config))
     os.umask(0o077)  # what people said is for nobody else on this machine, nor is what was learned from it
     bound = contextlib.closing(_bind(config.host, config.port))
-    with bound as listening, _interruptible(), _logged(Path(config.root) / "serve.log"), live(config) as running:
+    with bound as listening, _interruptible(), _log_to(Path(config.root) / "serve.log"), live(config) as running:
         server = server_of(running.app, config)
         _print_address(running, listening)
         with _signals_left_alone():
@@ -105,11 +105,8 @@ def live(config: ServeConfig) -> Iterator[Live]:
         policy = Policy.load(Path(current.path) / "model", device=config.device, dtype=config.dtype)
         policy.model.eval()
         if config.heldout:
-            heldout_prompts(config, policy)  # said now, not when the first version waits to be judged
-        store.reconcile(versions.records())
-        store.served(current.version, time.time())
-        # a forgetting makes steps again from what is stored
-        store.retain(86_400 * config.max_age_days, config.max_bytes, unless=versions.forgetting)
+            heldout_prompts(config, policy)  # read now, so that a fault is not found when the first version waits
+        _take_up(store, versions, current.version, config)
         if implicit is not None:
             implicit.recall(reversed(store.list_completions(limit=1000, order="desc", prefix="chatcmpl-")))
         engine = Engine(policy, current.version, max_rows=config.max_rows, queue=config.queue, threads=config.threads)
@@ -119,15 +116,22 @@ def live(config: ServeConfig) -> Iterator[Live]:
             canary.changed = supervisor.look
         evidence = None if canary is None else TrialEvidence(canary, automatic)
         listeners: list[Listener | None] = [implicit, automatic, evidence]
-        app = create_app(
-            Service(
-                engine, policy.codec, policy.has_encoder, policy.max_length, store, versions,
-                supervisor, config, Links.at(root, int(config.link_days * 86_400)), _keys(config), canary,
-                [listener for listener in listeners if listener is not None],
-            )
+        service = Service(
+            engine=engine, codec=policy.codec, encoder=policy.has_encoder,
+            max_length=policy.max_length, store=store, versions=versions, supervisor=supervisor, config=config,
+            links=_links(config), keys=_keys(config), canary=canary,
+            listeners=[listener for listener in listeners if listener is not None],
         )  # fmt: skip
         del policy  # the engine alone keeps weights, and lets old ones go
-        yield Live(app, engine, store, versions, supervisor, config)
+        yield Live(create_app(service), engine, store, versions, supervisor, config)
+
+
+def _take_up(store: Store, versions: Versions, serving: int, config: ServeConfig) -> None:
+    """Bring the ledger to what the versions say, and let go what is too old or too much."""
+    store.reconcile(versions.records())
+    store.served(serving, time.time())
+    # a forgetting makes steps again from what is stored
+    store.retain(86_400 * config.max_age_days, config.max_bytes, unless=versions.forgetting)
 
 
 # --- before it serves -------------------------------------------------------------------------------------------------
@@ -147,7 +151,7 @@ def _check_shares(config: ServeConfig) -> None:
 
 
 @contextlib.contextmanager
-def _logged(file: Path) -> Iterator[None]:
+def _log_to(file: Path) -> Iterator[None]:
     """What happens beside the answers goes into a file, warnings to the terminal too; never what was said, nor keys."""
     logger = logging.getLogger("operant")
     before = logger.level
@@ -168,6 +172,10 @@ def _logged(file: Path) -> Iterator[None]:
 
 def _keys(config: ServeConfig) -> Keys:
     return Keys(config.keys or Path(config.root) / "keys.json")
+
+
+def _links(config: ServeConfig) -> Links:
+    return Links.at(config.root, int(config.link_days * 86_400))
 
 
 def _bind(host: str, port: int) -> socket.socket:

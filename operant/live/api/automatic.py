@@ -48,7 +48,7 @@ class Automatic(Listener):
             return None
         return float(rated.rewards.sum())
 
-    async def answered(
+    async def on_answered(
         self, service: Service, request: GenerationRequest, prompt: Prompt, completion: Completion
     ) -> None:
         """Rate an answer that is stored. A reward that is missing teaches nothing, and the log says why."""

@@ -56,7 +56,11 @@ class FeedbackRequest(RequestBody):
 
 @routes.post("/v1/feedback")
 async def add_feedback(request: Request, body: FeedbackRequest) -> dict[str, Any]:
-    """Say something about an answer. It is committed when this returns; GET it by its id to see what it did."""
+    """Say something about an answer. It is committed when this returns; GET it by its id to see what it did.
+
+    403 for another source than one's own without the role operate, 404 for an answer that is not stored, 409 for an
+    idempotency key that was used for something else, 422 for what is no feedback.
+    """
     service, caller = service_of(request), caller_of(request, "rate")
     source = caller.name
     if body.source is not None and body.source != source:
@@ -92,7 +96,10 @@ async def list_feedback(
     after: Annotated[int, Query(ge=0, lt=1 << 62)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> dict[str, Any]:
-    """Events and their stories by their offsets, from the first after `after`: an operator's all, else one's own."""
+    """Events and their stories by their offsets, from the first after `after`: an operator's all, else one's own.
+
+    403 for another source's without the role operate.
+    """
     service, caller = service_of(request), caller_of(request, "rate")
     if not caller.may("operate"):
         if source not in (None, caller.name):
@@ -111,7 +118,10 @@ async def list_feedback(
 async def feedback_story(
     request: Request, feedback_id: str, wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT)] = 0.0
 ) -> dict[str, Any]:
-    """What did my click do? With `wait`, the answer waits so many seconds at most until that is known."""
+    """What did my click do? With `wait`, the answer waits so many seconds at most until that is known.
+
+    404 for an event that there is not, or that is another's.
+    """
     service, caller = service_of(request), caller_of(request, "rate")
     until = time.monotonic() + wait
     while True:
@@ -229,7 +239,10 @@ async def link_link_html(request: Request, token: str) -> Response:
 
 @routes.post("/f/{token}")
 async def link_rating(request: Request, token: str) -> Response:
-    """Rate the answer of a link: {"kind": …, "value": …} as JSON, or a form with `value` 1 or −1."""
+    """Rate the answer of a link: {"kind": …, "value": …} as JSON, or a form with `value` 1 or −1.
+
+    404 for a link that was not signed here, 410 for one that has expired, 422 for what is no feedback.
+    """
     service = service_of(request)
     as_json = request.headers.get("content-type", "").partition(";")[0].strip() == "application/json"
     try:

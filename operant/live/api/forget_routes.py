@@ -45,19 +45,19 @@ async def begin_forgetting(request: Request, body: ForgetRequest, wait: Wait = 0
     except OperantError as error:
         raise ApiError(409, str(error), param="source") from error
     service.poke()
-    return await _progress(service, plan.number, wait)
+    return await _progress_reply(service, plan.number, wait)
 
 
 @routes.get("/{number}")
-async def forgetting_progress(
+async def forgetting_progress_reply(
     request: Request, number: Annotated[int, Path(ge=1, lt=1 << 31)], wait: Wait = 0.0
 ) -> dict[str, Any]:
     """How far the forgetting of this id is, or what it came to."""
     service, _ = service_of(request), caller_of(request, "operate")
-    return await _progress(service, number, wait)
+    return await _progress_reply(service, number, wait)
 
 
-async def _progress(service: Service, number: int, wait: float) -> dict[str, Any]:
+async def _progress_reply(service: Service, number: int, wait: float) -> dict[str, Any]:
     until = time.monotonic() + wait
     while True:
         done, plan = await asyncio.to_thread(_look, service, number)

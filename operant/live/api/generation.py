@@ -59,7 +59,7 @@ class Generation:
         self.created = time.time()
         self.choices: list[Choice] = []
         self.version = 0
-        self.wished: int | None = None  # of a user who is answered by what is tried
+        self.preferred: int | None = None  # the candidate, of a user who is answered by it
         self._pieces: asyncio.Queue[Piece | ApiError] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._begun = asyncio.Event()  # each stub is committed, or has failed to be
@@ -96,9 +96,9 @@ class Generation:
         self.version = service.version
         pinned = service.versions.pins().get(user)
         if pinned is None:
-            wished = None if service.canary is None else service.canary.version_for(user)
-            if wished is not None and wished in service.engine.resident():
-                self.version = self.wished = wished
+            candidate = None if service.canary is None else service.canary.version_for(user)
+            if candidate is not None and candidate in service.engine.resident():
+                self.version = self.preferred = candidate
             return None
         if pinned not in service.engine.resident():
             if service.supervisor is None:
@@ -118,7 +118,7 @@ class Generation:
         on_text = self._on_text if request.streamed or request.top_logprobs is not None else None
         try:
             futures = self.service.engine.submit(
-                prompt, request.sampling, ids=ids, version=version, wished=self.wished, on_text=on_text,
+                prompt, request.sampling, ids=ids, version=version, preferred=self.preferred, on_text=on_text,
                 top_logprobs=request.top_logprobs or 0,
             )  # fmt: skip
         except Busy as error:
@@ -159,7 +159,7 @@ class Generation:
 
     async def _tell_begun(self, prompt: Prompt) -> None:
         ids = [choice.id for choice in self.choices if choice.prompt is prompt]
-        await self.service.tell(lambda listener: listener.begun(self.service, self.request, prompt, ids))
+        await self.service.tell(lambda listener: listener.on_begun(self.service, self.request, prompt, ids))
 
     # --- under way ----------------------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class Generation:
             status, completion = "failed", empty_completion(choice.id, choice.prompt, request.sampling, service.codec)
         await self._begun.wait()
         if request.stored and not choice.begun:
-            return  # nobody was told of it
+            return  # nobody has its id
         if request.stored:
             try:
                 await service.io(service.store.complete, completion, status)
@@ -201,8 +201,8 @@ class Generation:
         if choice.fault is None:
             choice.completion = completion
             if status == "complete":
-                service.spawn(service.tell(lambda to: to.answered(service, request, choice.prompt, completion)))
-        service.metrics.finished(completion, status, time.time() - self.created)
+                service.spawn(service.tell(lambda to: to.on_answered(service, request, choice.prompt, completion)))
+        service.metrics.count_answer(completion, status, time.time() - self.created)
         if choice.fault is not None:
             self._pieces.put_nowait(ApiError(500, choice.fault, code="generation_failed"))
             return

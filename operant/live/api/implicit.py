@@ -44,7 +44,7 @@ class Implicit(Listener):
             if one.prompt.messages is not None:
                 self._remember(_key(str(one.request.get("owner")), one.user, one.prompt.messages), [one.id])
 
-    async def begun(
+    async def on_begun(
         self, service: Service, request: GenerationRequest, prompt: Prompt, completion_ids: Sequence[str]
     ) -> None:
         """Remember a stored chat that is being answered, and, if it continues an answer, ask the rule about that one,

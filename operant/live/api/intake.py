@@ -57,7 +57,7 @@ async def record(
     if not receipt.duplicate:
         service.metrics.feedback.labels(event.kind, way).inc()
         service.poke()
-        await service.tell(lambda listener: listener.rated(service, event, stored, way))
+        await service.tell(lambda listener: listener.on_rated(service, event, stored, way))
     return {
         "id": receipt.id, "object": "feedback", "completion_id": stored.id, "kind": event.kind, "source": source,
         "state": receipt.state, "duplicate": receipt.duplicate, "offset": receipt.offset,

@@ -70,7 +70,7 @@ class ChatForm:
 
 
 class TextForm:
-    """The objects of a text completion, as `ChatForm`'s."""
+    """The objects of a text completion; its methods are `ChatForm`'s."""
 
     whole = part = "text_completion"
 
@@ -150,6 +150,7 @@ class Chunks:
         self._starts = [0] * len(generation.choices)
 
     def opening(self, choice: Choice) -> bytes:
+        """The first chunk of a choice."""
         return self._chunk(choice, self._form.opening(), **_extras(self._request, self._generation))
 
     def piece(self, choice: Choice, text: str, tokens: Sequence[TokenInfo]) -> bytes:
@@ -160,6 +161,7 @@ class Chunks:
         return chunk
 
     def closing(self, choice: Choice) -> bytes:
+        """The last chunk of a choice that is written."""
         reason, version = _finish_reason(choice.completion), _last_version(choice)
         return self._chunk(choice, self._form.closing(), reason, operant={"version": version})
 

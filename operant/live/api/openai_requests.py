@@ -48,6 +48,8 @@ def _message_text(value: Any) -> Any:
 
 
 class Message(StrictModel):
+    """One turn of a chat."""
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_message_text)]
     name: str | None = None
@@ -60,10 +62,14 @@ class Message(StrictModel):
 
 
 class MetadataUpdate(RequestBody):
+    """What replaces the metadata of a stored chat."""
+
     metadata: dict[str, str] | None = Field(...)
 
 
 class StreamOptions(StrictModel):
+    """What a stream holds beside the answer."""
+
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
@@ -94,6 +100,8 @@ class CompletionRequest(RequestBody):
 
 
 class ChatRequest(CompletionRequest):
+    """An answer to a chat."""
+
     messages: list[Message] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 20)
     logprobs: bool | None = None
@@ -115,6 +123,8 @@ class ChatRequest(CompletionRequest):
 
 
 class TextRequest(CompletionRequest):
+    """A continuation of texts, or of token ids."""
+
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1)

@@ -181,6 +181,7 @@ async def models(request: Request) -> dict[str, Any]:
 
 @routes.get("/models/{name:path}")
 async def model(request: Request, name: str) -> dict[str, Any]:
+    """One of these. 404 for another name."""
     service = service_of(request)
     if name not in (service.name, "default"):
         raise ApiError(404, f"the model {name[:100]!r} does not exist", param="model", code="model_not_found")
@@ -228,6 +229,7 @@ async def stored_completions(
 
 @routes.get("/chat/completions/{completion_id}")
 async def stored_completion(request: Request, completion_id: str) -> dict[str, Any]:
+    """One of these. 404 for one that there is not, or that is another's."""
     service, caller = service_of(request), caller_of(request, "chat")
     return await _render_stored(service, request, await _readable_chat(service, caller, completion_id))
 
@@ -240,7 +242,7 @@ async def stored_messages(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "asc",
 ) -> dict[str, Any]:
-    """What was asked."""
+    """What was asked. 404 for a chat that there is not, or that is another's, and for an unknown `after`."""
     service, caller = service_of(request), caller_of(request, "chat")
     stored = await _readable_chat(service, caller, completion_id)
     rows = [{"id": f"{completion_id}-{i}", **m, "name": None} for i, m in enumerate(stored.prompt.messages or ())]

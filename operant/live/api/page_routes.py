@@ -27,6 +27,7 @@ NOT_BUILT = (
 
 @routes.get("/", response_class=HTMLResponse, include_in_schema=False)
 async def page() -> Response:
+    """The page, or, where it is not built, how to build it."""
     if not (STATIC / "index.html").exists():
         return HTMLResponse(NOT_BUILT, 503)
     return _file(STATIC / "index.html")
@@ -34,6 +35,7 @@ async def page() -> Response:
 
 @routes.get("/icon.svg", include_in_schema=False)
 async def icon() -> Response:
+    """The icon of the page."""
     return _file(STATIC / "icon.svg")
 
 

@@ -108,15 +108,15 @@ async def metrics(request: Request) -> Response:
         trial = (await asyncio.to_thread(service.canary.trial)).summary()
         trial["candidate"] = -1 if trial["candidate"] is None else trial["candidate"]
         now |= {f"canary_{name}": float(value or 0) for name, value in trial.items() if name != "serving"}
-    with contextlib.suppress(ApiError):  # what else there is to tell is told while the store is away
+    with contextlib.suppress(ApiError):  # what else there is to say is said while the store is away
         counts = await service.io(service.store.counts)
         now |= {f"events_{name}": float(counts[name]) for name in ("pending", "used", "superseded", "unused")}
         rows = await service.io(
             by_source, service.store, service.versions, score_low=service.config.score_low,
             score_high=service.config.score_high,
         )  # fmt: skip
-        service.metrics.tell_sources(rows)
-    return Response(service.metrics.page(now), media_type="text/plain; version=0.0.4; charset=utf-8")
+        service.metrics.set_sources(rows)
+    return Response(service.metrics.render(now), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
+        """The response."""
         return error_body(self.status, self.message, self.param, self.code)
 
 
@@ -100,7 +101,7 @@ class GenerationRequest:
 
     owner: the name of the key that asks. user: whom the answer is for, the owner unless the request names another.
     stored: whether it is written down. kind: "chat" or "text". n: answers to each prompt. model: as the request named
-    it. streamed: told piece by piece. top_logprobs: alternatives told with each token; None tells no log-probabilities.
+    it. streamed: sent piece by piece. top_logprobs: alternatives sent with each token; None sends no log-probabilities.
     """
 
     sampling: Sampling
@@ -121,24 +122,24 @@ class Listener(Protocol):
     What a method raises is logged and harms nobody's answer, receipt, or other listeners (`Service.tell`).
     """
 
-    async def begun(
+    async def on_begun(
         self, service: Service, request: GenerationRequest, prompt: Prompt, completion_ids: Sequence[str]
     ) -> None:
         """Answers to a prompt are under way; nothing of them is sent before this returns."""
         return
 
-    async def answered(
+    async def on_answered(
         self, service: Service, request: GenerationRequest, prompt: Prompt, completion: Completion
     ) -> None:
         """An answer is written to its end and, if it is stored, recorded. Nobody waits for this."""
         return
 
-    async def rated(self, service: Service, event: Feedback, stored: StoredCompletion, way: Way) -> None:
+    async def on_rated(self, service: Service, event: Feedback, stored: StoredCompletion, way: Way) -> None:
         """An event about an answer is committed; its receipt is sent when this returns."""
         return
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Service:
     """The parts of the live loop that the routes work with. `supervisor` is None where nobody learns.
 
@@ -177,6 +178,7 @@ class Service:
 
     @property
     def name(self) -> str:
+        """Of the model that is served, as a request names it."""
         return self.config.name
 
     @property
@@ -206,7 +208,7 @@ class Service:
             try:
                 await call(listener)
             except Exception:
-                log.exception("%s failed on what it was told", type(listener).__name__)
+                log.exception("the listener %s failed", type(listener).__name__)
 
         await asyncio.gather(*(tell_one(listener) for listener in self.listeners))
 
@@ -239,6 +241,7 @@ class Service:
 
 
 def service_of(request: Request) -> Service:
+    """The parts that the application of this request is made of."""
     service: Service = request.app.state.service
     return service
 

@@ -33,10 +33,14 @@ class PinRequest(RequestBody):
 
 
 class Reply(BaseModel):
+    """A part of what is answered: every field that there is, and no other."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 class RatedReply(Reply):
+    """Answers of each version whose rating counts in a trial."""
+
     serving: int
     candidate: int
 
@@ -87,6 +91,8 @@ class SlowGateReply(Reply):
 
 
 class VersionReply(Reply):
+    """A step of the learner, and what became of it."""
+
     version: int
     parent: int | None
     state: str = Field(description="published, refused by the gate, or nothing, where there was nothing to learn")
@@ -99,11 +105,15 @@ class VersionReply(Reply):
 
 
 class LearnerReply(Reply):
+    """How the learner is."""
+
     state: str
     fault: str | None = Field(None, description="what it fails at; operators only")
 
 
 class VersionsReply(Reply):
+    """What serves, what is tried, and every step."""
+
     object: Literal["list"]
     current: int = Field(description="the version that learning goes on from; without a trial it serves, too")
     anchor: int = Field(description="the version that what may be lost is measured from")
@@ -140,7 +150,7 @@ async def versions(request: Request) -> dict[str, Any]:
 
 @routes.post("/{version}/promote")
 async def promote(request: Request, version: Number) -> dict[str, Any]:
-    """Let a version serve; what learns next starts from it."""
+    """Let a version serve; what learns next starts from it. 409 for one that cannot."""
     service, _ = service_of(request), caller_of(request, "operate")
     return await _move(service, lambda: service.versions.promote(version))
 
@@ -154,6 +164,7 @@ async def roll_back(request: Request) -> dict[str, Any]:
 
 @routes.post("/pins")
 async def pin(request: Request, body: PinRequest) -> dict[str, Any]:
+    """Serve a user one version, whatever is published, or let them follow again. 409 for one that is not on disk."""
     service, _ = service_of(request), caller_of(request, "operate")
     try:
         await asyncio.to_thread(service.versions.pin, body.user, body.version)

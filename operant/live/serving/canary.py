@@ -34,7 +34,7 @@ from operant.live.storage.store import StoredCompletion
 from operant.live.storage.versions import Versions
 from operant.types import Completion, Feedback, OperantError
 
-__all__ = ["Bet", "Canary", "Trial", "among", "unit", "wager"]
+__all__ = ["Bet", "Canary", "Trial", "in_share", "to_unit", "version_of", "wager"]
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +69,13 @@ def wager(bet: Bet, x: float) -> Bet:
     )  # fmt: skip
 
 
-def among(name: str, salt: int, share: float) -> bool:
+def in_share(name: str, salt: int, share: float) -> bool:
     """Whether somebody is in a share of everybody: the same answer for the same name and salt."""
     digest = hashlib.sha256(f"{salt}\x00{name}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") < share * 2.0**48
 
 
-def unit(value: float, low: float, high: float) -> float:
+def to_unit(value: float, low: float, high: float) -> float:
     """A reward between low and high, or beyond, in [0, 1]."""
     return min(1.0, max(0.0, (value - low) / (high - low)))
 
@@ -166,11 +166,11 @@ class Canary:
     def version_for(self, user: str) -> int | None:
         """The candidate, for those who are answered by it; None for all others."""
         candidate = self._now[1]
-        if candidate is None or self.kind != "canary" or not among(user, candidate, self.config.canary_share):
+        if candidate is None or self.kind != "canary" or not in_share(user, candidate, self.config.canary_share):
             return None
         return candidate
 
-    def rated(self, event: Feedback, stored: StoredCompletion, who: str) -> None:
+    def add_rating(self, event: Feedback, stored: StoredCompletion, who: str) -> None:
         """A rating has come, of any answer. who: the person whose word it is. Rewards are no evidence here: the shadow
         is for them."""
         config = self.config
@@ -195,7 +195,7 @@ class Canary:
             else:
                 self._write(trial)
 
-    def judged(self, candidate: int, difference: float) -> None:
+    def add_difference(self, candidate: int, difference: float) -> None:
         """Both have answered one prompt: the candidate's reward less that of the serving version, in [−1, 1]."""
         with self.versions.trying():
             trial = self.trial()

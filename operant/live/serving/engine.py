@@ -165,7 +165,7 @@ class Engine:
         *,
         ids: Sequence[str],
         version: int | None = None,
-        wished: int | None = None,
+        preferred: int | None = None,
         on_text: OnText | None = None,
         top_logprobs: int = 0,
     ) -> list[Future[Completion]]:
@@ -173,18 +173,18 @@ class Engine:
 
         Args:
             version: a resident version to which the request is pinned; None: the one that serves when it begins.
-            wished: a version that writes it if it is resident then, else the one that serves.
+            preferred: a version that writes it if it is resident then, else the one that serves.
             on_text: called in the engine's thread as (id, piece, token) once for each token, with text that is final:
                 what may turn out to be a stop string is held back. The pieces of a completion joined are its text,
                 unless it is cancelled. It must not block; if it raises it is called no more.
-            top_logprobs: how many `alternatives` each token is told with.
+            top_logprobs: how many `alternatives` each token comes with.
 
         Returns a future for each id, which `cancel` alone can end early. A future fails with StepFailed when decoding
         did, and with NotResident when the version left between this call and its turn.
         Raises Busy when too many completions wait, NotResident, and OperantError when the prompt is empty or too long.
         """
         self._check_request(prompt, sampling, len(ids), version)
-        pinned, version = version is not None, wished if version is None else version
+        pinned, version = version is not None, preferred if version is None else version
         outputs = {i: _Output(Future(), on_text, sampling.stop, version, pinned) for i in ids}
         for output in outputs.values():
             output.future.set_running_or_notify_cancel()  # so that only `cancel` ends it
@@ -429,7 +429,7 @@ class Engine:
         try:
             output.on_text(completion_id, piece, token)
         except Exception:  # often a client's event loop that has gone
-            log.exception("the receiver of %s failed and is told nothing more", completion_id)
+            log.exception("the receiver of %s failed and is sent nothing more", completion_id)
             output.on_text = None
 
     def _cancel(self, completion_id: str) -> None:

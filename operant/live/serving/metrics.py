@@ -46,12 +46,13 @@ class Metrics:
         }  # fmt: skip
         self._gauges: dict[str, Gauge] = {}
 
-    def finished(self, completion: Completion, status: str, seconds: float) -> None:
+    def count_answer(self, completion: Completion, status: str, seconds: float) -> None:
+        """An answer has ended. status: how; seconds: since it was asked for."""
         self.completions.labels(status).inc()
         self.tokens.inc(len(completion.tokens))
         self.completion_seconds.observe(seconds)
 
-    def tell_sources(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def set_sources(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The most talkative of the rows of `sources.by_source`, as gauges with the label `source`."""
         for gauge in self._of_sources.values():
             gauge.clear()
@@ -62,7 +63,7 @@ class Metrics:
                 if row[name] is not None:
                     self._of_sources[name].labels(row["source"]).set(row[name])
 
-    def page(self, now: Mapping[str, float]) -> bytes:
+    def render(self, now: Mapping[str, float]) -> bytes:
         """The text that Prometheus reads, with these numbers as gauges of their names."""
         for name, value in now.items():
             if name not in self._gauges:

@@ -31,7 +31,7 @@ from operant.live.storage.versions import StepRecord, Versions
 from operant.models.policy import Policy
 from operant.types import OperantError
 
-__all__ = ["Ledger", "Supervisor", "arguments_of"]
+__all__ = ["EventLedger", "Supervisor", "arguments_of"]
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ STARTING, NICENESS = 5, 10  # how far the learner steps back, while it starts an
 State = Literal["starting", "up", "failing", "restarting", "stopped"]
 
 
-class Ledger(Protocol):
-    """What the supervisor writes into the store."""
+class EventLedger(Protocol):
+    """What the supervisor writes into the store (`storage.store.Store`)."""
 
     def reconcile(self, records: Iterable[StepRecord]) -> None: ...
 
@@ -59,8 +59,8 @@ class Ledger(Protocol):
 
 
 def arguments_of(config: WorkerConfig) -> list[str]:
-    """The learner's command line: every setting that is not the default, but the store, whose address may hold a
-    password and is told in the environment (`worker.STORE_VARIABLE`): everybody on a machine may read command lines."""
+    """The learner's command line: every setting that is not the default, but the store. Its address may hold a
+    password, so it goes by the environment (`worker.STORE_VARIABLE`): everybody on a machine may read command lines."""
     found = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -105,7 +105,7 @@ class Supervisor:
     """
 
     def __init__(
-        self, config: WorkerConfig, engine: Engine, store: Ledger, *, command: Sequence[str] | None = None,
+        self, config: WorkerConfig, engine: Engine, store: EventLedger, *, command: Sequence[str] | None = None,
         canary: Canary | None = None,
     ) -> None:  # fmt: skip
         self.config = dataclasses.replace(
@@ -121,7 +121,7 @@ class Supervisor:
         self._faults = {"learner": "", "version": "", "ledger": "", "forgetting": ""}
         self._entered: set[int] = set()  # steps that the ledger has
         self._noted = -1  # the version that the ledger has as served
-        self._told = True  # records may have come
+        self._records_came = True
         self._try_again = 0.0
         self._closing, self._look = threading.Event(), threading.Event()
         self._pipe, self._adding, self._reuse = threading.Lock(), threading.Lock(), threading.Lock()
@@ -143,6 +143,7 @@ class Supervisor:
 
     @property
     def alive(self) -> bool:
+        """Whether there is a learner process."""
         return self.pid is not None
 
     @property
@@ -250,16 +251,16 @@ class Supervisor:
         for line in output:
             text = line.decode(errors="replace").strip()
             try:
-                told = json.loads(text)
+                message = json.loads(text)
             except ValueError:
-                told = text
-            if isinstance(told, dict):
-                fault = self._faults["learner"] = str(told.get("error", ""))
+                message = text
+            if isinstance(message, dict):
+                fault = self._faults["learner"] = str(message.get("error", ""))
                 if fault:
                     log.warning("learner: %s", fault)
                 if not self._ready:
                     _step_back(pid, NICENESS)
-                self._ready = self._told = True
+                self._ready = self._records_came = True
                 self._look.set()
             elif text:
                 words = text
@@ -280,7 +281,7 @@ class Supervisor:
                 wanted = moves
                 loads.reset()
             self._attempt("version", loads, self._serve_current)
-            self._attempt("ledger", entries, self._tell_ledger)
+            self._attempt("ledger", entries, self._update_ledger)
             self._attempt("forgetting", forgettings, self._forget)
 
     def _attempt(self, what: str, backoff: _Backoff, work: Callable[[], None]) -> None:
@@ -327,14 +328,14 @@ class Supervisor:
                 self._engine.load(version)
             else:
                 self._enter(version, self._engine.load)
-            self._told = True
+            self._records_came = True
 
-    def _tell_ledger(self) -> None:
+    def _update_ledger(self) -> None:
         """Enter the records that are new, and the version that serves."""
         serving, at = self._serving, time.time()
-        if not self._told and self._noted == serving:
+        if not self._records_came and self._noted == serving:
             return
-        self._told = False
+        self._records_came = False
         try:
             new = [record for record in self.versions.records() if record.version not in self._entered]
             if new:
@@ -344,7 +345,7 @@ class Supervisor:
                 self._store.served(serving, at)
                 self._noted = serving
         except BaseException:
-            self._told = True
+            self._records_came = True
             raise
 
     def _forget(self) -> None:
@@ -354,8 +355,8 @@ class Supervisor:
             empty(plan, self.versions, self._store)
             self.poke()
         elif plan is not None and plan.stage == "made" and self._serving == self._wanted()[0]:
-            self._told = True
-            self._tell_ledger()
+            self._records_came = True
+            self._update_ledger()
             self._engine.drop(plan.drop)
             finish(plan, self.versions)
 
