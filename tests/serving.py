@@ -106,7 +106,7 @@ def serving(
     engine = Engine(policy, versions.pointer().version, max_rows=config.max_rows, queue=config.queue)
     app = create_app(
         Service(
-            engine=engine, codec=policy.codec, encoder=policy.family == "encoder-decoder",
+            engine=engine, codec=policy.codec, encoder=policy.has_encoder,
             max_length=policy.max_length, store=store, versions=versions, supervisor=None, config=config,
             links=_links(config), keys=keys or Keys(None), listeners=list(listeners),
         )
