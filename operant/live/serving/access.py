@@ -54,17 +54,17 @@ OWNER = Caller("owner", frozenset(ROLES))  # who asks a server without keys, whi
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
-Automatic = Literal["rule", "reward"]  # what of the server's own rates answers
+AutomaticKind = Literal["rule", "reward"]  # what of the server's own rates answers
 
 
-def automatic_source(kind: Automatic, name: str) -> str:
+def automatic_source(kind: AutomaticKind, name: str) -> str:
     """The source of what the server rates by itself: with the rule that reads messages, or with a reward."""
     return f"{kind}:{name}"
 
 
 def is_reserved(name: str) -> bool:
     """Whether a name is kept for a source of `automatic_source`: no key, user or source of a person's may have it."""
-    return name.startswith(tuple(automatic_source(kind, "") for kind in get_args(Automatic)))
+    return name.startswith(tuple(automatic_source(kind, "") for kind in get_args(AutomaticKind)))
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Keys:
         if is_reserved(name):
             raise OperantError(
                 f"{name!r} is named as what the server rates by itself, as all that begins with "
-                f"{' or '.join(repr(automatic_source(kind, '')) for kind in get_args(Automatic))}; give --add another"
+                f"{' or '.join(repr(automatic_source(kind, '')) for kind in get_args(AutomaticKind))}; give --add another"
             )
         key = PREFIX + secrets.token_urlsafe(32)
         with self._lock():
