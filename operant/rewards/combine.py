@@ -62,7 +62,7 @@ class Combination:
         return any(child.needs_references for child in self.children)
 
     def __call__(self, prompt: Prompt, completion: Completion) -> Doubles | None:
-        """Token rewards of one completion, or None when a part is missing. Running statistics are not updated."""
+        """Token rewards float64[T] of one completion, None when a part is missing. Leaves running statistics alone."""
         rows = []
         for index, leaf in enumerate(leaves(self)):
             if leaf.batched:
@@ -129,7 +129,10 @@ class Combination:
 
 
 class Sum(Combination):
-    """Σ_k w_k · r_k, token by token."""
+    """Σ_k w_k · r_k, token by token.
+
+    Raises OperantError for weights that are not finite, or not one for each reward.
+    """
 
     kind = "sum"
     needs_total = False
@@ -155,7 +158,10 @@ class Sum(Combination):
 
 
 class Product(Combination):
-    """Π_k R_k of the totals, paid at the last sampled token. Refuses dense parts: it would sum them away."""
+    """Π_k R_k of the totals, paid at the last sampled token.
+
+    Raises OperantError for dense parts: a product would sum them away.
+    """
 
     kind = "product"
 
@@ -193,7 +199,7 @@ class Gate(Combination):
 
 
 class Clip(Combination):
-    """min(max(R, low), high)."""
+    """min(max(R, low), high). Raises OperantError when low is above high."""
 
     kind = "clip"
 
@@ -213,6 +219,7 @@ class RunningNorm(Combination):
     A batch is added to the statistics before it is normalised. Token rewards are divided by the deviation and the last
     sampled token pays the mean's share. Held-out rewards are R itself and leave the statistics alone: on today's scale,
     those of different steps could not be compared. What stands around a norm, such as a clip, then acts on R too.
+    `load_state_dict` raises OperantError for the state of another reward.
     """
 
     kind = "norm"

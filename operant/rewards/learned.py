@@ -31,6 +31,8 @@ class ModelReward(Metric):
 
     path: the model's folder. device: auto, cpu, cuda, cuda:1 or mps. max_tokens: padded tokens that go through it at
     once. `spent` counts calls, completions and seconds, since a learned reward may cost more than the policy.
+
+    Raises OperantError for a missing path and max_tokens below 1.
     """
 
     path: str = ""
@@ -60,7 +62,7 @@ class ModelReward(Metric):
         return out
 
     def reward_batch(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
-        """A reward for each completion."""
+        """A reward for each completion, or `Missing`. Raises OperantError for prompts without needed references."""
         raise TypeError(f"{type(self).__name__} rewards nothing")
 
 

@@ -48,7 +48,7 @@ class Metric:
     """A reward that compares a completion's text with the prompt's references.
 
     dense: pay per token through a potential. potential: "prefix" or "matched"; None is the metric's default.
-    Raises OperantError when the metric has no such potential.
+    Raises OperantError when the metric has no such potential; called, for a prompt without the references it needs.
     """
 
     dense: bool = False
@@ -105,6 +105,8 @@ class Bleu(Metric):
 
     tokenize: 13a, zh, ja-mecab, ko-mecab, intl, char, none, spm, flores101, flores200. smooth_method: exp, floor,
     add-k, none. effective_order: leave out orders longer than the text, sacrebleu's advice for single sentences.
+
+    Raises OperantError for an unknown option, and a tokenizer whose package is not installed.
     """
 
     tokenize: str = "13a"
@@ -296,6 +298,8 @@ class Rouge(Metric):
     variant: "1", "2" … "9" or "L". The words are rouge-score's on plain English; unlike its default tokenizer, which
     drops every letter outside a-z, other alphabets keep their words, and scripts written without spaces (Chinese,
     Japanese, Thai …) and emoji count each character. use_stemmer: Porter's stemmer on words longer than three letters.
+
+    Raises OperantError for another variant.
     """
 
     variant: str = "L"
@@ -389,7 +393,7 @@ class Edit(Metric):
 class Length(Metric):
     """Closeness of the length to `target`, or to the closest reference's: min(a, b) / max(a, b).
 
-    unit: "words" (as ROUGE counts them, a Chinese character being one) or "characters".
+    unit: "words" (as ROUGE counts them, a Chinese character being one) or "characters"; another raises OperantError.
     """
 
     target: int | None = None
@@ -416,7 +420,10 @@ class Length(Metric):
 
 @dataclass(frozen=True)
 class Repetition(Metric):
-    """Freedom from repetition: distinct n-grams of words over all n-grams (1: nothing repeated, or too short)."""
+    """Freedom from repetition: distinct n-grams of words over all n-grams (1: nothing repeated, or too short).
+
+    Raises OperantError for n below 1.
+    """
 
     n: int = 2
 
@@ -436,6 +443,8 @@ class Format(Metric):
     """1 when the text matches a regular expression (the `regex` module's, DOTALL), else 0.
 
     match: "full" (the whole text) or "search" (anywhere). Runs in a worker process: a pattern can take for ever.
+
+    Raises OperantError for a missing or broken pattern.
     """
 
     pattern: str = ""

@@ -37,9 +37,13 @@ class Tracker(Protocol):
 
     closed: int
 
-    def feed(self, text: str) -> None: ...
+    def feed(self, text: str) -> None:
+        """Go on with the next committed characters."""
+        ...
 
-    def value(self) -> float: ...
+    def value(self) -> float:
+        """Φ of the closed characters so far, in [0, 1]."""
+        ...
 
 
 class NgramCounts:

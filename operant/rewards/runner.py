@@ -51,6 +51,8 @@ class RewardRunner:
     counts: how often a reward was missing, by reason ("raised", "timeout", "nan", "infinite", "none", "wrong_length",
     "wrong_type", "bad_span", "no_tokens", "crashed", "stuck"). details: the first message of each reason.
     Close it, or use it as a context manager, to end its processes.
+
+    Raises OperantError for a time limit or a number of workers that cannot be, and what `as_reward` cannot take.
     """
 
     def __init__(self, reward: Any, *, workers: int | None = None, time_limit: float = 10.0) -> None:

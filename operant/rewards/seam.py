@@ -203,7 +203,10 @@ def replay(reward: StreamingReward, prompt: Prompt, completion: Completion) -> t
 
 
 def as_reward(reward: Any) -> Any:
-    """Give a plain function or a streaming reward the attributes above; a reward that has them is returned as it is."""
+    """Give a plain function or a streaming reward the attributes above; a reward that has them is returned as it is.
+
+    Raises OperantError when it cannot be called.
+    """
     if all(hasattr(reward, key) for key in ("name", "dense", "batched", "streaming", "in_process")):
         return reward
     if isinstance(reward, StreamingReward):
@@ -227,7 +230,7 @@ def missing_trajectory(prompt: Prompt, completion: Completion, name: str, reason
 
 
 def reward_trajectory(prompt: Prompt, completion: Completion, name: str, value: Any) -> Trajectory:
-    """Turn what a reward returned into token rewards.
+    """Turn what a reward returned into a trajectory of token rewards float64[T], observed bool[T].
 
     A number stands on the last sampled token (every other token pays 0); a sequence of length T is taken as it is, None
     in it marking single unobserved tokens; a list of `Span` is spread equally over the sampled tokens of each span, an

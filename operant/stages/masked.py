@@ -81,7 +81,10 @@ def _masking(encoder: Encoder, known: list[str], dev_texts: Sequence[str], confi
 
 
 def starting_encoder(config: StartConfig, seed: int, device: str, dtype: str, texts: Sequence[str]) -> Encoder:
-    """Load `config.model`, or make a new one whose tokenizer is loaded or trained on `texts`."""
+    """Load `config.model`, or make a new one whose tokenizer is loaded or trained on `texts`.
+
+    Raises OperantError when what is named cannot be loaded, or the architecture is unknown.
+    """
     if config.model:
         return Encoder.load(config.model, device=device, dtype=dtype)
     if config.tokenizer:

@@ -48,6 +48,7 @@ class Answers:
 
     @classmethod
     def of(cls, examples: Sequence[Preference] | Sequence[Rating]) -> Answers:
+        """The completions of pairs or of ratings, in their order."""
         pairs = [e for e in examples if isinstance(e, Preference)]
         paired = len(pairs) == len(examples)
         ratings = unpaired(pairs) if paired else [e for e in examples if isinstance(e, Rating)]
@@ -58,7 +59,11 @@ class Answers:
         return [r for i in examples for r in (2 * i, 2 * i + 1)] if self.paired else list(examples)
 
     def batch(self, policy: Policy, rows: Sequence[int]) -> Batch:
-        """A batch of completions; its denominator is the number of examples in it."""
+        """A batch of completions, one a row; its denominator is the number of examples in it.
+
+        `ref_logprobs` float32[B, S] are 0 where the reference has not been computed, `is_chosen` is bool[B] and
+        `pair_ids`, of pairs, int64[B].
+        """
         batch = policy.batch_of_sequences(
             [self.prompts[r].tokens for r in rows], [self.tokens[r] for r in rows], normalisation="per_completion"
         )

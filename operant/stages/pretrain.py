@@ -59,7 +59,7 @@ def text_infilling(
     """BART's denoising objective (Lewis et al. 2020, §2.2): each hidden span is one mask, the whole text is asked for.
 
     All masks are the first sentinel, so that nothing tells how many there are of them or how long they are. Without
-    sentence permutation. Shapes and dtypes as `span_corruption`.
+    sentence permutation. tokens: int64[L], L ≥ 2. Returns (input, target), both int64; the target is `tokens`.
     """
     source, _ = span_corruption(tokens, [sentinels[0]] * (SENTINELS + 1), rng, density, mean_span)
     return source.astype(np.int64), tokens
@@ -98,7 +98,10 @@ def pretrain(
 def known_texts(
     config: PretrainConfig, texts: Sequence[str] | None, dev_texts: Sequence[str]
 ) -> tuple[list[str], Sequence[str], list[str]]:
-    """(texts, held-out texts, every string of the rows they came from), loaded where none are given."""
+    """(texts, held-out texts, every string of the rows they came from), loaded where none are given.
+
+    Raises OperantError when the data is missing, cannot be read, or holds no text.
+    """
     words: list[str] = []
     if texts is None:
         rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.05, 500)
@@ -189,7 +192,11 @@ def _denoising(
 
 
 def pieces_of(documents: list[Ints], size: int, least: int) -> list[Ints]:
-    """Documents without their EOS, cut to `size` tokens; pieces of fewer than `least` have nothing to hide."""
+    """Documents, int64[L] each, without their EOS, cut to `size` tokens; pieces of fewer than `least` have nothing to
+    hide and are left out.
+
+    Raises OperantError when there are documents and no piece is left.
+    """
     cut = [doc[:-1][i : i + size] for doc in documents for i in range(0, len(doc) - 1, size)]
     pieces = [p for p in cut if len(p) >= least]
     if not pieces and documents:

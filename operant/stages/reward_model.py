@@ -313,7 +313,7 @@ def _number_in(row: Row, field: str, number: int) -> float:
 
 
 def check_classes(known: Sequence[Judgement], config: RewardModelConfig) -> None:
-    """Refuse labels that are all the same: nothing can be learned from them."""
+    """Raises OperantError when all scores or token labels are the same: nothing can be learned from them."""
     if config.kind == "comparison":
         return
     values = np.unique(np.concatenate([j.targets[np.isfinite(j.targets)] for j in known]))
@@ -337,7 +337,7 @@ def judgement_batches(judgements: Sequence[Judgement], model: RewardModel, max_t
 
 
 def predicted(model: RewardModel, judgements: Sequence[Judgement]) -> list[Doubles]:
-    """Rewards of each judgement: [2] better and worse, [1] a completion, [T] its tokens."""
+    """Rewards of each judgement, float64: [2] better and worse, [1] a completion, [T] its tokens."""
     flat = model.predict([r for j in judgements for r in j.readings])
     each = len(judgements[0].readings)
     return [np.concatenate(flat[i * each : (i + 1) * each]) for i in range(len(judgements))]
@@ -346,42 +346,52 @@ def predicted(model: RewardModel, judgements: Sequence[Judgement]) -> list[Doubl
 def measures(
     judgements: Sequence[Judgement], rewards: Sequence[Doubles], kind: str, known: Sequence[Judgement]
 ) -> Measures:
-    """Held-out measures. comparison: accuracy (ties count half), loss in nats, brier, ece. Else: correlation
-    (Pearson), rank_correlation (Spearman), rmse, loss (mean squared error in units of the training deviation); for
-    scores of two values also accuracy, brier and ece of which it is."""
+    """Held-out measures of `rewards`, float64 as `predicted` gives them. `known` are the training judgements.
+
+    comparison: accuracy (ties count half), loss in nats, brier, ece. Else: correlation (Pearson), rank_correlation
+    (Spearman), rmse, loss (mean squared error in units of the training deviation); for scores of two values also
+    accuracy, brier and ece of which it is.
+    """
     if kind == "comparison":
-        margins = np.array([r[0] - r[1] for r in rewards])
-        sure = 1.0 / (1.0 + np.exp(-np.abs(np.clip(margins, -500, 500))))
-        right = np.where(margins == 0, 0.5, margins > 0)
-        return {
-            "accuracy": float(right.mean()),
-            "loss": log_loss(margins),
-            "brier": brier_score(np.where(margins > 0, sure, 1 - sure), np.ones(len(margins))),
-            "ece": calibration_error(sure, right),
-        }
+        return _comparison_measures(np.array([r[0] - r[1] for r in rewards]))
     wanted, given = np.concatenate([j.targets for j in judgements]), np.concatenate(rewards)
     there = np.isfinite(wanted)
     wanted, given = wanted[there], given[there]
     training = np.concatenate([j.targets[np.isfinite(j.targets)] for j in known])
     error = float(np.mean((given - wanted) ** 2))
-    out = {
+    found = {
         "correlation": pearson(given, wanted),
         "rank_correlation": spearman(given, wanted),
         "rmse": math.sqrt(error),
         "loss": error / max(float(training.var()), 1e-12),
     }
     classes = np.unique(training)
-    if kind == "regression" and len(classes) == 2:
-        share = np.clip((given - classes[0]) / (classes[1] - classes[0]), 0, 1)
-        is_high = (wanted == classes[1]).astype(float)
-        sure = np.maximum(share, 1 - share)
-        right = np.where(share == 0.5, 0.5, (share > 0.5) == (is_high == 1))
-        out |= {
-            "accuracy": float(right.mean()),
-            "brier": brier_score(share, is_high),
-            "ece": calibration_error(sure, right),
-        }
-    return out
+    return found | (_class_measures(given, wanted, classes) if kind == "regression" and len(classes) == 2 else {})
+
+
+def _comparison_measures(margins: Doubles) -> Measures:
+    """margins: float64[N], the reward of the better completion less the other's."""
+    sure = 1.0 / (1.0 + np.exp(-np.abs(np.clip(margins, -500, 500))))
+    right = np.where(margins == 0, 0.5, margins > 0)
+    return {
+        "accuracy": float(right.mean()),
+        "loss": log_loss(margins),
+        "brier": brier_score(np.where(margins > 0, sure, 1 - sure), np.ones(len(margins))),
+        "ece": calibration_error(sure, right),
+    }
+
+
+def _class_measures(given: Doubles, wanted: Doubles, classes: Doubles) -> Measures:
+    """Of scores that are one of two `classes` float64[2]: how well rewards float64[N] say which."""
+    share = np.clip((given - classes[0]) / (classes[1] - classes[0]), 0, 1)
+    is_high = (wanted == classes[1]).astype(float)
+    sure = np.maximum(share, 1 - share)
+    right = np.where(share == 0.5, 0.5, (share > 0.5) == (is_high == 1))
+    return {
+        "accuracy": float(right.mean()),
+        "brier": brier_score(share, is_high),
+        "ece": calibration_error(sure, right),
+    }
 
 
 def baselines(judgements: Sequence[Judgement], kind: str, known: Sequence[Judgement]) -> dict[str, Measures]:

@@ -96,7 +96,7 @@ class LikelihoodTask(StageTask):
 
 @torch.no_grad()
 def mean_loss(policy: Any, batches: Sequence[Batch]) -> float:
-    """Nats per action token over all batches, dropout off."""
+    """Mean −log π(y_t) in nats per action token over all batches, dropout off."""
     training = policy.model.training
     policy.model.eval()
     total, tokens = 0.0, 0
@@ -197,7 +197,10 @@ def starting_policy(
     config: RunConfig, model: ModelConfig, texts: Callable[[], list[str]], sentinels: int = 0
 ) -> Policy:
     """Load `model.model`, with a decoder put beside it where it is an encoder, or make a new one whose tokenizer is
-    loaded or trained on `texts()`."""
+    loaded or trained on `texts()`.
+
+    Raises OperantError for "bert", which cannot write, and when what is named cannot be loaded.
+    """
     if model.arch == "bert" and not model.model:
         raise OperantError(
             "bert reads and does not write: pretrain it (operant pretrain --arch bert) and give its folder to --model, "
