@@ -64,7 +64,10 @@ def automatic_source(kind: AutomaticKind, name: str) -> str:
 
 def is_reserved(name: str) -> bool:
     """Whether a name is kept for a source of `automatic_source`: no key, user or source of a person's may have it."""
-    return name.startswith(tuple(automatic_source(kind, "") for kind in get_args(AutomaticKind)))
+    return name.startswith(_RESERVED)
+
+
+_RESERVED = tuple(automatic_source(kind, "") for kind in get_args(AutomaticKind))
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ class Keys:
         if is_reserved(name):
             raise OperantError(
                 f"{name!r} is named as what the server rates by itself, as all that begins with "
-                f"{' or '.join(repr(automatic_source(kind, '')) for kind in get_args(AutomaticKind))}; give --add another"
+                f"{' or '.join(map(repr, _RESERVED))}; give --add another"
             )
         key = PREFIX + secrets.token_urlsafe(32)
         with self._lock():
