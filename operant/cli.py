@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
+import inspect
 import io
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +109,16 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-def build_parser() -> Any:
-    """The argument parser of all commands; importing no torch, so that --help is quick."""
+# a command with at most so many settings shows them all
+_FEW = 30
+
+
+@functools.cache
+def build_parser(command: str = "", *, everything: bool = False) -> Any:
+    """The program's argument parser, with the settings of one command. It imports no torch, so that --help is quick.
+
+    everything: --help shows every setting, and not only those that most people need.
+    """
     import jsonargparse
 
     jsonargparse.set_parsing_settings(parse_optionals_as_positionals=False)
@@ -124,27 +134,69 @@ def build_parser() -> Any:
     )
     commands = parser.add_subcommands(dest="command")
     for name, (cls, summary, example) in EXAMPLES.items():
-        sub = jsonargparse.ArgumentParser(
-            description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"Example:\n  {example}",
-            formatter_class=_formatter(),
-            exit_on_error=False,
-        )
-        sub.add_argument("--config", action="config", help="read settings from this YAML file; flags after it win")
-        sub.add_class_arguments(cls, as_group=False)
+        sub = configs.settings_parser(cls) if name == command else jsonargparse.ArgumentParser()
+        sub.usage, sub.description = f"operant {name} [--setting value ...]", f"{summary[0].upper()}{summary[1:]}."
+        mode = sub.parser_mode
         commands.add_subcommand(name, sub, help=summary)
+        if name == command:
+            types = configs.setting_types(cls)
+            everyone = everything or len(types) <= _FEW
+            shown = [setting for setting, hint in types.items() if everyone or configs.is_common(hint)]
+            more = "" if len(shown) == len(types) else f"All {len(types)} settings: operant {name} --help all\n\n"
+            sub.epilog = f"{more}Example:\n  {example}"
+            # only now: being added gave it the program's
+            sub.formatter_class, sub.parser_mode = _formatter(cls, shown), mode
+            sub.add_argument("--config", action="config", help="read settings from this YAML file; flags after it win")
     return parser
 
 
-def _formatter() -> Any:
+def _formatter(cls: type | None = None, shown: Collection[str] = ()) -> Any:
+    """The form of a command's --help: the settings that are `shown`, under what their class says of them."""
     import argparse
 
     import jsonargparse
 
+    types = configs.setting_types(cls) if cls else {}
+
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+            actions = list(actions)
+            super().add_arguments([a for a in actions if a.dest not in types])
+            for title, names in _sections(cls).items() if cls else ():
+                if section := [a for a in actions if a.dest in names and a.dest in shown]:
+                    self.end_section()
+                    self.start_section(title)
+                    super().add_arguments(section)
+
+        def _get_help_string(self, action: argparse.Action) -> str:
+            if action.dest not in types:
+                return super()._get_help_string(action)
+            listed = isinstance(action.metavar, str) and action.metavar.startswith("{")  # beside the flag already
+            kind = "" if listed else configs.describe(types[action.dest])
+            facts = "; ".join(fact for fact in (kind, f"default: {_shown(action.default)}") if fact)
+            return f"{action.help or ''} ({facts})".lstrip()
 
     return Formatter
+
+
+def _sections(cls: type) -> dict[str, set[str]]:
+    """Settings by the class that defines them first, under the first line of what it says; the command's own first."""
+    sections: dict[str, set[str]] = {"settings": set()}
+    seen: set[str] = set()
+    for one in cls.__mro__[-2::-1]:  # without object
+        title = "settings" if one is cls else (inspect.getdoc(one) or one.__name__).splitlines()[0].rstrip(".")
+        sections[title] = sections.get(title, set()) | one.__annotations__.keys() - seen
+        seen |= one.__annotations__.keys()
+    return sections
+
+
+def _shown(value: Any) -> str:
+    """A default as YAML would have it."""
+    if isinstance(value, str):
+        return value if value.strip() else json.dumps(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return json.dumps(value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -158,7 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command, config = _parse(given)
-        configs.check_numbers(config)
         COMMANDS[command](config)
     except OperantError as error:
         print("operant:", " ".join(str(error).split()), file=sys.stderr)
@@ -182,28 +233,30 @@ def _parse(given: list[str]) -> tuple[str, Any]:
     """(command, its configuration). A bare flag of a boolean means true, and dashes in flags mean underscores."""
     import jsonargparse
 
-    parser = build_parser()
+    words = _normalised(given)
+    everything = "--help" in words and words[words.index("--help") :][1:2] == ["all"]
+    parser = build_parser(given[0] if given and given[0] in EXAMPLES else "", everything=everything)
     if not given:
         parser.print_help()
         raise SystemExit(0)
     try:
-        parsed = parser.parse_args(_normalised(given))
+        parsed = parser.parse_args(words)
     except (jsonargparse.ArgumentError, ValueError, TypeError, KeyError) as error:
         raise OperantError(_parse_fault(str(error), given)) from None
     values = parsed[parsed.command].as_dict()
     values.pop("config", None)
-    cls = EXAMPLES[parsed.command][0]
-    return parsed.command, cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+    return parsed.command, EXAMPLES[parsed.command][0](**values)
 
 
 def _normalised(given: list[str]) -> list[str]:
+    """Flags under their names of today, and a bare flag of a boolean with its value."""
     fields = [f for cls, _, _ in EXAMPLES.values() for f in dataclasses.fields(cls)]
     booleans = {f.name for f in fields if "bool" in str(f.type)}
     out: list[str] = []
     for i, word in enumerate(given):
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
+            (name,) = configs.current_names({name: value})
             word = f"--{name}{equals}{value}"
             following = given[i + 1] if i + 1 < len(given) else "--"
             if name in booleans and not equals and following.startswith("--"):

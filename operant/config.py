@@ -1,15 +1,23 @@
-"""One typed configuration per stage. Every field is a flag and a YAML key; nothing here imports torch."""
+"""One typed configuration per stage. Every field is a flag and a YAML key; nothing here imports torch.
+
+A number's range stands on its field, and a number without one is refused when its class is made. Making a configuration
+checks it, whoever makes it: the command line, a YAML file or Python.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 import yaml
+from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Interval, Le, Lt, MinLen, Predicate
 
 from operant.types import OperantError
 
@@ -17,13 +25,16 @@ __all__ = [
     "AlgorithmsConfig",
     "EvalConfig",
     "FeedbackConfig",
+    "ForgetConfig",
     "KeysConfig",
     "LearnerConfig",
     "LiveConfig",
     "PreferConfig",
     "PretrainConfig",
     "QuickstartConfig",
+    "ReplayConfig",
     "RewardModelConfig",
+    "RunConfig",
     "SampleConfig",
     "ScoreConfig",
     "ServeConfig",
@@ -31,21 +42,150 @@ __all__ = [
     "TrainConfig",
     "VersionsConfig",
     "WorkerConfig",
-    "check_numbers",
+    "check_settings",
+    "completed",
+    "current_names",
+    "describe",
+    "is_common",
     "load_config",
+    "setting_types",
+    "settings_parser",
     "to_yaml",
 ]
 
 
+T = TypeVar("T")
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+FiniteFloat = Annotated[float, Predicate(math.isfinite)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
+Texts = list[Annotated[str, MinLen(1)]]
+
+_COMMON = "common"
+#: The type of a setting that most people need: `--help` shows these, `--help all` shows every one.
+Common = Annotated[T, _COMMON]
+
+_FORMER_NAMES = {"max_sick_steps": "max_nonfinite_steps"}
+_KINDS = {int: "whole number", float: "number", str: "text"}
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What was in force before a setting existed. Stands on the field where that differs from the default."""
+
+    value: Any
+
+
+# --- what is true of every configuration -----------------------------------------------------------------------------
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(dataclasses.field,))
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a configuration: a dataclass of keywords that refuses values out of range when it is made.
+
+    A number's range stands on its field, as `Annotated[int, Ge(1)]`. Keywords may have former names.
+    Raises TypeError for a class with a number that has no range. Making an object raises OperantError as
+    `check_settings` does.
+    """
+    made: Any = dataclass(kw_only=True)(cls)
+    for name, hint in setting_types(made).items():
+        if any(base in (int, float) and not limits for base, limits in _parts(hint)):
+            raise TypeError(f"{cls.__name__}.{name} is a number without a range; give it one, such as PositiveInt")
+    construct = made.__init__
+
+    @functools.wraps(construct)
+    def init(self: Any, **given: Any) -> None:
+        construct(self, **current_names(given))
+        check_settings(self)
+
+    made.__init__ = init
+    return made
+
+
+@functools.cache
+def setting_types(cls: Any) -> dict[str, Any]:
+    """The type of each setting of a configuration, with all that it is annotated with."""
+    return get_type_hints(cls, include_extras=True)
+
+
+def check_settings(config: Any) -> None:
+    """Refuse values that no run can use, before anything is loaded or written.
+
+    Raises OperantError for the first setting outside the range on its field. No range holds NaN or infinities.
+    """
+    for name, hint in _limited(config.__class__).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            wrong_kind = not _fits(value, hint, limited=False)
+            words = describe(hint, kinds=wrong_kind)
+            article = "a " if wrong_kind or words.startswith("list") else ""
+            raise OperantError(f"{name} is {repr(value)[:60]}; it must be {article}{words}: correct --{name}")
+
+
+def describe(hint: Any, *, kinds: bool = True) -> str:
+    """The type of a setting in words, such as "number, 0 or more, or auto"; without `kinds`, "0 or more, or auto"."""
+    words, choices = [], []
+    for base, limits in _alternatives(hint):
+        if get_origin(base) is list:
+            ((kind, each),) = _parts(base)
+            words.append(f"list of {_KINDS[kind]}s" + (f", each {_in_words(each)}" if each else ""))
+        elif get_origin(base) is Literal:
+            choices += [str(value) for value in get_args(base)]
+        elif base is bool:
+            choices += ["true", "false"]
+        elif base is NoneType:
+            choices.append("null")
+        else:
+            words.append(", ".join(part for part in (_KINDS[base] * kinds, _in_words(limits)) if part))
+    return ", or ".join([*words, " | ".join(choices)] if choices else words)
+
+
+def current_names(given: Mapping[str, T]) -> dict[str, T]:
+    """Settings under their names of today: former names and dashes are read too.
+
+    Raises OperantError when one setting is given under two names.
+    """
+    out: dict[str, T] = {}
+    for key, value in given.items():
+        plain = str(key).replace("-", "_")
+        name = _FORMER_NAMES.get(plain, plain)
+        if name in out:
+            raise OperantError(f"{name} is given under two names: leave one out")
+        out[name] = value
+    return out
+
+
+def completed(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stored configuration of any age says in today's settings.
+
+    Former names become today's. A key that it lacks is younger than it is, and has the value that was in force before:
+    what `Before` says on the field, or else the default.
+    Raises OperantError when one setting is stored under two names.
+    """
+    defaults = {}
+    for field in dataclasses.fields(cls):
+        before = [m.value for m in getattr(setting_types(cls)[field.name], "__metadata__", ()) if isinstance(m, Before)]
+        made = field.default_factory() if callable(field.default_factory) else field.default
+        defaults[field.name] = before[0] if before else made
+    return defaults | current_names(stored)
+
+
+def is_common(hint: Any) -> bool:
+    """Whether a setting of this type is one that most people need."""
+    return _COMMON in getattr(hint, "__metadata__", ())
+
+
 def to_yaml(config: Any) -> str:
-    """The resolved configuration as it is shown and kept in the run folder."""
+    """The configuration as it is shown, and kept in the run folder."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-C = TypeVar("C")
-
-
-def load_config(path: str | Path, kind: type[C]) -> C:
+def load_config(path: str | Path, kind: type[T]) -> T:
     """A configuration from a YAML file, such as the config.yaml of a run folder; what the file leaves out has its
     default.
 
@@ -56,93 +196,110 @@ def load_config(path: str | Path, kind: type[C]) -> C:
     """
     import jsonargparse
 
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, as_group=False)
     try:
-        values = parser.parse_string(Path(path).expanduser().read_text(encoding="utf-8")).as_dict()
+        values = settings_parser(kind).parse_string(Path(path).expanduser().read_text(encoding="utf-8")).as_dict()
     except (jsonargparse.ArgumentError, OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
         raise OperantError(f"{path} is no configuration that can be read ({reason}); correct it") from error
-    config = kind(**values)
-    check_numbers(config)
-    return config
+    return kind(**values)
 
 
-_COUNTS = (
-    "accumulate anchor_rows anchor_tokens backtracks batch_size batch_tokens cg_steps drift_versions dynamic_rounds "
-    "epochs eval_every group_size heldout_rows keep limit max_rows max_sick_steps max_tokens max_turns min_sources "
-    "minibatches n n_step prompts_per_step replay_capacity save_every sft_batch_size steps target_every "
-    "tokens_per_microbatch vocab_size"
-).split()
-_AMOUNTS = (
-    "anchor_coef clip_high clip_low correction_band correction_cap critic_lr damping drift_budget entropy_coef "
-    "eval_prompts kl_coef kl_target likelihood_drop log_samples lora_rank lr max_minutes max_prompt_tokens "
-    "overlong_buffer overlong_penalty patience priority replay_events rest sft_coef temperature threads top_k vf_clip "
-    "vf_coef warmup_steps weight_decay"
-).split()
-_SHARES = (
-    "audit_fraction", "bad_weight", "baseline_rate", "gamma", "gamma_turn", "lam", "support", "tolerance", "top_p"
-)  # fmt: skip
-# what a setting must be, in words, and the test of it
-_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    **{name: ("at least 1", lambda x: x >= 1) for name in _COUNTS},
-    **{name: ("0 or more", lambda x: 0 <= x < math.inf) for name in _AMOUNTS},
-    **{name: ("between 0 and 1", lambda x: 0 <= x <= 1) for name in _SHARES},
-    **{name: ("0 or more and below 1", lambda x: 0 <= x < 1) for name in ("dropout", "label_smoothing")},
-    **{
-        name: ("more than 0", lambda x: 0 < x < math.inf)
-        for name in ("delta", "kl_budget", "q_beta", "max_grad_norm", "minutes", "poll_seconds", "reward_seconds")
-    },
-    **dict.fromkeys(("baseline_shift", "reward_midpoint"), ("a finite number", math.isfinite)),
-    **{
-        name: ("0 or more", lambda x: 0 <= x < math.inf)
-        for name in ("desirable_weight", "undesirable_weight", "half_life")
-    },
-    **dict.fromkeys(("midpoint", "score_high", "score_low"), ("a finite number", math.isfinite)),
-    "block": ("0, or at least 2", lambda x: x == 0 or x >= 2),
-    # different phrases of the built-in task grow rare beyond
-    **{name: ("between 1 and 100000", lambda x: 1 <= x <= 100_000) for name in ("labelled", "prompts")},
-    "canary_share": ("0 to 0.5", lambda x: 0 <= x <= 0.5),
-    "shadow_share": ("0 to 1", lambda x: 0 <= x <= 1),
-    "canary_alpha": ("more than 0 and less than 0.5", lambda x: 0 < x < 0.5),
-    "canary_margin": ("0 or more and less than 1", lambda x: 0 <= x < 1),
-    "canary_pairs": ("at least 1", lambda x: x >= 1),
-    "influence_cap": ("more than 0 and at most 1", lambda x: 0 < x <= 1),
-    **dict.fromkeys(("chat_rate", "feedback_rate"), ("0 or more", lambda x: 0 <= x < math.inf)),
-    "influence_window": ("at least 1", lambda x: 1 <= x < math.inf),
-    "drain_seconds": ("0 or more", lambda x: 0 <= x < math.inf),
-    "link_days": ("more than 0", lambda x: 0 < x < math.inf),
-    "max_body": ("at least 1024", lambda x: x >= 1024),
-    "max_length": ("at least 2", lambda x: x >= 2),
-    "mean_span": ("at least 1", lambda x: 1 <= x < math.inf),
-    "noise_density": ("between 0 and 1", lambda x: 0 < x < 1),
-    "port": ("between 0 and 65535", lambda x: 0 <= x <= 65535),
-    "queue": ("at least 1", lambda x: x >= 1),
-    "reward_workers": ("-1 or more", lambda x: x >= -1),
-    "seed": ("between 0 and 2^63 - 1", lambda x: 0 <= x < 2**63),
-    **dict.fromkeys(("fisher_share", "top_p"), ("more than 0 and at most 1", lambda x: 0 < x <= 1)),
-}
+def settings_parser(kind: type, **options: Any) -> Any:
+    """A jsonargparse parser with the settings of a configuration as flags and YAML keys, also under former names.
 
-
-def check_numbers(config: Any) -> None:
-    """Refuse numbers that no run can use, before anything is loaded or written.
-
-    Raises OperantError for the first setting out of its range, NaN included.
+    options: of `jsonargparse.ArgumentParser`.
     """
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name == "stop" and (isinstance(value, str) or "" in value):
-            raise OperantError(f"stop is {value!r}; it must be a list of texts, none of them empty: correct --stop")
-        if field.name not in _NUMBERS or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        words, holds = _NUMBERS[field.name]
-        if not holds(value):
-            raise OperantError(f"{field.name} is {value}; it must be {words}: correct --{field.name}")
+    import jsonargparse
+
+    def read(text: str) -> Any:
+        value = jsonargparse.get_loader("yaml")(text)
+        return current_names(value) if isinstance(value, dict) else value
+
+    jsonargparse.set_loader("operant", read, (yaml.YAMLError,))
+    parser = jsonargparse.ArgumentParser(parser_mode="operant", exit_on_error=False, **options)
+    parser.add_class_arguments(kind, as_group=False)
+    return parser
 
 
-@dataclass(kw_only=True)
+@functools.cache
+def _alternatives(hint: Any) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
+    """The types that a value may have, each without its annotations, and the limits among these."""
+    annotations: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, annotations = hint.__origin__, hint.__metadata__
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(one for inner in get_args(hint) for one in _alternatives(inner))
+    limits = [limit for m in annotations for limit in (m if isinstance(m, GroupedMetadata) else [m])]
+    return ((hint, tuple(limit for limit in limits if isinstance(limit, BaseMetadata))),)
+
+
+@functools.cache
+def _parts(hint: Any) -> tuple[tuple[Any, tuple[Any, ...]], ...]:
+    """As `_alternatives`, with the types of a list's items in place of the list."""
+    return tuple(
+        part
+        for base, limits in _alternatives(hint)
+        for part in (_parts(get_args(base)[0]) if get_origin(base) is list else ((base, limits),))
+    )
+
+
+@functools.cache
+def _limited(cls: Any) -> dict[str, Any]:
+    """The types of those settings that have limits."""
+    return {name: hint for name, hint in setting_types(cls).items() if any(limits for _, limits in _parts(hint))}
+
+
+def _fits(value: Any, hint: Any, *, limited: bool = True) -> bool:
+    return any(_fits_one(value, base, limits if limited else ()) for base, limits in _alternatives(hint))
+
+
+def _fits_one(value: Any, base: Any, limits: tuple[Any, ...]) -> bool:
+    if get_origin(base) is list:
+        return isinstance(value, list | tuple) and all(_fits(one, get_args(base)[0]) for one in value)
+    if get_origin(base) is Literal:
+        return value in get_args(base) and not isinstance(value, bool)
+    if base not in (int, float):
+        return isinstance(value, base) and all(_holds(value, limit) for limit in limits)
+    if isinstance(value, bool) or not isinstance(value, Integral if base is int else Real):
+        return False
+    try:
+        return not limits or (math.isfinite(value) and all(_holds(value, limit) for limit in limits))
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
+def _holds(value: Any, limit: Any) -> bool:
+    match limit:
+        case Ge():
+            return value >= limit.ge
+        case Gt():
+            return value > limit.gt
+        case Le():
+            return value <= limit.le
+        case Lt():
+            return value < limit.lt
+        case MinLen():
+            return len(value) >= limit.min_length
+        case Predicate():
+            return bool(limit.func(value))
+    raise TypeError(f"a setting cannot be limited by {limit}")
+
+
+def _in_words(limits: tuple[Any, ...]) -> str:
+    at = {type(limit): limit for limit in limits}
+    if {Ge, Le} <= at.keys():
+        return f"between {at[Ge].ge} and {'2^63 - 1' if at[Le].le == 2**63 - 1 else at[Le].le}"
+    words = {
+        Ge: lambda limit: f"{limit.ge} or more", Gt: lambda limit: f"more than {limit.gt}",
+        Le: lambda limit: f"at most {limit.le}", Lt: lambda limit: f"less than {limit.lt}",
+        MinLen: lambda limit: "not empty", Predicate: lambda limit: "finite",
+    }  # fmt: skip
+    return " and ".join(words[kind](at[kind]) for kind in words if kind in at)
+
+
+@settings
 class RunConfig:
-    """What every stage that trains has.
+    """The run: its folder, its device, its limits.
 
     Args:
         out: the run folder; it must be new, or be resumed.
@@ -162,29 +319,29 @@ class RunConfig:
         max_grad_norm: gradients are scaled down to this norm.
         weight_decay: AdamW's, on matrices only.
         tokens_per_microbatch: padded tokens that go through the model at once; more needs more memory.
-        max_sick_steps: steps in a row with a non-finite loss or gradient before rolling back and stopping.
+        max_nonfinite_steps: steps in a row with a non-finite loss or gradient before rolling back and stopping.
     """
 
-    out: str = "runs/run"
-    seed: int = 0
-    resume: bool = False
-    overwrite: bool = False
-    device: str = "auto"
+    out: Common[str] = "runs/run"
+    seed: Common[Seed] = 0
+    resume: Common[bool] = False
+    overwrite: Common[bool] = False
+    device: Common[str] = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
-    threads: int = 0
-    max_minutes: float = 0.0
+    threads: NonNegativeInt = 0
+    max_minutes: Common[NonNegativeFloat] = 0.0
     clock: Literal["wall", "cpu"] = "wall"
-    save_every: int = 200
-    keep: int = 2
+    save_every: PositiveInt = 200
+    keep: PositiveInt = 2
     tensorboard: bool = True
     wandb: str | None = None
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.01
-    tokens_per_microbatch: int = 16384
-    max_sick_steps: int = 3
+    max_grad_norm: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.01
+    tokens_per_microbatch: PositiveInt = 16384
+    max_nonfinite_steps: PositiveInt = 3
 
 
-@dataclass(kw_only=True)
+@settings
 class StartConfig:
     """Which model a stage starts from.
 
@@ -200,16 +357,16 @@ class StartConfig:
         dropout: of a new model, while fine-tuning and pretraining.
     """
 
-    model: str | None = None
-    arch: Literal["gpt2", "llama", "t5", "mbart", "bert"] = "gpt2"
-    size: Literal["tiny", "small", "base"] = "tiny"
+    model: Common[str | None] = None
+    arch: Common[Literal["gpt2", "llama", "t5", "mbart", "bert"]] = "gpt2"
+    size: Common[Literal["tiny", "small", "base"]] = "tiny"
     tokenizer: str | None = None
-    vocab_size: int = 4096
-    max_length: int = 512
-    dropout: float = 0.0
+    vocab_size: PositiveInt = 4096
+    max_length: Annotated[int, Ge(2)] = 512
+    dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
 
 
-@dataclass(kw_only=True)
+@settings
 class ModelConfig(StartConfig):
     """Which policy a stage starts from.
 
@@ -217,10 +374,10 @@ class ModelConfig(StartConfig):
         lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
     """
 
-    lora_rank: int = 0
+    lora_rank: Common[NonNegativeInt] = 0
 
 
-@dataclass(kw_only=True)
+@settings
 class PairFields:
     """Where prompts and answers are in the data.
 
@@ -233,15 +390,15 @@ class PairFields:
         too_long: what to do with longer ones.
     """
 
-    prompt_field: str | None = None
-    reference_field: str | None = None
+    prompt_field: Common[str | None] = None
+    reference_field: Common[str | None] = None
     prefix: str = ""
     separator: str = "\n"
-    max_prompt_tokens: int = 0
+    max_prompt_tokens: NonNegativeInt = 0
     too_long: Literal["error", "skip", "truncate"] = "error"
 
 
-@dataclass(kw_only=True)
+@settings
 class PretrainConfig(RunConfig, ModelConfig):
     """Train on raw text: causal or masked language modelling, or span corruption for encoder-decoders.
 
@@ -265,25 +422,25 @@ class PretrainConfig(RunConfig, ModelConfig):
         mean_span: mean length of a hidden span.
     """
 
-    objective: Literal["auto", "causal", "spans", "infilling", "mlm"] = "auto"
-    data: str = ""
-    dev_data: str | None = None
-    text_field: str | None = None
-    limit: int | None = None
-    out: str = "runs/pretrain"
-    steps: int = 1000
-    batch_tokens: int = 8192
-    accumulate: int = 1
-    lr: float = 1e-3
-    warmup_steps: int = 50
+    objective: Common[Literal["auto", "causal", "spans", "infilling", "mlm"]] = "auto"
+    data: Common[str] = ""
+    dev_data: Common[str | None] = None
+    text_field: Common[str | None] = None
+    limit: PositiveInt | None = None
+    out: Common[str] = "runs/pretrain"
+    steps: Common[PositiveInt] = 1000
+    batch_tokens: Common[PositiveInt] = 8192
+    accumulate: PositiveInt = 1
+    lr: Common[NonNegativeFloat] = 1e-3
+    warmup_steps: NonNegativeInt = 50
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    eval_every: int = 100
-    block: int = 0
-    noise_density: float = 0.15
-    mean_span: float = 3.0
+    eval_every: Common[PositiveInt] = 100
+    block: Literal[0] | Annotated[int, Ge(2)] = 0
+    noise_density: Annotated[float, Interval(gt=0, lt=1)] = 0.15
+    mean_span: Annotated[float, Ge(1)] = 3.0
 
 
-@dataclass(kw_only=True)
+@settings
 class SftConfig(RunConfig, ModelConfig, PairFields):
     """Fine-tune on labelled pairs; the loss is on the answer's tokens only.
 
@@ -305,24 +462,24 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
         patience: stop when it has not improved for so many measurements; 0 never stops early.
     """
 
-    data: str = ""
-    dev_data: str | None = None
-    limit: int | None = None
-    out: str = "runs/sft"
-    steps: int = 2000
-    batch_size: int = 64
-    lr: float = 5e-4
-    warmup_steps: int = 20
+    data: Common[str] = ""
+    dev_data: Common[str | None] = None
+    limit: PositiveInt | None = None
+    out: Common[str] = "runs/sft"
+    steps: Common[PositiveInt] = 2000
+    batch_size: Common[PositiveInt] = 64
+    lr: Common[NonNegativeFloat] = 5e-4
+    warmup_steps: NonNegativeInt = 20
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    label_smoothing: float = 0.0
-    best_metric: Literal["loss", "bleu", "chrf", "rougeL", "exact"] = "loss"
-    eval_every: int = 50
-    eval_prompts: int = 200
-    max_tokens: int = 64
-    patience: int = 4
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    best_metric: Common[Literal["loss", "bleu", "chrf", "rougeL", "exact"]] = "loss"
+    eval_every: Common[PositiveInt] = 50
+    eval_prompts: NonNegativeInt = 200
+    max_tokens: PositiveInt = 64
+    patience: Common[NonNegativeInt] = 4
 
 
-@dataclass(kw_only=True)
+@settings
 class PreferConfig(RunConfig):
     """Learn from preferences: pairs (DPO, IPO), edits read as pairs, or single completions that are good or bad (KTO).
 
@@ -364,44 +521,271 @@ class PreferConfig(RunConfig):
         patience: stop when it has not improved for so many measurements; 0 never stops early.
     """
 
-    model: str = ""
-    lora_rank: int = 0
-    data: str = ""
-    dev_data: str | None = None
-    limit: int | None = None
-    replay: str | None = None
-    half_life: float = 0.0
-    midpoint: float = 0.5
-    out: str = "runs/prefer"
+    model: Common[str] = ""
+    lora_rank: Common[NonNegativeInt] = 0
+    data: Common[str] = ""
+    dev_data: Common[str | None] = None
+    limit: PositiveInt | None = None
+    replay: Common[str | None] = None
+    half_life: NonNegativeFloat = 0.0
+    midpoint: FiniteFloat = 0.5
+    out: Common[str] = "runs/prefer"
     prompt_field: str | None = None
-    chosen_field: str | None = None
-    rejected_field: str | None = None
+    chosen_field: Common[str | None] = None
+    rejected_field: Common[str | None] = None
     completion_field: str | None = None
     label_field: str | None = None
     prefix: str = ""
     separator: str = "\n"
-    max_prompt_tokens: int = 0
+    max_prompt_tokens: NonNegativeInt = 0
     too_long: Literal["error", "skip", "truncate"] = "error"
-    algorithm: str = "dpo"
-    beta: float = 0.1
+    algorithm: Common[str] = "dpo"
+    beta: Common[PositiveFloat] = 0.1
     logprob: Literal["auto", "sum", "mean"] = "auto"
-    label_smoothing: float = 0.0
-    sft_coef: float = 0.0
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    steps: int = 500
-    batch_size: int = 32
-    lr: float | Literal["auto"] = "auto"
-    warmup_steps: int = 20
+    label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    sft_coef: NonNegativeFloat = 0.0
+    desirable_weight: NonNegativeFloat = 1.0
+    undesirable_weight: NonNegativeFloat = 1.0
+    steps: Common[PositiveInt] = 500
+    batch_size: Common[PositiveInt] = 32
+    lr: Common[NonNegativeFloat | Literal["auto"]] = "auto"
+    warmup_steps: NonNegativeInt = 20
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     measure_kl: bool = True
-    eval_every: int = 25
-    patience: int = 4
+    eval_every: Common[PositiveInt] = 25
+    patience: Common[NonNegativeInt] = 4
 
 
-@dataclass(kw_only=True)
-class TrainConfig(RunConfig, PairFields):
+@settings
+class RewardFields:
+    """What is paid.
+
+    Args:
+        reward: names with weights, such as "chrf" or "chrf + 0.1*length", or module:function.
+        environment: a Gymnasium environment whose observations and actions are texts, instead of data and a reward:
+            its id or module:Class. The policy then plays episodes of several turns and learns from what each pays.
+        max_turns: an episode that has not ended by then is cut off.
+        dense: pay metric rewards token by token through a potential instead of at the end; auto does so where a metric
+            of the reward has one and the algorithm, with its baseline, can place what tokens are paid. True also
+            declares that a function of your own pays per token; one that does without is noticed when it does.
+        potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
+        reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
+        reward_seconds: time limit for one reward (one token of a streaming one); a slower one is a missing reward.
+        overlong_buffer: tokens before max_tokens over which a penalty on length grows; 0 for none.
+        overlong_penalty: that penalty at max_tokens.
+    """
+
+    reward: Common[str] = "chrf"
+    environment: str | None = None
+    max_turns: PositiveInt = 16
+    dense: Common[bool | Literal["auto"]] = "auto"
+    potential: Literal["auto", "prefix", "matched"] = "auto"
+    reward_workers: Annotated[int, Ge(-1)] = -1
+    reward_seconds: PositiveFloat = 10.0
+    overlong_buffer: NonNegativeInt | Literal["auto"] = "auto"
+    overlong_penalty: NonNegativeFloat = 1.0
+
+
+@settings
+class CreditFields:
+    """What each token is credited with.
+
+    Args:
+        baseline: auto takes the algorithm's own; else none, running, batch, leave_one_out, position_leave_one_out,
+            control_variate, group_scaled, group_centred, greedy, route or critic.
+        beta: coefficient of the potential as a control variate, or `auto` to fit it on the other prompts.
+        gamma: discount per token.
+        gamma_turn: discount per turn of an environment, beside that per token; what the environment writes costs none.
+        discount_state: weigh token t's term by γ^t, the exact gradient of the discounted objective.
+        whiten: bring the advantages of a step to mean 0 and deviation 1.
+        baseline_shift: how far the baseline is lowered, for learning off policy; auto is 0.1 for areinforce, and 0.3
+            when it learns from a log.
+        baseline_rate: how fast a route's persistent baseline follows its rewards.
+        reward_midpoint: where such a baseline begins: the middle of the reward's scale.
+        route_by: what a route is: the prompt's task, or each prompt for itself.
+    """
+
+    baseline: str = "auto"
+    beta: FiniteFloat | Literal["auto"] = "auto"
+    gamma: Share = 1.0
+    gamma_turn: Share = 1.0
+    discount_state: bool = False
+    whiten: bool | Literal["auto"] = "auto"
+    baseline_shift: FiniteFloat | Literal["auto"] = "auto"
+    baseline_rate: Share = 0.1
+    reward_midpoint: FiniteFloat = 0.5
+    route_by: Literal["task", "prompt"] = "task"
+
+
+@settings
+class SamplingFields:
+    """What is sampled in a step.
+
+    Args:
+        group_size: completions per prompt.
+        prompts_per_step: prompts per step.
+        temperature: of sampling and, like for like, of the ratio.
+        top_p: nucleus sampling; learning needs 1, the policy's own distribution.
+        top_k: draw only from the k likeliest tokens; learning needs 0, which is off.
+        max_tokens: longest completion.
+        stop: strings that end a completion.
+        audit_fraction: share of completions that a streaming reward would end but that run on, to see what ends cost.
+        max_rows: completions decoded together.
+        dynamic_sampling: leave out groups whose rewards are all equal and sample other prompts instead.
+        dynamic_rounds: at most so many rounds of sampling a step.
+    """
+
+    group_size: Common[PositiveInt] = 4
+    prompts_per_step: Common[PositiveInt] = 32
+    temperature: NonNegativeFloat = 1.0
+    top_p: PositiveShare = 1.0
+    top_k: NonNegativeInt = 0
+    max_tokens: Common[PositiveInt] = 64
+    stop: Texts = dataclasses.field(default_factory=list)
+    audit_fraction: Share = 0.0
+    max_rows: PositiveInt = 256
+    dynamic_sampling: bool | Literal["auto"] = "auto"
+    dynamic_rounds: PositiveInt = 4
+
+
+@settings
+class PassFields:
+    """How often, and how far, a step learns from what it sampled.
+
+    Args:
+        normalisation: auto takes the algorithm's own; else per_completion, per_token, per_sequence_mean or constant.
+        epochs: passes over each batch of completions, for algorithms that may (PPO, GRPO and others).
+        minibatches: optimizer steps per pass.
+        clip_low: the ratio's lower clip range.
+        clip_high: the ratio's upper clip range.
+        correction_cap: cap of the truncated correction from sampler to trainer; 0 for none. Used in bf16.
+        correction_band: leave out completions whose mean ratio from sampler to trainer is out of 1 ± this; 0 for none.
+    """
+
+    normalisation: str = "auto"
+    epochs: PositiveInt = 1
+    minibatches: PositiveInt = 1
+    clip_low: NonNegativeFloat | Literal["auto"] = "auto"
+    clip_high: NonNegativeFloat | Literal["auto"] = "auto"
+    correction_cap: NonNegativeFloat = 2.0
+    correction_band: NonNegativeFloat = 0.0
+
+
+@settings
+class CriticFields:
+    """The critic.
+
+    Args:
+        lam: λ of the critic's advantage estimate: 1 trusts returns alone, 0 the critic's next value alone.
+        critic: separate gives it a copy of the model as its own trunk, shared a head on the policy's.
+        critic_lr: its learning rate; 0 takes five times the policy's.
+        vf_coef: weight of its loss.
+        vf_clip: clip range of its change within a step; 0 for none.
+        bootstrap: the critic's value follows a completion that the length limit cut off; auto does so for dense
+            rewards, since a reward of the whole text was already paid for the cut one.
+    """
+
+    lam: Share | Literal["auto"] = "auto"
+    critic: Literal["auto", "separate", "shared"] = "auto"
+    critic_lr: NonNegativeFloat = 0.0
+    vf_coef: NonNegativeFloat = 0.5
+    vf_clip: NonNegativeFloat = 0.0
+    bootstrap: bool | Literal["auto"] = "auto"
+
+
+@settings
+class TrustRegionFields:
+    """The trust region of trpo.
+
+    Args:
+        delta: nats per token that a step of trpo may move the policy; takes the place of lr, its schedule and
+            max_grad_norm.
+        damping: added to the Fisher matrix's diagonal (trpo); more is nearer to the plain gradient's direction, which
+            steps of few completions need.
+        cg_steps: Fisher-vector products a step (trpo).
+        fisher_share: share of a step's completions that the Fisher matrix is taken from (trpo), at least eight of them.
+        backtracks: lengths that its line search tries, each at most half of the one before, before it refuses the step.
+    """
+
+    delta: PositiveFloat = 0.03
+    damping: NonNegativeFloat = 0.01
+    cg_steps: PositiveInt = 10
+    fisher_share: Annotated[PositiveShare, Before(1.0)] = 0.1  # it was taken from all
+    backtracks: PositiveInt = 10
+
+
+@settings
+class DoubleQFields:
+    """The action values of double_q.
+
+    Args:
+        q_beta: what it costs double_q to leave the model that it starts from, in units of the reward: it says
+            π_ref · exp(A / q_beta). 0.1 is for rewards from 0 to 1; for people's, from −1 to 1, give 0.2.
+        n_step: tokens whose rewards are taken as paid before a token's value is asked for (double_q).
+        target_every: steps after which the lagging estimate is brought up to the learning one (double_q).
+        replay_capacity: completions that are kept to learn from again (double_q).
+        priority: 0 draws them uniformly; 1 by the size of their error (double_q).
+        support: tokens less likely than this share of the likeliest one are no candidates for the best (double_q).
+    """
+
+    q_beta: PositiveFloat = 0.1
+    n_step: PositiveInt = 8
+    target_every: PositiveInt = 10
+    replay_capacity: PositiveInt = 4096
+    priority: NonNegativeFloat = 0.0
+    support: Share = 0.05
+
+
+@settings
+class DriftFields:
+    """What holds the policy near to where it began.
+
+    Args:
+        kl_coef: weight of the KL to the policy as this stage found it.
+        kl_target: nats per token that kl_coef is adapted to reach after every step; 0 leaves it fixed.
+        kl_in: put it in the reward (k1) or in the loss.
+        kl_estimator: of the KL in the loss: k2, k3 (another divergence) or full (whole vocabulary).
+        entropy_coef: weight of the entropy bonus.
+        sft_coef: weight of the supervised loss on `sft_data` in every step.
+        sft_data: labelled pairs for `sft_coef`.
+        sft_batch_size: pairs per step.
+    """
+
+    kl_coef: Common[NonNegativeFloat] = 0.0
+    kl_target: NonNegativeFloat = 0.0
+    kl_in: Literal["reward", "loss"] = "loss"
+    kl_estimator: Literal["k2", "k3", "full"] = "k2"
+    entropy_coef: NonNegativeFloat = 0.0
+    sft_coef: NonNegativeFloat = 0.0
+    sft_data: str | None = None
+    sft_batch_size: PositiveInt = 16
+
+
+@settings
+class HeldOutFields:
+    """What is measured on held-out prompts.
+
+    Args:
+        target: stop once a held-out metric reaches this, such as "bleu>=30" or "reward>=0.8".
+        best_metric: the held-out metric by which the best checkpoint is kept.
+        eval_every: steps between held-out evaluations.
+        eval_prompts: how many held-out prompts; 0 measures nothing held out.
+        log_samples: completions kept for reading at every evaluation.
+    """
+
+    target: Common[str | None] = None
+    best_metric: str = "reward"
+    eval_every: Common[PositiveInt] = 20
+    eval_prompts: NonNegativeInt = 200
+    log_samples: NonNegativeInt = 8
+
+
+@settings
+class TrainConfig(
+    RunConfig, HeldOutFields, DriftFields, DoubleQFields, TrustRegionFields, CriticFields, PassFields, SamplingFields,
+    CreditFields, RewardFields, PairFields,
+):  # fmt: skip
     """Learn from rewards: sample, reward, credit, policy-gradient step, again.
 
     Args:
@@ -411,174 +795,33 @@ class TrainConfig(RunConfig, PairFields):
         dev_data: held-out prompts; empty takes the dev split of `data`, or its last twentieth (at most 200).
         limit: use only the first rows.
         out: the run folder.
-        reward: names with weights, such as "chrf" or "chrf + 0.1*length", or module:function.
-        environment: a Gymnasium environment whose observations and actions are texts, instead of data and a reward:
-            its id or module:Class. The policy then plays episodes of several turns and learns from what each pays.
         logged: completions that were written before, instead of new ones, for algorithms that may learn from stale
             ones: rows of prompt, completion (or its tokens) and reward; without a reward, --reward judges them. All
             but double_q also need behavior_logprobs, as operant sample --json prints them: rows without are left out.
-        max_turns: an episode that has not ended by then is cut off.
-        dense: pay metric rewards token by token through a potential instead of at the end; auto does so where a metric
-            of the reward has one and the algorithm, with its baseline, can place what tokens are paid. True also
-            declares that a function of your own pays per token; one that does without is noticed when it does.
-        potential: how prefixes are scored when dense: `prefix` or `matched`; auto takes the metric's default.
-        reward_workers: processes that compute rewards; −1 chooses, 0 computes them in threads of this process.
-        reward_seconds: time limit for one reward (one token of a streaming one); a slower one is a missing reward.
         algorithm: one of the table that `operant algorithms` prints. What is `auto` below is then as its paper says.
-        baseline: auto takes the algorithm's own; else none, running, batch, leave_one_out, position_leave_one_out,
-            control_variate, group_scaled, group_centred, greedy, route or critic.
-        beta: coefficient of the potential as a control variate, or `auto` to fit it on the other prompts.
-        gamma: discount per token.
-        gamma_turn: discount per turn of an environment, beside that per token; what the environment writes costs none.
-        discount_state: weigh token t's term by γ^t, the exact gradient of the discounted objective.
-        normalisation: auto takes the algorithm's own; else per_completion, per_token, per_sequence_mean or constant.
-        group_size: completions per prompt.
-        prompts_per_step: prompts per step.
-        epochs: passes over each batch of completions, for algorithms that may (PPO, GRPO and others).
-        minibatches: optimizer steps per pass.
-        clip_low: the ratio's lower clip range.
-        clip_high: the ratio's upper clip range.
-        delta: nats per token that a step of trpo may move the policy; takes the place of lr, its schedule and
-            max_grad_norm.
-        damping: added to the Fisher matrix's diagonal (trpo); more is nearer to the plain gradient's direction, which
-            steps of few completions need.
-        cg_steps: Fisher-vector products a step (trpo).
-        fisher_share: share of a step's completions that the Fisher matrix is taken from (trpo), at least eight of them.
-        backtracks: lengths that its line search tries, each at most half of the one before, before it refuses the step.
-        q_beta: what it costs double_q to leave the model that it starts from, in units of the reward: it says
-            π_ref · exp(A / q_beta). 0.1 is for rewards from 0 to 1; for people's, from −1 to 1, give 0.2.
-        n_step: tokens whose rewards are taken as paid before a token's value is asked for (double_q).
-        target_every: steps after which the lagging estimate is brought up to the learning one (double_q).
-        replay_capacity: completions that are kept to learn from again (double_q).
-        priority: 0 draws them uniformly; 1 by the size of their error (double_q).
-        support: tokens less likely than this share of the likeliest one are no candidates for the best (double_q).
-        whiten: bring the advantages of a step to mean 0 and deviation 1.
-        lam: λ of the critic's advantage estimate: 1 trusts returns alone, 0 the critic's next value alone.
-        critic: separate gives it a copy of the model as its own trunk, shared a head on the policy's.
-        critic_lr: its learning rate; 0 takes five times the policy's.
-        vf_coef: weight of its loss.
-        vf_clip: clip range of its change within a step; 0 for none.
-        bootstrap: the critic's value follows a completion that the length limit cut off; auto does so for dense
-            rewards, since a reward of the whole text was already paid for the cut one.
-        dynamic_sampling: leave out groups whose rewards are all equal and sample other prompts instead.
-        dynamic_rounds: at most so many rounds of sampling a step.
-        overlong_buffer: tokens before max_tokens over which a penalty on length grows; 0 for none.
-        overlong_penalty: that penalty at max_tokens.
-        baseline_shift: how far the baseline is lowered, for learning off policy; auto is 0.1 for areinforce, and 0.3
-            when it learns from a log.
-        baseline_rate: how fast a route's persistent baseline follows its rewards.
-        reward_midpoint: where such a baseline begins: the middle of the reward's scale.
-        route_by: what a route is: the prompt's task, or each prompt for itself.
-        kl_coef: weight of the KL to the policy as this stage found it.
-        kl_target: nats per token that kl_coef is adapted to reach after every step; 0 leaves it fixed.
-        kl_in: put it in the reward (k1) or in the loss.
-        kl_estimator: of the KL in the loss: k2, k3 (another divergence) or full (whole vocabulary).
-        entropy_coef: weight of the entropy bonus.
-        sft_coef: weight of the supervised loss on `sft_data` in every step.
-        sft_data: labelled pairs for `sft_coef`.
-        sft_batch_size: pairs per step.
-        correction_cap: cap of the truncated correction from sampler to trainer; 0 for none. Used in bf16.
-        correction_band: leave out completions whose mean ratio from sampler to trainer is out of 1 ± this; 0 for none.
-        temperature: of sampling and, like for like, of the ratio.
-        max_tokens: longest completion.
-        stop: strings that end a completion.
-        audit_fraction: share of completions that a streaming reward would end but that run on, to see what ends cost.
-        max_rows: completions decoded together.
         steps: at most so many steps.
         lr: learning rate; auto takes the algorithm's own (`operant algorithms --json`).
         warmup_steps: steps of linear warm-up.
         schedule: what follows the warm-up.
-        target: stop once a held-out metric reaches this, such as "bleu>=30" or "reward>=0.8".
-        best_metric: the held-out metric by which the best checkpoint is kept.
-        eval_every: steps between held-out evaluations.
-        eval_prompts: how many held-out prompts; 0 measures nothing held out.
-        log_samples: completions kept for reading at every evaluation.
     """
 
-    model: str = ""
-    lora_rank: int = 0
-    data: str = ""
-    dev_data: str | None = None
-    limit: int | None = None
-    out: str = "runs/train"
-    reward: str = "chrf"
-    environment: str | None = None
+    model: Common[str] = ""
+    lora_rank: Common[NonNegativeInt] = 0
+    data: Common[str] = ""
+    dev_data: Common[str | None] = None
+    limit: PositiveInt | None = None
+    out: Common[str] = "runs/train"
     logged: str | None = None
-    max_turns: int = 16
-    dense: bool | Literal["auto"] = "auto"
-    potential: Literal["auto", "prefix", "matched"] = "auto"
-    reward_workers: int = -1
-    reward_seconds: float = 10.0
-    algorithm: str = "rloo"
-    baseline: str = "auto"
-    beta: float | Literal["auto"] = "auto"
-    gamma: float = 1.0
-    gamma_turn: float = 1.0
-    discount_state: bool = False
-    normalisation: str = "auto"
-    group_size: int = 4
-    prompts_per_step: int = 32
-    epochs: int = 1
-    minibatches: int = 1
-    clip_low: float | Literal["auto"] = "auto"
-    clip_high: float | Literal["auto"] = "auto"
-    delta: float = 0.03
-    damping: float = 0.01
-    cg_steps: int = 10
-    fisher_share: float = 0.1
-    backtracks: int = 10
-    q_beta: float = 0.1
-    n_step: int = 8
-    target_every: int = 10
-    replay_capacity: int = 4096
-    priority: float = 0.0
-    support: float = 0.05
-    whiten: bool | Literal["auto"] = "auto"
-    lam: float | Literal["auto"] = "auto"
-    critic: Literal["auto", "separate", "shared"] = "auto"
-    critic_lr: float = 0.0
-    vf_coef: float = 0.5
-    vf_clip: float = 0.0
-    bootstrap: bool | Literal["auto"] = "auto"
-    dynamic_sampling: bool | Literal["auto"] = "auto"
-    dynamic_rounds: int = 4
-    overlong_buffer: int | Literal["auto"] = "auto"
-    overlong_penalty: float = 1.0
-    baseline_shift: float | Literal["auto"] = "auto"
-    baseline_rate: float = 0.1
-    reward_midpoint: float = 0.5
-    route_by: Literal["task", "prompt"] = "task"
-    kl_coef: float = 0.0
-    kl_target: float = 0.0
-    kl_in: Literal["reward", "loss"] = "loss"
-    kl_estimator: Literal["k2", "k3", "full"] = "k2"
-    entropy_coef: float = 0.0
-    sft_coef: float = 0.0
-    sft_data: str | None = None
-    sft_batch_size: int = 16
-    correction_cap: float = 2.0
-    correction_band: float = 0.0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 64
-    stop: list[str] = dataclasses.field(default_factory=list)
-    audit_fraction: float = 0.0
-    max_rows: int = 256
-    steps: int = 500
-    lr: float | Literal["auto"] = "auto"
-    warmup_steps: int = 5
+    algorithm: Common[str] = "rloo"
+    steps: Common[PositiveInt] = 500
+    lr: Common[NonNegativeFloat | Literal["auto"]] = "auto"
+    warmup_steps: NonNegativeInt = 5
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    weight_decay: float = 0.0
-    save_every: int = 50
-    target: str | None = None
-    best_metric: str = "reward"
-    eval_every: int = 20
-    eval_prompts: int = 200
-    log_samples: int = 8
+    weight_decay: NonNegativeFloat = 0.0
+    save_every: PositiveInt = 50
 
 
-@dataclass(kw_only=True)
+@settings
 class RewardModelConfig(RunConfig, StartConfig):
     """Train a reward model: an encoder or decoder with a head that judges completions.
 
@@ -613,34 +856,34 @@ class RewardModelConfig(RunConfig, StartConfig):
             equal; or the held-out loss alone.
     """
 
-    kind: Literal["regression", "comparison", "token"] = "comparison"
-    data: str = ""
-    dev_data: str | None = None
-    limit: int | None = None
-    prompt_field: str | None = None
-    completion_field: str = "completion"
-    score_field: str = "score"
+    kind: Common[Literal["regression", "comparison", "token"]] = "comparison"
+    data: Common[str] = ""
+    dev_data: Common[str | None] = None
+    limit: PositiveInt | None = None
+    prompt_field: Common[str | None] = None
+    completion_field: Common[str] = "completion"
+    score_field: Common[str] = "score"
     lower_is_better: bool = False
-    chosen_field: str = "chosen"
-    rejected_field: str = "rejected"
+    chosen_field: Common[str] = "chosen"
+    rejected_field: Common[str] = "rejected"
     label_field: str | None = None
     span_field: str = "spans"
     separator: str = "\n"
     pool: Literal["auto", "mean", "last"] = "auto"
     too_long: Literal["error", "skip"] = "error"
-    arch: Literal["gpt2", "llama", "t5", "bert"] = "bert"
-    out: str = "runs/reward-model"
-    steps: int = 500
-    batch_size: int = 32
-    lr: float = 3e-4
-    warmup_steps: int = 20
+    arch: Common[Literal["gpt2", "llama", "t5", "bert"]] = "bert"
+    out: Common[str] = "runs/reward-model"
+    steps: Common[PositiveInt] = 500
+    batch_size: Common[PositiveInt] = 32
+    lr: Common[NonNegativeFloat] = 3e-4
+    warmup_steps: NonNegativeInt = 20
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    eval_every: int = 25
-    patience: int = 8
+    eval_every: PositiveInt = 25
+    patience: Common[NonNegativeInt] = 8
     best_by: Literal["measure", "loss"] = "measure"
 
 
-@dataclass(kw_only=True)
+@settings
 class EvalConfig(PairFields):
     """Measure a model on a data set.
 
@@ -653,6 +896,9 @@ class EvalConfig(PairFields):
         temperature: 0 is greedy.
         stop: strings that end a completion.
         max_rows: completions decoded together.
+        seed: of sampling.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        dtype: float32, or bf16 for autocast where the processor or GPU has it.
         samples: write the completions to this JSON Lines file.
         json: print one JSON object.
     """
@@ -660,19 +906,19 @@ class EvalConfig(PairFields):
     model: str = ""
     data: str = ""
     metrics: list[str] = dataclasses.field(default_factory=lambda: ["bleu", "chrf", "rougeL", "exact"])
-    limit: int | None = None
-    max_tokens: int = 64
-    temperature: float = 0.0
-    stop: list[str] = dataclasses.field(default_factory=list)
-    max_rows: int = 256
-    seed: int = 0
+    limit: PositiveInt | None = None
+    max_tokens: PositiveInt = 64
+    temperature: NonNegativeFloat = 0.0
+    stop: Texts = dataclasses.field(default_factory=list)
+    max_rows: PositiveInt = 256
+    seed: Seed = 0
     device: str = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
     samples: str | None = None
     json: bool = False
 
 
-@dataclass(kw_only=True)
+@settings
 class ScoreConfig:
     """Rewards of completions that are already in a file.
 
@@ -699,12 +945,12 @@ class ScoreConfig:
     prompt_field: str | None = None
     completion_field: str | None = None
     reference_field: str | None = None
-    reward_seconds: float = 10.0
-    limit: int | None = None
+    reward_seconds: PositiveFloat = 10.0
+    limit: PositiveInt | None = None
     json: bool = False
 
 
-@dataclass(kw_only=True)
+@settings
 class SampleConfig:
     """Write completions.
 
@@ -720,27 +966,30 @@ class SampleConfig:
         prefix: text put before every prompt.
         separator: text between prompt and completion for decoder-only models.
         stop: strings that end a completion.
+        seed: of sampling.
+        device: auto, cpu, cuda, cuda:1 or mps.
+        dtype: float32, or bf16 for autocast where the processor or GPU has it.
         json: print one JSON object a completion, with its tokens and log-probabilities: a row for train --logged.
     """
 
     model: str = ""
     prompt: str = ""
     chat: bool = False
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 64
+    n: PositiveInt = 1
+    temperature: NonNegativeFloat = 1.0
+    top_p: PositiveShare = 1.0
+    top_k: NonNegativeInt = 0
+    max_tokens: PositiveInt = 64
     prefix: str = ""
     separator: str = "\n"
-    stop: list[str] = dataclasses.field(default_factory=list)
-    seed: int = 0
+    stop: Texts = dataclasses.field(default_factory=list)
+    seed: Seed = 0
     device: str = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
     json: bool = False
 
 
-@dataclass(kw_only=True)
+@settings
 class QuickstartConfig:
     """Pretrain, fine-tune and learn from instant reward on a built-in task: written-out English to Chinese.
 
@@ -756,16 +1005,16 @@ class QuickstartConfig:
     """
 
     out: str = "runs/quickstart"
-    seed: int = 0
+    seed: Seed = 0
     overwrite: bool = False
-    threads: int = 0
-    labelled: int = 600
-    prompts: int = 6000
-    minutes: float = 1.0
+    threads: NonNegativeInt = 0
+    labelled: Annotated[int, Interval(ge=1, le=100_000)] = 600
+    prompts: Annotated[int, Interval(ge=1, le=100_000)] = 6000
+    minutes: PositiveFloat = 1.0
     device: str = "auto"
 
 
-@dataclass(kw_only=True)
+@settings
 class AlgorithmsConfig:
     """The algorithms that `operant train` knows, what each needs and what it honours.
 
@@ -776,7 +1025,7 @@ class AlgorithmsConfig:
     json: bool = False
 
 
-@dataclass(kw_only=True)
+@settings
 class LiveConfig:
     """How the live learner turns feedback into steps. Every number is written into the record of each step.
 
@@ -812,33 +1061,33 @@ class LiveConfig:
         seed: of everything random.
     """
 
-    lr: float = 0.01
-    kl_budget: float = 0.02
-    drift_budget: float = 0.5
-    drift_versions: int = 200
-    likelihood_drop: float = 0.5
-    correction_band: float = 1.0
-    bad_weight: float = 0.2
-    baseline_rate: float = 0.1
-    beta: float = 0.1
-    sft_coef: float = 1.0
-    kl_coef: float = 0.1
-    anchor_coef: float = 0.0
-    score_low: float = 0.0
-    score_high: float = 1.0
-    batch_size: int = 16
-    min_sources: int = 1
-    influence_cap: float = 0.1
-    influence_window: float = 50.0
-    replay_events: int = 7
-    half_life: float = 0.0
-    max_grad_norm: float = 10.0
-    tokens_per_microbatch: int = 8192
-    keep: int = 5
-    seed: int = 0
+    lr: Common[NonNegativeFloat] = 0.01
+    kl_budget: Common[PositiveFloat] = 0.02
+    drift_budget: NonNegativeFloat = 0.5
+    drift_versions: PositiveInt = 200
+    likelihood_drop: NonNegativeFloat = 0.5
+    correction_band: NonNegativeFloat = 1.0
+    bad_weight: Share = 0.2
+    baseline_rate: Share = 0.1
+    beta: PositiveFloat = 0.1
+    sft_coef: NonNegativeFloat = 1.0
+    kl_coef: NonNegativeFloat = 0.1
+    anchor_coef: NonNegativeFloat = 0.0
+    score_low: Common[FiniteFloat] = 0.0
+    score_high: Common[FiniteFloat] = 1.0
+    batch_size: PositiveInt = 16
+    min_sources: Common[PositiveInt] = 1
+    influence_cap: PositiveShare = 0.1
+    influence_window: Annotated[float, Ge(1)] = 50.0
+    replay_events: NonNegativeInt = 7
+    half_life: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 10.0
+    tokens_per_microbatch: PositiveInt = 8192
+    keep: PositiveInt = 5
+    seed: Seed = 0
 
 
-@dataclass(kw_only=True)
+@settings
 class LearnerConfig(LiveConfig):
     """What the live learner works on, whoever starts it.
 
@@ -863,24 +1112,24 @@ class LearnerConfig(LiveConfig):
             machine for themselves in between.
     """
 
-    root: str = "runs/live"
-    store: str = ""
-    model: str = ""
+    root: Common[str] = "runs/live"
+    store: Common[str] = ""
+    model: Common[str] = ""
     anchors: str = ""
-    anchor_rows: int = 8
-    anchor_tokens: int = 32
-    heldout: str = ""
-    heldout_rows: int = 32
-    tolerance: float = 0.1
+    anchor_rows: PositiveInt = 8
+    anchor_tokens: PositiveInt = 32
+    heldout: Common[str] = ""
+    heldout_rows: PositiveInt = 32
+    tolerance: Share = 0.1
     prompt_field: str | None = None
     reference_field: str | None = None
-    device: str = "auto"
+    device: Common[str] = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
-    threads: int = 0
-    rest: float = 1.0
+    threads: NonNegativeInt = 0
+    rest: NonNegativeFloat = 1.0
 
 
-@dataclass(kw_only=True)
+@settings
 class WorkerConfig(LearnerConfig):
     """The learner process of the live loop: reads feedback, makes steps, publishes versions.
 
@@ -890,13 +1139,35 @@ class WorkerConfig(LearnerConfig):
         watch_stdin: look at the store when a line comes in, and leave when the input ends, as its parent then has.
     """
 
-    poll_seconds: float = 0.05
+    poll_seconds: PositiveFloat = 0.05
     once: bool = False
     watch_stdin: bool = False
 
 
-@dataclass(kw_only=True)
-class ServeConfig(LearnerConfig):
+@settings
+class TrialFields:
+    """How a new version earns the traffic.
+
+    Args:
+        canary_share: users, as a share of all, who are answered by a new version until ratings tell that it may serve
+            everybody, or may not; 0 lets each version serve at once.
+        shadow_share: share of the answers beside which a new version answers too, unseen, until `reward` tells; 0 as
+            above.
+        canary_alpha: how likely, at most, a worse version is promoted, or an equally good one refused as worse, however
+            often it is looked at.
+        canary_margin: a version is promoted when it is not worse by so much, on a scale from 0 to 1.
+        canary_pairs: pairs of ratings after which a version that is neither is refused.
+    """
+
+    canary_share: Common[Annotated[float, Interval(ge=0, le=0.5)]] = 0.0
+    shadow_share: Share = 0.0
+    canary_alpha: Annotated[float, Interval(gt=0, lt=0.5)] = 0.05
+    canary_margin: Annotated[float, Interval(ge=0, lt=1)] = 0.1
+    canary_pairs: PositiveInt = 1000
+
+
+@settings
+class ServeConfig(LearnerConfig, TrialFields):
     """Serve a model that learns from what people say about its answers.
 
     Args:
@@ -917,14 +1188,6 @@ class ServeConfig(LearnerConfig):
         separator: text between such a chat and its answer, for decoder-only models.
         reward: rate every stored answer with this too, on the scale of scores: a metric, a judge, a model, or
             module:function, as operant train names them. Nobody gives references here.
-        canary_share: users, as a share of all, who are answered by a new version until ratings tell that it may serve
-            everybody, or may not; 0 lets each version serve at once.
-        shadow_share: share of the answers beside which a new version answers too, unseen, until `reward` tells; 0 as
-            above.
-        canary_alpha: how likely, at most, a worse version is promoted, or an equally good one refused as worse, however
-            often it is looked at.
-        canary_margin: a version is promoted when it is not worse by so much, on a scale from 0 to 1.
-        canary_pairs: pairs of ratings after which a version that is neither is refused.
         implicit: module:function that reads a user's next message as a score of the answer before it, or as nothing.
         max_body: bytes of a request, at most.
         max_age_days: what was asked longer ago goes, with its feedback, but nothing that is pending. Steps that learned
@@ -933,34 +1196,29 @@ class ServeConfig(LearnerConfig):
         drain_seconds: how long answers under way may go on when the server is told to stop.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    name: str = "operant"
-    mode: Literal["personal", "shared"] = "personal"
-    chat_rate: float = 60.0
-    feedback_rate: float = 60.0
-    keys: str = ""
-    public_url: str = ""
-    link_days: float = 30.0
-    max_rows: int = 64
-    queue: int = 256
-    max_tokens: int = 256
+    host: Common[str] = "127.0.0.1"
+    port: Common[Annotated[int, Interval(ge=0, le=65535)]] = 8000
+    name: Common[str] = "operant"
+    mode: Common[Literal["personal", "shared"]] = "personal"
+    chat_rate: NonNegativeFloat = 60.0
+    feedback_rate: NonNegativeFloat = 60.0
+    keys: Common[str] = ""
+    public_url: Common[str] = ""
+    link_days: PositiveFloat = 30.0
+    max_rows: PositiveInt = 64
+    queue: PositiveInt = 256
+    max_tokens: Common[PositiveInt] = 256
     prefix: str = ""
     separator: str = "\n"
-    reward: str = ""
-    canary_share: float = 0.0
-    shadow_share: float = 0.0
-    canary_alpha: float = 0.05
-    canary_margin: float = 0.1
-    canary_pairs: int = 1000
+    reward: Common[str] = ""
     implicit: str = ""
-    max_body: int = 1 << 20
-    max_age_days: float = 0.0
-    max_bytes: int = 0
-    drain_seconds: float = 5.0
+    max_body: Annotated[int, Ge(1024)] = 1 << 20
+    max_age_days: Common[NonNegativeFloat] = 0.0
+    max_bytes: Common[NonNegativeInt] = 0
+    drain_seconds: NonNegativeFloat = 5.0
 
 
-@dataclass(kw_only=True)
+@settings
 class KeysConfig:
     """The API keys of a live server: list, add and remove them.
 
@@ -981,7 +1239,7 @@ class KeysConfig:
     json: bool = False
 
 
-@dataclass(kw_only=True)
+@settings
 class VersionsConfig:
     """List the versions that the live loop has published; compare, promote, roll back and pin them.
 
@@ -1000,19 +1258,19 @@ class VersionsConfig:
     """
 
     root: str = "runs/live"
-    compare: list[int] = dataclasses.field(default_factory=list)
-    evaluate: list[int] = dataclasses.field(default_factory=list)
+    compare: list[NonNegativeInt] = dataclasses.field(default_factory=list)
+    evaluate: list[NonNegativeInt] = dataclasses.field(default_factory=list)
     store: str = ""
-    promote: int | None = None
+    promote: NonNegativeInt | None = None
     roll_back: bool = False
-    anchor: int | None = None
+    anchor: NonNegativeInt | None = None
     pin: str = ""
     unpin: str = ""
-    version: int | None = None
+    version: NonNegativeInt | None = None
     json: bool = False
 
 
-@dataclass(kw_only=True)
+@settings
 class ReplayConfig:
     """Prove versions: make each again from its record and its parent, and compare every weight.
 
@@ -1033,14 +1291,14 @@ class ReplayConfig:
     root: str = "runs/live"
     store: str = ""
     verify: bool = True
-    version: int | None = None
-    tolerance: float = 1e-4
+    version: NonNegativeInt | None = None
+    tolerance: Share = 1e-4
     device: str = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
     json: bool = False
 
 
-@dataclass(kw_only=True)
+@settings
 class ForgetConfig:
     """Forget a source: what it said, what it asked, and what the weights have learned from it.
 
@@ -1063,11 +1321,11 @@ class ForgetConfig:
     source: str = ""
     device: str = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
-    threads: int = 1
+    threads: PositiveInt = 1
     json: bool = False
 
 
-@dataclass(kw_only=True)
+@settings
 class FeedbackConfig:
     """Look into a store of feedback; export, import, back up and prune it.
 
@@ -1093,16 +1351,16 @@ class FeedbackConfig:
 
     store: str = ""
     root: str = ""
-    score_low: float = 0.0
-    score_high: float = 1.0
+    score_low: FiniteFloat = 0.0
+    score_high: FiniteFloat = 1.0
     event: str = ""
     export: str = ""
     form: Literal["lines", "events", "pairs", "ratings", "rewards"] = "lines"
-    midpoint: float = 0.5
+    midpoint: FiniteFloat = 0.5
     load: str = ""
     format: Literal["lines", "langfuse", "langsmith", "tensorzero"] = "lines"
     metric: str = ""
     backup: str = ""
-    max_age_days: float = 0.0
-    max_bytes: int = 0
+    max_age_days: NonNegativeFloat = 0.0
+    max_bytes: NonNegativeInt = 0
     json: bool = False

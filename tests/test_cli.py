@@ -238,13 +238,13 @@ def test_folders_without_the_split(fault: Callable[..., str], tmp_path: Path) ->
 @pytest.mark.parametrize("command", ["sft", "train", "eval"])
 def test_a_wrong_field_names_the_nearest(command: str, fault: Callable[..., str]) -> None:
     line = fault(command, "--prompt_field", "promt")
-    assert "did you mean 'prompt'?" in line and "--prompt-field" in line
-    assert "--reference-field" in fault(command, "--reference-field", "nothing_like_it")
+    assert "did you mean 'prompt'?" in line and "--prompt_field" in line
+    assert "--reference_field" in fault(command, "--reference-field", "nothing_like_it")
 
 
 def test_other_columns(fault: Callable[..., str], tmp_path: Path) -> None:
     bare = write_rows(tmp_path / "bare.jsonl", [{"prompt": "a"}] * 4)
-    assert "--reference-field" in fault("sft", "--data", bare)
+    assert "--reference_field" in fault("sft", "--data", bare)
     assert "needs references" in fault("train", "--data", bare)
     assert "--reference_field" in fault("eval", "--data", bare)
     assert "did you mean 'prompt'?" in fault("pretrain", "--text_field", "promt")

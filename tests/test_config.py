@@ -1,43 +1,74 @@
-"""Configurations: every field described, YAML both ways, and numbers that no run can use."""
+"""Configurations: every setting described and every number in its range, by flag, by YAML and in Python."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 import yaml
+from program import Program
 
 from operant import config as configs
+from operant.cli import EXAMPLES
 from operant.types import OperantError
 
-STAGES = [
-    configs.PretrainConfig, configs.SftConfig, configs.PreferConfig, configs.TrainConfig, configs.EvalConfig,
-    configs.ScoreConfig, configs.SampleConfig, configs.QuickstartConfig, configs.LiveConfig, configs.WorkerConfig,
-    configs.VersionsConfig,
-]  # fmt: skip
+COMMANDS = {name: cls for name, (cls, _, _) in EXAMPLES.items()}
+CLASSES = [c for n, c in vars(configs).items() if n.endswith(("Config", "Fields")) and dataclasses.is_dataclass(c)]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_defaults_are_valid_and_survive_yaml(stage: type) -> None:
-    config = stage()
-    configs.check_numbers(config)
-    assert stage(**yaml.safe_load(configs.to_yaml(config))) == config
+def kinds(hint: Any, limited: bool = False) -> Iterator[tuple[type, bool]]:
+    """Every plain type in a type, with whether it has been annotated; written apart from the module's own reading."""
+    if get_origin(hint) is Annotated:
+        base, *notes = get_args(hint)
+        yield from kinds(base, any(type(note).__module__ == "annotated_types" for note in notes))
+    elif get_args(hint) and not isinstance(get_args(hint)[0], str | int):
+        for inner in get_args(hint):
+            yield from kinds(inner)
+    elif isinstance(hint, type):
+        yield hint, limited
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_configuration_is_read_from_a_file(stage: type, tmp_path: Path) -> None:
-    (tmp_path / "kept.yaml").write_text(configs.to_yaml(stage()), encoding="utf-8")
-    assert configs.load_config(tmp_path / "kept.yaml", stage) == stage()
+def numbers(cls: type) -> list[str]:
+    return [n for n, t in configs.setting_types(cls).items() if {int, float} & {kind for kind, _ in kinds(t)}]
+
+
+def test_the_program_is_what_is_tested() -> None:
+    assert set(COMMANDS.values()) < set(CLASSES) and configs.WorkerConfig in CLASSES
+    assert numbers(configs.VersionsConfig) == ["compare", "evaluate", "promote", "anchor", "version"]
+    assert {"max_age_days", "max_bytes"} <= set(numbers(configs.FeedbackConfig)) & set(numbers(configs.ServeConfig))
+    assert len(numbers(configs.TrainConfig)) > 50
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_defaults_are_valid_and_survive_yaml(cls: type) -> None:
+    config = cls()
+    configs.check_settings(config)
+    assert cls(**yaml.safe_load(configs.to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_configuration_is_read_from_a_file(cls: type, tmp_path: Path) -> None:
+    (tmp_path / "kept.yaml").write_text(configs.to_yaml(cls()), encoding="utf-8")
+    assert configs.load_config(tmp_path / "kept.yaml", cls) == cls()
+
+
+def test_a_file_may_have_former_names_and_dashes(tmp_path: Path) -> None:
+    (tmp_path / "old.yaml").write_text("max_sick_steps: 7\nprompt-field: en\nlr: 1e-4\n")
+    config = configs.load_config(tmp_path / "old.yaml", configs.SftConfig)
+    assert (config.max_nonfinite_steps, config.prompt_field, config.lr) == (7, "en", 1e-4)
 
 
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("lrr: 3", "lrr"), ("lr: fast", "lr"), ("lr: -1", "lr is -1.0"), ("- lr", "lr"), ("lr: [", "parsing"),
-        (None, "No such file"), (b"\xff", "utf-8"),
+        (None, "No such file"), (b"\xff", "utf-8"), ("max_sick_steps: 7\nmax_nonfinite_steps: 8", "two names"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_configuration(text: str | bytes | None, told: str, tmp_path: Path) -> None:
@@ -47,43 +78,119 @@ def test_a_file_that_is_no_configuration(text: str | bytes | None, told: str, tm
         configs.load_config(tmp_path / "c.yaml", configs.TrainConfig)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_field_of_a_number_has_a_range_or_needs_none(stage: type) -> None:
-    """A new number without a range would let nonsense through: give it one, or name it here."""
-    free: set[str] = {"beta"}
-    numbers = {
-        f.name for f in dataclasses.fields(stage)
-        if isinstance(f.default, int | float) and not isinstance(f.default, bool)
-    }  # fmt: skip
-    assert numbers - set(configs._NUMBERS) <= free
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_number_has_its_range_on_its_field(cls: type) -> None:
+    for name, hint in configs.setting_types(cls).items():
+        assert all(limited for kind, limited in kinds(hint) if kind in (int, float)), name
+
+
+@pytest.mark.parametrize("hint", ["int", "float | None", "list[int]", "float | Literal['auto']", "Annotated[int, 'x']"])
+def test_a_number_without_a_range_cannot_be_written(hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        pass
+
+    Wrong.__module__ = configs.__name__
+    Wrong.__annotations__ = {"amount": hint}
+    Wrong.amount = None  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match=r"Wrong\.amount is a number without a range"):
+        configs.settings(Wrong)
+
+
+def outside(cls: type, setting: str) -> Any:
+    """A value of the right kind that the setting refuses. Every number refuses an infinity at the least."""
+    for value in (-2, 10**30, math.inf):
+        given = [value] if "list" in configs.describe(configs.setting_types(cls)[setting]) else value
+        try:
+            cls(**{setting: given})
+        except OperantError:
+            return given
+    raise AssertionError(f"{cls.__name__}.{setting} takes every number")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_number_is_checked_in_python(cls: type) -> None:
+    for setting in numbers(cls):
+        for wrong in (outside(cls, setting), math.nan, math.inf, -math.inf, 10**400, "many", True, [1, "two"]):
+            with pytest.raises(OperantError, match=rf"^{setting} is .*; it must be .*: correct --{setting}$"):
+                cls(**{setting: wrong})
+            config = cls()
+            setattr(config, setting, wrong)
+            with pytest.raises(OperantError, match=f"^{setting} is "):
+                configs.check_settings(config)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in COMMANDS.items() if numbers(cls)])
+def test_every_command_checks_its_numbers_whoever_gives_them(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By flag, by YAML and in Python, in one line that names the flag. The command itself is never called."""
+    program, cls, file = Program(capsys), COMMANDS[name], tmp_path / "given.yaml"
+    for setting in numbers(cls):
+        value = outside(cls, setting)
+        with pytest.raises(OperantError, match=rf"{setting} is .*; it must be .*correct --{setting}$") as fault:
+            cls(**{setting: value})
+        assert "\n" not in str(fault.value)
+        line = program.fault(name, f"--{setting}", str(value).replace("inf", ".inf"))  # as YAML spells it
+        assert re.fullmatch(rf"{setting} is .*; it must be .*: correct --{setting}", line), line
+        file.write_text(yaml.safe_dump({setting: value}))
+        assert program.fault(name, "--config", file) == line
+
+
+def test_every_setting_says_what_it_is() -> None:
+    for name, cls in COMMANDS.items():
+        told = "\n".join(inspect.getdoc(one) or "" for one in cls.__mro__)
+        assert not [n for n in configs.setting_types(cls) if f"    {n}: " not in told], name
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("settings", "told"),
     [
-        ("steps", 0), ("group_size", -1), ("lr", -0.1), ("lr", float("nan")), ("lr", float("inf")), ("gamma", 1.1),
-        ("top_p", 0.0), ("seed", -1), ("seed", 2**63), ("eval_every", 0), ("keep", 0), ("max_grad_norm", 0.0),
-        ("reward_seconds", 0.0), ("temperature", -1.0), ("limit", 0), ("threads", -1), ("reward_workers", -2),
+        ({"lr": -1}, "lr is -1; it must be 0 or more, or auto: correct --lr"),
+        ({"steps": 1.5}, "steps is 1.5; it must be a whole number, 1 or more: correct --steps"),
+        ({"top_p": 0.0}, "top_p is 0.0; it must be more than 0 and at most 1: correct --top_p"),
+        ({"seed": 2**63}, f"seed is {2**63}; it must be between 0 and 2^63 - 1: correct --seed"),
+        ({"limit": 0}, "limit is 0; it must be 1 or more, or null: correct --limit"),
+        ({"beta": math.inf}, "beta is inf; it must be finite, or auto: correct --beta"),
+        ({"lam": "most"}, "lam is 'most'; it must be a number, between 0 and 1, or auto: correct --lam"),
+        ({"stop": "END"}, "stop is 'END'; it must be a list of texts, each not empty: correct --stop"),
+        ({"stop": ["a", ""]}, "stop is ['a', '']; it must be a list of texts, each not empty: correct --stop"),
     ],
-)  # fmt: skip
-def test_numbers_out_of_range_are_refused_by_name(name: str, value: float) -> None:
-    with pytest.raises(OperantError, match=re.escape(f"{name} is {value}; it must be ")) as fault:
-        configs.check_numbers(configs.TrainConfig(**{name: value}))
-    assert "\n" not in str(fault.value) and f"--{name}" in str(fault.value)
+)
+def test_refusals_say_what_may_be(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(OperantError, match=f"^{re.escape(told)}$"):
+        configs.TrainConfig(**settings)
 
 
-@pytest.mark.parametrize("value", ["END", [""], ["a", ""]])
-def test_stop_strings_are_a_list_without_empty_ones(value: Any) -> None:
-    """A text would stop at each of its letters, an empty one everywhere."""
-    with pytest.raises(OperantError, match="must be a list of texts"):
-        configs.check_numbers(configs.TrainConfig(stop=value))
-    configs.check_numbers(configs.TrainConfig(stop=["END"]))
+@pytest.mark.parametrize(("block", "allowed"), [(0, True), (1, False), (2, True), (-2, False)])
+def test_a_block_is_left_out_or_has_room_for_a_step(block: int, allowed: bool) -> None:
+    if allowed:
+        assert configs.PretrainConfig(block=block).block == block
+    else:
+        with pytest.raises(OperantError, match="it must be 2 or more, or 0"):
+            configs.PretrainConfig(block=block)
 
 
 def test_edges_are_allowed() -> None:
-    configs.check_numbers(
-        configs.TrainConfig(
-            gamma=0.0, top_p=1.0, seed=2**63 - 1, eval_prompts=0, log_samples=0, lr=0.0, reward_workers=-1, limit=None
-        )
-    )
-    configs.check_numbers(configs.PretrainConfig(block=2, max_length=2, mean_span=1.0))
+    configs.TrainConfig(
+        gamma=0.0, top_p=1.0, seed=2**63 - 1, eval_prompts=0, log_samples=0, lr=0.0, reward_workers=-1, limit=None,
+        stop=["END"], lam="auto",
+    )  # fmt: skip
+    configs.PretrainConfig(max_length=2, mean_span=1.0)
+
+
+def test_former_names_are_read() -> None:
+    assert configs.SftConfig(max_sick_steps=5).max_nonfinite_steps == 5  # type: ignore[call-arg]
+    assert configs.current_names({"max-sick-steps": 5, "prompt-field": "en"}) == {
+        "max_nonfinite_steps": 5, "prompt_field": "en",
+    }  # fmt: skip
+    with pytest.raises(OperantError, match="max_nonfinite_steps is given under two names"):
+        configs.current_names({"max_sick_steps": 1, "max_nonfinite_steps": 2})
+
+
+def test_what_a_stored_configuration_lacks_is_what_was_in_force() -> None:
+    """A key younger than the run has its default, unless something else held before there was the key."""
+    stored = dataclasses.asdict(configs.TrainConfig(lr=0.5))
+    for young in ("fisher_share", "clock", "stop", "max_nonfinite_steps"):
+        del stored[young]
+    whole = configs.completed(configs.TrainConfig, stored | {"max_sick_steps": 7})
+    assert whole == dataclasses.asdict(configs.TrainConfig(lr=0.5, fisher_share=1.0, max_nonfinite_steps=7))

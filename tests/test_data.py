@@ -327,10 +327,10 @@ def test_too_long_prompts(codec: Codec) -> None:
 def test_wrong_field(codec: Codec) -> None:
     with pytest.raises(OperantError, match=r"no column 'promt': did you mean 'prompt'\? the columns are") as fault:
         load_prompts(ROWS, codec, Fields(prompt="promt"))
-    assert "--prompt-field" in one_line(fault)
-    with pytest.raises(OperantError, match="--reference-field"):
+    assert "--prompt_field" in one_line(fault)
+    with pytest.raises(OperantError, match="--reference_field"):
         load_prompts(ROWS, codec, Fields(references="refs"))
-    with pytest.raises(OperantError, match="the columns are en, de; choose with --prompt-field"):
+    with pytest.raises(OperantError, match="the columns are en, de; choose with --prompt_field"):
         load_prompts([{"en": "a", "de": "b"}], codec)
     with pytest.raises(OperantError, match="row 2 has nothing in the column 'prompt'"):
         load_prompts([{"prompt": "a"}, {"prompt": None}], codec)
@@ -371,7 +371,7 @@ def test_too_long_completions(codec: Codec) -> None:
 
 
 def test_pairs_need_completions(codec: Codec) -> None:
-    with pytest.raises(OperantError, match=r"row 5 has no completion: the columns are prompt, id; .*--reference-field"):
+    with pytest.raises(OperantError, match=r"row 5 has no completion: the columns are prompt, id; .*--reference_field"):
         load_pairs([{"prompt": "a", "id": 5}], codec)
 
 
@@ -381,7 +381,7 @@ def test_texts() -> None:
     assert load_texts(rows, Fields(text="body")) == ["x", "y", "z"]
     with pytest.raises(OperantError, match="no column 'txt': did you mean 'text'"):
         load_texts(rows, Fields(text="txt"))
-    with pytest.raises(OperantError, match=r"no column 'text': the columns are prompt, completion; .*--text-field"):
+    with pytest.raises(OperantError, match=r"no column 'text': the columns are prompt, completion; .*--text_field"):
         load_texts(ROWS)
     with pytest.raises(OperantError, match="every text in the column 'text' is empty"):
         load_texts([{"text": " "}])

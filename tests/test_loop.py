@@ -605,7 +605,7 @@ def test_sick_steps_are_skipped_counted_and_rolled_back(make_policy: Callable[..
             )
         return False
 
-    config = settings(tmp_path / "run", steps=20, save_every=2, max_sick_steps=3)
+    config = settings(tmp_path / "run", steps=20, save_every=2, max_nonfinite_steps=3)
     with pytest.raises(OperantError, match=r"3 steps in a row were non-finite.*rolled back to step 2"):
         train(policy, PROMPTS, quick(share_of_even), config, callbacks=[poison], quiet=True)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))

@@ -159,7 +159,7 @@ def test_what_a_rating_pays(kind: str, value: Any, share: float | None) -> None:
     ("row", "told"),
     [
         ({"prompt": "a", "completion": "b"}, "there is no column 'label'"),
-        ({"prompt": "a", "answer": "b", "label": 1}, "choose with --completion-field"),
+        ({"prompt": "a", "answer": "b", "label": 1}, "choose with --completion_field"),
         ({"prompt": "a", "completion": "b", "label": 0.5}, "row 1 has 0.5 in the column 'label'"),
         ({"prompt": "a", "completion": "b", "label": None}, "row 1 has nothing in the column 'label'"),
         ({"prompt": "a", "completion": "", "label": 1}, "row 1 has an empty text"),
@@ -174,9 +174,9 @@ def test_bad_ratings_are_refused_in_one_line(codec: Codec, row: dict[str, Any], 
 
 def test_a_wrong_field_names_the_nearest(codec: Codec) -> None:
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    with pytest.raises(OperantError, match=r"did you mean 'chosen'\?.*--chosen-field"):
+    with pytest.raises(OperantError, match=r"did you mean 'chosen'\?.*--chosen_field"):
         load_preferences([row], codec, Fields(chosen="chose"))
-    with pytest.raises(OperantError, match="--completion-field"):
+    with pytest.raises(OperantError, match="--completion_field"):
         load_ratings([row | {"label": 1}], codec, Fields(completion="answer"))
 
 

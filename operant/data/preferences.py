@@ -144,11 +144,11 @@ def load_ratings(
     if not rows:
         raise OperantError("there are no rows: give data with at least one row")
     label = find_column(rows, "label", fields.label)
-    answer = find_column(rows, "completion", fields.completion, "--completion-field")
+    answer = find_column(rows, "completion", fields.completion, "--completion_field")
     if label is None or answer is None:
         if all(find_column(rows, side, getattr(fields, side)) is not None for side in ("chosen", "rejected")):
             return unpaired(load_preferences(rows, codec, fields, written, max_tokens=max_tokens))
-        missing, flag = ("label", "--label-field") if label is None else ("completion", "--completion-field")
+        missing, flag = ("label", "--label_field") if label is None else ("completion", "--completion_field")
         raise OperantError(no_column(rows, missing, missing, flag))
     made = _rated_rows(rows, _prompt_column(rows, fields), answer, label)
     out = []
@@ -196,7 +196,7 @@ def _pair_rows(rows: Sequence[Row], fields: Fields) -> tuple[list[Row], bool]:
             if not asked.strip():
                 raise OperantError(
                     f"row {number} has no prompt: {chosen!r} and {rejected!r} begin with different words; "
-                    "add a column prompt, or choose one with --prompt-field"
+                    "add a column prompt, or choose one with --prompt_field"
                 )
         else:
             asked = _asked(row, prompt, number)
@@ -235,7 +235,7 @@ def _prompt_column(rows: Sequence[Row], fields: Fields) -> str | None:
 
 def _asked(row: Row, prompt: str | None, number: int) -> Any:
     if prompt is None:
-        raise OperantError(f"row {number} has no prompt: add a column prompt, or choose one with --prompt-field")
+        raise OperantError(f"row {number} has no prompt: add a column prompt, or choose one with --prompt_field")
     return cell(row, prompt)
 
 

@@ -322,7 +322,7 @@ def load_pairs(
         if not answers:
             raise OperantError(
                 f"row {prompt.id} has no completion: the columns are {', '.join(columns_of(rows)[:20])}; "
-                "choose with --reference-field"
+                "choose with --reference_field"
             )
         owners.extend([prompt] * len(answers))
         texts.extend(answers)
@@ -422,5 +422,5 @@ def load_texts(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
             )
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise OperantError(f"every text in the column {column!r} is empty: choose another with --text-field")
+        raise OperantError(f"every text in the column {column!r} is empty: choose another with --text_field")
     return texts

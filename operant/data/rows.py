@@ -449,7 +449,7 @@ def no_column(rows: Sequence[Row], role: str, wanted: str, flag: str = "") -> st
         wanted.lower(), [column for column in columns if column == column.lower()], n=1
     )
     hint = f"did you mean {near[0]!r}? " if near else ""
-    flag = flag or f"--{'reference' if role in ('references', 'completion') else role}-field"
+    flag = flag or f"--{'reference' if role in ('references', 'completion') else role}_field"
     return f"there is no column {wanted!r}: {hint}the columns are {', '.join(columns[:20])}; choose with {flag}"
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_numbers
+from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_settings
 from operant.live.serving.access import Keys, Links, check_listening
 from operant.live.storage.versions import Versions
 from operant.run.files import replace_file
@@ -57,7 +57,7 @@ def serve(config: ServeConfig) -> None:
     Raises OperantError, before anything is loaded, for an address that is taken or that others reach without keys, a
     model that is not there, and an extra that is not installed.
     """
-    check_numbers(config)
+    check_settings(config)
     _check_installed()
     check_listening(config.host, _keys(config))
     os.umask(0o077)  # what people said is for nobody else on this machine, nor is what was learned from it

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from operant.algorithms.learner import Learner, Trainable
-from operant.config import RunConfig, check_numbers, to_yaml
+from operant.config import RunConfig, check_settings, to_yaml
 from operant.models.policy import settle_adapter
 from operant.run import checkpoint
 from operant.run.report import write_report
@@ -75,7 +75,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, stage: str, *, quiet: bool = False) -> None:
-        check_numbers(config)
+        check_settings(config)
         self.config, self.stage, self.quiet = config, stage, quiet
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -287,12 +287,12 @@ class Run:
                 self._progress.note(
                     f"step {self.step} skipped: {stats.reason}" + (f" ({in_row} in a row)" if in_row else "")
                 )
-        if self.learner.skipped_in_row >= self.config.max_sick_steps:
+        if self.learner.skipped_in_row >= self.config.max_nonfinite_steps:
             good = checkpoint.latest(self.folder.checkpoints)
             if good is not None:
                 self._load(good)
             self.stop(
-                f"{self.config.max_sick_steps} steps in a row were non-finite ({stats.reason}); "
+                f"{self.config.max_nonfinite_steps} steps in a row were non-finite ({stats.reason}); "
                 f"rolled back to step {self.step}. Try a lower --lr",
                 failed=True,
             )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from operant.config import TrainConfig, check_numbers
+from operant.config import TrainConfig, check_settings
 from operant.data.prompts import Pair, load_fitting_pairs, load_fitting_prompts, row_ids
 from operant.data.rows import Fields, Row, load_rows, load_split_rows
 from operant.models.policy import Policy
@@ -27,7 +27,7 @@ def train_from(config: TrainConfig, *, callbacks: Sequence[Callback] = (), quiet
     Raises OperantError where `train` does, when no model or data is named or two sources of prompts are, and when what
     is named cannot be loaded.
     """
-    check_numbers(config)
+    check_settings(config)
     if not config.model:
         raise OperantError("--model is missing; give a model folder or hub id to start from")
     rows, dev_rows = _rows(config)

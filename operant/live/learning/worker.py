@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from operant.algorithms.learner import Learner, Sgd
-from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_numbers
+from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_settings
 from operant.data.feedback_log import FeedbackLog, line_of
 from operant.data.prompts import load_fitting_prompts
 from operant.data.rows import Fields, load_rows
@@ -224,7 +224,7 @@ class Worker:
     def __init__(
         self, config: WorkerConfig, source: EventSource, say: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
-        check_numbers(config)
+        check_settings(config)
         self.config, self.source = config, source
         self.say = say or _print
         self.versions = Versions(config.root, config.keep)
