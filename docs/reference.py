@@ -15,11 +15,11 @@ HERE = Path(__file__).parent
 PROGRAM = [sys.executable, "-m", "operant.cli"]
 
 
-def help_of(*command: str) -> str:
+def help_of(*arguments: str) -> str:
     # A fixed width and no colour, so that the page is the same on every terminal.
     environment = os.environ | {"COLUMNS": "110", "NO_COLOR": "1", "PYTHONHASHSEED": "0"}
     return subprocess.run(
-        [*PROGRAM, *command, "--help"], capture_output=True, text=True, check=True, env=environment
+        [*PROGRAM, *arguments], capture_output=True, text=True, check=True, env=environment
     ).stdout.strip()
 
 
@@ -37,7 +37,7 @@ def signature(value: object) -> str:
 
 
 def reference() -> str:
-    program = help_of()
+    program = help_of("--help")
     parts = [
         "# Reference",
         "Written by `make docs` from the program; do not edit.",
@@ -45,7 +45,7 @@ def reference() -> str:
         f"```\n{program}\n```",
     ]
     for name in commands(program):
-        parts += [f"### operant {name}", f"```\n{help_of(name)}\n```"]
+        parts += [f"### operant {name}", f"```\n{help_of(name, '--help', 'all')}\n```"]
     parts.append("## Python")
     for name in operant.__all__:
         value = getattr(operant, name)

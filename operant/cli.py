@@ -8,6 +8,7 @@ import datetime
 import functools
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -234,7 +235,7 @@ def _parse(given: list[str]) -> tuple[str, Any]:
     import jsonargparse
 
     words = _normalised(given)
-    everything = "--help" in words and words[words.index("--help") :][1:2] == ["all"]
+    everything = any(flag in ("--help", "-h") and value == "all" for flag, value in itertools.pairwise(words))
     parser = build_parser(given[0] if given and given[0] in EXAMPLES else "", everything=everything)
     if not given:
         parser.print_help()

@@ -13,13 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from program import ON_CPU, QUIET_RUN, Program, pairs, read_rows, write_rows
 
+from operant import config as configs
 from operant.cli import EXAMPLES, main
+from operant.live.storage.store import Store
 from operant.models.policy import Policy
+from operant.types import Completion, Prompt
 
 COMMANDS = list(EXAMPLES)
 
@@ -83,6 +87,41 @@ def test_help_is_quick_and_shows_an_example() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_what_most_people_need_and_all_on_request(command: str, program: Program) -> None:
+    everything = configs.setting_types(EXAMPLES[command][0])
+    short, long = (program(command, *words).out for words in (["--help"], ["-h", "all"]))
+    for text in (short, long):
+        assert text.rstrip().endswith(f"Example:\n  {EXAMPLES[command][2]}")
+    shown = re.findall(r"^  --(\w+)", short, re.MULTILINE)
+    assert 3 <= len(shown) <= 30 and {"config", "print_config"} <= set(shown)
+    assert set(everything) <= set(re.findall(r"--(\w+)", long))
+    assert (f"All {len(everything)} settings: operant {command} --help all" in short) == (len(everything) > 30)
+    if command == "train":
+        assert {"model", "data", "reward", "steps", "lr", "out"} <= set(shown) and "damping" not in shown
+        assert "\nThe trust region of trpo:\n  --delta DELTA " in long and "(number, 0 or more, or auto;" in " ".join(
+            long.split()
+        )
+
+
+def test_numbers_that_would_delete_answers_are_refused(program: Program, tmp_path: Path) -> None:
+    """A store has lost all its answers to --max_age_days -1."""
+    file = tmp_path / "store.db"
+    with Store(file) as store:
+        store.begin("c", Prompt("p", np.array([1]), text="hello"), None, created=1.0)
+        store.complete(Completion("c", "p", "hi", np.array([2]), np.array([2])))
+        kept = store.counts()
+    for name, value in (("max_age_days", -1), ("max_bytes", -1), ("max_age_days", ".nan"), ("max_bytes", -(10**30))):
+        line = program.fault("feedback", "--store", file, f"--{name}", value)
+        assert f"{name} is " in line and f"it must be 0 or more: correct --{name}" in line
+        root = tmp_path / "live"
+        assert f"correct --{name}" in program.fault("serve", "--root", root, "--model", "m", f"--{name}", value)
+        assert not root.exists()
+    with Store(file) as store:
+        assert store.counts() == kept and kept["completions"] == 1
+        assert store.prune(max_age_s=1)["completions"] == 1  # it could have gone
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_examples_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import shlex
 
@@ -96,13 +135,28 @@ def test_flags_win_over_yaml_and_both_over_defaults(tmp_path: Path, monkeypatch:
     seen: list[Any] = []
     monkeypatch.setitem(sys.modules["operant.cli"].COMMANDS, "train", seen.append)
     file = tmp_path / "my.yaml"
-    file.write_text('steps: 7\nlr: 0.25\ndense: true\nstop: ["\\n", END]\nbeta: 0.5\n')
+    file.write_text('steps: 7\nlr: 0.25\ndense: true\nstop: ["\\n", END]\nbeta: 0.5\nreference-field: de\n')
     main(["train", "--config", str(file), "--steps", "9", "--prompt-field", "en", "--resume"])
     (config,) = seen
     assert (config.steps, config.lr, config.dense, config.stop, config.beta) == (9, 0.25, True, ["\n", "END"], 0.5)
     assert config.prompt_field == "en" and config.resume is True and config.group_size == 4
-    main(["train", "--dense", "false", "--resume=true", "--overwrite", "--lr", "1e-4"])
+    assert config.reference_field == "de"
+    main(
+        [
+            "train",
+            "--dense",
+            "false",
+            "--prompt-field=de",
+            "--max-sick-steps",
+            "7",
+            "--resume=true",
+            "--overwrite",
+            "--lr",
+            "1e-4",
+        ]
+    )
     assert (seen[1].dense, seen[1].resume, seen[1].overwrite, seen[1].lr) == (False, True, True, 1e-4)
+    assert (seen[1].prompt_field, seen[1].max_nonfinite_steps) == ("de", 7)
 
 
 @pytest.mark.parametrize("word", ["# A heading", "null", "~", "#hashtag"])
@@ -173,6 +227,8 @@ def test_no_arguments_show_the_help(program: Program) -> None:
         (["train", "--steps", "many"], "many"),
         (["train", "--steps", "1.5"], "1.5"),
         (["train", "--lr", "nan"], "lr"),
+        (["train", "--lr=-1"], "lr is -1.0; it must be 0 or more, or auto: correct --lr"),
+        (["train", "--max_sick_steps", "1", "--max_nonfinite_steps", "many"], "--max_nonfinite_steps"),
         (["train", "stray"], "stray"),
         (["train", "--kl_in", "los"], "reward | loss"),
         (["train"], "--model is missing"),

@@ -23,7 +23,7 @@ from operant.algorithms.q_learning import QEstimator
 from operant.algorithms.surrogate import Surrogate
 from operant.algorithms.table import AlgorithmSettings, places_tokens, resolve
 from operant.algorithms.trust_region import TrustRegion
-from operant.config import TrainConfig
+from operant.config import TrainConfig, current_names
 from operant.data.batch import drawn, microbatches, select_rows
 from operant.data.prompts import Pair
 from operant.models.policy import Policy
@@ -95,7 +95,7 @@ def train(
     fit the model or share an id, for a log that the policy cannot read or learn from, and when every reward of several
     steps in a row was missing.
     """
-    config = dataclasses.replace(config or TrainConfig(), **options)
+    config = dataclasses.replace(config or TrainConfig(), **current_names(options))
     prompts, dev_prompts, pairs, logged = list(prompts), list(dev_prompts), list(pairs), list(logged)
     if config.environment:
         if prompts or reward is not None or dev_prompts or pairs:
