@@ -96,7 +96,7 @@ def test_auto_is_what_the_papers_say(options: dict[str, Any], dense: bool, basel
         ({"lam": 0.9}, False, "--algorithm ppo or a2c"),
         ({"critic_lr": 1e-3, "algorithm": "ppo", "baseline": "leave_one_out"}, False, "its own baseline"),
         ({"bootstrap": True, "algorithm": "grpo"}, False, "leave --bootstrap out"),
-        ({"algorithm": "ppo", "lam": 1.5}, False, "λ of the advantage estimate lies between 0 and 1"),
+        ({"algorithm": "ppo", "lam": 1.5}, False, "lam is 1.5; it must be between 0 and 1"),
         ({"algorithm": "topr"}, True, "sum a dense reward"),
         ({"algorithm": "areinforce", "gamma": 0.9}, False, "ignores the discount"),
         ({"algorithm": "dr_grpo"}, True, "sum a dense reward"),

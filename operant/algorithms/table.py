@@ -293,13 +293,6 @@ def _named(config: TrainConfig) -> Algorithm:
         given = getattr(config, name)
         if given not in ("auto", *allowed):
             raise OperantError(f"unknown {name} {given!r}{nearest(given, list(allowed))}")
-    for name in ("group_size", "prompts_per_step", "epochs", "minibatches", "steps", "max_tokens", "dynamic_rounds"):
-        if getattr(config, name) < 1:
-            raise OperantError(f"{name} is {getattr(config, name)}; it must be at least 1")
-    if not 0.0 <= config.gamma <= 1.0:
-        raise OperantError(f"gamma is {config.gamma}; a discount lies between 0 and 1")
-    if config.lam != "auto" and not 0.0 <= config.lam <= 1.0:
-        raise OperantError(f"lam is {config.lam}; λ of the advantage estimate lies between 0 and 1")
     return algorithm
 
 
