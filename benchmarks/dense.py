@@ -154,9 +154,9 @@ def measure(name: str) -> None:
         points.append({"step": step, "return": metrics["train/reward_mean"], "length": metrics["train/length"]})
 
     def summed(prompt: Prompt, completion: Any) -> float:
-        from operant.rewards import replay
+        from operant.rewards import run_stream
 
-        return float(replay(syntax, prompt, completion)[0].sum())
+        return float(run_stream(syntax, prompt, completion)[0].sum())
 
     config = TrainConfig(
         out=str(out), seed=seed, steps=STEPS, prompts_per_step=16, group_size=4, max_tokens=TOKENS, lr=3e-4,

@@ -23,6 +23,7 @@ def test_correlations_against_numpy_and_by_hand() -> None:
     # ranks of x: 1, 2.5, 2.5, 4; of y: 4, 3, 2, 1
     assert spearman([1, 5, 5, 9], [8, 7, 6, 5]) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [4, 3, 2, 1])[0, 1])
     assert spearman(x, np.exp(x)) == pytest.approx(1.0)
+    assert np.isnan(pearson([1.0, 1.0 + 1e-15], [0.0, 1.0], noise=1e-12, undefined=np.nan))
     assert pearson([1.0, 1.0], [0.0, 1.0]) == 0.0 and pearson([1.0], [2.0]) == 0.0
 
 

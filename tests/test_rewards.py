@@ -37,10 +37,10 @@ from operant.rewards import (
     distinct_n,
     has_potential,
     optimised_metrics,
-    replay,
     reward_by_name,
     reward_names,
     reward_trajectory,
+    run_stream,
 )
 from operant.types import Completion, OperantError, Prompt, Span
 
@@ -303,9 +303,9 @@ class NoShouting:
 
 
 def test_streaming_rewards_replay_and_use_what_was_paid_while_sampling():
-    rewards, stop = replay(NoShouting(), prompt(), completion("ab!cd"))
+    rewards, stop = run_stream(NoShouting(), prompt(), completion("ab!cd"))
     assert rewards == pytest.approx([0.1, 0.1, -1, 0, 0, 0]) and stop == 2
-    rewards, stop = replay(NoShouting(), prompt(), completion("ab"))
+    rewards, stop = run_stream(NoShouting(), prompt(), completion("ab"))
     assert rewards == pytest.approx([0.1, 0.1, 0.0]) and stop is None
     reward = as_reward(NoShouting())
     assert isinstance(reward, Streaming) and reward.streaming and reward.dense and reward.name == "NoShouting"

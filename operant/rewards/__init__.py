@@ -1,4 +1,15 @@
-"""Instant rewards: the seam, built-in metrics, dense rewards through potentials, combinations, the parallel runner."""
+"""What is paid. A reward is a function, a metric, a model or a judge; what it returns becomes one reward per token.
+
+seam         what a reward may be, and how its value is placed on tokens: begin here to write one
+names        rewards by name: the text of --reward
+metrics      BLEU, chrF, TER, ROUGE and the others; potentials: the same paid token by token
+learned      trained reward models and semantic similarity
+judge        a language model as a judge; endpoint: its calls; verdicts: what it said and cost
+combine      sums, products, gates, clipping, normalisation
+runner       rewards in parallel under a time limit; worker: the process it starts
+calibration  how well a reward foretells what it should
+score        rewards of completions that are in a file
+"""
 
 from __future__ import annotations
 
@@ -27,8 +38,8 @@ from operant.rewards.seam import (
     Streaming,
     as_reward,
     last_sampled,
-    replay,
     reward_trajectory,
+    run_stream,
 )
 from operant.types import Stop, StreamingReward, StreamingSession
 
@@ -68,8 +79,8 @@ __all__ = [
     "potential_rewards",
     "potential_values",
     "potentials_before",
-    "replay",
     "reward_by_name",
     "reward_names",
     "reward_trajectory",
+    "run_stream",
 ]

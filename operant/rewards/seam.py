@@ -180,11 +180,11 @@ class Streaming:
     def __call__(self, prompt: Prompt, completion: Completion) -> Sequence[float]:
         if completion.stream_rewards is not None:
             return [float(value) for value in completion.stream_rewards]
-        rewards, _ = replay(self.reward, prompt, completion)
+        rewards, _ = run_stream(self.reward, prompt, completion)
         return [float(value) for value in rewards]
 
 
-def replay(reward: StreamingReward, prompt: Prompt, completion: Completion) -> tuple[Doubles, int | None]:
+def run_stream(reward: StreamingReward, prompt: Prompt, completion: Completion) -> tuple[Doubles, int | None]:
     """Run a streaming reward over a finished completion.
 
     Returns the rewards float64[T] and the position at which it asked to stop, or None; tokens after it pay nothing.
