@@ -35,7 +35,7 @@ quickstart: install
 
 test: install
 	if test -d web/node_modules; then $(WEB) test --silent; fi
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: install
 	$(BIN)/pytest -m slow $(ARGS)
