@@ -171,7 +171,7 @@ def lived(folder: Path, seed: int) -> Path:
         return path
     from concurrent.futures import ThreadPoolExecutor
 
-    from benchmarks.population import Served
+    from benchmarks.pupil import Served
     from operant.data.prompts import load_prompts
     from operant.data.rows import load_rows
     from operant.data.text import Codec
@@ -240,6 +240,7 @@ def judged(folder: Path, model: Path) -> dict[str, float]:
     from operant.data.prompts import load_fitting_prompts
     from operant.data.rows import load_rows
     from operant.models.policy import Policy
+    from operant.models.sampler import Sampler
     from operant.rl.evaluate import evaluate
     from operant.types import Sampling
 
@@ -247,7 +248,8 @@ def judged(folder: Path, model: Path) -> dict[str, float]:
     policy = Policy.load(model)
     policy.model.eval()
     prompts = load_fitting_prompts(load_rows(folder / "data" / "test.jsonl"), policy)
-    return evaluate(policy, prompts, sampling=Sampling(temperature=0.0, max_tokens=MAX_TOKENS))[0]
+    greedy = Sampling(temperature=0.0, max_tokens=MAX_TOKENS)
+    return evaluate(Sampler(policy, max_rows=256), prompts, sampling=greedy)[0]
 
 
 # --- table and plot --------------------------------------------------------------------------------------------------

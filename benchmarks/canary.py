@@ -8,6 +8,7 @@ python -m benchmarks.canary
 
 from __future__ import annotations
 
+import argparse
 import math
 
 import numpy as np
@@ -33,6 +34,7 @@ def trial(liked: float, other: float, rng: np.random.Generator, config: ServeCon
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     config = ServeConfig()
     print("| liked, serving | liked, candidate | promoted | refused as worse | undecided | pairs, median |")
     print("|---:|---:|---:|---:|---:|---:|")

@@ -20,13 +20,11 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.cells import markdown
 from benchmarks.population_text import Liking, questions
-
-if TYPE_CHECKING:
-    from benchmarks.population import Measure
+from benchmarks.pupil import ANCHORS, Measure, Served
 
 __all__ = ["COMMAND", "INTRUDERS", "KEYS", "ROUNDS", "Crowd", "table", "taught"]
 
@@ -60,7 +58,6 @@ class Crowd:
 
 def taught(model: Path, liking: Liking, kind: str, seed: int) -> dict[str, Any]:
     """The rounds of one crowd, with the honest keys' satisfaction on the way."""
-    from benchmarks.population import ANCHORS, Measure, Served
     from operant.live.serving.access import Keys
 
     crowd = Crowd(liking, kind, seed)

@@ -328,6 +328,7 @@ def judged(task: Task, model: Path) -> dict[str, float]:
     from operant.data.prompts import load_fitting_prompts
     from operant.data.rows import Fields, load_rows
     from operant.models.policy import Policy
+    from operant.models.sampler import Sampler
     from operant.rl.evaluate import evaluate
     from operant.types import Sampling
 
@@ -338,7 +339,8 @@ def judged(task: Task, model: Path) -> dict[str, float]:
         load_rows(RUNS / task.name / "data" / "dev.jsonl"), policy,
         fields=Fields(prompt=task.prompt, references=task.reference),
     )  # fmt: skip
-    values, completions = evaluate(policy, prompts, sampling=Sampling(temperature=0.0, max_tokens=task.max_tokens))
+    greedy = Sampling(temperature=0.0, max_tokens=task.max_tokens)
+    values, completions = evaluate(Sampler(policy, max_rows=256), prompts, sampling=greedy)
     return values | {"perplexity": perplexity(task, [c.text for c in completions])}
 
 

@@ -24,10 +24,7 @@ import math
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,15 +32,14 @@ from typing import Any
 
 from benchmarks import crowd
 from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_line, markdown, spread, write_section
-from benchmarks.population_text import FAMILIES, Liking, answer, likings, makes_sense, questions, rows
+from benchmarks.population_text import FAMILIES, Liking, answer, likings, questions, rows
+from benchmarks.pupil import ANCHORS, MEASURED, Measure, Served, held_out, sampled, share
 
 RUNS = ROOT / "runs" / "population"
 RECORD = Records(RECORDS / "population")
 KINDS = ("thumbs", "mixed")
-RATINGS, EVERY, MEASURED = 300, 50, 192
+RATINGS, EVERY = 300, 50
 NOISE = 0.1
-ANCHORS = 8  # questions of its own that the owner gives to measure steps on
-MAX_TOKENS = 96
 TEXTS, HELD_OUT = 12_000, 200
 PRETRAIN_STEPS, SFT_STEPS = 50, 700
 
@@ -125,64 +121,7 @@ def start(folder: Path, seed: int = 0) -> dict[str, Any]:
     return {"parameters": sum(p.numel() for p in policy.trainable_parameters())}
 
 
-# --- what is measured -------------------------------------------------------------------------------------------------
-
-
-def held_out(count: int) -> list[tuple[str, str, str]]:
-    """Questions about things that nobody is asked about while learning; the same for every seed."""
-    return random.Random("held out").sample(questions(held_out=True), count)
-
-
-class Measure:
-    """Looks at a policy's sampled answers to held-out questions."""
-
-    def __init__(self, codec: Any, liking: Liking, count: int = MEASURED) -> None:
-        import numpy as np
-
-        from operant.data.batch import from_sequences
-        from operant.data.prompts import load_prompts
-
-        self.liking, self.asked = liking, held_out(count)
-        self.prompts = load_prompts([{"prompt": question} for question, _, _ in self.asked], codec)
-        rng = random.Random("liked answers")
-        liked = [codec.encode(answer(rng, verb, thing, liking)) for _, verb, thing in self.asked]
-        self.liked = from_sequences(
-            [p.tokens for p in self.prompts], [np.append(tokens, codec.eos_id) for tokens in liked], encoder=False,
-            pad_id=codec.pad_id, normalisation="per_token",
-        )  # fmt: skip
-
-    def __call__(self, policy: Any) -> dict[str, Any]:
-        from operant.algorithms.learner import logprobs_of
-
-        policy.model.eval()
-        texts = sampled(policy, self.prompts)
-        logprobs = logprobs_of(policy, self.liked, 8192)
-        sound = [makes_sense(text, *asked[1:]) for text, asked in zip(texts, self.asked, strict=True)]
-        return {
-            "satisfaction": share(self.liking.liked(text) for text in texts),
-            "sense": share(sound),
-            "sense_of_liked": share(s for s, text in zip(sound, texts, strict=True) if self.liking.liked(text)),
-            "words": statistics.mean(len(text.split()) for text in texts),
-            "nats": -float((logprobs * self.liked.action_mask).sum() / self.liked.action_mask.sum()),
-            "others": {
-                liking.name: share(map(liking.liked, texts)) for family in FAMILIES for liking in likings(family)
-                if family != self.liking.family
-            },
-            "texts": texts[:3],
-        }  # fmt: skip
-
-
-def sampled(policy: Any, prompts: Sequence[Any]) -> list[str]:
-    from operant.models.sampler import Sampler
-    from operant.types import Sampling
-
-    groups = Sampler(policy, max_rows=64).sample(prompts, Sampling(max_tokens=MAX_TOKENS, seed=3))
-    return [group[0].text for group in groups]
-
-
-def share(true: Any) -> float:
-    found = [float(x) for x in true]
-    return statistics.mean(found) if found else math.nan
+# --- the control ------------------------------------------------------------------------------------------------------
 
 
 def told(folder: Path, liking: Liking) -> dict[str, float]:
@@ -228,62 +167,7 @@ class Rater:
         return {"completion_id": answers[0][0], "kind": "thumb", "value": 1 if liked[0] != wrong else -1}
 
 
-# --- the program that is taught ---------------------------------------------------------------------------------------
-
-
-class Served:
-    """`operant serve` in a process of its own, talked to over HTTP."""
-
-    def __init__(self, model: Path, root: Path, anchors: Path, **options: Any) -> None:
-        import httpx
-
-        self.root = root
-        settings = {
-            "model": model, "root": root, "anchors": anchors, "port": 0, "device": "cpu", "threads": 1,
-            "max_tokens": MAX_TOKENS, **options,
-        }  # fmt: skip
-        command = [sys.executable, "-m", "operant.cli", "serve"]
-        command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        self.log = (root.parent / "serve.log").open("w", encoding="utf-8")
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self.log, text=True)
-        assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        if " learns at " not in said:
-            self.close()
-            raise SystemExit((root.parent / "serve.log").read_text(encoding="utf-8"))
-        self.http = httpx.Client(base_url=said.split(" learns at ")[1].split("/v1")[0], timeout=120)
-
-    def answers(self, question: str, count: int, seed: int) -> list[tuple[str, str]]:
-        body = {
-            "model": "default", "messages": [{"role": "user", "content": question}], "n": count, "seed": seed,
-            "temperature": 1.0, "max_tokens": MAX_TOKENS,
-        }  # fmt: skip
-        told = self.http.post("/v1/chat/completions", json=body).raise_for_status().json()
-        return [(choice["completion_id"], choice["message"]["content"]) for choice in told["choices"]]
-
-    def rated(self, body: dict[str, Any]) -> str:
-        """Give the feedback and wait until what it taught is served; what became of it, in a few words."""
-        receipt = self.http.post("/v1/feedback", json=body).raise_for_status().json()
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
-            story = self.http.get(f"/v1/feedback/{receipt['id']}", params={"wait": 30}).raise_for_status().json()
-            if story["state"] not in ("pending", "used"):
-                return f"{story['state']}: {story['reason'].split(' is ')[0]}"
-            if story["state"] == "used" and "served" in story["times"]:
-                return "published"
-        raise SystemExit(f"rating {receipt['id']} was not learned in two minutes; see {self.log.name}")
-
-    def policy(self) -> Any:
-        """The weights that serve."""
-        from operant.live.storage.versions import Versions
-        from operant.models.policy import Policy
-
-        return Policy.load(Path(Versions(self.root).current().path) / "model", device="cpu")
-
-    def close(self) -> None:
-        self.process.terminate()
-        self.process.communicate()
-        self.log.close()
+# --- one rater teaches ------------------------------------------------------------------------------------------------
 
 
 def taught(folder: Path, liking: Liking, kind: str, seed: int, **options: Any) -> dict[str, Any]:
