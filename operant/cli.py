@@ -371,6 +371,7 @@ def run_eval(config: configs.EvalConfig) -> None:
     from operant.data.prompts import load_fitting_prompts
     from operant.data.rows import load_rows
     from operant.models.policy import Policy
+    from operant.models.sampler import Sampler
     from operant.rl.evaluate import evaluate
     from operant.types import Sampling
 
@@ -390,7 +391,7 @@ def run_eval(config: configs.EvalConfig) -> None:
         )
     with _progress(len(prompts), "eval") as advance:
         values, completions = evaluate(
-            policy, prompts, metrics=config.metrics, max_rows=config.max_rows, progress=advance,
+            Sampler(policy, max_rows=config.max_rows), prompts, metrics=config.metrics, progress=advance,
             sampling=Sampling(
                 temperature=config.temperature, max_tokens=config.max_tokens, seed=config.seed, stop=tuple(config.stop)
             ),

@@ -225,7 +225,7 @@ GAMES = [("a", 1), ("a", 1), ("b", 2)]
 
 
 def played(policy: Policy, config: TrainConfig = CONFIG, **options: Any) -> tuple[Player, list[Trajectory]]:
-    player = Player(str(config.environment), config, Sampler(policy), **options)
+    player = Player(str(config.environment), config, policy, Sampler(policy), **options)
     return player, player.play(GAMES, Sampling(max_tokens=config.max_tokens, seed=3))
 
 

@@ -22,11 +22,12 @@ from operant.algorithms.learner import Adam
 from operant.config import PretrainConfig, SftConfig, TrainConfig
 from operant.data.prompts import Pair
 from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.rewards import Reward, RewardRunner, RunningNorm, Stop, Sum
 from operant.rl.evaluate import evaluate
-from operant.rl.loop import TrainResult, train
+from operant.rl.loop import TrainResult, check_request, train
 from operant.stages import pretrain, sft, supervised
-from operant.types import Completion, OperantError, Prompt, Sampling
+from operant.types import Completion, OperantError, Prompt, SamplerProtocol, Sampling
 
 PROMPTS = [Prompt(f"p{i}", np.arange(40, 43 + i % 3), references=("x",)) for i in range(6)]
 DEV = [Prompt(f"d{i}", np.arange(50, 52 + i), references=("x",)) for i in range(3)]
@@ -184,13 +185,114 @@ def test_a_normalised_reward_is_held_out_on_its_own_scale(make_policy: Callable[
         saved = max((tmp_path / "run" / "checkpoints").glob(f"step-{step:08d}*"))
         with RewardRunner(quick(tenfold), workers=0) as bare:
             values, _ = evaluate(
-                Policy.load(saved / "model", device="cpu"), DEV, runner=bare,
+                Sampler(Policy.load(saved / "model", device="cpu")), DEV, runner=bare,
                 sampling=Sampling(temperature=0.0, max_tokens=6),
             )  # fmt: skip
         assert value == pytest.approx(2 * values["reward"])
         assert np.mean([row["reward"] for row in samples if row["step"] == step]) == pytest.approx(value)
     reached = run("reached", target=f"reward>={np.mean(held_out)}")
     assert reached.steps > 0 and reached.stop_reason.startswith("the target")
+
+
+# --- another engine --------------------------------------------------------------------------------------------------
+
+
+class TwoAnswers(SamplerProtocol):
+    """A sampler without a model: the first answer of a group is the wanted one, the others are another."""
+
+    pending = saved_tokens = 0
+
+    def __init__(self) -> None:
+        self.loaded: list[Any] = []
+        self.asked: list[Any] = []
+
+    def load(self, version: int, policy: Any = None) -> None:
+        self.loaded.append((version, policy))
+
+    def sample(
+        self, prompts: Any, sampling: Sampling, n: int = 1, *, stream: Any = None, audit_fraction: Any = None,
+        progress: Any = None,
+    ) -> list[list[Completion]]:  # fmt: skip
+        self.asked.append((len(prompts), n, sampling.temperature, audit_fraction))
+        self.saved_tokens += 5
+        return [[self.answer(prompt, i, sampling) for i in range(n)] for prompt in prompts]
+
+    def answer(self, prompt: Prompt, number: int, sampling: Sampling) -> Completion:
+        tokens, drawn = np.full(3, WANTED - number), np.full(3, -1.0, np.float32)
+        return Completion(
+            f"{prompt.id}#{number}", prompt.id, "xyz", tokens, np.array([1, 2, 3]), behavior_logprobs=drawn,
+            model_logprobs=drawn, sampled=np.ones(3, np.bool_), policy_version=np.zeros(3, np.int64), sampling=sampling,
+        )  # fmt: skip
+
+
+def test_another_sampler_takes_the_place_of_ours(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy, sampler = make_policy("gpt2"), TwoAnswers()
+    config = settings(tmp_path / "run", steps=5, eval_every=5, kl_coef=0.01, audit_fraction=0.25)
+    seen = [likelihood_of_wanted(policy)]
+    train(
+        policy, PROMPTS, quick(share_of_wanted), config, dev_prompts=DEV, sampler=sampler, quiet=True,
+        callbacks=[lambda step, metrics: seen.append(likelihood_of_wanted(policy))],
+    )  # fmt: skip
+    assert len(seen) == 6 and seen[-1] > seen[0] + 0.1
+    # the weights of every step, then what it wrote of them: one look, five rollouts, one look
+    assert sampler.loaded == [(version, policy) for version in range(6)]
+    assert sampler.asked == [(3, 1, 0.0, 1.0), *[(4, 3, 1.0, 0.25)] * 5, (3, 1, 0.0, 1.0)]
+    assert logged(tmp_path / "run", "train/reward_mean") == pytest.approx([1 / 3] * 5)
+    assert logged(tmp_path / "run", "eval/reward") == [1.0, 1.0]
+
+
+def likelihood_of_wanted(policy: Policy) -> float:
+    """log p of the wanted token after each prompt, the mean."""
+    with torch.no_grad():
+        _, logits = policy.prefill([p.tokens for p in PROMPTS])
+    return float(torch.log_softmax(logits, -1)[:, WANTED].mean())
+
+
+class Watching:
+    """A streaming reward that never ends a completion."""
+
+    def start(self, prompt: Prompt) -> Watching:
+        return self
+
+    def step(self, token: int, text: str) -> float:
+        return float(token == WANTED)
+
+
+def test_tokens_that_were_saved_are_counted_from_the_start_of_the_run(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Over a resume, and whatever the sampler has done before."""
+    used = TwoAnswers()
+    used.saved_tokens = 1000
+    for steps, sampler in ((2, used), (4, TwoAnswers())):
+        config = settings(tmp_path / "run", steps=steps, resume=steps > 2)
+        train(make_policy("gpt2"), PROMPTS, Watching(), config, sampler=sampler, quiet=True)
+    assert logged(tmp_path / "run", "train/saved_tokens") == [5.0, 10.0, 15.0, 20.0]
+
+
+def test_held_out_answers_are_measured_without_a_model() -> None:
+    asked = [Prompt("a", np.arange(3), references=("xyz",)), Prompt("b", np.arange(3), references=("abc",))]
+    with RewardRunner(quick(share_of_wanted), workers=0) as runner:
+        values, answers = evaluate(
+            TwoAnswers(), asked, sampling=Sampling(temperature=0.0), metrics=["exact"], runner=runner
+        )
+    assert [c.prompt_id for c in answers] == ["a", "b"]
+    assert values["exact"] == 0.5 and values["reward"] == 1.0 and values["length"] == 3.0
+    assert values["reward_missing"] == values["truncated"] == 0.0
+
+
+def test_what_cannot_be_honoured_is_refused_before_anything_is_begun(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy = make_policy("gpt2")
+    config = settings(tmp_path / "run", max_tokens=46)
+    request = check_request(policy, PROMPTS, quick(share_of_wanted), config, dev_prompts=DEV)
+    assert request.reward.name == request.config.reward == "share_of_wanted" and request.config.dense is False
+    # PROMPTS of 3, 4 and 5 tokens and DEV of 2, 3 and 4 in a context of 48
+    assert request.notes == ["8 of 9 prompts leave less than 46 tokens for a completion (the model's context has 48)"]
+    with pytest.raises(OperantError, match="needs held-out prompts"):
+        check_request(policy, PROMPTS, "length", settings(tmp_path / "run", target="reward>=1"))
+    assert not (tmp_path / "run").exists()
 
 
 # --- exact resume ----------------------------------------------------------------------------------------------------

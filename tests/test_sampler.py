@@ -299,6 +299,8 @@ def test_audited_rows_run_on_past_the_stop(make_policy: Callable[..., Policy]) -
     sampling = Sampling(max_tokens=8, seed=1, banned=(policy.codec.eos_id,))
     plain = said(Sampler(policy).sample(PROMPTS, sampling, 20))
     groups = Sampler(policy, audit_fraction=0.5).sample(PROMPTS, sampling, 20, stream=FromTheThird())
+    asked = Sampler(policy).sample(PROMPTS, sampling, 20, stream=FromTheThird(), audit_fraction=0.5)
+    assert said(asked) == said(groups)  # a request may say what share, too
     audited = [c for c in flat(groups) if c.meta]
     assert 15 < len(audited) < 45
     for c, full in zip(flat(groups), plain, strict=True):

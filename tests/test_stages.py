@@ -217,8 +217,8 @@ def test_fine_tuning_by_a_metric_of_its_completions(
     told = iter([{"chrf": 1.0}, {"chrf": 3.0}, {"chrf": 2.0}, {"chrf": 3.0}, {"chrf": 9.0}])
     asked = []
 
-    def evaluate(policy: Any, prompts: Any, **options: Any) -> tuple[dict[str, float], list[Any]]:
-        assert not policy.model.training
+    def evaluate(sampler: Any, prompts: Any, **options: Any) -> tuple[dict[str, float], list[Any]]:
+        assert not sampler.policy.model.training
         asked.append([prompt.references for prompt in prompts])
         return next(told), []
 

@@ -20,6 +20,7 @@ from operant.config import PretrainConfig, QuickstartConfig, SftConfig, TrainCon
 from operant.data.prompts import Pair, load_fitting_prompts, load_pairs
 from operant.data.text import Codec
 from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.recipes.quickstart_task import Task, make_task
 from operant.rl.evaluate import evaluate
 from operant.rl.loop import train
@@ -137,8 +138,9 @@ class Quickstart:
 
     def held_out(self, prompts: list[Prompt]) -> tuple[dict[str, float], list[Completion]]:
         return evaluate(
-            self.policy, prompts, sampling=Sampling(temperature=0.0, max_tokens=MAX_TOKENS), metrics=tuple(METRICS)
-        )
+            Sampler(self.policy, max_rows=256), prompts, metrics=tuple(METRICS),
+            sampling=Sampling(temperature=0.0, max_tokens=MAX_TOKENS),
+        )  # fmt: skip
 
     def measure(self, row: str) -> None:
         values, self.answers[row] = self.held_out(self.test)

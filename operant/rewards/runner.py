@@ -27,9 +27,9 @@ from types import TracebackType
 from typing import Any
 
 from operant.rewards.combine import Combination, combined, leaves, streamed_by
-from operant.rewards.seam import StreamTimeout, as_reward, missing_trajectory
+from operant.rewards.seam import Limited, StreamTimeout, as_reward, missing_trajectory
 from operant.rewards.worker import call, raised
-from operant.types import Completion, OperantError, Prompt, Trajectory
+from operant.types import Completion, OperantError, Prompt, StreamingReward, Trajectory
 
 # Longer texts leave the fast path: there even a linear metric deserves a process that can be killed.
 IN_PLACE_CHARACTERS = 5_000
@@ -98,16 +98,23 @@ class RewardRunner:
         rows = [self._run_leaf(index, pairs) for index in range(len(self._leaves))]
         trajectories = combined(self.reward, iter(rows), update=update, scaled=scaled)
         for trajectory in trajectories:
-            if trajectory.missing is None and not trajectory.observed.all():
-                self.counts["partial"] += 1
-                self.details.setdefault("partial", "partial: some tokens of the completion have no reward")
-            elif trajectory.missing is None:
-                self.rewarded += 1
-            else:
-                reason = trajectory.missing.split(":", 1)[0]
-                self.counts[reason] += 1
-                self.details.setdefault(reason, trajectory.missing)
+            self.tally(trajectory)
         return trajectories
+
+    def tally(self, trajectory: Trajectory) -> None:
+        """Count one rewarded completion, also one that was paid elsewhere: by an environment, or by a log."""
+        if trajectory.missing is None and trajectory.observed.all():
+            self.rewarded += 1
+            return
+        detail = trajectory.missing or "partial: some tokens of the completion have no reward"
+        reason = detail.split(":", 1)[0]
+        self.counts[reason] += 1
+        self.details.setdefault(reason, detail)
+
+    @property
+    def stream(self) -> StreamingReward | None:
+        """What a sampler pays while it writes, each call under the time limit; None where nothing streams."""
+        return Limited(self.reward, self.time_limit) if self.reward.streaming else None
 
     def spent(self) -> dict[str, float]:
         """What rewards that count their cost have spent so far: {"judge/tokens_in": …, "model/seconds": …}."""

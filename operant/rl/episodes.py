@@ -16,16 +16,15 @@ import numpy as np
 import torch
 
 from operant.algorithms.estimator import Rollout
-from operant.algorithms.learner import logprobs_of
-from operant.algorithms.table import nearest
 from operant.config import TrainConfig
 from operant.data.batch import drawn
 from operant.data.prompts import PromptFormat
-from operant.models.sampler import Sampler
+from operant.models.policy import LanguagePolicy, Policy
 from operant.rewards import RewardRunner, reward_trajectory
-from operant.rl.heldout import HeldOut
+from operant.rl.heldout import HeldOut, check_measured
+from operant.rl.rollouts import rollout_sampling
 from operant.run.run import Run, mixed_seed
-from operant.types import Completion, OperantError, Prompt, Sampling, Span, Trajectory
+from operant.types import Batch, Completion, OperantError, Prompt, SamplerProtocol, Sampling, Span, Trajectory
 
 NAME = "environment"
 
@@ -108,10 +107,12 @@ class Player:
     An environment that raises costs the episode its reward, with the reason, and nothing else.
     """
 
-    def __init__(self, name: str, config: TrainConfig, sampler: Sampler, **options: Any) -> None:
-        self.name, self.config, self.sampler, self.options = name, config, sampler, options
+    def __init__(
+        self, name: str, config: TrainConfig, policy: LanguagePolicy, sampler: SamplerProtocol, **options: Any
+    ) -> None:
+        self.name, self.config, self.policy, self.sampler, self.options = name, config, policy, sampler, options
         self.environments: list[Any] = []
-        self.encoder = sampler.policy.family == "encoder-decoder"
+        self.encoder = policy.family == "encoder-decoder"
 
     def play(self, games: Sequence[tuple[str, int]], sampling: Sampling) -> list[Trajectory]:
         """Episodes of (group, seed of the environment) each; equal groups must have equal seeds."""
@@ -147,13 +148,13 @@ class Player:
             raise OperantError(
                 f"environment {self.name!r} cannot be reset ({type(error).__name__}: {error}); mend it"
             ) from error
-        codec = self.sampler.policy.codec
-        tokens = PromptFormat.fitting(self.sampler.policy, self.config).encode(str(observation), codec)
+        codec = self.policy.codec
+        tokens = PromptFormat.fitting(self.policy, self.config).encode(str(observation), codec)
         prompt = Prompt(group, tokens, text=str(observation), task=self.name)
-        if len(tokens) >= self.sampler.policy.max_length + self.encoder:
+        if len(tokens) >= self.policy.max_length + self.encoder:
             raise OperantError(
                 f"the first observation of {self.name!r} has {len(tokens)} tokens and the model's context "
-                f"{self.sampler.policy.max_length}; give a model with more, or a shorter observation"
+                f"{self.policy.max_length}; give a model with more, or a shorter observation"
             )
         return _Episode(f"{group}#{copy}", environment, prompt, info=dict(info or {}))
 
@@ -191,15 +192,15 @@ class Player:
         if terminated:
             return
         ending = "" if self.encoder else self.config.separator
-        said = self.sampler.policy.codec.encode(f"\n{observation}{ending}", eos=self.encoder).tolist()
-        room = self.sampler.policy.max_length + self.encoder - len(episode.prompt.tokens) - len(episode.tokens)
+        said = self.policy.codec.encode(f"\n{observation}{ending}", eos=self.encoder).tolist()
+        room = self.policy.max_length + self.encoder - len(episode.prompt.tokens) - len(episode.tokens)
         if len(said) < room:
             episode.write(said)
         else:
             episode.ended = episode.truncated = True
 
     def _finish(self, episode: _Episode, sampling: Sampling) -> Trajectory:
-        codec = self.sampler.policy.codec
+        codec = self.policy.codec
         tokens = np.array(episode.tokens, np.int64)
         text, ends = codec.text_and_ends(tokens)
         cut = episode.truncated or not episode.ended
@@ -226,11 +227,17 @@ class Episodes:
     stream = None
 
     def __init__(
-        self, run: Run, config: TrainConfig, sampler: Sampler, runner: RewardRunner, state: dict[str, Any]
+        self,
+        run: Run,
+        config: TrainConfig,
+        policy: LanguagePolicy,
+        sampler: SamplerProtocol,
+        runner: RewardRunner,
+        state: dict[str, Any],
     ) -> None:
         assert config.environment is not None
         self.run, self.config, self.runner, self.state = run, config, runner, state
-        self.player = Player(config.environment, config, sampler)
+        self.player = Player(config.environment, config, policy, sampler)
         state.setdefault("drawn", run.step * config.prompts_per_step)
         state.setdefault("all_missing", 0)
 
@@ -243,14 +250,9 @@ class Episodes:
             for _ in range(config.group_size)
         ]
         self.state["drawn"] += config.prompts_per_step
-        trajectories = self.player.play(games, sampling_of(config, mixed_seed(config.seed, "sample", step)))
+        trajectories = self.player.play(games, rollout_sampling(config, mixed_seed(config.seed, "sample", step)))
         for t in trajectories:
-            if t.missing is None:
-                self.runner.rewarded += 1
-            else:
-                reason = t.missing.split(":", 1)[0]
-                self.runner.counts[reason] += 1
-                self.runner.details.setdefault(reason, t.missing)
+            self.runner.tally(t)
         if all(t.missing for t in trajectories):
             self.state["all_missing"] += 1
             if self.state["all_missing"] >= 3 or step == 0:
@@ -263,10 +265,18 @@ class Episodes:
 class HeldOutEpisodes(HeldOut):
     """Measures greedy episodes from the same `eval_prompts` starting states every time."""
 
-    def __init__(self, run: Run, config: TrainConfig, policy: Any, runner: RewardRunner, state: dict[str, Any]) -> None:
-        super().__init__(run, config, policy, (), runner, state)
+    def __init__(
+        self,
+        run: Run,
+        config: TrainConfig,
+        policy: Policy,
+        sampler: SamplerProtocol,
+        runner: RewardRunner,
+        state: dict[str, Any],
+    ) -> None:
+        super().__init__(run, config, policy, sampler, (), runner, state)
         assert config.environment is not None
-        self.player = Player(config.environment, config, Sampler(policy, max_rows=config.max_rows))
+        self.player = Player(config.environment, config, policy, sampler)
         self.games = [(f"held-out.{i}", mixed_seed("held-out", i)) for i in range(config.eval_prompts)]
 
     @property
@@ -274,9 +284,10 @@ class HeldOutEpisodes(HeldOut):
         return bool(self.games)
 
     def look(self) -> dict[str, float]:
-        trajectories = self.player.play(self.games, dataclasses.replace(sampling_of(self.config, 0), temperature=0.0))
+        greedy = dataclasses.replace(rollout_sampling(self.config, 0), temperature=0.0)
+        trajectories = self.player.play(self.games, greedy)
         values = measured(trajectories)
-        values["kl_ref"] = self.moved(trajectories[:64])
+        values["kl_ref"] = self.drift(self.episode_batch(trajectories[:64]))
         self.run.log.log(self.run.step, {f"eval/{name}": value for name, value in values.items()})
         self.run.log.samples(self.run.step, [
             {
@@ -289,28 +300,16 @@ class HeldOutEpisodes(HeldOut):
         self.run.note(f"step {self.run.step}: held-out reward {values['reward']:.4g}, turns {values['turns']:.3g}")
         return values
 
-    def moved(self, trajectories: Sequence[Trajectory]) -> float:
-        """Mean log π/π_ref of the drawn tokens."""
+    def episode_batch(self, trajectories: Sequence[Trajectory]) -> Batch:
+        """Greedy episodes as the learner reads them, at temperature 1."""
         batch = self.policy.batch_of(trajectories)
         batch.temperature = torch.ones(len(batch.tokens))
-        now = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
-        with self.policy.as_reference():
-            then = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
-        return float(((now - then) * batch.action_mask).sum() / batch.action_mask.sum().clamp(min=1))
+        return batch
 
 
 def check_episode_metric(flag: str, name: str) -> None:
-    """Refuse the name of a measure that held-out episodes do not have."""
-    names = ["reward", "reward_missing", "turns", "length", "truncated", "kl_ref"]
-    if name not in names:
-        raise OperantError(f"{flag} {name!r} is not measured{nearest(name, names)} (there are: {', '.join(names)})")
-
-
-def sampling_of(config: TrainConfig, seed: int) -> Sampling:
-    return Sampling(
-        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
-        stop=tuple(config.stop), seed=seed,
-    )  # fmt: skip
+    """Raises OperantError when held-out episodes do not measure `name`; `flag` is the option that asks for it."""
+    check_measured(flag, name, ["reward", "reward_missing", "turns", "length", "truncated", "kl_ref"])
 
 
 def measured(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -7,41 +7,42 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from operant.models.policy import LanguagePolicy
-from operant.models.sampler import Sampler
 from operant.rewards import RewardRunner, corpus_metrics
-from operant.types import Completion, Prompt, Sampling, StreamingReward
+from operant.types import Completion, Ints, Prompt, SamplerProtocol, Sampling
 
 
 def evaluate(
-    policy: LanguagePolicy,
+    sampler: SamplerProtocol,
     prompts: Sequence[Prompt],
     *,
     sampling: Sampling,
     metrics: Sequence[str] = ("bleu", "chrf", "rougeL", "exact"),
     runner: RewardRunner | None = None,
-    stream: StreamingReward | None = None,
-    bleu_tokenize: str = "auto",
-    max_rows: int = 256,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, float], list[Completion]]:
     """Answer every prompt once and measure the answers.
 
-    Returns ({metric: value}, completions in the prompts' order). BLEU and chrF are on sacrebleu's scale of 0 to 100;
-    exact, rougeL and reward are means, the reward before any running normalisation; length is in tokens; distinct2 the
+    sampler: what answers; nothing else may be under way in it. metrics: names of corpus metrics, computed where prompts
+    have references. runner: the reward; a streaming one is paid while the answers are written, and ends none of them:
+    what it would have ended is paid what was due by then. progress: called with how many answers just finished.
+
+    Returns ({metric: value}, completions in the prompts' order). BLEU and chrF are on sacrebleu's scale of 0 to 100.
+    exact, rougeL and reward are means, the reward before any running normalisation. length is in tokens, distinct2 the
     share of different bigrams. Reference metrics are left out when no prompt has references; a missing reward is left
-    out of its mean. stream: a streaming reward to pay while the answers are written, which it does not end: what it
-    would have ended is paid what was due by then. bleu_tokenize: one of sacrebleu's tokenizers, or "auto" for what the
-    references are written in.
+    out of its mean.
+
+    Raises OperantError when a prompt is empty or too long for the model, for an unknown metric, and when the reward's
+    worker processes cannot be started.
     """
-    sampler = Sampler(policy, max_rows=max_rows, audit_fraction=1.0)
-    completions = [group[0] for group in sampler.sample(prompts, sampling, stream=stream, progress=progress)]
+    stream = None if runner is None else runner.stream
+    groups = sampler.sample(prompts, sampling, stream=stream, audit_fraction=1.0, progress=progress)
+    completions = [group[0] for group in groups]
     values: dict[str, float] = {}
-    judged = [(p, c) for p, c in zip(prompts, completions, strict=True) if p.references]
-    if judged:
-        references = [list(p.references) for p, _ in judged]
-        tokenize = bleu_tokenizer(references) if bleu_tokenize == "auto" else bleu_tokenize
-        values.update(corpus_metrics([c.text for _, c in judged], references, names=tuple(metrics), tokenize=tokenize))
+    referenced = [(p, c) for p, c in zip(prompts, completions, strict=True) if p.references]
+    if referenced:
+        texts, references = [c.text for _, c in referenced], [list(p.references) for p, _ in referenced]
+        tokenize = bleu_tokenizer(references)
+        values.update(corpus_metrics(texts, references, names=tuple(metrics), tokenize=tokenize))
     if runner is not None:
         trajectories = runner.run(list(zip(prompts, completions, strict=True)), update=False, scaled=False)
         seen = [float(t.rewards.sum()) for t in trajectories if t.observed.all()]
@@ -62,7 +63,10 @@ def bleu_tokenizer(references: Sequence[Sequence[str]]) -> str:
     return "zh" if sum("\u4e00" <= c <= "\u9fff" for c in text) > len(text) / 4 else "13a"
 
 
-def distinct(rows: Sequence[np.ndarray], n: int = 2) -> float:
-    """Different n-grams of tokens over all of them (Li et al. 2016); 1 when there are none."""
+def distinct(rows: Sequence[Ints], n: int = 2) -> float:
+    """Different n-grams over all n-grams (Li et al. 2016, distinct-n); 1 when there are none.
+
+    rows: token ids, int64[T] each.
+    """
     grams = [tuple(row[i : i + n].tolist()) for row in rows for i in range(len(row) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0

@@ -12,10 +12,10 @@ from operant.algorithms.learner import logprobs_of
 from operant.algorithms.table import nearest
 from operant.config import TrainConfig
 from operant.models.policy import Policy
-from operant.rewards import Limited, RewardRunner
+from operant.rewards import RewardRunner
 from operant.rl.evaluate import evaluate
 from operant.run.run import Run
-from operant.types import Completion, OperantError, Prompt, Sampling
+from operant.types import Batch, Completion, OperantError, Prompt, SamplerProtocol, Sampling
 
 
 class HeldOut:
@@ -29,11 +29,13 @@ class HeldOut:
         run: Run,
         config: TrainConfig,
         policy: Policy,
+        sampler: SamplerProtocol,
         prompts: Sequence[Prompt],
         runner: RewardRunner,
         state: dict[str, Any],
     ) -> None:
-        self.run, self.config, self.policy, self.runner, self.state = run, config, policy, runner, state
+        self.run, self.config, self.policy, self.sampler = run, config, policy, sampler
+        self.runner, self.state = runner, state
         self.prompts = list(prompts)[: config.eval_prompts]
         self.reached = read_target(config.target)
         state.setdefault("first", {})
@@ -72,27 +74,26 @@ class HeldOut:
         """The optimised reward beside metrics that were not optimised, logged and shown."""
         sampling = Sampling(temperature=0.0, max_tokens=self.config.max_tokens, stop=tuple(self.config.stop))
         before = self.runner.state_dict()
-        values, completions = evaluate(
-            self.policy, self.prompts, sampling=sampling, runner=self.runner, max_rows=self.config.max_rows,
-            stream=Limited(self.runner.reward, self.config.reward_seconds) if self.runner.reward.streaming else None,
-        )  # fmt: skip
-        values["kl_ref"] = self.drift(completions)
+        values, completions = evaluate(self.sampler, self.prompts, sampling=sampling, runner=self.runner)
+        values["kl_ref"] = self.drift(self.first_batch(completions))
         self.run.log.log(self.run.step, {f"eval/{name}": value for name, value in values.items()})
         self.keep_samples(completions)
-        self.runner.load_state_dict(before)  # held-out rewards that are missing are told as eval/reward_missing
-        told = ", ".join(f"{name} {values[name]:.4g}" for name in ("reward", "bleu", "chrf", "exact") if name in values)
-        self.run.note(f"step {self.run.step}: held-out {told}")
+        self.runner.load_state_dict(before)  # held-out rewards that are missing are logged as eval/reward_missing
+        summary = ", ".join(f"{name} {values[name]:.4g}" for name in _SUMMARY if name in values)
+        self.run.note(f"step {self.run.step}: held-out {summary}")
         return values
 
-    def drift(self, completions: Sequence[Completion]) -> float:
-        """Mean log π/π_ref per token of the held-out (greedy) completions: how far the policy has moved."""
-        rows = [(p, c) for p, c in zip(self.prompts, completions, strict=True)][:64]
-        batch = self.policy.batch_of_sequences([p.tokens for p, _ in rows], [c.tokens for _, c in rows])
+    def first_batch(self, completions: Sequence[Completion]) -> Batch:
+        """The first 64 prompts with their completions, as the learner reads them."""
+        rows = list(zip(self.prompts, completions, strict=True))[:64]
+        return self.policy.batch_of_sequences([p.tokens for p, _ in rows], [c.tokens for _, c in rows])
+
+    def drift(self, batch: Batch) -> float:
+        """Mean log π/π_ref over the drawn tokens of greedy completions, in nats: how far the policy has moved."""
         now = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
         with self.policy.as_reference():
             then = logprobs_of(self.policy, batch, self.config.tokens_per_microbatch)
-        gap = (now - then) * batch.action_mask
-        return float(gap.sum() / batch.action_mask.sum().clamp(min=1))
+        return float(((now - then) * batch.action_mask).sum() / batch.action_mask.sum().clamp(min=1))
 
     def keep_samples(self, completions: Sequence[Completion]) -> None:
         count = min(self.config.log_samples, len(completions))
@@ -110,6 +111,8 @@ class HeldOut:
         )  # fmt: skip
 
 
+_SUMMARY = ("reward", "bleu", "chrf", "exact")  # what the line of a look shows
+
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -119,18 +122,31 @@ _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 
 
 def check_metric(flag: str, name: str, dev_prompts: Sequence[Prompt]) -> None:
-    """Refuse the name of a held-out metric that will not be measured."""
+    """Raises OperantError when held-out looks do not measure `name`; `flag` is the option that asks for it."""
     names = ["reward", "distinct2"] if flag == "--best_metric" else [
         "reward", "distinct2", "reward_missing", "length", "truncated", "kl_ref"
     ]  # fmt: skip
     if any(p.references for p in dev_prompts):
         names = ["bleu", "chrf", "rougeL", "exact", "distinct1", *names]
+    check_measured(flag, name, names)
+
+
+def check_measured(flag: str, name: str, names: list[str]) -> None:
+    """Raises OperantError when `name` is not among the names of what is measured."""
     if name not in names:
         raise OperantError(f"{flag} {name!r} is not measured{nearest(name, names)} (there are: {', '.join(names)})")
 
 
+def target_metric(text: str) -> str:
+    """The metric's name in a target such as "bleu>=30"."""
+    return re.split(r"[<>]", text)[0].strip()
+
+
 def read_target(text: str | None) -> Callable[[dict[str, float]], bool]:
-    """Read a target such as "bleu>=30". Raises OperantError when it is none."""
+    """Whether measured values reach a target such as "bleu>=30", as a function of them; nothing reaches None.
+
+    Raises OperantError when the target cannot be read, and so does the function when its metric is not measured.
+    """
     if not text:
         return lambda values: False
     match = re.fullmatch(r"\s*([A-Za-z0-9_+]+)\s*(>=|<=|>|<)\s*(-?(?:\d+\.?\d*|\.\d+))\s*", text)

@@ -137,10 +137,10 @@ def _logprobs(values: Any, size: int, name: str) -> Floats:
     if numbers.shape != (size,):
         count = len(numbers) if numbers.ndim else 1
         raise OperantError(f"{name} has {count} behavior_logprobs for {size} tokens; write the tokens beside them")
-    return _finite(numbers, name)
+    return _all_finite(numbers, name)
 
 
-def _finite(logprobs: Floats, name: str) -> Floats:
+def _all_finite(logprobs: Floats, name: str) -> Floats:
     if not np.isfinite(logprobs).all():
         raise OperantError(
             f"{name}: one of its behavior_logprobs is {logprobs[~np.isfinite(logprobs)][0]}; give a finite number for "
@@ -191,7 +191,7 @@ def check_logged(policy: Policy, logged: Sequence[tuple[Prompt, Completion, Any]
                 f"{policy.max_length}; shorten it, or leave the row out"
             )
         if completion.behavior_logprobs is not None:
-            _finite(completion.behavior_logprobs, completion.id)
+            _all_finite(completion.behavior_logprobs, completion.id)
 
 
 def judged(logged: Sequence[tuple[Prompt, Completion, Any]], runner: RewardRunner) -> list[Trajectory]:
@@ -208,13 +208,7 @@ def judged(logged: Sequence[tuple[Prompt, Completion, Any]], runner: RewardRunne
             continue
         t = reward_trajectory(prompt, completion, "logged", value)
         trajectories.append(t)
-        if t.missing is None and t.observed.all():
-            runner.rewarded += 1
-        else:
-            detail = t.missing or "partial: some tokens of the completion have no reward"
-            reason = detail.split(":", 1)[0]
-            runner.counts[reason] += 1
-            runner.details.setdefault(reason, detail)
+        runner.tally(t)
     if trajectories and not any(t.observed.any() for t in trajectories):
         raise OperantError(
             f"no logged completion has a reward: {runner.explain()}; give a column reward, or --reward that can judge "

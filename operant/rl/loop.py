@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,11 +39,11 @@ from operant.rewards import (
 )
 from operant.rl.episodes import Episodes, HeldOutEpisodes, check_episode_metric
 from operant.rl.evaluate import distinct
-from operant.rl.heldout import HeldOut, check_metric, read_target
+from operant.rl.heldout import HeldOut, check_metric, read_target, target_metric
 from operant.rl.logged import Logged, check_logged, judged, with_propensities
 from operant.rl.rollouts import Rollouts, check_prompts
 from operant.run.run import DataOrder, Run, mixed_seed
-from operant.types import Batch, Completion, OperantError, Prompt, StepStats, Trajectory
+from operant.types import Batch, Completion, OperantError, Prompt, SamplerProtocol, StepStats
 
 CRITIC_RATE = 5.0  # a critic begins knowing nothing: its learning rate over the policy's, unless it is given
 
@@ -75,6 +74,7 @@ def train(
     dev_prompts: Sequence[Prompt] = (),
     pairs: Sequence[Pair] = (),
     logged: Sequence[tuple[Prompt, Completion, Any]] = (),
+    sampler: SamplerProtocol | None = None,
     callbacks: Sequence[Callback] = (),
     quiet: bool = False,
     **options: Any,
@@ -89,104 +89,123 @@ def train(
     config: a TrainConfig; `options` replace single fields of it, such as `steps=200, out="runs/mine"`.
     pairs: labelled pairs for `sft_coef`. logged: completions that were written before, with a reward each or None, to
         learn from instead of new ones (see `logged.read_logged`); then there are no prompts.
+    sampler: what writes the completions, idle, in place of our own; it is given each step's weights (`load`). Then
+        `config.max_rows` is its own affair.
     callbacks: called as (step, metrics) after each step, True stops.
 
-    Raises OperantError for a combination that the algorithm cannot honour, for missing data, for prompts that do not
-    fit the model or share an id, for a log that the policy cannot read or learn from, and when every reward of several
-    steps in a row was missing.
+    Raises OperantError for what `check_request` refuses, when no logged completion has a reward, when `config.out`
+    cannot be used, and when every reward of several steps in a row was missing.
     """
     config = dataclasses.replace(config or TrainConfig(), **current_names(options))
+    request = check_request(policy, prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs, logged=logged)
+    config = request.config
+    workers = None if config.reward_workers < 0 else config.reward_workers
+    with (
+        RewardRunner(request.reward, workers=workers, time_limit=config.reward_seconds) as runner,
+        Run(config, "train", quiet=quiet) as run,
+        contextlib.closing(_Loop(run, request, policy, runner, sampler)) as loop,
+    ):
+        for note in request.notes:
+            run.note(note)
+        return loop.go(callbacks)
+
+
+@dataclass(slots=True)
+class TrainRequest:
+    """What `train` was asked for, checked and complete.
+
+    config: with the reward's name and whether it is dense. reward: as the runner takes it. logged: the rows of a log
+    that the algorithm can learn from. notes: what the person should know before it begins.
+    """
+
+    config: TrainConfig
+    settings: AlgorithmSettings
+    reward: Any
+    prompts: list[Prompt]
+    dev_prompts: list[Prompt]
+    pairs: list[Pair]
+    logged: list[tuple[Prompt, Completion, Any]]
+    notes: list[str]
+
+
+def check_request(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    reward: Any,
+    config: TrainConfig,
+    *,
+    dev_prompts: Sequence[Prompt] = (),
+    pairs: Sequence[Pair] = (),
+    logged: Sequence[tuple[Prompt, Completion, Any]] = (),
+) -> TrainRequest:
+    """Refuse by name what `train` cannot honour, before anything is begun. The arguments are those of `train`.
+
+    Raises OperantError for a combination that the algorithm cannot honour, for missing data, for prompts that do not
+    fit the model or share an id, for measures that are not there, and for a log that the policy cannot read or learn
+    from.
+    """
     prompts, dev_prompts, pairs, logged = list(prompts), list(dev_prompts), list(pairs), list(logged)
-    if config.environment:
-        if prompts or reward is not None or dev_prompts or pairs:
-            raise OperantError("an environment asks and pays by itself; leave prompts and reward out, or --environment")
-        config = dataclasses.replace(config, reward=config.environment, dense=config.dense is True)
-        reward = Reward(_paid_elsewhere, name=config.environment, dense=bool(config.dense), in_process=True)
-    elif reward is None:
-        raise OperantError("there is no reward to learn from; give one, or an environment")
-    elif isinstance(reward, str):
-        config = dataclasses.replace(config, reward=reward)
-        reward = named_reward(config)
-    else:  # what the run folder and report tell
-        reward = declared(as_reward(reward), config)
-        config = dataclasses.replace(config, reward=reward.name)
-    config = dataclasses.replace(config, dense=bool(reward.dense))
-    runner = RewardRunner(
-        reward, workers=None if config.reward_workers < 0 else config.reward_workers, time_limit=config.reward_seconds
-    )
-    try:
-        settings = resolve(config, dense=runner.reward.dense)
-        for asked in (prompts, dev_prompts[: config.eval_prompts]):
-            check_references(runner.reward, asked)
-        read_target(config.target)
+    if config.environment and (prompts or reward is not None or dev_prompts or pairs):
+        raise OperantError("an environment asks and pays by itself; leave prompts and reward out, or --environment")
+    config, reward = settled_reward(config, reward)
+    settings = resolve(config, dense=reward.dense)
+    looked_at = dev_prompts[: config.eval_prompts]
+    for part in (prompts, looked_at):
+        check_references(reward, part)
+    if not prompts and not logged and not config.environment:
+        raise OperantError("there are no prompts to learn from; check --data and --limit")
+    if logged and (prompts or not config.logged):
+        raise OperantError("a log takes the place of prompts; set config.logged to where it is from, leave prompts out")
+    notes = []
+    usable = with_propensities(settings.algorithm, logged)
+    if len(usable) < len(logged):
+        notes.append(
+            f"{len(logged) - len(usable)} of {len(logged)} logged completions have no behavior_logprobs, which "
+            f"{config.algorithm} learns by, and are left out"
+        )
+    check_logged(policy, usable)
+    check_references(reward, [prompt for prompt, _, value in usable if value is None])
+    if tight := sum(check_prompts(policy, part, config.max_tokens) for part in (prompts, looked_at)):
+        notes.append(
+            f"{tight} of {len(prompts) + len(looked_at)} prompts leave less than {config.max_tokens} tokens for a "
+            f"completion (the model's context has {policy.max_length})"
+        )
+    if config.sft_coef and not pairs:
+        raise OperantError("sft_coef is set but there are no labelled pairs; give --sft_data, or --sft_coef 0")
+    check_measures(config, dev_prompts)
+    return TrainRequest(config, settings, reward, prompts, dev_prompts, pairs, usable, notes)
+
+
+def check_measures(config: TrainConfig, dev_prompts: Sequence[Prompt]) -> None:
+    """Raises OperantError when the target cannot be read, or when held-out looks do not measure what the target and
+    `best_metric` name."""
+    read_target(config.target)
+    if config.target and not dev_prompts and not config.environment:
+        raise OperantError("a target needs held-out prompts; give --dev_data, or leave --target out")
+    asked = {"--best_metric": config.best_metric}
+    if config.target:
+        asked["--target"] = target_metric(config.target)
+    for flag, name in asked.items():
         if config.environment:
-            check_episode_metric("--best_metric", config.best_metric)
-            if config.target:
-                check_episode_metric("--target", re.split(r"[<>]", config.target)[0].strip())
-        elif not prompts and not logged:
-            raise OperantError("there are no prompts to learn from; check --data and --limit")
-        if logged and (prompts or not config.logged):
-            raise OperantError(
-                "a log takes the place of prompts; set config.logged to where it is from, leave prompts out"
-            )
-        told = []
-        usable = with_propensities(settings.algorithm, logged)
-        if len(usable) < len(logged):
-            told.append(
-                f"{len(logged) - len(usable)} of {len(logged)} logged completions have no behavior_logprobs, which "
-                f"{config.algorithm} learns by, and are left out"
-            )
-        check_logged(policy, usable)
-        check_references(runner.reward, [prompt for prompt, _, value in usable if value is None])
-        parts = (prompts, dev_prompts[: config.eval_prompts])
-        if tight := sum(check_prompts(policy, part, config.max_tokens) for part in parts):
-            told.append(
-                f"{tight} of {sum(map(len, parts))} prompts leave less than {config.max_tokens} tokens for a "
-                f"completion (the model's context has {policy.max_length})"
-            )
-        if config.sft_coef and not pairs:
-            raise OperantError("sft_coef is set but there are no labelled pairs; give --sft_data, or --sft_coef 0")
-        if config.target and not dev_prompts and not config.environment:
-            raise OperantError("a target needs held-out prompts; give --dev_data, or leave --target out")
-        if dev_prompts:
-            check_metric("--best_metric", config.best_metric, dev_prompts)
-            if config.target:
-                check_metric("--target", re.split(r"[<>]", config.target)[0].strip(), dev_prompts)
-        with Run(config, "train", quiet=quiet) as run:
-            loop = _Loop(
-                run, config, settings, policy, prompts, runner, dev_prompts, pairs,
-                judged(usable, runner),
-            )  # fmt: skip
-            for text in told:
-                run.note(text)
-            try:
-                return loop.go(callbacks)
-            finally:
-                loop.close()
-    finally:
-        runner.close()
+            check_episode_metric(flag, name)
+        elif dev_prompts:
+            check_metric(flag, name, dev_prompts)
 
 
 class _Loop:
     """The state of one run of `train`; each method is one stage of a step."""
 
     def __init__(
-        self,
-        run: Run,
-        config: TrainConfig,
-        settings: AlgorithmSettings,
-        policy: Policy,
-        prompts: list[Prompt],
-        runner: RewardRunner,
-        dev_prompts: list[Prompt],
-        pairs: list[Pair],
-        logged: list[Trajectory],
+        self, run: Run, request: TrainRequest, policy: Policy, runner: RewardRunner, sampler: SamplerProtocol | None
     ) -> None:
-        self.run, self.config, self.policy, self.runner, self.pairs = run, config, policy, runner, pairs
-        self.settings = settings
+        config, settings = request.config, request.settings
+        self.run, self.config, self.settings, self.policy, self.runner = run, config, settings, policy, runner
+        self.pairs = request.pairs
+        logged = judged(request.logged, runner)
         policy.model.eval()  # dropout off: the sampler and the learner must be the same policy
         learns_values = settings.algorithm.loss == "double_q"
-        if config.kl_coef > 0 or dev_prompts or config.environment or learns_values:  # the held-out drift is against it
+        # the held-out drift is against the reference
+        if config.kl_coef > 0 or request.dev_prompts or config.environment or learns_values:
             policy.freeze_reference()
         if settings.critic is not None:
             policy.add_critic(separate=settings.critic == "separate")
@@ -202,27 +221,28 @@ class _Loop:
         run.attach(policy, self.learner, self.state)
         if self.state["rewards"]:
             runner.load_state_dict(self.state["rewards"])
-        self.sampler = Sampler(policy, max_rows=config.max_rows, version=run.step, audit_fraction=config.audit_fraction)
-        self.sampler.saved_tokens = self.state.get("saved_tokens", 0)
+        self.sampler = Sampler(policy, max_rows=config.max_rows) if sampler is None else sampler
+        self.sampler.load(run.step, policy)
+        self.saved_before = self.state.get("saved_tokens", 0) - self.sampler.saved_tokens
         self.rollouts: Rollouts | Episodes | Logged
+        self.held_out: HeldOut
         if config.environment:
-            self.rollouts = Episodes(run, config, self.sampler, runner, self.state)
-        elif logged:
-            self.rollouts = Logged(config, logged, self.state)
+            self.rollouts = Episodes(run, config, policy, self.sampler, runner, self.state)
+            self.held_out = HeldOutEpisodes(run, config, policy, self.sampler, runner, self.state)
         else:
-            self.rollouts = Rollouts(run, config, settings, prompts, self.sampler, runner, self.state)
+            self.rollouts = (
+                Logged(config, logged, self.state)
+                if logged
+                else Rollouts(run, config, settings, request.prompts, self.sampler, runner, self.state)
+            )
+            self.held_out = HeldOut(run, config, policy, self.sampler, request.dev_prompts, runner, self.state)
         self.estimator: Estimator | QEstimator = (
             QEstimator(policy, config, self.state, logged)
             if learns_values
             else Estimator(policy, config, settings, self.state)
         )
         self.surrogate = Surrogate(config, settings, self.state)
-        self.held_out = (
-            HeldOutEpisodes(run, config, policy, runner, self.state)
-            if config.environment
-            else HeldOut(run, config, policy, dev_prompts, runner, self.state)
-        )
-        self.pair_order = DataOrder(max(1, len(pairs)), config.sft_batch_size, config.seed, "pairs")
+        self.pair_order = DataOrder(max(1, len(self.pairs)), config.sft_batch_size, config.seed, "pairs")
         run.facts["optimises"] = optimised_metrics(runner.reward)
 
     def go(self, callbacks: Sequence[Callback]) -> TrainResult:
@@ -234,7 +254,7 @@ class _Loop:
             sampled_seconds = time.perf_counter() - begun
             batch, metrics = self.estimate(rollout)
             stats = self.learn(batch, step)
-            self.sampler.load(step + 1)
+            self.sampler.load(step + 1, self.policy)
             metrics |= self.describe(rollout, stats)
             metrics["train/sample_seconds"] = sampled_seconds
             metrics["train/tokens_per_second"] = stats.tokens / (time.perf_counter() - begun)
@@ -269,7 +289,7 @@ class _Loop:
     # --- one step ------------------------------------------------------------------------------------------------
 
     def estimate(self, rollout: Rollout) -> tuple[Batch, dict[str, float]]:
-        """The batch to learn from. Told once: that a reward turned out to pay per token."""
+        """The batch to learn from. Notes once that a reward turned out to pay per token."""
         before = self.state.get("dense")
         batch, metrics = self.estimator(rollout)
         if self.state.get("dense") != before:
@@ -345,8 +365,8 @@ class _Loop:
             metrics["train/turns"] = float(np.mean([c.meta["turns"] for c in completions]))
         audited = [c.meta["audited_return"] for c in completions if "audited_return" in c.meta]
         if self.rollouts.stream is not None:
-            self.state["saved_tokens"] = self.sampler.saved_tokens
-            metrics["train/saved_tokens"] = float(self.sampler.saved_tokens)
+            self.state["saved_tokens"] = self.saved_before + self.sampler.saved_tokens
+            metrics["train/saved_tokens"] = float(self.state["saved_tokens"])
         if audited:
             metrics["train/audited_return"] = float(np.mean(audited))
         for part in seen[0].parts if seen else ():
@@ -360,6 +380,29 @@ class _Loop:
                     metrics[f"train/phi_corr/{i}"] = value
         self.state["rewards"] = self.runner.state_dict()
         return metrics
+
+
+def settled_reward(config: TrainConfig, reward: Any) -> tuple[TrainConfig, Any]:
+    """(the configuration with the reward's name and whether it is dense, the reward as the runner takes it).
+
+    reward: as in `train`.
+
+    Raises OperantError when there is none, when a name names none, and for a dense reward that is asked of one which
+    was made to pay at the end.
+    """
+    if config.environment:
+        config = dataclasses.replace(config, reward=config.environment, dense=config.dense is True)
+        reward = Reward(_paid_elsewhere, name=config.environment, dense=bool(config.dense), in_process=True)
+    elif reward is None:
+        raise OperantError("there is no reward to learn from; give one, or an environment")
+    elif isinstance(reward, str):
+        config = dataclasses.replace(config, reward=reward)
+        reward = named_reward(config)
+    else:  # its name is what the run folder and the report show
+        reward = declared(as_reward(reward), config)
+        config = dataclasses.replace(config, reward=reward.name)
+    reward = as_reward(reward)
+    return dataclasses.replace(config, dense=bool(reward.dense)), reward
 
 
 def named_reward(config: TrainConfig) -> Any:

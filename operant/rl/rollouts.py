@@ -17,10 +17,10 @@ from operant.algorithms.table import AlgorithmSettings
 from operant.config import TrainConfig
 from operant.data.batch import completion_axes, group_numbers
 from operant.models.policy import Policy
-from operant.models.sampler import Sampler, check_room, room
-from operant.rewards import Limited, RewardRunner
+from operant.models.sampler import check_room, room
+from operant.rewards import RewardRunner
 from operant.run.run import DataOrder, Run, mixed_seed
-from operant.types import OperantError, Prompt, Sampling, Trajectory
+from operant.types import OperantError, Prompt, SamplerProtocol, Sampling, Trajectory
 
 
 class Rollouts:
@@ -32,14 +32,14 @@ class Rollouts:
         config: TrainConfig,
         settings: AlgorithmSettings,
         prompts: list[Prompt],
-        sampler: Sampler,
+        sampler: SamplerProtocol,
         runner: RewardRunner,
         state: dict[str, Any],
     ) -> None:
         self.run, self.config, self.settings, self.prompts, self.sampler = run, config, settings, prompts, sampler
         self.runner, self.state = runner, state
         self.order = DataOrder(len(prompts), config.prompts_per_step, config.seed, "prompts")
-        self.stream = Limited(runner.reward, config.reward_seconds) if runner.reward.streaming else None
+        self.stream = runner.stream
         state.setdefault("drawn", run.step * config.prompts_per_step)
         state.setdefault("all_missing", 0)
 
@@ -54,7 +54,7 @@ class Rollouts:
             kept += informative(new) if self.settings.rounds > 1 else new
             rounds += 1
         self.note_missing(seen, step)
-        # a step in which no group had different rewards teaches nothing and is still told
+        # a step in which no group had different rewards teaches nothing and is still logged
         taken = kept or seen
         return Rollout(taken, seen, self.greedy(taken) if self.settings.baseline == "greedy" else None, rounds)
 
@@ -69,16 +69,19 @@ class Rollouts:
         # a prompt that comes again in a later round must not say the same again
         again = (number,) if number else ()
         groups = self.sampler.sample(
-            chosen, self.sampling(mixed_seed(self.config.seed, "sample", step, *again)), self.config.group_size,
-            stream=self.stream,
+            chosen, rollout_sampling(self.config, mixed_seed(self.config.seed, "sample", step, *again)),
+            self.config.group_size, stream=self.stream, audit_fraction=self.config.audit_fraction,
         )  # fmt: skip
         return self.runner.run([(p, c) for p, group in zip(chosen, groups, strict=True) for c in group])
 
     def greedy(self, trajectories: list[Trajectory]) -> Tensor:
-        """Returns-to-go of each row's prompt's greedy completion, which is not learned from: see `Rollout.greedy`."""
+        """Returns-to-go, float64[N, W], of the greedy completion of each row's prompt: see `Rollout.greedy`.
+
+        The greedy completions themselves are not learned from. N: trajectories. W: the longest completion.
+        """
         prompts = list({t.prompt.id: t.prompt for t in trajectories}.values())
-        sampling = dataclasses.replace(self.sampling(0), temperature=0.0)
-        answers = self.sampler.sample(prompts, sampling, stream=self.stream)
+        sampling = dataclasses.replace(rollout_sampling(self.config, 0), temperature=0.0)
+        answers = self.sampler.sample(prompts, sampling, stream=self.stream, audit_fraction=self.config.audit_fraction)
         rewarded = self.runner.run([(p, a[0]) for p, a in zip(prompts, answers, strict=True)], update=False)
         rewards, mask, whole = completion_axes(rewarded)
         returns = credit.returns_to_go(torch.where(whole[:, None], rewards, math.nan), mask, self.config.gamma)
@@ -87,12 +90,6 @@ class Rollouts:
             for t, row in zip(rewarded, returns, strict=True)
         }
         return torch.stack([own[t.prompt.id] for t in trajectories])
-
-    def sampling(self, seed: int) -> Sampling:
-        return Sampling(
-            temperature=self.config.temperature, top_p=self.config.top_p, top_k=self.config.top_k,
-            max_tokens=self.config.max_tokens, stop=tuple(self.config.stop), seed=seed,
-        )  # fmt: skip
 
     def note_missing(self, trajectories: list[Trajectory], step: int) -> None:
         """Ends a run whose reward never answers."""
@@ -113,6 +110,14 @@ class Rollouts:
             self.run.stop(f"every reward was missing: {self.runner.explain()}", failed=True)
 
 
+def rollout_sampling(config: TrainConfig, seed: int) -> Sampling:
+    """How a run draws what it learns from."""
+    return Sampling(
+        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
+        stop=tuple(config.stop), seed=seed,
+    )  # fmt: skip
+
+
 def check_prompts(policy: Policy, prompts: Sequence[Prompt], max_tokens: int) -> int:
     """How many of the prompts leave a completion less than `max_tokens`.
 
@@ -131,7 +136,7 @@ def check_prompts(policy: Policy, prompts: Sequence[Prompt], max_tokens: int) ->
 
 
 def informative(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """Those whose prompt's completions have different rewards."""
+    """Those whose prompt's completions have different rewards (`credit.rewards_differ`)."""
     rewards, mask, valid = completion_axes(trajectories)
     keep = credit.rewards_differ((rewards * mask).sum(1), group_numbers(trajectories), valid)
     teaching = {t.prompt.id for t, yes in zip(trajectories, keep.tolist(), strict=True) if yes}

@@ -13,6 +13,7 @@ from operant.data.batch import microbatches
 from operant.data.prompts import Pair, load_fitting_pairs
 from operant.data.rows import load_split_rows
 from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.rl.evaluate import evaluate
 from operant.run.run import DataOrder, Run
 from operant.stages.supervised import LikelihoodTask, Measures, StageResult, all_texts, fit, starting_policy
@@ -88,7 +89,7 @@ class FineTuningTask(LikelihoodTask):
         training = self.model.model.training
         self.model.model.eval()
         sampling = Sampling(temperature=0.0, max_tokens=self.config.max_tokens)
-        completed, _ = evaluate(self.model, self.prompts, sampling=sampling)
+        completed, _ = evaluate(Sampler(self.model, max_rows=256), self.prompts, sampling=sampling)
         self.model.model.train(training)
         return measures | completed
 

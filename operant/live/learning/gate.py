@@ -114,7 +114,8 @@ def slow_metrics(
     policy: LanguagePolicy, prompts: Sequence[Prompt], *, max_tokens: int = 64
 ) -> tuple[dict[str, float], list[Completion]]:
     """Greedy answers to held-out prompts, measured by `evaluate`: references' metrics where there are references."""
-    return evaluate(policy, prompts, sampling=Sampling(temperature=0.0, max_tokens=max_tokens), max_rows=32)
+    greedy = Sampling(temperature=0.0, max_tokens=max_tokens)
+    return evaluate(Sampler(policy, max_rows=32), prompts, sampling=greedy)
 
 
 def slow_gate(measured: Mapping[str, float], anchor: Mapping[str, float], tolerance: float = 0.1) -> Verdict:
