@@ -106,7 +106,6 @@ class Policy:
         self.model = one_kernel_gelu(model).to(self.device)
         self.codec = codec
         self.family: Family = "encoder-decoder" if self.config.is_encoder_decoder else "decoder"
-        self.version = 0
         self.critic: Critic | None = None
         self._target: nn.ModuleDict | None = None
         self._reference: Any = None  # a frozen model, or the name of a frozen adapter; None: the adapter switched off
@@ -335,10 +334,6 @@ class Policy:
     def vocabulary(self) -> int:
         """Token ids that the model knows: the tokenizer's, and those that its embeddings are padded with."""
         return int(self.model.get_input_embeddings().weight.shape[0])
-
-    @property
-    def parameters_count(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
