@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -123,3 +125,60 @@ def test_the_reference_is_what_the_program_says_today() -> None:
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
     assert (ROOT / "docs" / "reference.md").read_text("utf-8") == page.reference(), "run `make docs`"
+
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+SAYS_WHAT_IT_RAISES = ("algorithms", "data", "models", "recipes", "run")  # rooms
+NAMES_ITS_SHAPES = ("algorithms", "models")
+SHAPE = re.compile(r"\b(float|int|bool)\d*\[[^]]+\]|[\[(][BSNTPKV…](, [BSNTPKV…])*[\])]")  # float32[B, S], [N, T]
+
+
+def test_what_raises_says_so() -> None:
+    """A public function or method with a `raise OperantError` of its own says when; of a constructor, its class."""
+    silent = []
+    for room in SAYS_WHAT_IT_RAISES:
+        for where, function, own, of_class in public_functions(room):
+            about = own + of_class if function.name in ("__init__", "__post_init__") else own
+            if raises_operant_error(function) and "OperantError" not in about:
+                silent.append(where)
+    assert not silent, "\n".join(silent)
+
+
+def test_what_takes_or_gives_tensors_names_their_axes() -> None:
+    """Each function for itself; a method may leave it to its class, where one name has one shape throughout."""
+    silent = []
+    for room in NAMES_ITS_SHAPES:
+        for where, function, own, of_class in public_functions(room):
+            given = [*function.args.args, *function.args.kwonlyargs]
+            notes = [ast.unparse(note) for note in [function.returns, *(g.annotation for g in given)] if note]
+            if any(re.search(r"\bTensor\b", note) for note in notes) and not SHAPE.search(own + of_class):
+                silent.append(where)
+    assert not silent, "\n".join(silent)
+
+
+def public_functions(room: str) -> Iterator[tuple[str, Function, str, str]]:
+    """(where, function or method, its docstring, its class's) of all that is public in a room."""
+    for path in sorted((ROOT / "operant" / room).rglob("*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, Function):
+                owners: list[tuple[str, ast.stmt, str]] = [("", node, "")]
+            elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                owners = [(f"{node.name}.", method, ast.get_docstring(node) or "") for method in node.body]
+            else:
+                continue
+            for owner, function, of_class in owners:
+                if isinstance(function, Function) and not re.match(r"_(?!_(init|post_init|call)__)", function.name):
+                    where = f"{path.relative_to(ROOT)}:{function.lineno} {owner}{function.name}"
+                    yield where, function, ast.get_docstring(function) or "", of_class
+
+
+def raises_operant_error(function: Function) -> bool:
+    """In its own body: a function inside it speaks for itself."""
+    inside: list[ast.AST] = list(function.body)
+    while inside:
+        node = inside.pop()
+        if isinstance(node, ast.Raise) and node.exc is not None and ast.unparse(node.exc).startswith("OperantError("):
+            return True
+        if not isinstance(node, Function | ast.Lambda | ast.ClassDef):
+            inside += ast.iter_child_nodes(node)
+    return False

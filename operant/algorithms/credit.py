@@ -103,6 +103,7 @@ def group_centred(values: Tensor, groups: Tensor, valid: Tensor, scale: bool = T
 
     The mean includes row i, so the expected gradient is the exact one times (G − 1)/G before scaling, and the division
     by the group's own deviation is a further bias that no factor undoes. `scale=False` is Dr. GRPO (Liu et al. 2025).
+    values: float[N]; groups: int64[N]; valid: bool[N]. Returns float[N], 0 where not valid.
     """
     weight = valid.to(values.dtype)
     count, _ = group_sums(weight, groups)
@@ -259,7 +260,7 @@ def updated_running(
 
 
 def held(values: Tensor, width: int) -> Tensor:
-    """The last axis cut to `width`, or filled up to it with its last number."""
+    """The last axis cut to `width`, or filled up to it with its last number: float[…, W] → float[…, width]."""
     short = width - values.shape[-1]
     return (
         values[..., :width]

@@ -45,7 +45,11 @@ class Rollout:
 
 
 class Estimator:
-    """Rewards → advantages, placed on the batch's columns.
+    """Rewards → advantages, on the columns of the batch that is learned from.
+
+    Its methods work on the axes of `credit`, N completions and T drawn tokens, and give the same meaning to the same
+    name: rewards, penalty float64[N, T]; mask bool[N, T], a completion's tokens; groups int64[N], the prompt that each
+    answers; valid bool[N], or bool[N, T], where the return is known. advantages and returns are float64[N, T].
 
     `state` holds what outlives a step and is saved with it: the running mean, each route's baseline, and whether a
     reward that was not declared dense has paid before a last token. From that step on `settings` is a dense reward's.
@@ -104,7 +108,10 @@ class Estimator:
 
     def notice_dense(self, rewards: Tensor, mask: Tensor) -> None:
         """A function that pays per token without having said so must not be summed silently, nor compared with one
-        number for all its tokens where it is for `auto` to say."""
+        number for all its tokens where it is for `auto` to say.
+
+        rewards: float64[N, T]; mask: bool[N, T]. Raises OperantError where the algorithm would sum such rewards.
+        """
         if self.state["dense"] or not bool((rewards * mask)[:, :-1].logical_and(mask[:, 1:]).any()):
             return
         if self.settings.baseline in SUMMING_BASELINES or not self.settings.algorithm.honours_dense:
@@ -121,7 +128,7 @@ class Estimator:
         return dataclasses.replace(self.settings, baseline=dense.baseline, bootstrap=dense.bootstrap)
 
     def overlong(self, mask: Tensor, metrics: dict[str, float]) -> Tensor:
-        """The penalty on length, on each row's last token."""
+        """The penalty on length, on each row's last token: float64[N, T]."""
         lengths = mask.sum(1)
         penalty = credit.overlong_penalty(lengths, self.config.max_tokens, self.settings.overlong_buffer)
         metrics["train/overlong_penalty"] = self.config.overlong_penalty * float(penalty.mean())
@@ -155,7 +162,7 @@ class Estimator:
     def against_baseline(
         self, rollout: Rollout, rewards: Tensor, mask: Tensor, valid: Tensor, metrics: dict[str, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns less what other completions, or earlier ones, were paid."""
+        """Returns less what other completions, or earlier ones, were paid: (advantages, returns, usable like valid)."""
         groups = group_numbers(rollout.trajectories)
         against: float | Tensor | None = None
         if self.settings.baseline == "control_variate":
@@ -175,7 +182,8 @@ class Estimator:
         )  # fmt: skip
 
     def of_penalty(self, trajectories: list[Trajectory], penalty: Tensor, mask: Tensor, valid: Tensor) -> Tensor:
-        """Linear in the reward, so the penalty has its own return and baseline beside the task's."""
+        """The penalty's advantages, float64[N, T]. Advantages are linear in the reward, so it has a return and a
+        baseline of its own beside the task's."""
         if not bool(penalty.any()):
             return penalty
         baseline = self.settings.baseline
@@ -190,7 +198,8 @@ class Estimator:
     def against_critic(
         self, batch: Batch, trajectories: list[Trajectory], rewards: Tensor, mask: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Generalised advantage estimation; the values stay with the batch for the critic's own loss."""
+        """Generalised advantage estimation: (advantages, returns, valid). The values stay with the batch, for the
+        critic's own loss."""
         values = self.values(batch)
         batch.values = values[:, :-1]
         of_row, after = gather(batch, values, trajectories), torch.zeros(len(mask), dtype=torch.float64)
@@ -206,7 +215,7 @@ class Estimator:
     def coefficient(
         self, rewards: Tensor, mask: Tensor, groups: Tensor, valid: Tensor, metrics: dict[str, float]
     ) -> float | Tensor:
-        """β, given or fitted on the other prompts, and what it saves."""
+        """β, as it was given, or float64[N] fitted on the other prompts; what it saves goes into `metrics`."""
         beta: float | Tensor = (
             credit.fit_beta((rewards * mask).sum(1), credit.held_potential(rewards, mask), mask, groups, valid)
             if self.config.beta == "auto"
@@ -227,7 +236,7 @@ class Estimator:
         return [t.prompt.id if self.config.route_by == "prompt" else t.prompt.task for t in trajectories]
 
     def remember(self, trajectories: list[Trajectory], totals: Tensor, valid: Tensor) -> None:
-        """Exponential means, which this step has already read."""
+        """Bring the routes' exponential means, which this step has already read, up to the totals float64[N]."""
         if self.settings.baseline == "route":
             self.state["routes"] = credit.updated_routes(
                 self.state["routes"], self.routes(trajectories), totals, valid,
@@ -247,7 +256,10 @@ class Estimator:
 
 def explained_variance(returns: Tensor, advantages: Tensor, mask: Tensor) -> float:
     """1 − Var(R − V) / Var(R) over the tokens in `mask`: 1 for a critic that foretells all, 0 for one that knows only
-    the mean. The advantage is R − V by construction of the returns; 0 where all returns are the same."""
+    the mean. The advantage is R − V by construction of the returns; 0 where all returns are the same.
+
+    returns, advantages: float64[N, T]; mask: bool[N, T].
+    """
     if int(mask.sum()) < 2:
         return 0.0
     spread = float(returns[mask].var())

@@ -114,6 +114,7 @@ class Adam:
 
     Weight decay touches matrices only, as is customary. A critic's weights have their own rate and are clipped on their
     own: the size of a value's error must not decide how far the policy moves.
+    Raises OperantError when there is no weight to train.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class Sgd:
     Where a gradient is that of one or a few completions, its norm is mostly far above max_grad_norm, and each step has
     the length lr · max_grad_norm, along the gradient and nowhere else. Adam's division by each weight's own second
     moment moves weights that the text hardly depends on as far as those that it depends on.
+    Raises OperantError when there is no weight to train.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], lr: float, *, max_grad_norm: float = 1.0) -> None:

@@ -12,12 +12,12 @@ from operant.types import Batch
 
 
 def negative_log_likelihood(logprobs: Tensor) -> Tensor:
-    """−log π(y_t): pretraining and supervised fine-tuning."""
+    """−log π(y_t), float[B, S]: pretraining and supervised fine-tuning."""
     return -logprobs
 
 
 def reinforce(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """−A_t log π(y_t), whose gradient is −A_t ∇log π(y_t) (Williams 1992; Sutton et al. 2000)."""
+    """−A_t log π(y_t), whose gradient is −A_t ∇log π(y_t) (Williams 1992; Sutton et al. 2000). All float[B, S]."""
     return -advantages.detach() * logprobs
 
 
@@ -25,6 +25,7 @@ def importance(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Te
     """TRPO's surrogate (Schulman et al. 2015, eq. 14), per token: −ρ_t A_t with ρ_t = π(y_t) / π_old(y_t).
 
     Where π is π_old its gradient is REINFORCE's; how far it holds is the trust region's matter, not the loss's.
+    All float[B, S].
     """
     return -(logprobs - old_logprobs.detach()).exp() * advantages.detach()
 
@@ -36,7 +37,7 @@ def ppo_clip(
 
         −min(ρ_t A_t, clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t),  ρ_t = π(y_t) / π_old(y_t)
 
-    Both log-probs are at the training temperature. Returns (loss, clipped as 0/1 float).
+    All float[B, S], both log-probs at the training temperature. Returns (loss, clipped as 0/1), float[B, S].
     """
     advantages = advantages.detach()
     ratio = (logprobs - old_logprobs.detach()).exp()
@@ -74,7 +75,7 @@ def cispo(
         −sg(clip(ρ_t, 1 − clip_low, 1 + clip_high)) A_t log π(y_t)
 
     Clipping bounds a token's weight and never silences it, as PPO's does. clip_low = 1 leaves the lower side open.
-    Returns (loss, clipped as 0/1 float).
+    All float[B, S]. Returns (loss, clipped as 0/1), float[B, S].
     """
     ratio = (logprobs - old_logprobs).detach().exp()
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -108,7 +109,7 @@ def sequence_mask(old_logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor,
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float = 0.0) -> Tensor:
     """½ max((V − R)², (V_old + clip(V − V_old, ±clip) − R)²), the critic's loss per token; clip 0 is ½ (V − R)².
 
-    The clipped form is that of PPO's first code (Dhariwal et al. 2017); R comes from `credit.gae`.
+    The clipped form is that of PPO's first code (Dhariwal et al. 2017); R comes from `credit.gae`. All float[B, S].
     """
     loss = (values - returns.detach()) ** 2
     if clip > 0:
@@ -119,7 +120,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float 
 
 def action_value(value: Tensor, logprobs: Tensor, reference: Tensor, beta: float) -> Tensor:
     """Q(s, a) = V(s) + β (log π(a|s) − log π_ref(a|s)): a policy as its own advantages (Schulman, Chen & Abbeel 2017,
-    eq. 14). π is then π_ref reweighted by exp((Q − V) / β) and sums to one by itself. All float of one shape."""
+    eq. 14). π is then π_ref reweighted by exp((Q − V) / β) and sums to one by itself.
+
+    value: float[B, S], or float[K, 1] beside the log-probs of a whole vocabulary, float[K, V]. Returns float like them.
+    """
     return value + beta * (logprobs - reference)
 
 
@@ -140,7 +144,7 @@ def double_q_value(select: Tensor, judge: Tensor, allowed: Tensor) -> Tensor:
 
 
 def q_loss(values: Tensor, targets: Tensor) -> Tensor:
-    """½ (Q(s, a) − y)² per token; the target gets no gradient."""
+    """½ (Q(s, a) − y)² per token, float[B, S]; the target gets no gradient."""
     return 0.5 * (values - targets.detach()) ** 2
 
 
@@ -157,13 +161,14 @@ def adapt_kl(coefficient: float, kl: float, target: float, rate: float = 0.1) ->
 def behavior_correction(old_logprobs: Tensor, behavior_logprobs: Tensor, cap: float = 2.0) -> Tensor:
     """Truncated importance weight min(π_old / μ, cap) from the distribution that was really sampled (Ionides 2008).
 
-    1 where sampler and trainer agree. Truncation trades a bias for bounded variance; the loop reports its mean.
+    All float[B, S]; 1 where sampler and trainer agree. Truncation trades a bias for bounded variance; the loop reports
+    its mean.
     """
     return (old_logprobs - behavior_logprobs).detach().exp().clamp(max=cap)
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log π − log π_ref at the sampled token: an unbiased estimate of KL(π‖π_ref) (Schulman 2020).
+    """log π − log π_ref at the sampled token, float[B, S]: an unbiased estimate of KL(π‖π_ref) (Schulman 2020).
 
     Goes into the reward. As a loss term its on-policy gradient is zero in expectation, so it is not offered there.
     """
@@ -171,13 +176,13 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """½ (log π − log π_ref)²: its gradient on policy is an unbiased gradient of the per-token KL(π‖π_ref)."""
+    """½ (log π − log π_ref)², float[B, S]: its gradient on policy is an unbiased one of the per-token KL(π‖π_ref)."""
     return 0.5 * (logprobs - ref_logprobs.detach()) ** 2
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """e^d − 1 − d with d = log π_ref − log π: non-negative; as a loss its gradient is that of KL(π_ref‖π), the forward
-    divergence. GRPO's published penalty (Shao et al. 2024, eq. 4)."""
+    divergence. GRPO's published penalty (Shao et al. 2024, eq. 4). All float[B, S]."""
     gap = ref_logprobs.detach() - logprobs
     return gap.exp() - 1 - gap
 
@@ -191,7 +196,7 @@ def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
 def label_smoothed(logprobs: Tensor, mean_logprobs: Tensor, smoothing: float) -> Tensor:
     """(1 − ε) · NLL + ε · cross-entropy to the uniform distribution (Szegedy et al. 2016).
 
-    mean_logprobs: the mean of log π over the vocabulary, same shape as logprobs.
+    logprobs: float[B, S]; mean_logprobs: float[B, S], the mean of log π over the vocabulary. Returns float[B, S].
     """
     return -(1 - smoothing) * logprobs - smoothing * mean_logprobs
 

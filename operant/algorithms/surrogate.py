@@ -14,7 +14,10 @@ from operant.types import Batch
 
 
 class Surrogate:
-    """A `learner.TokenLoss` for the algorithm of a run. `state["kl_coef"]` is the KL's weight as it stands now."""
+    """A `learner.TokenLoss` for the algorithm of a run. `state["kl_coef"]` is the KL's weight as it stands now.
+
+    logprobs and old are log π and log π_old of a micro-batch's tokens, float32[B, S]; each loss is float32[B, S].
+    """
 
     def __init__(self, config: TrainConfig, settings: AlgorithmSettings, state: dict[str, Any]) -> None:
         self.config, self.settings, self.state = config, settings, state
@@ -63,7 +66,7 @@ class Surrogate:
         return loss, {"entropy": (out.entropy * batch.action_mask).sum()}
 
     def policy_loss(self, batch: Batch, logprobs: Tensor, old: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(loss per token, clipped as 0/1 float or None)."""
+        """(loss float32[B, S], clipped as 0/1 float32[B, S] or None)."""
         assert batch.advantages is not None
         low, high = self.settings.clip_low, self.settings.clip_high
         kind = self.settings.algorithm.loss
@@ -81,7 +84,7 @@ class Surrogate:
         return objectives.reinforce(logprobs, batch.advantages), None
 
     def correction(self, policy: Policy, batch: Batch, old: Tensor, stats: dict[str, Tensor]) -> Tensor | float:
-        """The weight for what was sampled from another distribution than the trainer's, by rounding or by age."""
+        """The weight float32[B, S] of what another distribution than the trainer's drew, by rounding or age; or 1."""
         weight: Tensor | float = 1.0
         assert batch.behavior_logprobs is not None
         if policy.dtype == "bf16" and self.config.correction_cap > 0:
@@ -95,6 +98,7 @@ class Surrogate:
         return weight
 
     def divergence(self, policy: Policy, batch: Batch, logprobs: Tensor) -> Tensor:
+        """The KL to the reference per token, float32[B, S], as `kl_estimator` says."""
         assert batch.ref_logprobs is not None
         if self.config.kl_estimator == "k2":
             return objectives.kl_k2(logprobs, batch.ref_logprobs)

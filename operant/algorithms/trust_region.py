@@ -182,6 +182,7 @@ class TrustRegion:
         return {"rule": "trust_region", "accepted": self.accepted, "refused": self.refused}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counts that `state_dict` gave. Raises OperantError for the state of another optimizer."""
         if state.get("rule") != "trust_region":
             raise OperantError(
                 "this checkpoint's optimizer is not a trust region; go on with the algorithm it was trained with"

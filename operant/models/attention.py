@@ -65,7 +65,7 @@ class Picks:
 
 
 class TakeRows(torch.autograd.Function):
-    """`rows[picks.index]`, with a gradient that is gathered."""
+    """`rows[picks.index]`, float[count, …] → float[K, …], with a gradient that is gathered."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, picks: Picks) -> Tensor:

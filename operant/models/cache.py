@@ -13,7 +13,7 @@ GROWTH = 64  # columns added when a cache is full: appending in place beats conc
 
 
 class GrowingLayer(DynamicLayer):
-    """One layer's keys and values (B, H, L, D), appended in place in a buffer that grows by blocks."""
+    """One layer's keys and values float[B, H, L, D], appended in place in a buffer that grows by blocks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,6 +23,7 @@ class GrowingLayer(DynamicLayer):
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> GrowingLayer:
+        """A layer that holds these keys and values."""
         layer = cls()
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer._keys, layer._values, layer.length = keys, values, keys.shape[2]

@@ -35,6 +35,8 @@ class Encoder:
 
     `model` is the whole model with its language-modelling head, so that a saved folder is one that Transformers loads;
     `body` is the part that reads. `dtype` is "float32", or "bf16" for autocast over float32 weights.
+    Raises OperantError for another dtype, for a device that is not there, and when the tokenizer has more tokens than
+    the model.
     """
 
     def __init__(self, model: Any, codec: Codec, *, device: str = "auto", dtype: str = "float32") -> None:

@@ -45,7 +45,10 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
 
 
 class LanguagePolicy(Protocol):
-    """What the sampler and an evaluation need of a policy."""
+    """What the sampler and an evaluation need of a policy; the methods are `Policy`'s.
+
+    prefill, decode: the next logits float32[B, V]. logprobs: float32[B, S].
+    """
 
     @property
     def codec(self) -> Codec: ...
@@ -96,6 +99,8 @@ class Policy:
     """A Transformers model with its tokenizer.
 
     `dtype` is the precision of the matrix work: "float32", or "bf16" for autocast over float32 weights.
+    Raises OperantError for another dtype, for a device that is not there, and when the tokenizer has more tokens than
+    the model.
     """
 
     def __init__(self, model: Any, codec: Codec, *, device: str = "auto", dtype: str = "float32") -> None:
@@ -184,6 +189,7 @@ class Policy:
         """A model with random weights: arch `gpt2`, `llama`, `t5` or `mbart`, size `tiny`, `small` or `base`.
 
         mbart, BART with the normalisation before each block, learns from nothing in far fewer steps than t5.
+        Raises OperantError for another arch or size.
         """
         if arch not in SIZES or size not in SIZES[arch]:
             raise OperantError(
@@ -383,7 +389,10 @@ class Policy:
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, the policy computes with the reference's weights, without gradients."""
+        """Inside, the policy computes with the reference's weights, without gradients.
+
+        Raises OperantError when no reference was frozen.
+        """
         current = self.model
         with torch.no_grad():
             if self.is_lora and self._reference is None:

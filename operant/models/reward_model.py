@@ -222,7 +222,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
-    """(z − t)², elementwise."""
+    """(z − t)²: float[B] or float[B, S], both of one shape."""
     return (predictions - targets) ** 2
 
 
