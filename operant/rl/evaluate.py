@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from operant.config import EvalConfig, SampleConfig
+from operant.data.prompts import PromptFormat, load_fitting_prompts
+from operant.data.rows import load_rows
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
 from operant.rewards import RewardRunner, corpus_metrics
-from operant.types import Completion, Ints, Prompt, SamplerProtocol, Sampling
+from operant.types import Completion, Ints, OperantError, Prompt, SamplerProtocol, Sampling
 
 
 def evaluate(
@@ -53,6 +61,85 @@ def evaluate(
     if "distinct2" not in values:
         values["distinct2"] = distinct([c.tokens for c in completions])
     return values, completions
+
+
+def evaluate_from(config: EvalConfig, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+    """Measure a model as `config` says: {metric: value} of its answers to the prompts of `data`, as of `evaluate`.
+
+    With `config.samples` the answers are written there, a row of JSON each. progress: called with (prompts answered,
+    prompts in all).
+
+    Raises OperantError when no model or data is named, for what cannot be loaded or written, and for metrics that need
+    references where no row has any.
+    """
+    if not config.model:
+        raise OperantError("--model is missing; give a model folder or hub id")
+    if not config.data:
+        raise OperantError("--data is missing; give prompts with references")
+    # unlike Path.is_dir, this is False also for a folder that may not be reached
+    if config.samples and not os.path.isdir(Path(config.samples).absolute().parent):
+        raise OperantError(f"{Path(config.samples).parent} is no folder to write to; choose another --samples")
+    rows = load_rows(config.data, split="dev", limit=config.limit)
+    policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
+    policy.model.eval()
+    prompts = load_fitting_prompts(rows, policy, config, room=config.max_tokens)
+    if config.metrics and not any(prompt.references for prompt in prompts):
+        raise OperantError(
+            f"no row of {config.data} has references to measure {', '.join(config.metrics)} by; "
+            "choose with --reference_field, or give --metrics []"
+        )
+    answered = 0
+
+    def tell(more: int) -> None:
+        nonlocal answered
+        answered += more
+        if progress is not None:
+            progress(answered, len(prompts))
+
+    sampling = Sampling(
+        temperature=config.temperature, max_tokens=config.max_tokens, seed=config.seed, stop=tuple(config.stop)
+    )
+    values, completions = evaluate(
+        Sampler(policy, max_rows=config.max_rows), prompts, sampling=sampling, metrics=config.metrics, progress=tell
+    )
+    if config.samples:
+        _write_samples(config.samples, prompts, completions)
+    return values
+
+
+def _write_samples(path: str, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            for prompt, completion in zip(prompts, completions, strict=True):
+                row = {"prompt": prompt.text, "completion": completion.text, "references": list(prompt.references)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise OperantError(f"cannot write {path} ({error.strerror}); choose another --samples") from error
+
+
+def sample_from(config: SampleConfig, texts: Iterable[str]) -> Iterator[tuple[Prompt, Completion]]:
+    """Each text as a prompt, with each of its `n` completions, as `config` says; a text is answered as it comes.
+
+    Raises OperantError when no model is named, and for a model or prompt that cannot be read.
+    """
+    if not config.model:
+        raise OperantError("--model is missing; give a model folder or hub id")
+    policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
+    policy.model.eval()
+    written = PromptFormat(prefix=config.prefix, separator=config.separator, encoder=policy.has_encoder)
+    sampling = Sampling(
+        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
+        stop=tuple(config.stop), seed=config.seed,
+    )  # fmt: skip
+    for number, text in enumerate(texts):
+        if config.chat:
+            messages = [{"role": "user", "content": text}]
+            tokens = policy.codec.encode_prompt(messages=messages, encoder=policy.has_encoder)
+        else:
+            tokens = written.encode(text, policy.codec)
+        prompt = Prompt(id=str(number), text=text, tokens=tokens)
+        for completion in Sampler(policy).sample([prompt], sampling, config.n)[0]:
+            yield prompt, completion
 
 
 def bleu_tokenizer(references: Sequence[Sequence[str]]) -> str:

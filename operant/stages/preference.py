@@ -352,6 +352,8 @@ def _loaded(
         ) if rows else []  # fmt: skip
 
     if replay is None and config.replay is None:
+        if not config.data:
+            raise OperantError("--data is missing; give pairs, edits or ratings, or --replay with a file of feedback")
         rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
         return read(rows), read(dev_rows)
     found = _from_log(config, policy, replay if replay is not None else read_feedback_log(str(config.replay)))

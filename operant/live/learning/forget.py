@@ -18,6 +18,7 @@ writes it); "made" (by the learner: the steps again, the new version serving, th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -27,10 +28,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from operant.config import WorkerConfig
-from operant.live.learning.events import EventSource
+from operant.config import ForgetConfig, ReplayConfig, WorkerConfig
+from operant.live.learning.events import EventSource, open_store
 from operant.live.learning.step import fingerprint
 from operant.live.learning.worker import Worker, make_again
 from operant.live.storage.store import FORGOTTEN, Store
@@ -39,7 +40,10 @@ from operant.models.policy import Policy
 from operant.run.files import replace_file
 from operant.types import Feedback, OperantError
 
-__all__ = ["Forgotten", "Plan", "Remaking", "Verified", "ask", "empty", "finish", "forget", "forgotten", "verify"]
+__all__ = [
+    "Forgotten", "Plan", "Remaking", "Verified", "ask", "empty", "finish", "forget", "forget_from", "forgotten",
+    "verifiable", "verify", "verify_root",
+]  # fmt: skip
 
 TOMBSTONES = "forgotten"
 TOO_FEW = "without the source that is forgotten, too few sources have spoken"
@@ -61,6 +65,10 @@ class Verified:
     def same(self) -> bool:
         return self.difference == 0.0
 
+    def differs(self, tolerance: float) -> bool:
+        """Whether its record makes another: by any bit with the same fingerprint, else by more than the tolerance."""
+        return self.difference > (0.0 if self.same_fingerprint else tolerance)
+
 
 def verify(versions: Versions, version: int, source: EventSource, config: WorkerConfig) -> Verified:
     """Make a version again from its record and its parent, and compare every weight.
@@ -73,6 +81,36 @@ def verify(versions: Versions, version: int, source: EventSource, config: Worker
     with torch.no_grad():
         difference = max(float((a - b).abs().max()) for a, b in pairs)
     return Verified(version, difference, versions.record(version).fingerprint == fingerprint(there))
+
+
+def verifiable(config: ReplayConfig) -> list[StepRecord]:
+    """The records of the versions that can be made again: `config.version`, or all that are published and on disk with
+    their parents.
+
+    Raises OperantError when there is no such version.
+    """
+    versions = Versions(config.root)
+    if config.version is not None:
+        return [versions.record(config.version)]
+    there = {v.version for v in versions.all()}
+    return [r for r in versions.records() if r.version in there and r.parent in there and r.state == "published"]
+
+
+def verify_root(config: ReplayConfig, progress: Callable[[int, int], None] | None = None) -> list[Verified]:
+    """`verify` each version that is `verifiable`. progress: called with (versions made again, versions in all).
+
+    Raises OperantError when a version's weights, its parent's or its events are not there.
+    """
+    torch.set_num_threads(1)  # as the server's learner has them
+    found, versions = verifiable(config), Versions(config.root)
+    worker = WorkerConfig(root=config.root, device=config.device, dtype=config.dtype)
+    source = open_store(config.store or str(versions.root / "store.db"))
+    verified = []
+    for record in found:
+        verified.append(verify(versions, record.version, source, worker))
+        if progress is not None:
+            progress(len(verified), len(found))
+    return verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +202,52 @@ def forget(
             return done
     ask(versions, source)
     return _carry_out(versions, store, config, progress)
+
+
+def forget_from(config: ForgetConfig, progress: Callable[[int, int], None] | None = None) -> Forgotten:
+    """Forget a source as `config` says: `forget`, or, where a server is at work, that one does it when it is asked.
+
+    progress: called with (steps made again, steps in all).
+
+    Raises OperantError when there is no source or no such folder, when a learner is at work without a server, and when
+    the source cannot be forgotten.
+    """
+    if not config.source:
+        raise OperantError("--source is missing; give whom to forget")
+    root = Path(config.root)
+    if not root.is_dir():
+        raise OperantError(f"{config.root} is no folder; give --root, the one that operant serve writes")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(root / "server.lock", timeout=0))
+        except Timeout:
+            return _forgotten_by_the_server(config, progress)
+        torch.set_num_threads(config.threads)
+        try:
+            stack.enter_context(FileLock(root / "learner.lock", timeout=0))
+        except Timeout:
+            raise OperantError(f"a learner is at work in {config.root}; stop it first") from None
+        store = stack.enter_context(Store(config.store or root / "store.db"))
+        worker = WorkerConfig(root=config.root, device=config.device, dtype=config.dtype)
+        return forget(config.source, store, worker, progress)
+
+
+def _forgotten_by_the_server(config: ForgetConfig, progress: Callable[[int, int], None] | None) -> Forgotten:
+    """Ask the server that is at work in this root, by a file as all processes do, and wait until it is done."""
+    versions = Versions(config.root)
+    asked = ask(versions, config.source)
+    while True:
+        if (told := forgotten(versions, asked.number)) is not None:
+            return told
+        plan = Plan.read(versions)
+        if plan is not None and plan.number == asked.number:
+            if plan.stage == "refused":
+                versions.plan_file.unlink()
+                raise OperantError(plan.reason)
+            if plan.steps and progress is not None:
+                made = sum(r.again >= 0 and r.version >= plan.begun for r in versions.records())
+                progress(min(made, len(plan.steps)), len(plan.steps))
+        time.sleep(0.1)
 
 
 def _carry_out(
