@@ -34,7 +34,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def row_key(seed: int, prompt_id: str, sample: int) -> int:
-    """The 64-bit key of one row's random numbers."""
+    """The 64-bit key of one row's random numbers: the first 8 bytes of BLAKE2b over seed, prompt and sample number."""
     digest = hashlib.blake2b(f"{seed}\x00{prompt_id}\x00{sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -73,7 +73,10 @@ def behavior_logprobs(
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF sampling: int64[B] from logprobs float32[B, V] and uniforms float64[B] in [0, 1)."""
+    """Inverse-CDF sampling: the first token whose cumulative probability is above the uniform number.
+
+    logprobs: float32[B, V], −inf where a token cannot be drawn. uniforms: float64[B] in [0, 1). Returns int64[B].
+    """
     cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None].to(cumulative.device) * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_(max=logprobs.shape[-1] - 1)
@@ -256,7 +259,10 @@ class Sampler:
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
-        """Admit what fits, draw one token for every row, return the completions that this finished."""
+        """Admit what fits, draw one token for every row, return the completions that this finished.
+
+        A completion's arrays run along its T tokens, as `Completion` says. Greedy ones have log-probabilities of 0.
+        """
         if self._stale and self._rows:
             self._state, _ = self.policy.prefill(
                 [row.prompt.tokens for row in self._rows], [np.array(row.tokens[:-1], np.int64) for row in self._rows]
@@ -318,6 +324,7 @@ class Sampler:
         return state, logits
 
     def _draw(self, logits: Tensor) -> list[Completion]:
+        """The next token of every row from logits float32[B, V]; the completions that this finished."""
         rows, device = self._rows, logits.device
         model = torch.log_softmax(logits, -1)
         plain = all(
@@ -480,7 +487,7 @@ def check_room(policy: LanguagePolicy, prompt: Prompt, max_tokens: int) -> None:
 
 
 def _start(request: _Queued) -> tuple[StreamingSession | None, dict[str, Any]]:
-    """A session of the request's streaming reward, and the fault if there is none for it."""
+    """A session of the request's streaming reward, and the fault where it could not start one."""
     if request.stream is None:
         return None, {}
     try:

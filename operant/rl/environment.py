@@ -76,6 +76,7 @@ class TextEnv(gymnasium.Env[Ints, np.int64]):
         self._text = self.codec.incremental()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Ints, dict[str, Any]]:
+        """Begin a text. Returns (state int64[max_prompt_tokens + max_tokens], {"prompt": text})."""
         super().reset(seed=seed)
         chosen = (options or {}).get("prompt")
         number = int(self.np_random.integers(len(self.prompts))) if chosen is None else int(chosen)
@@ -85,6 +86,10 @@ class TextEnv(gymnasium.Env[Ints, np.int64]):
         return self._observation(), {"prompt": self._prompt.text}
 
     def step(self, action: np.int64) -> tuple[Ints, float, bool, bool, dict[str, Any]]:
+        """Write one token. Returns (state int64[max_prompt_tokens + max_tokens], reward, terminated, truncated, info).
+
+        `info["text"]`: what was written, at the end. Raises gymnasium's ResetNeeded when the text has ended.
+        """
         token = int(action)
         if len(self._tokens) >= self.max_tokens or (self._tokens and self._tokens[-1] == self.codec.eos_id):
             raise gymnasium.error.ResetNeeded("the text has ended; call reset()")
@@ -110,9 +115,11 @@ class TextEnv(gymnasium.Env[Ints, np.int64]):
         return self._observation(), reward, terminated, truncated, info
 
     def render(self) -> str | None:
+        """The prompt and what is written so far, in render mode "ansi"."""
         return f"{self._prompt.text}\n{self._text.text}" if self.render_mode == "ansi" else None
 
     def close(self) -> None:
+        """End the reward's threads."""
         self.runner.close()
 
     def _earned(self, ended: bool, info: dict[str, Any]) -> float:
@@ -140,7 +147,7 @@ class TextEnv(gymnasium.Env[Ints, np.int64]):
 
 
 class HigherLower(gymnasium.Env[str, str]):
-    """Guess a hidden number from 1 to `highest` within `turns` turns; each wrong guess is told "higher" or "lower".
+    """Guess a hidden number from 1 to `highest` within `turns` turns; a wrong guess is answered by "higher" or "lower".
 
     The first guess is right once in `highest`; whoever halves what is left always wins within ⌈log₂(highest + 1)⌉
     turns. Winning pays 1. What is no number from 1 to `highest` is a lost turn, answered by "what".
@@ -155,11 +162,13 @@ class HigherLower(gymnasium.Env[str, str]):
         self._hidden = self._turn = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Hide a number. Returns ("guess", {})."""
         super().reset(seed=seed)
         self._hidden, self._turn = int(self.np_random.integers(1, self.highest + 1)), 0
         return "guess", {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Guess. Returns (what is answered, 1.0 for the hidden number else 0.0, whether it is over, False, {"won"})."""
         self._turn += 1
         said = action.strip()
         guess = int(said) if said.isdecimal() and len(said) < 10 else 0

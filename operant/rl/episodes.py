@@ -115,7 +115,14 @@ class Player:
         self.encoder = policy.family == "encoder-decoder"
 
     def play(self, games: Sequence[tuple[str, int]], sampling: Sampling) -> list[Trajectory]:
-        """Episodes of (group, seed of the environment) each; equal groups must have equal seeds."""
+        """One episode for each of (group, seed of the environment); equal groups must have equal seeds.
+
+        Returns trajectories in the games' order. Their arrays run along the T tokens after the prompt, whoever wrote
+        them: rewards float64[T], `completion.sampled` bool[T]. An episode whose environment raised has no reward.
+
+        Raises OperantError when an environment cannot be made or reset, or when its first observation is too long for
+        the model.
+        """
         while len(self.environments) < len(games):
             self.environments.append(environment_by_name(self.name, **self.options))
         copies: Counter[str] = Counter()
@@ -137,6 +144,7 @@ class Player:
         return [self._finish(e, sampling) for e in episodes]
 
     def close(self) -> None:
+        """Close the environments; `play` makes new ones."""
         for environment in self.environments:
             environment.close()
         self.environments.clear()
@@ -281,6 +289,7 @@ class HeldOutEpisodes(HeldOut):
 
     @property
     def active(self) -> bool:
+        """Whether there is anything to measure."""
         return bool(self.games)
 
     def look(self) -> dict[str, float]:

@@ -47,7 +47,10 @@ class HeldOut:
         return bool(self.prompts)
 
     def measure(self) -> None:
-        """Held-out evaluation; keeps the best weights and ends the run at the target."""
+        """Held-out evaluation; keeps the best weights and ends the run at the target.
+
+        Raises OperantError when the target's metric is not measured, and what `evaluate` raises.
+        """
         if not self.active:
             return
         values = self.look()
@@ -96,6 +99,7 @@ class HeldOut:
         return float(((now - then) * batch.action_mask).sum() / batch.action_mask.sum().clamp(min=1))
 
     def keep_samples(self, completions: Sequence[Completion]) -> None:
+        """Log the first `log_samples` answers with their rewards."""
         count = min(self.config.log_samples, len(completions))
         shown = list(zip(self.prompts, completions, strict=True))[:count]
         rewards = self.runner.run(shown, update=False, scaled=False) if shown else []

@@ -37,6 +37,7 @@ class Logged:
         state.setdefault("drawn", 0)
 
     def take(self, step: int) -> Rollout:
+        """`prompts_per_step` times `group_size` rows, which the step alone decides."""
         taken = [self.trajectories[i] for i in self.order.take(step)]
         return Rollout(taken, taken)
 
@@ -51,10 +52,12 @@ def read_logged(
 ) -> list[tuple[Prompt, Completion, Any]]:
     """(prompt, completion, reward or None) of each row of a log, for `train(logged=…)`.
 
-    rows: each with `tokens` or `completion` (a text, which is read with its end-of-text), `reward` (a number or one for
-    each token) if there is one, and `behavior_logprobs` of its tokens if they are known. prompts: one a row; a row's
-    `prompt_tokens`, if it has them, are what was asked, however the prompt's text is read now. places: the row (from 0)
-    of each prompt, where some rows have none. vocabulary: ids that the model knows; None takes the tokenizer's.
+    rows: each with `tokens` (T ids) or `completion` (a text, which is read with its end-of-text), `reward` (a number,
+    or T of them) if there is one, and `behavior_logprobs` (T numbers) of its tokens if they are known. prompts: one a
+    row; a row's `prompt_tokens`, if it has them, are what was asked, however the prompt's text is read now. places: the
+    row (from 0) of each prompt, where some rows have none. vocabulary: ids that the model knows; None takes the
+    tokenizer's.
+
     Raises OperantError, naming the row (from 1), for one without a completion, with ids that are none of this
     vocabulary or of another tokenizer (`tokenizer_hash`), with other than one finite log-probability a token, or with a
     text for a reward.

@@ -246,6 +246,10 @@ class _Loop:
         run.facts["optimises"] = optimised_metrics(runner.reward)
 
     def go(self, callbacks: Sequence[Callback]) -> TrainResult:
+        """Every step of the run, with its held-out looks; the best weights are in the policy afterwards.
+
+        Raises OperantError when the run failed: every reward of several steps in a row was missing.
+        """
         if self.run.step == 0 and self.run.measured_step < 0:
             self.held_out.measure()
         for step in self.run.steps(self.config.steps):
@@ -300,7 +304,7 @@ class _Loop:
         return batch, metrics
 
     def learn(self, batch: Batch, step: int) -> StepStats:
-        """One or, with a ratio, several optimizer steps on the batch."""
+        """One or, with a ratio, several optimizer steps on the batch; adapts the KL coefficient afterwards."""
         config = self.config
         rows = batch.tokens.shape[0]
         passes = config.epochs * config.minibatches
@@ -336,12 +340,14 @@ class _Loop:
         return stats
 
     def supervised(self, step: int) -> Batch:
+        """The labelled pairs that `sft_coef` mixes into an optimizer step."""
         chosen = [self.pairs[i] for i in self.pair_order.take(step)]
         return self.policy.batch_of_sequences([p.prompt.tokens for p in chosen], [p.completion_tokens for p in chosen])
 
     # --- what is seen --------------------------------------------------------------------------------------------
 
     def describe(self, rollout: Rollout, stats: StepStats) -> dict[str, float]:
+        """What a step's rewards, completions and update were like, under the log's names; sets `stats.reward_mean`."""
         trajectories = rollout.seen
         seen = [t for t in trajectories if t.observed.all()]
         sums = [float(t.rewards.sum()) for t in seen]
@@ -387,8 +393,8 @@ def settled_reward(config: TrainConfig, reward: Any) -> tuple[TrainConfig, Any]:
 
     reward: as in `train`.
 
-    Raises OperantError when there is none, when a name names none, and for a dense reward that is asked of one which
-    was made to pay at the end.
+    Raises OperantError when there is no reward, when its name is unknown, and for a dense reward that is asked of one
+    which was made to pay at the end.
     """
     if config.environment:
         config = dataclasses.replace(config, reward=config.environment, dense=config.dense is True)

@@ -64,6 +64,7 @@ class Rollouts:
         return self.config.prompts_per_step - len(kept) // self.config.group_size
 
     def once(self, step: int, number: int, count: int) -> list[Trajectory]:
+        """The next `count` prompts with a rewarded group each; `number` counts the rounds of a step from 0."""
         chosen = [self.prompts[i] for i in self.order.slice(self.state["drawn"], count)]
         self.state["drawn"] += count
         # a prompt that comes again in a later round must not say the same again
