@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import unicodedata
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from operant.data import text as text_module
 from operant.data.text import Codec, chars_to_tokens, tokens_to_chars
 from operant.types import OperantError
 
@@ -314,6 +318,30 @@ CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "
 def test_default_template(codec: Codec) -> None:
     assert codec.render(CHAT) == "### System\nBe kind.\n\n### User\n你好\n\n### Assistant\n"
     assert codec.decode(codec.encode_prompt(messages=CHAT)) == codec.render(CHAT)
+
+
+def test_the_hash_of_a_template_is_of_what_is_in_force(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    # completions have recorded this hash of the default template since the first day: it names the same template still
+    first = "7a183bb26a2a4e600bc698ce53c842fa2fd9419c8793e19f689cdd753e5a50b0"
+    assert codec.template_hash == first
+    whole = text_module.default_template
+    others: list[Any] = [
+        lambda messages, begun: whole(messages, begun).replace("###", "##"),
+        lambda messages, begun: whole(messages, begun).replace("User", "user"),
+        lambda messages, begun: whole([m | {"content": m["content"].strip()} for m in messages], begun),
+        lambda messages, begun: whole(messages, False),
+        lambda messages, begun: whole(messages, True),
+    ]
+    hashes = {first}
+    for other in others:
+        monkeypatch.setattr(text_module, "default_template", other)
+        hashes.add(codec.template_hash)
+    assert len(hashes) == 1 + len(others)
+    monkeypatch.undo()
+    own = Codec(copy.deepcopy(codec.tokenizer))
+    for template in ("{{ messages[0].content }}", "{{ messages[-1].content }}"):
+        own.tokenizer.chat_template = template
+        assert own.template_hash == hashlib.sha256(template.encode()).hexdigest()
 
 
 def test_own_template(codec: Codec, tmp_path) -> None:

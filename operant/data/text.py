@@ -303,47 +303,20 @@ class Codec:
         Raises:
             OperantError: vocab_size leaves no room for the 256 bytes and the special tokens, or there is no text.
         """
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
         from transformers import PreTrainedTokenizerFast
 
         names = [*special, *(f"<extra_id_{i}>" for i in range(sentinels))]
         if vocab_size < 256 + len(names):
             raise OperantError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(names)} special tokens need"
                                f" at least {256 + len(names)}")  # fmt: skip
-        seen = 0
-
-        def counted() -> Iterator[str]:
-            nonlocal seen
-            for text in texts:
-                seen += bool(text)
-                yield text
-
-        core = Tokenizer(models.BPE())
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if split_digits else byte_level
-        core.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=min_frequency,
-            special_tokens=names,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        core.train_from_iterator(counted(), trainer=trainer)
-        if not seen:
-            raise OperantError("there is no text to train a tokenizer on: give data with at least one non-empty text")
+        core = _trained_bpe(texts, vocab_size, names, split_digits, min_frequency)
         pad, bos, eos = special
         return cls(
             PreTrainedTokenizerFast(
-                tokenizer_object=core,
-                pad_token=pad,
-                bos_token=bos,
-                eos_token=eos,
-                extra_special_tokens=names[3:],
+                tokenizer_object=core, pad_token=pad, bos_token=bos, eos_token=eos, extra_special_tokens=names[3:],
                 clean_up_tokenization_spaces=False,
             )
-        )
+        )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer into a folder, in the form that plain Transformers loads."""
@@ -363,14 +336,16 @@ class Codec:
         else:
             content = {"vocab": sorted(self._vocab.items()), "class": type(self.tokenizer).__name__}
         special = {name: getattr(self, name) for name in ("pad_id", "bos_id", "eos_id")}
-        return hashlib.sha256(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
+        return _sha256(json.dumps([content, special], sort_keys=True))
 
-    @cached_property
+    @property
     def template_hash(self) -> str:
-        """sha256 of the chat template in force: the tokenizer's own, or operant's default."""
+        """sha256 of the chat template in force: the tokenizer's own, or of how operant's default renders a chat."""
         own = self.tokenizer.chat_template
-        template = DEFAULT_TEMPLATE if not own else own if isinstance(own, str) else json.dumps(own, sort_keys=True)
-        return hashlib.sha256(template.encode()).hexdigest()
+        if own:
+            return _sha256(own if isinstance(own, str) else json.dumps(own, sort_keys=True))
+        rendered = _sha256(json.dumps([self.render(EXAMPLE_CHAT), self.render(EXAMPLE_CHAT, generation_prompt=False)]))
+        return FIRST_HASHES.get(rendered, rendered)
 
     # -- text to tokens
 
@@ -459,8 +434,7 @@ class Codec:
             except Exception as error:  # Templates are programs of others: they raise whatever they like.
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise OperantError(f"the chat template refuses these messages: mend their roles ({reason})") from error
-        turns = [f"### {message['role'].capitalize()}\n{message['content']}\n\n" for message in messages]
-        return "".join(turns) + ("### Assistant\n" if generation_prompt else "")
+        return default_template(messages, generation_prompt)
 
     # -- tokens to text
 
@@ -473,7 +447,7 @@ class Codec:
         if self._token_bytes is None:
             return self.text_and_ends(tokens)[0]
         table, strip_left = self._token_bytes
-        data = b"".join([table[token] for token in _ids(tokens) if 0 <= token < len(table)])
+        data = b"".join([table[token] for token in _as_ints(tokens) if 0 <= token < len(table)])
         kept = data.lstrip(b" ") if strip_left else data
         return data[min(strip_left, len(data) - len(kept)) :].decode("utf-8", errors="replace")
 
@@ -492,7 +466,7 @@ class Codec:
         the text and not in `ends`. Takes linear time.
         """
         decoder = self.incremental()
-        for token in _ids(tokens):
+        for token in _as_ints(tokens):
             decoder.push(token)
         return decoder.text + decoder.finish(), np.asarray(decoder.ends, dtype=np.int64)
 
@@ -518,7 +492,7 @@ class Codec:
     def reach(self, tokens: Iterable[int]) -> Ints:
         """int64[T], of how many characters token t or one before it holds a byte (for `chars_to_tokens`)."""
         decoder = self.incremental()
-        for token in _ids(tokens):
+        for token in _as_ints(tokens):
             decoder.push(token)
         return np.asarray(decoder.reach, dtype=np.int64)
 
@@ -563,7 +537,57 @@ class Codec:
         return table, strip_left
 
 
-DEFAULT_TEMPLATE = "### {role}\n{content}\n\n … ### Assistant\n"
+def _trained_bpe(
+    texts: Iterable[str], vocab_size: int, special: list[str], split_digits: bool, min_frequency: int
+) -> Any:
+    """The tokenizer of `Codec.train_bpe`, as the tokenizers library has it; `special` are its first ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    seen = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal seen
+        for text in texts:
+            seen += bool(text)
+            yield text
+
+    core = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    core.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if split_digits else byte_level
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+    )  # fmt: skip
+    core.train_from_iterator(counted(), trainer=trainer)
+    if not seen:
+        raise OperantError("there is no text to train a tokenizer on: give data with at least one non-empty text")
+    return core
+
+
+def default_template(messages: Sequence[dict[str, str]], generation_prompt: bool) -> str:
+    """A chat as a plain readable text, for tokenizers without a template of their own."""
+    turns = [f"### {message['role'].capitalize()}\n{message['content']}\n\n" for message in messages]
+    return "".join(turns) + ("### Assistant\n" if generation_prompt else "")
+
+
+# what `Codec.template_hash` renders: every role, space at both ends of a content, and an empty one
+EXAMPLE_CHAT = [
+    {"role": "system", "content": " a b\n"}, {"role": "user", "content": "{c}"}, {"role": "assistant", "content": ""},
+]  # fmt: skip
+
+# hash of what the default template renders → the hash under which completions have recorded it from the first day on,
+# which was of a text beside the code. Another rendering has a hash of its own.
+FIRST_HASHES = {
+    "6943d2e01dc24c512ddcdece9f612c5e6bd7490f720d44e85be9e7eb8bb7f0a0": (
+        "7a183bb26a2a4e600bc698ce53c842fa2fd9419c8793e19f689cdd753e5a50b0"
+    ),
+}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -582,7 +606,7 @@ def _holds_tokenizer(folder: Path) -> bool:
     return _read_object(folder / "tokenizer_config.json").get("tokenizer_class") in CLASSES_WITHOUT_FILES
 
 
-def _ids(tokens: Iterable[int]) -> list[int]:
+def _as_ints(tokens: Iterable[int]) -> list[int]:
     return tokens.tolist() if isinstance(tokens, np.ndarray) else [int(token) for token in tokens]
 
 
