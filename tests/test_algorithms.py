@@ -181,9 +181,11 @@ def test_every_algorithm_steps_the_right_way_on_every_family(
     @torch.no_grad()
     def measured() -> tuple[float, float]:
         """The loss, and Σ A log π, whose gradient is every policy-gradient loss's where the step begins."""
-        assert batch.advantages is not None
         loss = surrogate(policy, batch)[0] * batch.weights
-        gain = batch.advantages * policy.logprobs(batch).logprobs * batch.weights
+        advantages = (
+            torch.zeros_like(batch.weights) if batch.advantages is None else batch.advantages
+        )  # of values: none
+        gain = advantages * policy.logprobs(batch).logprobs * batch.weights
         return float(loss.sum() / batch.denominator), float(gain.double().sum())
 
     begun, (first, gain) = [p.detach().clone() for p in policy.trainable_parameters()], measured()

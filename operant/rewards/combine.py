@@ -258,6 +258,7 @@ class RunningNorm(Combination):
         return super().state_dict() | {"count": self.count, "mean": self.mean, "squares": self.squares}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave. Raises OperantError for the state of another reward."""
         super().load_state_dict(state)
         if "count" not in state:
             raise OperantError("the saved reward state is no running normalisation's; resume with the same reward")

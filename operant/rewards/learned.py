@@ -199,6 +199,7 @@ class Similarity(ModelReward):
         return inverse_document_frequency([row.tolist() for row in self.encoder.codec.encode_batch(texts)])
 
     def reward_batch(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
+        """The similarity of each completion to its references. Raises OperantError for a prompt that has none."""
         for prompt in prompts:
             if not prompt.references:
                 raise OperantError(

@@ -81,6 +81,10 @@ class Metric:
         return self.potential or self.potentials[0]
 
     def __call__(self, prompt: Prompt, completion: Completion) -> Any:
+        """The metric of the whole text, or where it is dense float64[T], what each token pays.
+
+        Raises OperantError for a prompt without the references that it compares with.
+        """
         references = prompt.references
         if self.needs_references and not references:
             raise OperantError(

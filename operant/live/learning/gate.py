@@ -36,7 +36,8 @@ class Verdict:
 class Anchors:
     """Prompts with answers on which every version is measured: what must not change much while one answer is rated.
 
-    prompts, answers (int64[T] each): the same number of each; `ids` name them in the records.
+    prompts, answers (int64[T] each): the same number of each; `ids` name them in the records. The policy says how a
+    batch of them is laid out. Raises OperantError when there is no answer with a token.
     """
 
     def __init__(self, policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Ints]) -> None:

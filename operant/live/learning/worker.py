@@ -543,7 +543,7 @@ def _why(taught: StepResult) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the learner. Exit status 1, with one line on stderr, for a fault that the user can mend."""
+    """Run the learner. An OperantError, which the user can mend, becomes one line on stderr and exit status 1."""
     import jsonargparse
 
     parser = jsonargparse.ArgumentParser(prog="python -m operant.live.learning.worker", exit_on_error=False)

@@ -52,6 +52,10 @@ def journal_mode(version: tuple[int, ...]) -> tuple[str, str, str]:
 
 
 def address(name: str) -> sa.URL:
+    """The database that a store's name means: a file ending in .db, .sqlite or .sqlite3, or a URL.
+
+    Raises OperantError for any other name.
+    """
     if name.endswith((".db", ".sqlite", ".sqlite3")) and "://" not in name:
         return sa.URL.create("sqlite", database=name)
     try:
@@ -74,6 +78,7 @@ def _without_password(name: str) -> str:
 
 
 def connect(url: sa.URL, *, read_only: bool) -> sa.Engine:
+    """An engine for the database. Raises OperantError when the package that speaks to it is missing."""
     if url.get_backend_name() == "postgresql":
         options: dict[str, Any] = {"connect_timeout": int(BUSY_SECONDS)}
         if read_only:
@@ -257,7 +262,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """One short transaction: what is read in it is of one moment."""
+        """One short transaction: what is read in it is of one moment. Raises OperantError once the store is closed."""
         if self._closed:
             raise OperantError(f"{self.name} is closed")
         try:
@@ -276,7 +281,10 @@ class Database:
             yield connection
 
     def write(self, run: Callable[[sa.Connection], Any]) -> Any:
-        """Let the writing thread do this, and wait for its commit."""
+        """Let the writing thread do this, and wait for its commit.
+
+        Raises OperantError when the store is closed, or open for reading only.
+        """
         call = _Call(run)
         with self._closing:  # nothing may be put behind the end
             if self._closed:

@@ -118,6 +118,7 @@ class Versions:
     """The versions under `root`. `keep`: how many of the newest stay on disk besides those in use (see `prune`).
 
     beside: move the pointer of what is made again, while what serves stays what it is.
+    Raises OperantError when keep is below 1.
     """
 
     def __init__(self, root: str | Path, keep: int = 5, *, beside: bool = False) -> None:
@@ -390,7 +391,10 @@ class Versions:
     # --- a step, from its record to its publication --------------------------------------------------------------
 
     def begin(self, write: Callable[[Path], None], fingerprint: Mapping[str, str]) -> PolicyVersion:
-        """Version 0, the model as it comes in. write: fills a folder with model/ and learner.pt."""
+        """Version 0, the model as it comes in. write: fills a folder with model/ and learner.pt.
+
+        Raises OperantError when the root serves a version already.
+        """
         with self._lock():
             if self.exists():
                 raise OperantError(f"{self.root} serves already; choose another --root, or leave --model out")
