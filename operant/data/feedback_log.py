@@ -144,7 +144,7 @@ class FeedbackLog:
         return log
 
     def lines(self) -> Iterator[str]:
-        """Every record as a line of JSON."""
+        """Every record as a line of JSON. Raises OperantError for one that JSON cannot hold, as `line_of` does."""
         for records in (self.prompts, self.completions, self.events):
             for record in records.values():
                 yield line_of(record)
@@ -187,7 +187,7 @@ class FeedbackLog:
 
     def preferences(self, codec: Codec, *, encoder: bool = False) -> list[Preference]:
         """Pairs, by time: of an edit, the edited text over what the policy wrote; of a comparison, the completion that
-        the event is about over the one whose id is its value.
+        the event is about over the one whose id is its value. Tokens are int64[T].
 
         Only an edit is tokenised here; what the policy wrote is taken as it was recorded.
         """

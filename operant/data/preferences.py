@@ -116,7 +116,7 @@ def load_preferences(
     pairs = load_pairs(made, codec, _made_fields(fields), written)
     out = []
     for chosen, rejected in zip(pairs[::2], pairs[1::2], strict=True):
-        sides = [_fitted(side, max_tokens, written) for side in (chosen, rejected)]
+        sides = [_tokens_within(side, max_tokens, written) for side in (chosen, rejected)]
         if sides[0] is not None and sides[1] is not None and not np.array_equal(sides[0], sides[1]):
             out.append(Preference(_without_references(chosen.prompt), sides[0], sides[1]))
     return _some(out, "pair", max_tokens)
@@ -153,7 +153,7 @@ def load_ratings(
     made = _rated_rows(rows, _prompt_column(rows, fields), answer, label)
     out = []
     for pair in load_pairs(made, codec, _made_fields(fields), written):
-        tokens = _fitted(pair, max_tokens, written)
+        tokens = _tokens_within(pair, max_tokens, written)
         if tokens is not None:
             out.append(Rating(_without_references(pair.prompt), tokens, bool(pair.prompt.meta["desirable"])))
     return _some(out, "completion", max_tokens)
@@ -300,7 +300,7 @@ def _others(row: Row, used: Sequence[str | None]) -> Row:
 # -- lengths
 
 
-def _fitted(pair: Pair, limit: int | None, written: PromptFormat) -> Ints | None:
+def _tokens_within(pair: Pair, limit: int | None, written: PromptFormat) -> Ints | None:
     """The completion's tokens, int64[T], cut if they may be; None where the row is to be left out."""
     before = 0 if written.encoder else len(pair.prompt.tokens)
     if limit is None or before + len(pair.completion_tokens) <= limit:

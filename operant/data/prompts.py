@@ -29,10 +29,12 @@ class PromptReader(Protocol):
     """What of a policy says which prompts fit it."""
 
     @property
-    def codec(self) -> Codec: ...
+    def codec(self) -> Codec:
+        """Its tokenizer."""
 
     @property
-    def family(self) -> Literal["decoder", "encoder-decoder"]: ...
+    def family(self) -> Literal["decoder", "encoder-decoder"]:
+        """Whether it reads prompt and completion as one text, or the prompt by itself."""
 
     @property
     def max_length(self) -> int:
@@ -125,7 +127,10 @@ def _row_names(rows: Sequence[Row], questions: Sequence[_Question], fields: Fiel
 
 
 def row_ids(rows: Sequence[Row], fields: Fields | None = None) -> list[str]:
-    """The `Prompt.id` of each row, also of those that `load_prompts` leaves out: all different."""
+    """The `Prompt.id` of each row, also of those that `load_prompts` leaves out: all different.
+
+    Raises OperantError when there are no rows, a column is missing, or a value is no text.
+    """
     fields = fields or Fields()
     return _row_names(rows, _questions(rows, fields), fields)
 
@@ -279,7 +284,8 @@ def _check_lengths(what: str, lengths: Sequence[int], limit: int, too_long: TooL
 
 
 def truncated(prompt: Prompt, limit: int, codec: Codec, encoder: bool) -> Prompt:
-    """The prompt with at most `limit` tokens: its end (and BOS) for a decoder, its beginning and EOS for an encoder."""
+    """The prompt with at most `limit` tokens, int64[limit]: its end (and BOS) for a decoder, its beginning and EOS for
+    an encoder. `meta` says so: `truncated_prompt`."""
     tokens = prompt.tokens
     if encoder:
         tokens = np.append(tokens[: limit - 1], codec.eos_id)

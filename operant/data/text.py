@@ -363,7 +363,7 @@ class Codec:
     def encode_batch(
         self, texts: Sequence[str], eos: bool = False, target: bool = False, parse_special: bool = False
     ) -> list[Ints]:
-        """`encode` of many texts at once, which is faster."""
+        """`encode` of many texts at once, int64[T] each, which is faster."""
         if not texts:
             return []
         given = {"text_target" if target else "text": list(texts)}
@@ -443,7 +443,7 @@ class Codec:
         return token not in self.special_ids and 0 <= token < self.vocab_size
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of the tokens. Special tokens are dropped, spaces stay, broken bytes read as U+FFFD."""
+        """The text of the tokens, int[T]. Special tokens are dropped, spaces stay, broken bytes read as U+FFFD."""
         if self._token_bytes is None:
             return self.text_and_ends(tokens)[0]
         table, strip_left = self._token_bytes

@@ -63,12 +63,15 @@ class Quickstart:
         self.pairs, self.dev_pairs = self.labelled(self.task.labelled), self.labelled(self.task.dev)
 
     def prompts(self, rows: list[dict[str, Any]]) -> list[Prompt]:
+        """What the policy is asked, with the references that only the reward and the metrics see."""
         return load_fitting_prompts(rows, self.policy)
 
     def labelled(self, rows: list[dict[str, Any]]) -> list[Pair]:
+        """Prompts with the completions to imitate."""
         return load_pairs(rows, self.codec)
 
     def options(self, stage: str) -> dict[str, Any]:
+        """Settings that every stage is given; each has a folder of its name in `out`."""
         return {
             "out": str(self.out / stage), "seed": self.config.seed, "overwrite": True, "device": self.config.device,
             "tensorboard": False, "save_every": 10**6,
@@ -91,6 +94,7 @@ class Quickstart:
         self.measure("finetuned")
 
     def run(self) -> None:
+        """Go all the way: prepare, then from the same start the control and the reward, and measure each."""
         self.prepare()
         minutes, start = self.config.minutes, self.out / "finetune" / "model"
 
@@ -116,6 +120,7 @@ class Quickstart:
         self.measure("rewarded")
 
     def fine_tune(self, stage: str, *, steps: int, patience: int = 0, max_minutes: float = 0.0) -> None:
+        """Fine-tune on the labelled pairs for so many steps or minutes, or until the dev loss stops improving."""
         sft(
             SftConfig(
                 **self.options(stage), batch_size=64, lr=1e-3, warmup_steps=20, eval_every=20, steps=steps,
@@ -137,12 +142,14 @@ class Quickstart:
         self.policy.restore(candidates[values.index(max(values))])
 
     def held_out(self, prompts: list[Prompt]) -> tuple[dict[str, float], list[Completion]]:
+        """({metric: value}, completions) of greedy answers."""
         return evaluate(
             Sampler(self.policy, max_rows=256), prompts, metrics=tuple(METRICS),
             sampling=Sampling(temperature=0.0, max_tokens=MAX_TOKENS),
         )  # fmt: skip
 
     def measure(self, row: str) -> None:
+        """Answer the test prompts and keep what came of it as a row of the table."""
         values, self.answers[row] = self.held_out(self.test)
         self.results[row] = {name: round(values[name] * (100 if name == "exact" else 1), 2) for name in METRICS}
         _say("   " + ", ".join(f"{METRICS[name]} {value:.1f}" for name, value in self.results[row].items()))
@@ -152,6 +159,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     """Run the circle, print and keep what came of it; the table as a dict, BLEU, chrF and exact match from 0 to 100.
 
     Writes results.json, report.html, curves/ and a folder per stage into `config.out`; the result is in its `model`.
+
+    Raises OperantError for a run folder that is there already or cannot be written, and when a stage cannot go on.
     """
     begun = time.perf_counter()
     threads = torch.get_num_threads()

@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import cn2an
 from babel import dates, numbers, units
 from num2words import num2words
 
+from operant.data.rows import Row
 from operant.types import OperantError
 
-Pair = tuple[str, str]
+Phrase = tuple[str, str]
 """The same thing in English and in Chinese."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ def make_task(
             raise OperantError(f"the quickstart's {name} is {size}; give a number of rows, 0 or more")
     seen: set[str] = set()
 
-    def fresh(split: str, size: int) -> list[Pair]:
+    def fresh(split: str, size: int) -> list[Phrase]:
         stream = phrases(random.Random(f"{seed} {split}"))
-        rows: list[Pair] = []
+        rows: list[Phrase] = []
         while len(rows) < size:
             english, chinese = next(stream)
             if english not in seen and chinese not in seen:
@@ -99,7 +99,7 @@ def make_task(
     )
 
 
-def phrases(rng: random.Random) -> Iterator[Pair]:
+def phrases(rng: random.Random) -> Iterator[Phrase]:
     """Endless phrases in English and Chinese, drawn with `rng`; repeats are possible."""
     frames, weights = _frames(), [frame.weight for frame in _frames()]
     while True:
@@ -112,7 +112,7 @@ def phrases(rng: random.Random) -> Iterator[Pair]:
 
 
 @lru_cache(maxsize=1 << 16)
-def number(value: int | str) -> Pair:
+def number(value: int | str) -> Phrase:
     """A cardinal, spelled. A string is a decimal and keeps its zeros: "3.05" is three point zero five, 三点零五."""
     spoken = num2words(value) if isinstance(value, int) else _decimal(value)
     return spoken.replace(",", ""), cn2an.an2cn(value)
@@ -124,39 +124,39 @@ def _decimal(value: str) -> str:
 
 
 @cache
-def ordinal(value: int) -> Pair:
+def ordinal(value: int) -> Phrase:
     """21: twenty-first, 第二十一."""
     return num2words(value, to="ordinal").replace(",", ""), "第" + cn2an.an2cn(value)
 
 
 @cache
-def year(value: int) -> Pair:
+def year(value: int) -> Phrase:
     """1985: nineteen eighty-five, 一九八五年: English in pairs of digits, Chinese digit by digit."""
     return num2words(value, to="year").replace(",", ""), cn2an.an2cn(str(value), "direct") + "年"
 
 
 @cache
-def digits(value: str) -> Pair:
+def digits(value: str) -> Phrase:
     """305: three oh five, 三零五."""
     spoken = ("oh" if digit == "0" else num2words(int(digit)) for digit in value)
     return " ".join(spoken), cn2an.an2cn(value, "direct")
 
 
 @cache
-def fraction(numerator: int, denominator: int) -> Pair:
+def fraction(numerator: int, denominator: int) -> Phrase:
     """(3, 5): three fifths, 五分之三."""
     below = "half" if denominator == 2 else num2words(denominator, to="ordinal")
     english = f"{num2words(numerator)} {below}" + ("s" if numerator > 1 else "")
     return english, f"{cn2an.an2cn(denominator)}分之{cn2an.an2cn(numerator)}"
 
 
-def percent(value: int | str) -> Pair:
+def percent(value: int | str) -> Phrase:
     """25: twenty-five percent, 百分之二十五."""
     english, chinese = number(value)
     return f"{english} percent", f"百分之{chinese}"
 
 
-def _counted(value: int | str) -> Pair:
+def _counted(value: int | str) -> Phrase:
     # Before a measure word, 2 alone is 两; within a larger number it stays 二.
     english, chinese = number(value)
     return english, "两" if value == 2 else chinese
@@ -166,45 +166,45 @@ def _counted(value: int | str) -> Pair:
 
 
 @cache
-def _unit(unit: str, one: bool) -> Pair:
+def _unit(unit: str, one: bool) -> Phrase:
     english = units.format_unit(1 if one else 5, unit, "long", locale="en").split(" ", 1)[1]
     # Babel has some Chinese units in the long form and the others in the short one.
     length: Literal["long", "short"] = "long" if unit.startswith(("mass-", "temperature-")) else "short"
     return english, units.format_unit(5, unit, length, locale="zh").removeprefix("5").strip()
 
 
-def measure(value: int | str, unit: str) -> Pair:
+def measure(value: int | str, unit: str) -> Phrase:
     """(2, "length-kilometer"): two kilometers, 两公里. Units by their CLDR names."""
     (english, chinese), (unit_en, unit_zh) = _counted(value), _unit(unit, value == 1)
     return f"{english} {unit_en}", f"{chinese}{unit_zh}"
 
 
-def temperature(value: int) -> Pair:
+def temperature(value: int) -> Phrase:
     """-3: minus three degrees Celsius, 零下三摄氏度."""
     english, chinese = measure(abs(value), "temperature-celsius")
     return (f"minus {english}", f"零下{chinese}") if value < 0 else (english, chinese)
 
 
 @cache
-def _currency(code: str, one: bool) -> Pair:
+def _currency(code: str, one: bool) -> Phrase:
     english = numbers.get_currency_name(code, 1 if one else 5, locale="en")
     return english, numbers.get_currency_name(code, locale="zh")
 
 
-def money(value: int | str, code: str) -> Pair:
+def money(value: int | str, code: str) -> Phrase:
     """("12.5", "EUR"): twelve point five euros, 十二点五欧元. Currencies by their ISO 4217 codes."""
     (english, chinese), (name_en, name_zh) = _counted(value), _currency(code, value == 1)
     return f"{english} {name_en}", f"{chinese}{name_zh}"
 
 
 @cache
-def _day_period(hour: int) -> Pair:
+def _day_period(hour: int) -> Phrase:
     at = datetime.time(hour, 30)
     return dates.format_time(at, "B", locale="en"), dates.format_time(at, "B", locale="zh")
 
 
 @cache
-def time_of_day(hour: int, minute: int, direct: bool = False) -> Pair:
+def time_of_day(hour: int, minute: int, direct: bool = False) -> Phrase:
     """(15, 45): a quarter to four in the afternoon, or `direct`: three forty-five in the afternoon; 下午三点四十五分.
 
     The part of the day is the CLDR's in each language, which divide the day differently.
@@ -230,7 +230,7 @@ def time_of_day(hour: int, minute: int, direct: bool = False) -> Pair:
     return f"{english} {period_en}", f"{period_zh}{hour_zh}点{minutes_zh}"
 
 
-def date(day: datetime.date, *, with_year: bool, with_weekday: bool, day_first: bool = False) -> Pair:
+def date(day: datetime.date, *, with_year: bool, with_weekday: bool, day_first: bool = False) -> Phrase:
     """2024-03-25: Monday, March twenty-fifth, twenty twenty-four; 二零二四年三月二十五日星期一."""
     (month_en, month_zh), (weekday_en, weekday_zh) = _month(day.month), _weekday(day.weekday())
     day_en, day_zh = ordinal(day.day)
@@ -245,12 +245,12 @@ def date(day: datetime.date, *, with_year: bool, with_weekday: bool, day_first: 
 
 
 @cache
-def _month(month: int) -> Pair:
+def _month(month: int) -> Phrase:
     return dates.get_month_names(locale="en")[month], dates.get_month_names(locale="zh")[month]
 
 
 @cache
-def _weekday(weekday: int) -> Pair:
+def _weekday(weekday: int) -> Phrase:
     return dates.get_day_names(locale="en")[weekday], dates.get_day_names(locale="zh")[weekday]
 
 
@@ -282,29 +282,29 @@ def _decimal_or_whole(rng: random.Random, most: int) -> int | str:
     return _whole(rng, most)
 
 
-def _draw_date(rng: random.Random) -> Pair:
+def _draw_date(rng: random.Random) -> Phrase:
     day = datetime.date(1950, 1, 1) + datetime.timedelta(days=rng.randrange(36500))
     form = rng.random()
     return date(day, with_year=form < 0.4, with_weekday=form > 0.6, day_first=rng.random() < 0.4)
 
 
-def _draw_money(rng: random.Random) -> Pair:
+def _draw_money(rng: random.Random) -> Phrase:
     code = rng.choice(CURRENCIES)
     return money(_whole(rng, 6) if code in WHOLE_CURRENCIES else _decimal_or_whole(rng, 5), code)
 
 
-def _draw_share(rng: random.Random) -> Pair:
+def _draw_share(rng: random.Random) -> Phrase:
     if rng.random() < 0.5:
         below = rng.randint(2, 10)
         return fraction(rng.choice([above for above in range(1, below) if math.gcd(above, below) == 1]), below)
     return percent(rng.randint(1, 99) if rng.random() < 0.7 else f"{rng.randint(1, 99)}.{rng.randint(1, 9)}")
 
 
-def _draw_time(rng: random.Random) -> Pair:
+def _draw_time(rng: random.Random) -> Phrase:
     return time_of_day(rng.randrange(24), 5 * rng.randrange(12), rng.random() < 0.4)
 
 
-DRAW: dict[str, Callable[[random.Random], Pair]] = {
+DRAW: dict[str, Callable[[random.Random], Phrase]] = {
     "stuff": lambda rng: rng.choice(STUFF),
     "date": _draw_date,
     "time": _draw_time,
@@ -330,7 +330,8 @@ class Frame:
         self.weight, self.chinese, self.english = weight, chinese, english
         self.holes = [name for _, name, _, _ in string.Formatter().parse(chinese) if name]
 
-    def draw(self, rng: random.Random) -> Pair:
+    def draw(self, rng: random.Random) -> Phrase:
+        """The phrase with its holes filled by `rng`, said in one of the ways."""
         filled = {hole: DRAW[hole](rng) for hole in self.holes}
         english = rng.choice(self.english).format_map({hole: pair[0] for hole, pair in filled.items()})
         return english, self.chinese.format_map({hole: pair[1] for hole, pair in filled.items()})
