@@ -186,7 +186,7 @@ def _print_new_key(config: configs.KeysConfig, key: str, path: Path | None) -> N
 
 
 def run_replay(config: configs.ReplayConfig) -> None:
-    from operant.live.learning.forget import verifiable, verify_root
+    from operant.live.learning.execution import verifiable, verify_root
 
     if not config.verify:
         found = verifiable(config)
@@ -243,7 +243,7 @@ def run_versions(config: configs.VersionsConfig) -> None:
 
 
 def _compare_versions(config: configs.VersionsConfig) -> None:
-    from operant.live.learning.worker import compare
+    from operant.live.learning.gate import compare
     from operant.live.storage.versions import Versions
 
     if len(config.compare) != 2:

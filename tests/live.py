@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from operant.config import LiveConfig
+from operant.live.learning.anchors import Anchors
 from operant.live.learning.events import EventReader
-from operant.live.learning.gate import Anchors
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.types import Completion, Feedback, Prompt, Sampling
@@ -71,7 +71,7 @@ def answered(policy: Policy, count: int = 4, **sampling: Any) -> MemoryStore:
 def reader_of(policy: Policy, store: MemoryStore, config: LiveConfig) -> EventReader:
     return EventReader(
         store.completion, policy.codec, config.score_low, config.score_high,
-        encoder=policy.family == "encoder-decoder", max_length=policy.max_length,
+        encoder=policy.has_encoder, max_length=policy.max_length,
     )  # fmt: skip
 
 

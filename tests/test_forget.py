@@ -14,10 +14,11 @@ from live import answered
 from program import Program
 
 from operant.config import LearnerConfig, WorkerConfig
+from operant.live.learning import execution, learner, step
 from operant.live.learning import forget as forgetting
-from operant.live.learning import step, worker
-from operant.live.learning.forget import forget, verify
-from operant.live.learning.worker import Learning, Worker
+from operant.live.learning.execution import LoadedVersion, verify_version
+from operant.live.learning.forget import forget
+from operant.live.learning.worker import Worker
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
@@ -51,9 +52,9 @@ class World:
     def versions(self) -> Versions:
         return Versions(self.config.root, self.config.keep)
 
-    def serving(self) -> Learning:
+    def serving(self) -> LoadedVersion:
         pointer = self.versions.pointer()
-        return Learning.load(self.versions, pointer.version, pointer.moves, self.config)
+        return LoadedVersion.load(self.versions, pointer.version, pointer.moves, self.config)
 
 
 @pytest.fixture
@@ -106,7 +107,7 @@ def program(capsys: pytest.CaptureFixture[str]) -> Program:
     return Program(capsys)
 
 
-def same(one: Learning, other: Learning) -> bool:
+def same(one: LoadedVersion, other: LoadedVersion) -> bool:
     weights = zip(one.policy.model.parameters(), other.policy.model.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in weights)
 
@@ -116,7 +117,7 @@ def test_a_version_is_proved_from_its_record(world: Callable[..., World]) -> Non
     published = [r.version for r in here.versions.records() if r.state == "published" and r.version]
     assert len(published) >= 4
     for version in published:
-        assert verify(here.versions, version, here.store, here.config).same
+        assert verify_version(here.versions, version, here.store, here.config).same
     last = here.versions.get(published[-1])
     weights = Path(last.path) / "model"
     policy = Policy.load(weights, device="cpu")
@@ -127,7 +128,7 @@ def test_a_version_is_proved_from_its_record(world: Callable[..., World]) -> Non
     versions.get = lambda version: (
         dataclasses.replace(last) if version == last.version else Versions.get(versions, version)
     )  # type: ignore[method-assign]
-    assert verify(versions, last.version, here.store, here.config).difference == pytest.approx(0.25)
+    assert verify_version(versions, last.version, here.store, here.config).difference == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(("recorded", "alarm"), [(None, False), (step.ARITHMETIC, True), (step.ARITHMETIC + 1, False)])
@@ -143,11 +144,11 @@ def test_the_bits_are_expected_of_the_same_arithmetic_alone(
         return known if recorded is None else known | {"arithmetic": str(recorded)}
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "fingerprint", fingerprint)
+        patch.setattr(learner, "fingerprint", fingerprint)
         here = world("live", said=SAID[:1])
     assert here.versions.record(1).fingerprint.get("arithmetic") == (None if recorded is None else str(recorded))
     here.store.close()
-    made_again = forgetting.make_again
+    made_again = execution.make_again
 
     def nudged(*arguments: Any) -> Policy:
         """What a learner with another order of its sums would have come to."""
@@ -156,7 +157,7 @@ def test_the_bits_are_expected_of_the_same_arithmetic_alone(
             next(policy.model.parameters()).view(-1)[0] += 1e-6
         return policy
 
-    monkeypatch.setattr(forgetting, "make_again", nudged)
+    monkeypatch.setattr(execution, "make_again", nudged)
     verified = program("replay", "--root", here.config.root)
     assert verified.status == alarm and ("with other libraries or by another operant" in verified.out) is not alarm
     assert ("version 1 is not what its record makes" in verified.err[-1]) is alarm
@@ -179,10 +180,10 @@ def test_what_serves_after_a_forget_is_as_if_the_source_had_never_spoken(world: 
     # and each that was made again is proved by its own record
     for record in here.versions.records():
         if record.again >= 0 and record.state == "published":
-            assert verify(here.versions, record.version, here.store, here.config).same
+            assert verify_version(here.versions, record.version, here.store, here.config).same
 
 
-def remembered(at: Learning) -> list[dict[str, Any]]:
+def remembered(at: LoadedVersion) -> list[dict[str, Any]]:
     return [entry["event"] for entry in at.state.memory]
 
 
@@ -205,7 +206,7 @@ def test_with_the_default_settings_it_is_bit_for_bit_as_if_the_source_had_never_
     assert [r.replayed for r in again] == drawn[len(drawn) - len(again) :] and sum(map(len, drawn)) > 20
     assert told.redone > len(again) > 3
     for record in again:
-        assert verify(here.versions, record.version, here.store, here.config).same
+        assert verify_version(here.versions, record.version, here.store, here.config).same
 
 
 def test_two_are_forgotten_one_after_the_other(world: Callable[..., World]) -> None:

@@ -18,7 +18,8 @@ from serving import Served, learning
 from test_serve_kills import Server, free_port
 
 from operant.config import WorkerConfig
-from operant.live.learning.forget import Plan, ask, forget, forgotten, verify
+from operant.live.learning.execution import verify_version
+from operant.live.learning.forget import Plan, ask, forget, forgotten
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
@@ -133,7 +134,7 @@ def test_the_program_asks_the_server_that_is_at_work(
     for record in taught.service.versions.records():
         if record.again >= 0 and record.state == "published":
             config = WorkerConfig(root=str(root), device="cpu")
-            assert verify(taught.service.versions, record.version, taught.store, config).same
+            assert verify_version(taught.service.versions, record.version, taught.store, config).same
     assert "nothing of a source 'ann'" in program.fault("forget", "--root", root, "--source", "ann")
     assert taught.service.versions.plan() is None
 

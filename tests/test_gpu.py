@@ -17,7 +17,8 @@ from live import answered
 from operant.algorithms.table import ALGORITHMS
 from operant.config import TrainConfig, WorkerConfig
 from operant.data.batch import from_sequences, to_device
-from operant.live.learning.worker import Learning, Worker, make_again
+from operant.live.learning.execution import LoadedVersion, make_again
+from operant.live.learning.worker import Worker
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.rewards import Reward
@@ -110,7 +111,7 @@ def test_a_rating_is_learned_and_replayed_bit_for_bit(family: str, make_policy: 
     assert worker.versions.pointer().version == 3
     for version in (1, 2, 3):
         again = make_again(worker.versions, version, store, dataclasses.replace(config, lr=0.5))
-        saved = Learning.load(worker.versions, version, 0, config).policy
+        saved = LoadedVersion.load(worker.versions, version, 0, config).policy
         assert again.device.type == "cuda"
         for a, b in zip(again.model.parameters(), saved.model.parameters(), strict=True):
             assert torch.equal(a, b)

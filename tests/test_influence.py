@@ -15,11 +15,12 @@ from serving import learning, serving
 
 from operant.config import LiveConfig, WorkerConfig
 from operant.live.learning import influence, lesson
-from operant.live.learning.forget import forget, verify
+from operant.live.learning.execution import LoadedVersion, verify_version
+from operant.live.learning.forget import forget
 from operant.live.learning.influence import after, reputations, shares
 from operant.live.learning.lesson import LearnerState, prepare
 from operant.live.learning.step import new_learner, take_step
-from operant.live.learning.worker import Learning, Worker
+from operant.live.learning.worker import Worker
 from operant.live.serving.access import Keys
 from operant.live.storage.store import Store
 from operant.models.policy import Policy
@@ -303,10 +304,10 @@ def test_weighed_steps_are_made_again_alike_and_forgotten_wholly(teach: Callable
     assert isinstance(store, Store)
     for record in here.versions.records():
         if record.state == "published" and record.version:
-            assert verify(here.versions, record.version, store, here.config).same
+            assert verify_version(here.versions, record.version, store, here.config).same
     forget("cat", store, here.config)
     pointer, other = here.versions.pointer(), never.current()
-    now = Learning.load(here.versions, pointer.version, pointer.moves, here.config)
+    now = LoadedVersion.load(here.versions, pointer.version, pointer.moves, here.config)
     assert now.state.influence == other.state.influence and now.state.reputations() == other.state.reputations()
     pairs = zip(now.policy.model.parameters(), other.policy.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

@@ -23,8 +23,9 @@ import operant
 from operant.config import ServeConfig, WorkerConfig
 from operant.data.feedback_log import line_of
 from operant.live.learning.events import FeedbackFile, open_store
+from operant.live.learning.execution import LoadedVersion, make_again
 from operant.live.learning.gate import divergence, likelihood
-from operant.live.learning.worker import Learning, Worker, main, make_again
+from operant.live.learning.worker import Worker, main
 from operant.live.serving.canary import Canary
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
@@ -97,8 +98,8 @@ def same(one: Policy, other: Policy) -> bool:
     return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
-def as_saved(loop: Loop, version: int) -> Learning:
-    return Learning.load(loop.versions, version, 0, loop.worker.config)
+def as_saved(loop: Loop, version: int) -> LoadedVersion:
+    return LoadedVersion.load(loop.versions, version, 0, loop.worker.config)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -178,9 +179,9 @@ def test_a_roll_back_during_a_step_begins_the_step_again(
 ) -> None:
     loop = make_loop()
     loop.rate("c0", "thumb", 1)
-    from operant.live.learning import worker
+    from operant.live.learning import execution
 
-    real, calls = worker.take_step, []
+    real, calls = execution.take_step, []
 
     def interrupted(*arguments: Any, **known: Any) -> Any:
         calls.append(1)
@@ -188,7 +189,7 @@ def test_a_roll_back_during_a_step_begins_the_step_again(
             loop.versions.roll_back(0)
         return real(*arguments, **known)
 
-    monkeypatch.setattr(worker, "take_step", interrupted)
+    monkeypatch.setattr(execution, "take_step", interrupted)
     loop.rate("c1", "thumb", 1)
     assert len(calls) == 2
     record = loop.versions.record(2)
@@ -246,7 +247,7 @@ def test_drift_is_a_rate_and_what_is_lost_is_not(make_loop: Callable[..., Loop])
         loop.rate(f"c{turn % 4}", "thumb", 1, source=f"s{turn}")
         since.append(loop.versions.pointer().since)
     assert since == [0, 0, 3, 3, 3, 6, 6] and loop.versions.pointer().anchor == 0
-    at, anchors = loop.worker.current(), loop.worker._measured_on()
+    at, anchors = loop.worker.current(), loop.worker.anchors()
     parts = [anchors.logits(as_saved(loop, n).policy, 8192) for n in (7, 6, 0)]
     told = loop.versions.gate(7)
     assert told["kl_drift"] == pytest.approx(divergence(parts[0], parts[1]), rel=1e-6)
@@ -275,7 +276,7 @@ def test_hostile_ratings_are_stopped_before_the_language_is_gone(make_loop: Call
     assert states[0] == "published" and "refused" in states
     refused = next(told for told in loop.told if told.get("state") == "refused")
     assert "likelihood" in refused["reason"]
-    anchors = loop.worker._measured_on()
+    anchors = loop.worker.anchors()
     lost = likelihood(anchors.logits(as_saved(loop, 0).policy, 8192), anchors.tokens(8192)) - likelihood(
         anchors.logits(loop.worker.current().policy, 8192), anchors.tokens(8192)
     )
@@ -316,14 +317,14 @@ def test_an_event_on_which_the_step_fails_is_told_and_does_not_stop_the_others(
     make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loop = make_loop(batch_size=1)
-    from operant.live.learning import worker
+    from operant.live.learning import execution
 
     def failing(*arguments: Any, **known: Any) -> Any:
         raise RuntimeError("shapes differ")
 
     before = weights(loop.worker.current().policy)
     with monkeypatch.context() as patch:
-        patch.setattr(worker, "take_step", failing)
+        patch.setattr(execution, "take_step", failing)
         name = loop.rate("c0", "thumb", 1)
     assert loop.versions.record(1).outcomes[name].reason == "the step failed: RuntimeError: shapes differ"
     assert all(torch.equal(a, b) for a, b in zip(before, weights(loop.worker.current().policy), strict=True))

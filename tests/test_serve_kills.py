@@ -23,7 +23,7 @@ import torch
 
 import operant
 from operant.config import WorkerConfig
-from operant.live.learning.worker import Learning, make_again
+from operant.live.learning.execution import LoadedVersion, make_again
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
@@ -234,5 +234,5 @@ def check_records(versions: Versions, store: Store, log: list[str]) -> None:
     assert published
     for version in published:
         again = make_again(versions, version, store, config).trainable_parameters()
-        saved = Learning.load(versions, version, 0, config).policy.trainable_parameters()
+        saved = LoadedVersion.load(versions, version, 0, config).policy.trainable_parameters()
         assert all(torch.equal(a, b) for a, b in zip(again, saved, strict=True)), f"version {version} is another one"

@@ -30,87 +30,18 @@ from typing import Any, Literal, Protocol
 import torch
 from filelock import FileLock, Timeout
 
-from operant.config import ForgetConfig, ReplayConfig, WorkerConfig
-from operant.live.learning.events import EventSource, open_store
-from operant.live.learning.step import fingerprint
-from operant.live.learning.worker import Worker, make_again
+from operant.config import ForgetConfig, WorkerConfig
+from operant.live.learning.events import EventSource
+from operant.live.learning.learner import LiveLearner
 from operant.live.storage.store import FORGOTTEN, Store
 from operant.live.storage.versions import Pointer, StepRecord, Versions
-from operant.models.policy import Policy
 from operant.run.files import replace_file
 from operant.types import Feedback, OperantError
 
-__all__ = [
-    "Forgotten", "Plan", "Remaking", "Verified", "ask", "empty", "finish", "forget", "forget_from", "forgotten",
-    "verifiable", "verify", "verify_root",
-]  # fmt: skip
+__all__ = ["Forgotten", "Plan", "Remaking", "ask", "empty", "finish", "forget", "forget_from", "forgotten"]
 
 TOMBSTONES = "forgotten"
 TOO_FEW = "without the source that is forgotten, too few sources have spoken"
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """A version beside what its record makes again. difference: the largest of any weight, 0.0 for the same bits.
-
-    same_fingerprint: whether it was made with today's libraries, kind of machine and `step.ARITHMETIC`; only then are
-    the same bits to be expected.
-    """
-
-    version: int
-    difference: float
-    same_fingerprint: bool
-
-    @property
-    def same(self) -> bool:
-        return self.difference == 0.0
-
-    def differs(self, tolerance: float) -> bool:
-        """Whether its record makes another: by any bit with the same fingerprint, else by more than the tolerance."""
-        return self.difference > (0.0 if self.same_fingerprint else tolerance)
-
-
-def verify(versions: Versions, version: int, source: EventSource, config: WorkerConfig) -> Verified:
-    """Make a version again from its record and its parent, and compare every weight.
-
-    Raises OperantError when its weights, its parent's or its events are not there.
-    """
-    again = make_again(versions, version, source, config)
-    there = Policy.load(Path(versions.get(version).path) / "model", device=config.device, dtype=config.dtype)
-    pairs = zip(again.model.parameters(), there.model.parameters(), strict=True)
-    with torch.no_grad():
-        difference = max(float((a - b).abs().max()) for a, b in pairs)
-    return Verified(version, difference, versions.record(version).fingerprint == fingerprint(there))
-
-
-def verifiable(config: ReplayConfig) -> list[StepRecord]:
-    """The records of the versions that can be made again: `config.version`, or all that are published and on disk with
-    their parents.
-
-    Raises OperantError when there is no such version.
-    """
-    versions = Versions(config.root)
-    if config.version is not None:
-        return [versions.record(config.version)]
-    there = {v.version for v in versions.all()}
-    return [r for r in versions.records() if r.version in there and r.parent in there and r.state == "published"]
-
-
-def verify_root(config: ReplayConfig, progress: Callable[[int, int], None] | None = None) -> list[Verified]:
-    """`verify` each version that is `verifiable`. progress: called with (versions made again, versions in all).
-
-    Raises OperantError when a version's weights, its parent's or its events are not there.
-    """
-    torch.set_num_threads(1)  # as the server's learner has them
-    found, versions = verifiable(config), Versions(config.root)
-    worker = WorkerConfig(root=config.root, device=config.device, dtype=config.dtype)
-    source = open_store(config.store or str(versions.root / "store.db"))
-    verified = []
-    for record in found:
-        verified.append(verify(versions, record.version, source, worker))
-        if progress is not None:
-            progress(len(verified), len(found))
-    return verified
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +244,7 @@ class Remaking:
     ) -> None:
         self.config, self.source, self.progress = config, source, progress
         self.versions = Versions(config.root, config.keep)
-        self._worker: Worker | None = None
+        self._learner: LiveLearner | None = None
 
     def once(self) -> bool:
         """Plan, or make one step again, or serve what was made; False when another has to do its part first."""
@@ -332,8 +263,8 @@ class Remaking:
         if plan.pointer is None:
             self._serve(plan)
             return True
-        if self._worker is None:
-            self._worker = self._begin(plan)
+        if self._learner is None:
+            self._learner = self._begin(plan)
         redone = self._redone(plan)
         number = next((n for n, step in enumerate(plan.steps) if step["old"][-1] not in redone), None)
         if self.progress is not None and plan.steps:
@@ -346,20 +277,20 @@ class Remaking:
         if number:
             self._as_it_was(plan, Pointer(old.parent, old.moves, old.anchor, old.since), number)
         if step["enough"]:
-            self._worker.repeat(old, step["begin"], step["events"])
+            self._learner.repeat(old, step["begin"], step["events"])
         else:
-            self._worker.leave(old, step["begin"], step["events"], TOO_FEW)
+            self._learner.leave(old, step["begin"], step["events"], TOO_FEW)
         return True
 
-    def _begin(self, plan: Plan) -> Worker:
-        worker = Worker(self.config, self.source, lambda told: None)
-        worker.versions = Versions(self.config.root, self.config.keep, beside=True)
+    def _begin(self, plan: Plan) -> LiveLearner:
+        learner = LiveLearner(self.config, self.source, lambda told: None)
+        learner.versions = Versions(self.config.root, self.config.keep, beside=True)
         assert plan.pointer is not None
-        if not worker.versions.exists():
-            worker.versions.put(Pointer(**plan.pointer))
-        worker.start()
-        worker.versions.drop_pending()  # a step that was cut off is made again from the plan
-        return worker
+        if not learner.versions.exists():
+            learner.versions.put(Pointer(**plan.pointer))
+        learner.start()
+        learner.versions.drop_pending()  # a step that was cut off is made again from the plan
+        return learner
 
     def _redone(self, plan: Plan) -> dict[int, StepRecord]:
         return {r.again: r for r in self.versions.records() if r.version >= plan.begun and r.again >= 0}
@@ -371,8 +302,8 @@ class Remaking:
     def _as_it_was(self, plan: Plan, found: Pointer, number: int) -> None:
         """Move the pointer as somebody, or the slow gate, moved it before the step of that number: `found` is what that
         one found. What the learner itself moves, it has moved again."""
-        assert self._worker is not None and plan.pointer is not None
-        side = self._worker.versions
+        assert self._learner is not None and plan.pointer is not None
+        side = self._learner.versions
         now = side.pointer()
         moved = found.moves != _moves_after(self.versions.record(found.version))
         moves = _moves_after(self.versions.record(now.version)) + moved
@@ -408,7 +339,7 @@ class Remaking:
         )  # fmt: skip
         plan.done, plan.stage = dataclasses.asdict(done), "made"
         plan.write(self.versions)
-        self._worker = None
+        self._learner = None
 
 
 def _moves_after(record: StepRecord) -> int:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from operant.algorithms.objectives import full_kl
-from operant.data.batch import microbatches, to_device
+from operant.config import LiveConfig
+from operant.live.learning.anchors import Anchors
+from operant.live.storage.versions import Versions
 from operant.models.policy import LanguagePolicy, Policy
 from operant.models.sampler import Sampler
 from operant.rl.evaluate import evaluate
-from operant.types import Batch, Completion, Ints, OperantError, Prompt, Sampling
+from operant.types import Completion, OperantError, Prompt, Sampling
 
 __all__ = [
-    "Anchors", "Verdict", "divergence", "fast_gate", "likelihood", "off_policy_value", "slow_gate", "slow_metrics",
+    "Verdict", "compare", "divergence", "fast_gate", "likelihood", "off_policy_value", "slow_gate", "slow_metrics",
 ]  # fmt: skip
 
 # metrics of `evaluate` that fall when a policy gets worse; the others only describe
@@ -31,42 +35,6 @@ class Verdict:
     passed: bool
     reason: str
     numbers: dict[str, float] = field(default_factory=dict)
-
-
-class Anchors:
-    """Prompts with answers on which every version is measured: what must not change much while one answer is rated.
-
-    prompts, answers (int64[T] each): the same number of each; `ids` name them in the records. The policy says how a
-    batch of them is laid out. Raises OperantError when there is no answer with a token.
-    """
-
-    def __init__(self, policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Ints]) -> None:
-        if not prompts or not any(len(a) for a in answers):
-            raise OperantError("there are no anchor answers to measure a step by; give --anchors with some prompts")
-        kept = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a)]
-        self.prompts = [p for p, _ in kept]
-        self.answers = [a for _, a in kept]
-        self.ids = [p.id for p in self.prompts]
-        self.batch: Batch = policy.batch_of_sequences([p.tokens for p in self.prompts], self.answers)
-
-    @classmethod
-    def of(cls, policy: Policy, prompts: Sequence[Prompt], *, max_tokens: int = 32, seed: int = 0) -> Anchors:
-        """The policy's own answers to these prompts, sampled at temperature 1."""
-        groups = Sampler(policy).sample(prompts, Sampling(max_tokens=max_tokens, seed=seed))
-        return cls(policy, prompts, [g[0].tokens for g in groups])
-
-    @torch.no_grad()
-    def logits(self, policy: Policy, max_tokens: int) -> Tensor:
-        """Logits that predict the answers' K tokens, float32[K, V] on the CPU, always in the same order."""
-        pieces = []
-        for piece in microbatches(self.batch, max_tokens):
-            micro = to_device(piece, policy.device)
-            pieces.append(policy.logits(micro)[micro.action_mask].cpu())
-        return torch.cat(pieces)
-
-    def tokens(self, max_tokens: int) -> Tensor:
-        """The answers' tokens, int64[K], in the order of `logits`."""
-        return torch.cat([piece.tokens[piece.action_mask] for piece in microbatches(self.batch, max_tokens)])
 
 
 def divergence(logits: Tensor, ref_logits: Tensor) -> float:
@@ -170,4 +138,24 @@ def off_policy_value(
         "ips": float((n * weight * r).sum() * top.exp() / n.sum()),
         "ess": float(total**2 / (n * weight**2).sum()),
         "std_error": float(error),
+    }
+
+
+@torch.no_grad()
+def compare(versions: Versions, one: int, other: int) -> dict[str, Any]:
+    """Two versions on the anchor answers: KL(other‖one) and mean log-probability per token, and their common ancestor.
+
+    Raises OperantError when one of them is not on disk.
+    """
+    policies = [Policy.load(Path(versions.get(v).path) / "model", device="cpu") for v in (one, other)]
+    for policy in policies:
+        policy.model.eval()
+    anchors, room = Anchors.load(versions.root, policies[0]), LiveConfig().tokens_per_microbatch
+    first, second = (anchors.logits(policy, room) for policy in policies)
+    tokens, line = anchors.tokens(room), versions.ancestors(one)
+    return {
+        "versions": [one, other],
+        "common_ancestor": next(v for v in versions.ancestors(other) if v in line),
+        "kl": divergence(second, first),
+        "likelihood": [likelihood(first, tokens), likelihood(second, tokens)],
     }

@@ -29,8 +29,9 @@ from operant.algorithms import objectives
 from operant.algorithms.learner import Learner, Sgd, logprobs_of
 from operant.config import LiveConfig
 from operant.data.batch import drawn, microbatches, scatter
+from operant.live.learning.anchors import Anchors
 from operant.live.learning.events import LessonRow, Paired, Rated
-from operant.live.learning.gate import Anchors, divergence
+from operant.live.learning.gate import divergence
 from operant.live.learning.lesson import Lesson, weight_of
 from operant.live.storage.versions import Outcome
 from operant.models.policy import Policy

@@ -1,0 +1,98 @@
+"""Prompts with answers on which every version is measured, written down once at the beginning of a root."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from operant.config import LearnerConfig
+from operant.data.batch import microbatches, to_device
+from operant.data.feedback_log import FeedbackLog, line_of
+from operant.data.prompts import load_fitting_prompts
+from operant.data.rows import Fields, load_rows
+from operant.models.policy import Policy
+from operant.models.sampler import Sampler
+from operant.run.files import replace_file
+from operant.types import Batch, Completion, Ints, OperantError, Prompt, Sampling
+
+__all__ = ["Anchors", "anchor_prompts"]
+
+
+class Anchors:
+    """Prompts with answers on which every version is measured: what must not change much while one answer is rated.
+
+    prompts, answers (int64[T] each): the same number of each; `ids` name them in the records.
+
+    Raises OperantError when no answer has a token.
+    """
+
+    def __init__(self, policy: Policy, prompts: Sequence[Prompt], answers: Sequence[Ints]) -> None:
+        if not prompts or not any(len(a) for a in answers):
+            raise OperantError("there are no anchor answers to measure a step by; give --anchors with some prompts")
+        kept = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(a)]
+        self.prompts = [p for p, _ in kept]
+        self.answers = [a for _, a in kept]
+        self.ids = [p.id for p in self.prompts]
+        self.batch: Batch = policy.batch_of_sequences([p.tokens for p in self.prompts], self.answers)
+
+    @classmethod
+    def of(cls, policy: Policy, prompts: Sequence[Prompt], *, max_tokens: int = 32, seed: int = 0) -> Anchors:
+        """The policy's own answers to these prompts, sampled at temperature 1.
+
+        Raises OperantError when no answer has a token.
+        """
+        groups = Sampler(policy).sample(prompts, Sampling(max_tokens=max_tokens, seed=seed))
+        return cls(policy, prompts, [g[0].tokens for g in groups])
+
+    @classmethod
+    def load(cls, root: Path, policy: Policy) -> Anchors:
+        """Those of a root. Raises OperantError when a line of the file is no record."""
+        with _file(root).open(encoding="utf-8") as file:
+            kept = FeedbackLog.from_lines(file)
+        answers = list(kept.completions.values())
+        return cls(policy, [kept.prompts[a.prompt_id] for a in answers], [a.tokens for a in answers])
+
+    def save(self, root: Path) -> None:
+        """Write them down in a root. Raises OperantError when a prompt cannot be written as JSON."""
+        lines = []
+        for i, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
+            kept = Completion(f"anchor-answer-{i}", prompt.id, "", answer, np.zeros(len(answer), np.int64))
+            lines += [line_of(dataclasses.replace(prompt, references=())), line_of(kept)]
+        replace_file(_file(root), "".join(lines))
+
+    @torch.no_grad()
+    def logits(self, policy: Policy, max_tokens: int) -> Tensor:
+        """Logits that predict the answers' K tokens, float32[K, V] on the CPU, always in the same order."""
+        pieces = []
+        for piece in microbatches(self.batch, max_tokens):
+            micro = to_device(piece, policy.device)
+            pieces.append(policy.logits(micro)[micro.action_mask].cpu())
+        return torch.cat(pieces)
+
+    def tokens(self, max_tokens: int) -> Tensor:
+        """The answers' tokens, int64[K], in the order of `logits`."""
+        return torch.cat([piece.tokens[piece.action_mask] for piece in microbatches(self.batch, max_tokens)])
+
+
+def anchor_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
+    """What a root's anchors are asked: rows of a file, or nothing at all.
+
+    Raises OperantError when the file is missing or has no such column.
+    """
+    if not config.anchors:  # what the model says of itself: an end of text is what stands before a text
+        bare = np.array([policy.codec.eos_id], np.int64)
+        return [Prompt(id=f"anchor-{i}", tokens=bare) for i in range(config.anchor_rows)]
+    rows = load_rows(config.anchors, split="train", limit=config.anchor_rows)
+    return load_fitting_prompts(
+        rows, policy, fields=Fields(prompt=config.prompt_field, references=config.reference_field),
+        room=config.anchor_tokens, too_long="skip",
+    )  # fmt: skip
+
+
+def _file(root: Path) -> Path:
+    return root / "anchors.jsonl"

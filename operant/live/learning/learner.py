@@ -1,0 +1,209 @@
+"""Learns step after step into a folder of versions: announce, step, gate, publish.
+
+What has been learned is in the version folders and nowhere else, so that a learner that dies is replaced by another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from operant.config import LiveConfig, WorkerConfig, check_settings
+from operant.live.learning.anchors import Anchors, anchor_prompts
+from operant.live.learning.events import EventSource
+from operant.live.learning.execution import LoadedVersion, lesson_of, load_version, make_step
+from operant.live.learning.gate import Verdict, fast_gate
+from operant.live.learning.lesson import LearnerState, Lesson
+from operant.live.learning.step import StepResult, fingerprint, new_learner
+from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
+from operant.models.policy import Policy
+from operant.types import OperantError
+
+__all__ = ["LiveLearner"]
+
+
+class LiveLearner:
+    """Learns from a store into a folder of versions. `say` gets one dictionary for each thing that happened."""
+
+    def __init__(self, config: WorkerConfig, source: EventSource, say: Callable[[dict[str, Any]], None]) -> None:
+        check_settings(config)
+        self.config, self.source, self.say = config, source, say
+        self.versions = Versions(config.root, config.keep)
+        self.at: LoadedVersion | None = None
+        self._anchors: Anchors | None = None
+        self._kept_logits: dict[str, tuple[int, Tensor]] = {}
+        self._origin_kept: tuple[int, Policy] | None = None
+
+    def start(self) -> None:
+        """Begin a new root or complete what a crash left in this one.
+
+        Raises OperantError when there is neither a version nor a model to begin with.
+        """
+        self.versions.clean()
+        if not self.versions.exists():
+            if not self.config.model:
+                raise OperantError(f"{self.config.root} holds no version yet; give --model to begin with")
+            policy = Policy.load(self.config.model, device=self.config.device, dtype=self.config.dtype)
+            policy.model.eval()
+            asked = anchor_prompts(self.config, policy)
+            Anchors.of(policy, asked, max_tokens=self.config.anchor_tokens, seed=self.config.seed).save(
+                self.versions.root
+            )
+            first = LoadedVersion(0, 0, policy, new_learner(policy, self.config), LearnerState())
+            self.versions.begin(first.save, fingerprint(policy))
+        self.versions.finish()
+        self.versions.tidy()  # a crash may have come before it
+        self.current()
+
+    def current(self) -> LoadedVersion:
+        """The version that serves now, loaded anew if it is another than the one in memory.
+
+        Raises OperantError when it cannot be read.
+        """
+        pointer = self.versions.pointer()
+        if self.at is None or self.at.moves != pointer.moves:
+            self.at = None
+            self.at = LoadedVersion.load(self.versions, pointer.version, pointer.moves, self.config)
+        return self.at
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def repeat(self, old: StepRecord, begin_offset: int, events: list[str]) -> None:
+        """Make an earlier step again, from the version that serves, on these events. What it draws by and its
+        coefficients stay what they were. Raises OperantError as `execute` does."""
+        record = self._again(old, begin_offset, events)
+        while not self.execute(record):
+            pass
+
+    def leave(self, old: StepRecord, begin_offset: int, events: list[str], reason: str) -> None:
+        """Write down that these events of an earlier step are not learned again, and why."""
+        record = self._again(old, begin_offset, events)
+        record.outcomes = {name: Outcome("unused", reason) for name in events}
+        self.publish_nothing(record, "nothing", reason, reload=False)
+
+    def _again(self, old: StepRecord, begin_offset: int, events: list[str]) -> StepRecord:
+        at = self.current()
+        return dataclasses.replace(
+            old, version=self.versions.next_version(), parent=at.version, moves=at.moves, events=events,
+            begin_offset=begin_offset, again=old.version, state="pending", reason="", outcomes={}, replayed=[],
+            forgotten=[], times={"queued": time.time()},
+        )  # fmt: skip
+
+    def execute(self, record: StepRecord) -> bool:
+        """Announce, step, gate, publish. False when another version serves by now and the step has to begin again.
+
+        Raises OperantError when the store lacks the events of the record, or a version cannot be read or written.
+        """
+        at, anchors = self.current(), self.anchors()
+        lesson, config = self._announce(record, at, anchors)
+        result = make_step(record, at, lesson, anchors, config, self._origin(record.pulled_to))
+        record.outcomes = result.outcomes
+        record.times["stepped"] = time.time()
+        if result.anchor_logits is None:
+            return self.publish_nothing(record, "nothing", _reason(result), reload=result.stats is not None)
+        before, after = result.anchor_logits
+        verdict = fast_gate(
+            after, before, self._logits_of("since"), self._logits_of("anchor"),
+            anchors.tokens(config.tokens_per_microbatch), kl_budget=config.kl_budget,
+            drift_budget=config.drift_budget, likelihood_drop=config.likelihood_drop,
+        )  # fmt: skip
+        record.times["gated"] = time.time()
+        if not verdict.passed:
+            record.outcomes = _refused(result.outcomes, verdict)
+            return self.publish_nothing(record, "refused", verdict.reason, reload=True)
+        at.state = lesson.state
+        return self._publish(record, at, result, verdict, config)
+
+    def _announce(self, record: StepRecord, at: LoadedVersion, anchors: Anchors) -> tuple[Lesson, LiveConfig]:
+        """Write down what the step begins with and will use, before it is made."""
+        pointer = self.versions.pointer()
+        record.parent, record.moves, record.fingerprint = at.version, at.moves, fingerprint(at.policy)
+        record.anchor, record.since = pointer.anchor, pointer.since
+        lesson, config = lesson_of(record, at, self.source, self.versions, self.config)
+        record.replayed, record.forgotten, record.anchors = lesson.rehearsed, lesson.forgotten, list(anchors.ids)
+        record.baselines = dict(at.state.baselines)
+        record.times["begun"] = time.time()
+        self.versions.announce(record)
+        return lesson, config
+
+    def _publish(
+        self, record: StepRecord, at: LoadedVersion, result: StepResult, verdict: Verdict, config: LiveConfig
+    ) -> bool:
+        """Let the new version serve. False when another one serves by now."""
+        assert result.stats is not None and result.anchor_logits is not None
+        gate = {"passed": True, "scale": result.scale, **verdict.numbers, **result.stats.extra}
+        try:
+            self.versions.publish(record, at.save, gate)
+        except Moved:
+            self.at = None
+            record.outcomes = {}
+            return False
+        at.version, at.moves, at.anchor_logits = record.version, record.moves + 1, result.anchor_logits[1]
+        self._follow(record.version, config.drift_versions)
+        self.say({"version": record.version, "parent": record.parent, "events": record.events, "gate": gate})
+        self.versions.tidy()
+        return True
+
+    def _follow(self, version: int, after: int) -> None:
+        """Measure drift from this version on, once so many were published since the one that it is measured from."""
+        since = self.versions.pointer().since
+        line = self.versions.ancestors(version)
+        if since not in line[:after]:
+            self.versions.follow(version)
+
+    def publish_nothing(
+        self, record: StepRecord, state: Literal["nothing", "refused"], reason: str, *, reload: bool
+    ) -> Literal[True]:
+        """End a step that changes nothing. reload: the weights and the optimizer in memory have made it."""
+        if reload:
+            self.at = None
+        record.state, record.reason = state, reason
+        self.versions.settle(record)
+        self.say({"step": record.version, "state": state, "events": record.events, "reason": reason})
+        return True
+
+    # --- what versions are measured on --------------------------------------------------------------------------------
+
+    def anchors(self) -> Anchors:
+        """What every version of this root is measured on."""
+        if self._anchors is None:
+            self._anchors = Anchors.load(self.versions.root, self.current().policy)
+        return self._anchors
+
+    def _logits_of(self, role: Literal["anchor", "since"]) -> Tensor:
+        """The logits of the version that loss, or drift, is measured from, on the anchor answers."""
+        version: int = getattr(self.versions.pointer(), role)
+        if role not in self._kept_logits or self._kept_logits[role][0] != version:
+            known = next((logits for number, logits in self._kept_logits.values() if number == version), None)
+            if known is None:
+                policy = load_version(self.versions, version, self.config)
+                known = self.anchors().logits(policy, self.config.tokens_per_microbatch)
+            self._kept_logits[role] = version, known
+        return self._kept_logits[role][1]
+
+    def _origin(self, version: int | None) -> Policy | None:
+        """The version that steps are pulled to."""
+        if version is None:
+            return None
+        if self._origin_kept is None or self._origin_kept[0] != version:
+            self._origin_kept = version, load_version(self.versions, version, self.config)
+        return self._origin_kept[1]
+
+
+def _refused(outcomes: Mapping[str, Outcome], verdict: Verdict) -> dict[str, Outcome]:
+    """What became of the events of a version that the gate refused."""
+    reason = f"the gate refused the version: {verdict.reason}"
+    return {
+        name: dataclasses.replace(o, state="unused", reason=reason, logprob_after=o.logprob_before)
+        if o.state == "used" else o
+        for name, o in outcomes.items()
+    }  # fmt: skip
+
+
+def _reason(result: StepResult) -> str:
+    """Why a step published nothing, in the words of its events."""
+    return "; ".join(dict.fromkeys(o.reason for o in result.outcomes.values() if o.reason))
