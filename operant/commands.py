@@ -253,7 +253,7 @@ def _compare_versions(config: configs.VersionsConfig) -> None:
 
 def _evaluate_versions(config: configs.VersionsConfig) -> None:
     from operant.live.learning.events import open_store
-    from operant.live.learning.off_policy import evaluate
+    from operant.live.learning.off_policy import snips_values
     from operant.live.storage.versions import Versions
 
     store = open_store(config.store or str(Path(config.root) / "store.db"))

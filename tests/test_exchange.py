@@ -19,7 +19,7 @@ from operant.data.prompts import load_prompts
 from operant.data.rows import load_rows
 from operant.data.text import Codec
 from operant.live.storage.exchange import Scale, export, export_rows, load
-from operant.live.storage.store import Store
+from operant.live.storage.store import Origin, Store
 from operant.rl.logged import read_logged
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
@@ -33,7 +33,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def answer(store: Store, name: str, text: str, asked: str = "hi", **options: Any) -> None:
     messages = options.pop("messages", None)
     prompt = Prompt(f"p-{asked}", np.array([1, 2]), text="" if messages else asked, messages=messages, task="talk")
-    store.begin(name, prompt, Sampling(seed=3), **options)
+    store.begin(name, prompt, Sampling(seed=3), Origin(**options))
     ones = np.arange(3)
     logprobs = np.array([-1, -2, -3], np.float32)
     store.complete(Completion(name, prompt.id, text, ones, ones, behavior_logprobs=logprobs, policy_version=ones + 4))

@@ -19,7 +19,7 @@ from operant.live.learning import forget as forgetting
 from operant.live.learning.execution import LoadedVersion, verify_version
 from operant.live.learning.forget import forget
 from operant.live.learning.worker import Worker
-from operant.live.storage.store import Store
+from operant.live.storage.store import Origin, Store
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
 from operant.types import Feedback, OperantError
@@ -75,10 +75,7 @@ def world(make_policy: Callable[..., Policy], tmp_path: Path) -> Iterator[Callab
         stores.append(store)
         for number, (key, stored) in enumerate(answers.interactions.items()):
             asker = "bob" if number == 3 else "eve"
-            store.begin(
-                key, stored.prompt, stored.completion.sampling, route="", user=asker, model_version=0, request={},
-                metadata={},
-            )  # fmt: skip
+            store.begin(key, stored.prompt, stored.completion.sampling, Origin(user=asker))
             store.complete(stored.completion, "complete")
         config = WorkerConfig(
             **{"root": str(root), "model": str(tmp_path / "model"), "device": "cpu", "anchor_rows": 2,

@@ -22,7 +22,7 @@ from operant.live.learning.lesson import LearnerState, prepare
 from operant.live.learning.step import new_learner, take_step
 from operant.live.learning.worker import Worker
 from operant.live.serving.access import Keys
-from operant.live.storage.store import Store
+from operant.live.storage.store import Origin, Store
 from operant.models.policy import Policy
 from operant.types import Feedback
 
@@ -272,7 +272,7 @@ def teach(make_policy: Make, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
         store = Store(root / "store.db")
         stores.append(store)
         for key, stored in answers.interactions.items():
-            store.begin(key, stored.prompt, stored.completion.sampling, user="ann")
+            store.begin(key, stored.prompt, stored.completion.sampling, Origin(user="ann"))
             store.complete(stored.completion, "complete")
         config = WorkerConfig(
             root=str(root), model=str(tmp_path / "model"), device="cpu", anchor_rows=2, anchor_tokens=4,

@@ -14,7 +14,7 @@ from program import Program
 
 from operant.config import WorkerConfig
 from operant.data.feedback_log import line_of
-from operant.live.learning.off_policy import evaluate
+from operant.live.learning.off_policy import snips_values
 from operant.live.learning.worker import Worker
 from operant.models.policy import Policy
 from operant.types import OperantError, Prompt
@@ -44,7 +44,7 @@ def test_who_wrote_is_worth_the_mean_and_who_learned_more(
     worker = Worker(config, store, lambda told: None)
     worker.start()
     with pytest.raises(OperantError, match="no rated answer has a propensity"):
-        evaluate(worker.versions, [0], store, device="cpu")
+        snips_values(worker.versions, [0], store, device="cpu")
     store.add("c0", "thumb", 1)
     assert worker.once() and worker.versions.pointer().version == 1
     for name, kind, value in (
@@ -52,7 +52,7 @@ def test_who_wrote_is_worth_the_mean_and_who_learned_more(
         ("greedy", "thumb", 1),
     ):  # fmt: skip
         store.add(name, kind, value)
-    found = evaluate(worker.versions, [0, 1], store, device="cpu")
+    found = snips_values(worker.versions, [0, 1], store, device="cpu")
     first, second = found[0], found[1]
     assert first["rated"] == second["rated"] == 3  # c3 is taken back, and a greedy answer has no propensity
     assert first["mean"] == pytest.approx((1 - 1 + 0.5) / 3)
@@ -70,7 +70,7 @@ def test_who_wrote_is_worth_the_mean_and_who_learned_more(
     expected = np.dot(weights, [1, -1, 0.5]) / np.sum(weights)
     assert second["snips"] == pytest.approx(expected, abs=1e-4)
     with pytest.raises(OperantError, match="not on disk"):
-        evaluate(worker.versions, [7], store, device="cpu")
+        snips_values(worker.versions, [7], store, device="cpu")
     lines = [line_of(x) for s in store.interactions.values() for x in (s.prompt, s.completion)]
     (tmp_path / "log.jsonl").write_text("".join(lines + [line_of(event) for event in store.log]))
     program = Program(capsys)

@@ -27,7 +27,7 @@ import operant
 from operant.live.storage import database, migrations, tables
 from operant.live.storage import store as module
 from operant.live.storage.database import address, connect, journal_mode
-from operant.live.storage.store import Conflict, Store, StoredCompletion, StoreFault, UnknownCompletion
+from operant.live.storage.store import Conflict, Origin, Store, StoredCompletion, StoreFault, UnknownCompletion
 from operant.live.storage.versions import Outcome, StepRecord
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
@@ -72,7 +72,7 @@ def completion(name: str, **options: Any) -> Completion:
 
 def converse(store: Store, *names: str, **options: Any) -> None:
     for name in names:
-        store.begin(name, prompt(), SAMPLING, **options)
+        store.begin(name, prompt(), SAMPLING, Origin(**options))
         store.complete(completion(name))
 
 
@@ -117,8 +117,8 @@ def test_an_interaction_comes_back_as_it_was_written(store: Store, url: str) -> 
         meta={"n": [1]},
     )
     store.begin(
-        "c", asked, SAMPLING, route="talk", user="ann\x00", model_version=3, request={"n": 1, "x": "\ud83d"},
-        metadata={"a": "b"}, created=9.0,
+        "c", asked, SAMPLING,
+        Origin("talk", "ann\x00", model_version=3, request={"n": 1, "x": "\ud83d"}, metadata={"a": "b"}, created=9.0),
     )  # fmt: skip
     begun = store.completion("c")
     assert begun is not None and begun.status == "begun" and begun.completion is None
@@ -555,7 +555,7 @@ def test_what_is_old_goes_with_its_feedback_but_never_what_is_pending(store: Sto
     now = time.time()
     for number in range(8):
         name = f"c{number}"
-        store.begin(name, prompt(f"p{number % 7}"), SAMPLING, created=now - 100 + number)
+        store.begin(name, prompt(f"p{number % 7}"), SAMPLING, Origin(created=now - 100 + number))
         if number != 7:
             store.complete(completion(name))
     converse(store, "young")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from operant.live.api.service import ApiError, GenerationRequest, Service
 from operant.live.serving.engine import Busy, NotResident, empty_completion
+from operant.live.storage.store import Origin
 from operant.types import Completion, OperantError, Prompt, TokenInfo
 
 __all__ = ["Choice", "Generation", "Piece"]
@@ -151,9 +152,8 @@ class Generation:
             "choice": choice.index, "choices": len(self.choices),
         }  # fmt: skip
         await self.service.io(
-            self.service.store.begin, choice.id, choice.prompt, request.sampling, route=choice.prompt.task,
-            user=request.user, model_version=self.version, created=self.created, metadata=dict(request.metadata),
-            request=kept,
+            self.service.store.begin, choice.id, choice.prompt, request.sampling,
+            Origin(choice.prompt.task, request.user, self.version, kept, request.metadata, self.created),
         )  # fmt: skip
         choice.begun = True
 

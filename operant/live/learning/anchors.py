@@ -52,7 +52,7 @@ class Anchors:
     @classmethod
     def load(cls, root: Path, policy: Policy) -> Anchors:
         """Those of a root. Raises OperantError when a line of the file is no record."""
-        with _file(root).open(encoding="utf-8") as file:
+        with _anchor_file(root).open(encoding="utf-8") as file:
             kept = FeedbackLog.from_lines(file)
         answers = list(kept.completions.values())
         return cls(policy, [kept.prompts[a.prompt_id] for a in answers], [a.tokens for a in answers])
@@ -63,7 +63,7 @@ class Anchors:
         for i, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
             kept = Completion(f"anchor-answer-{i}", prompt.id, "", answer, np.zeros(len(answer), np.int64))
             lines += [line_of(dataclasses.replace(prompt, references=())), line_of(kept)]
-        replace_file(_file(root), "".join(lines))
+        replace_file(_anchor_file(root), "".join(lines))
 
     @torch.no_grad()
     def logits(self, policy: Policy, max_tokens: int) -> Tensor:
@@ -94,5 +94,5 @@ def anchor_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
     )  # fmt: skip
 
 
-def _file(root: Path) -> Path:
+def _anchor_file(root: Path) -> Path:
     return root / "anchors.jsonl"

@@ -387,7 +387,7 @@ def _plan(plan: Plan, versions: Versions, source: EventSource) -> None:
             anchor if anchor in kept else base, since if since in kept else base,
         )
     )  # fmt: skip
-    plan.steps = _steps(redo, own, touching, source)
+    plan.steps = _steps_to_redo(redo, own, touching, source)
 
 
 def _since(records: list[StepRecord], line: list[int], base: int) -> list[StepRecord]:
@@ -409,7 +409,7 @@ def _measured_from(records: list[StepRecord], line: list[int], base: int) -> set
     return {v for v in (first.anchor, first.since) if v >= 0}
 
 
-def _steps(redo: list[StepRecord], own: set[str], touching: set[str], store: Store) -> list[dict[str, Any]]:
+def _steps_to_redo(redo: list[StepRecord], own: set[str], touching: set[str], store: Store) -> list[dict[str, Any]]:
     """What is made again: the steps without the source's events. One that is left with too few sources waits for the
     next, as its events would have; one that is left with no event is none."""
     steps: list[dict[str, Any]] = []

@@ -124,9 +124,9 @@ def prepare(
     Returns the lesson; its `state` is the one after the step, and has the new baselines.
     Raises OperantError when the scale of scores or beta would turn opinions round.
     """
-    _check(config)
+    _check_scales(config)
     said = [event for _, event in events]
-    rows, outcomes = _read(said, reader, state, learned or {})
+    rows, outcomes = _read_events(said, reader, state, learned or {})
     sources = _Sources.heard(said, rows, state, config) if config.min_sources > 1 else None
     if sources is not None:
         rows = sources.admit(rows, outcomes)
@@ -155,7 +155,7 @@ def prepare(
     )
 
 
-def _check(config: LiveConfig) -> None:
+def _check_scales(config: LiveConfig) -> None:
     if not config.score_low < config.score_high:
         raise OperantError(
             f"score_low is {config.score_low} and score_high {config.score_high}: correct --score_low or --score_high"
@@ -164,7 +164,7 @@ def _check(config: LiveConfig) -> None:
         raise OperantError(f"beta is {config.beta}; it must be more than 0: correct --beta")
 
 
-def _read(
+def _read_events(
     events: Sequence[Feedback], reader: EventReader, state: LearnerState, learned: Mapping[str, int]
 ) -> tuple[list[LessonRow], dict[str, Outcome]]:
     """What each event teaches, ratings before pairs; and what became of those that teach nothing."""

@@ -18,12 +18,12 @@ from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
 from operant.types import OperantError, Trajectory
 
-__all__ = ["evaluate"]
+__all__ = ["snips_values"]
 
 PAGE = 1000
 
 
-def evaluate(
+def snips_values(
     versions: Versions, numbers: Sequence[int], source: EventSource, *, device: str = "auto", limit: int = 1000
 ) -> dict[int, dict[str, float]]:
     """SNIPS of each version with its effective sample size (`gate.off_policy_value`), from the newest `limit` ratings.

@@ -23,7 +23,7 @@ from operant.data.feedback_log import FeedbackLog, line_of
 from operant.data.preferences import good_or_bad, reward_of
 from operant.data.rows import Row, load_rows
 from operant.live.storage.feedback import body_hash
-from operant.live.storage.store import Conflict, EventStory, Store, UnknownCompletion
+from operant.live.storage.store import Conflict, EventStory, Origin, Store, UnknownCompletion
 from operant.rewards import reward_trajectory
 from operant.types import Completion, Doubles, Feedback, OperantError, Prompt, Span
 
@@ -75,7 +75,7 @@ def export(store: Store, path: str | Path, form: Form = "lines", *, scale: Scale
 def export_lines(store: Store) -> Iterator[str]:
     """Every event with what it is about, as lines that `operant prefer --replay` and `import_lines` read."""
     told: set[tuple[str, str]] = set()
-    for story in _stories(store):
+    for story in _all_stories(store):
         event = story.event
         names = [event.completion_id, *([str(event.value)] if event.kind == "comparison" else [])]
         for name in names:
@@ -104,7 +104,7 @@ def export_rows(
 
     Of pairs and ratings, prompts and answers are chats when every prompt is one, else texts.
     """
-    stories = list(_stories(store))
+    stories = list(_all_stories(store))
     if form == "events":
         return [_event_row(store, story) for story in stories]
     log = FeedbackLog()
@@ -117,14 +117,14 @@ def export_rows(
         if about is None or about.completion is None:
             continue
         text = about.completion.text
-        row = _pair(store, event, text) if form == "pairs" else _rating(event, text, scale.midpoint)
+        row = _pair_row(store, event, text) if form == "pairs" else _rating_row(event, text, scale.midpoint)
         if row is not None:
             found.append((about.prompt, row))
     chats = all(prompt.messages for prompt, _ in found)
-    return [_shown(prompt, row, chats) for prompt, row in found]
+    return [_with_prompt(prompt, row, chats) for prompt, row in found]
 
 
-def _stories(store: Store) -> Iterator[EventStory]:
+def _all_stories(store: Store) -> Iterator[EventStory]:
     last = 0
     while page := store.events(after=last, limit=PAGE):
         yield from page
@@ -145,7 +145,7 @@ def _event_row(store: Store, story: EventStory) -> Row:
     }  # fmt: skip
 
 
-def _pair(store: Store, event: Feedback, text: str) -> Row | None:
+def _pair_row(store: Store, event: Feedback, text: str) -> Row | None:
     if event.kind == "edit":
         chosen, rejected = str(event.value or ""), text
     elif event.kind == "comparison":
@@ -158,7 +158,7 @@ def _pair(store: Store, event: Feedback, text: str) -> Row | None:
     return {"chosen": chosen, "rejected": rejected} if chosen.strip() and chosen != rejected else None
 
 
-def _rating(event: Feedback, text: str, midpoint: float) -> Row | None:
+def _rating_row(event: Feedback, text: str, midpoint: float) -> Row | None:
     good: bool | None = None
     if event.kind == "thumb":
         good = good_or_bad(event.value)
@@ -205,7 +205,7 @@ def _text_of(prompt: Prompt) -> str:
     return prompt.text or "\n".join(message["content"] for message in prompt.messages or ())
 
 
-def _shown(prompt: Prompt, row: Row, chats: bool) -> Row:
+def _with_prompt(prompt: Prompt, row: Row, chats: bool) -> Row:
     if not chats:
         return {"prompt": _text_of(prompt), **row}
     answer = {n: v if n == "label" else [{"role": "assistant", "content": v}] for n, v in row.items()}
@@ -243,7 +243,7 @@ def import_lines(store: Store, lines: Iterable[str]) -> Counter[str]:
         else:
             versions = completion.policy_version
             version = int(versions[0]) if versions is not None and len(versions) else 0
-            store.begin(completion.id, prompt, completion.sampling, route=prompt.task, model_version=version)
+            store.begin(completion.id, prompt, completion.sampling, Origin(prompt.task, model_version=version))
             store.complete(completion)
             counts["completions"] += 1
     for event in log.events.values():

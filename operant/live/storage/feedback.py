@@ -76,58 +76,73 @@ def parse(
     An idempotency key that is missing stays empty; the store fills it in. An event that teaches nothing is an event.
     Raises BadFeedback for a body that is malformed.
     """
-    for name in body:
-        if name not in _FIELDS:
-            raise BadFeedback(f"{name} is no field of feedback; there are {', '.join(sorted(_FIELDS))}", name)
-    kind = body.get("kind")
+    _check_fields(body)
+    kind, key = body.get("kind"), body.get("idempotency_key") or ""
     if kind not in KINDS:
         raise BadFeedback(f"kind is {kind!r}; give one of {', '.join(KINDS)}", "kind")
-    key = body.get("idempotency_key") or ""
-    for name, text in (("idempotency_key", key), ("source", source)):
-        if not _is_name(text):
-            raise BadFeedback(
-                f"{name} must be a text of at most {_LONGEST_NAME} characters without control characters", name
-            )
-    given = body.get("value")
+    _check_name("idempotency_key", key)
+    _check_name("source", source)
+    given, span = body.get("value"), None
     value: float | str | None
-    span = None
     if kind == "thumb":
-        good = good_or_bad(given)
-        if good is None:
-            raise BadFeedback(f"value of a thumb is {given!r}; give 1 or -1", "value")
-        value = 1 if good else -1
+        value = _thumb(given)
     elif kind == "score":
-        value = _number(given, score_low, score_high, "a score")
+        value = _number_within(given, score_low, score_high, "a score")
     elif kind == "span":
-        value = _number(given, -1.0, 1.0, "a span")
-        span = _characters(body, stored)
+        value, span = _number_within(given, -1.0, 1.0, "a span"), _characters(body, stored)
     elif kind == "retract":
-        if given is not None and not isinstance(given, str):
-            raise BadFeedback("value of a retraction must be the id of an event, or null", "value")
-        value = given or None
+        value = _retracted(given)
+    elif kind == "comparison":
+        value = _other_completion(given, stored, look)
     else:
-        if not isinstance(given, str):
-            raise BadFeedback(f"value of {_A[kind]} must be a text", "value")
-        if kind == "comparison":
-            _same_prompt(given, stored, look)
-        value = given
+        value = _expect_text(given, kind)
     return Feedback(id, stored.id, kind, value, source, key, now, span)
 
 
 _A = {"edit": "an edit", "comparison": "a comparison", "comment": "a comment"}
 
 
-def _is_name(text: Any) -> bool:
-    return isinstance(text, str) and len(text) <= _LONGEST_NAME and (text.isprintable() or text == "")
+def _check_fields(body: Mapping[str, Any]) -> None:
+    for name in body:
+        if name not in _FIELDS:
+            raise BadFeedback(f"{name} is no field of feedback; there are {', '.join(sorted(_FIELDS))}", name)
 
 
-def _number(given: Any, low: float, high: float, what: str) -> float:
+def _check_name(name: str, text: Any) -> None:
+    if not (isinstance(text, str) and len(text) <= _LONGEST_NAME and (text.isprintable() or text == "")):
+        raise BadFeedback(
+            f"{name} must be a text of at most {_LONGEST_NAME} characters without control characters", name
+        )
+
+
+def _thumb(given: Any) -> float:
+    good = good_or_bad(given)
+    if good is None:
+        raise BadFeedback(f"value of a thumb is {given!r}; give 1 or -1", "value")
+    return 1 if good else -1
+
+
+def _number_within(given: Any, low: float, high: float, what: str) -> float:
     if isinstance(given, bool) or not isinstance(given, int | float) or not low <= given <= high:
         raise BadFeedback(f"value of {what} is {given!r}; give a number from {low:g} to {high:g}", "value")
     return given
 
 
-def _same_prompt(name: str, stored: Interaction, look: Callable[[str], Interaction | None]) -> None:
+def _retracted(given: Any) -> str | None:
+    if given is not None and not isinstance(given, str):
+        raise BadFeedback("value of a retraction must be the id of an event, or null", "value")
+    return given or None
+
+
+def _expect_text(given: Any, kind: str) -> str:
+    if not isinstance(given, str):
+        raise BadFeedback(f"value of {_A[kind]} must be a text", "value")
+    return given
+
+
+def _other_completion(given: Any, stored: Interaction, look: Callable[[str], Interaction | None]) -> str:
+    """The id of another completion of the same prompt."""
+    name = _expect_text(given, "comparison")
     if name == stored.id:
         raise BadFeedback("a completion cannot be preferred to itself; value is the id of the other one", "value")
     other = look(name)
@@ -135,6 +150,7 @@ def _same_prompt(name: str, stored: Interaction, look: Callable[[str], Interacti
         raise BadFeedback(f"there is no stored completion {name!r} to compare with", "value")
     if not np.array_equal(other.prompt.tokens, stored.prompt.tokens):
         raise BadFeedback(f"{name} answers another prompt; compare two answers to the same one", "value")
+    return name
 
 
 def _characters(body: Mapping[str, Any], stored: Interaction) -> tuple[int, int]:

@@ -30,7 +30,9 @@ from operant.live.storage.tables import ARRAYS, COMPLETIONS, EVENTS, OUTCOMES, P
 from operant.live.storage.versions import Outcome, StepRecord
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
-__all__ = ["Conflict", "EventStory", "Receipt", "Store", "StoreFault", "StoredCompletion", "UnknownCompletion"]
+__all__ = [
+    "Conflict", "EventStory", "Origin", "Receipt", "Store", "StoreFault", "StoredCompletion", "UnknownCompletion",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,18 @@ class UnknownCompletion(OperantError):
 
 class Conflict(OperantError):
     """An idempotency key was used before for something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who asked for a completion, of which version, and how. created: seconds since the epoch; None is now."""
+
+    route: str = ""
+    user: str = ""
+    model_version: int = 0
+    request: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    created: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +153,7 @@ class Store:
         completion_id: str,
         prompt: Prompt,
         sampling: Sampling | None,
-        *,
-        route: str = "",
-        user: str = "",
-        model_version: int = 0,
-        request: Mapping[str, Any] | None = None,
-        metadata: Mapping[str, str] | None = None,
-        created: float | None = None,
+        origin: Origin = Origin(),
     ) -> None:
         """Write down that this completion is being written, before a byte of it leaves.
 
@@ -158,9 +166,10 @@ class Store:
             "task": prompt.task, "meta": prompt.meta,
         }  # fmt: skip
         row = {
-            "id": completion_id, "status": "begun", "route": route, "user": user, "model_version": model_version,
-            "created": time.time() if created is None else created, "request": dict(request or {}),
-            "sampling": None if sampling is None else dataclasses.asdict(sampling), "metadata": dict(metadata or {}),
+            "id": completion_id, "status": "begun", "route": origin.route, "user": origin.user,
+            "model_version": origin.model_version, "created": time.time() if origin.created is None else origin.created,
+            "request": dict(origin.request), "metadata": dict(origin.metadata),
+            "sampling": None if sampling is None else dataclasses.asdict(sampling),
         }  # fmt: skip
 
         def run(connection: sa.Connection) -> None:
@@ -200,7 +209,7 @@ class Store:
     def completion(self, completion_id: str) -> StoredCompletion | None:
         with self.database.reading() as connection:
             row = connection.execute(_interactions().where(COMPLETIONS.c.id == completion_id)).first()
-        return None if row is None else _stored(row)
+        return None if row is None else _completion_of_row(row)
 
     def set_metadata(self, completion_id: str, metadata: Mapping[str, str]) -> dict[str, str]:
         """Replace a completion's metadata. Raises UnknownCompletion."""
@@ -244,7 +253,7 @@ class Store:
                 if wanted <= row.metadata.items():
                     numbers.append(row.number)
             rows = connection.execute(_interactions().where(number.in_(numbers))).all()
-        found = {row.number: _stored(row) for row in rows}
+        found = {row.number: _completion_of_row(row) for row in rows}
         return [found[n] for n in numbers]
 
     def names(self) -> list[tuple[str, dict[str, str]]]:
@@ -296,7 +305,7 @@ class Store:
         def run(connection: sa.Connection) -> Receipt:
             key = feedback.idempotency_key
             first = _repeated(connection, feedback, body_hash) if not key else connection.execute(
-                _stories().where(EVENTS.c.source == feedback.source, EVENTS.c.idempotency_key == key)
+                _story_query().where(EVENTS.c.source == feedback.source, EVENTS.c.idempotency_key == key)
             ).first()  # fmt: skip
             if first is not None:
                 if first.body_hash != body_hash:
@@ -338,7 +347,7 @@ class Store:
         for row in rows:
             if row.status == "begun" and row.created > recent:
                 break
-            found.append((int(row.offset), _event(row)))
+            found.append((int(row.offset), _event_of_row(row)))
         return found
 
     def asked_by(self, user: str) -> bool:
@@ -399,7 +408,7 @@ class Store:
     def story(self, feedback_id: str) -> EventStory | None:
         """What became of an event; None when there is no such event."""
         with self.database.reading() as connection:
-            row = connection.execute(_stories().where(EVENTS.c.id == feedback_id)).first()
+            row = connection.execute(_story_query().where(EVENTS.c.id == feedback_id)).first()
         return None if row is None else _story(row)
 
     def events(
@@ -413,7 +422,7 @@ class Store:
         limit: int = 100,
     ) -> list[EventStory]:
         """Events by their offsets, from the first after `after`, of what is asked for."""
-        query = _stories().where(EVENTS.c.offset > after).order_by(EVENTS.c.offset).limit(limit)
+        query = _story_query().where(EVENTS.c.offset > after).order_by(EVENTS.c.offset).limit(limit)
         for column, value in (
             (EVENTS.c.completion_id, completion_id),
             (EVENTS.c.source, source),
@@ -595,7 +604,7 @@ def _interactions() -> sa.Select[Any]:
     return sa.select(COMPLETIONS, *asked).join(PROMPTS)
 
 
-def _stored(row: sa.Row[Any]) -> StoredCompletion:
+def _completion_of_row(row: sa.Row[Any]) -> StoredCompletion:
     body = dict(row.prompt_body)
     messages = None if body["messages"] is None else tuple(body["messages"])
     body |= {"messages": messages, "references": tuple(body["references"])}
@@ -612,7 +621,7 @@ def _stored(row: sa.Row[Any]) -> StoredCompletion:
     )  # fmt: skip
 
 
-def _stories() -> sa.Select[Any]:
+def _story_query() -> sa.Select[Any]:
     ledger = [OUTCOMES.c[n] for n in ("state", "reason", "version", "advantage", "logprob_before", "logprob_after")]
     return (
         sa.select(EVENTS, *ledger, STEPS.c.times, STEPS.c.served)
@@ -621,7 +630,7 @@ def _stories() -> sa.Select[Any]:
     )
 
 
-def _event(row: sa.Row[Any]) -> Feedback:
+def _event_of_row(row: sa.Row[Any]) -> Feedback:
     span = None if row.span_start is None else (row.span_start, row.span_end)
     return Feedback(
         row.id, row.completion_id, row.kind, row.value, row.source, row.idempotency_key, row.time, span
@@ -633,18 +642,18 @@ def _story(row: sa.Row[Any]) -> EventStory:
     if row.served is not None and row.state == "used":
         times["served"] = row.served
     return EventStory(
-        row.offset, _event(row), row.tags, row.state or "pending", row.reason or "", row.version, row.advantage,
+        row.offset, _event_of_row(row), row.tags, row.state or "pending", row.reason or "", row.version, row.advantage,
         row.logprob_before, row.logprob_after, times,
     )  # fmt: skip
 
 
 def _repeated(connection: sa.Connection, feedback: Feedback, body_hash: str) -> sa.Row[Any] | None:
     """The event that this one says again."""
-    said = _stories().where(EVENTS.c.source == feedback.source, EVENTS.c.completion_id == feedback.completion_id)
+    said = _story_query().where(EVENTS.c.source == feedback.source, EVENTS.c.completion_id == feedback.completion_id)
     for row in connection.execute(said.order_by(EVENTS.c.offset.desc())):
         if row.body_hash == body_hash:
             return row
-        if row.kind == "retract" or subject(_event(row)) == subject(feedback):
+        if row.kind == "retract" or subject(_event_of_row(row)) == subject(feedback):
             return None
     return None
 

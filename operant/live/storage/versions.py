@@ -160,7 +160,7 @@ class Versions:
         found = self._folders().get(version)
         if found is None:
             raise self._absent(version)
-        _check(version, found.path)
+        _expect_whole(version, found.path)
         return self._version(found)
 
     def model(self, version: int) -> Path:
@@ -168,7 +168,7 @@ class Versions:
         found = self._folders().get(version)
         if found is None:
             raise self._absent(version)
-        _check(version, found.path, within="model")
+        _expect_whole(version, found.path, within="model")
         return found.path / "model"
 
     def records(self) -> list[StepRecord]:
@@ -602,7 +602,7 @@ class Versions:
             yield
 
 
-def _check(version: int, path: Path, within: str = "") -> None:
+def _expect_whole(version: int, path: Path, within: str = "") -> None:
     fault = checkpoint.verify(path, within)
     if fault is not None:
         raise OperantError(f"version {version} is broken ({fault}); roll back with operant versions --promote N")
