@@ -36,9 +36,13 @@ __all__ = ["EventReader", "EventSource", "FeedbackFile", "LessonRow", "Paired", 
 class EventSource(Protocol):
     """What learning needs of the store. Offsets are those of an append-only log, ascending and never used again."""
 
-    def completion(self, completion_id: str) -> Interaction | None: ...
+    def completion(self, completion_id: str) -> Interaction | None:
+        """A completion with its prompt, or None when there is none of this id."""
+        ...
 
-    def events_after(self, offset: int, limit: int) -> Sequence[tuple[int, Feedback]]: ...
+    def events_after(self, offset: int, limit: int) -> Sequence[tuple[int, Feedback]]:
+        """At most `limit` events by their offsets, from the first after `offset`."""
+        ...
 
 
 @dataclass(slots=True)

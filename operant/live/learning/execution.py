@@ -157,6 +157,7 @@ class Verified:
 
     @property
     def same(self) -> bool:
+        """Whether every weight has the same bits."""
         return self.difference == 0.0
 
     def differs(self, tolerance: float) -> bool:

@@ -78,17 +78,21 @@ class Plan:
 
     @classmethod
     def read(cls, versions: Versions) -> Plan | None:
+        """The plan of a root; None where nobody is being forgotten."""
         values = versions.plan()
         return None if values is None else cls(**values)
 
     def write(self, versions: Versions) -> None:
+        """Keep the plan, durably."""
         versions.keep_plan(dataclasses.asdict(self))
 
 
 class Emptied(Protocol):
     """What forgetting writes into the store."""
 
-    def forget(self, source: str) -> int: ...
+    def forget(self, source: str) -> int:
+        """Empty what a source has said and asked; the number of its events."""
+        ...
 
 
 # --- the whole of it --------------------------------------------------------------------------------------------------
@@ -283,7 +287,7 @@ class Remaking:
         return True
 
     def _begin(self, plan: Plan) -> LiveLearner:
-        learner = LiveLearner(self.config, self.source, lambda told: None)
+        learner = LiveLearner(self.config, self.source, lambda news: None)
         learner.versions = Versions(self.config.root, self.config.keep, beside=True)
         assert plan.pointer is not None
         if not learner.versions.exists():

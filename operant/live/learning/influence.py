@@ -14,7 +14,7 @@ __all__ = ["PRIOR", "after", "reputations", "shares"]
 
 PRIOR = (4.0, 1.0)  # of a source that nobody has met: as if it had agreed in four of five meetings
 BEGIN = 0.1  # of the window: so much is taken as taught when less has been, or nobody could begin
-PER_PAIR = 5  # opinions that one fellow's word on a source is worth at most, however often the two have met
+PER_PAIR = 5  # opinions that one witness's word on a source is worth at most, however often the two have met
 ROUNDS = 100  # of a fixed point; what is left after them is below 1e-9 of what there was
 
 
@@ -30,7 +30,7 @@ def reputations(opinions: Iterable[tuple[str, str, int]]) -> dict[str, float]:
     more than keys that nobody has met. One witness's word is worth PER_PAIR opinions at most, so a group cannot make up
     for its contradictions with many others by agreeing with itself a thousand times.
 
-    opinions: (thing, source, 1 or −1), one for each thing and source. Without a fellow a source has 1.
+    opinions: (thing, source, 1 or −1), one for each thing and source. Of whom nobody else has met, it is 1.
     """
     about: dict[str, dict[str, int]] = defaultdict(dict)
     for thing, source, verdict in opinions:
@@ -41,18 +41,18 @@ def reputations(opinions: Iterable[tuple[str, str, int]]) -> dict[str, float]:
         for one, other in itertools.permutations(verdicts, 2):
             met[one, other] += 1
             agree[one, other] += verdicts[one] == verdicts[other]
-    fellows: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
+    witnesses: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
     for (one, other), times in sorted(met.items()):
         counted = min(1.0, PER_PAIR / times)
-        fellows[one].append((other, counted * agree[one, other], counted * times))
+        witnesses[one].append((other, counted * agree[one, other], counted * times))
     a, b = PRIOR
     newcomer = 2 * a / (a + b) - 1
     found = dict.fromkeys(sorted({source for verdicts in about.values() for source in verdicts}), 1.0)
     for _ in range(ROUNDS):
         new = {}
         for source, before in found.items():
-            agreed = a + sum(found[t] * yes for t, yes, _ in fellows[source])
-            rate = agreed / (a + b + sum(found[t] * times for t, _, times in fellows[source]))
+            agreed = a + sum(found[t] * yes for t, yes, _ in witnesses[source])
+            rate = agreed / (a + b + sum(found[t] * times for t, _, times in witnesses[source]))
             new[source] = (before + min(1.0, max(0.0, (2 * rate - 1) / newcomer))) / 2
         found = new
     # what is on its way to 0 is there

@@ -5,9 +5,9 @@ all once the geometric mean of π/μ over the text is below 1/(1 + band) (TOPR, 
 of Liu et al. 2025, on its lower side: a text that is said more than when it was written may always be pushed down).
 DPO's reference is the version that the step begins with. The step is scaled back until the mean KL on the anchor
 answers is within its budget and what was just said is followed: so a rating moves its text in the right direction, or
-nothing moves and it is told. Each step is one along its own gradient, with no momentum and no scaling by earlier ones;
-what steadies it is that some earlier ratings are rehearsed in every step, and what keeps the words that nobody
-spoke of is a pull to the anchor version on the same answers: kl_coef · KL(π‖π_anchor) for each of their tokens.
+nothing moves and the outcome says why. Each step is one along its own gradient, with no momentum and no scaling by
+earlier ones; what steadies it is that some earlier ratings are rehearsed in every step, and what keeps the words that
+nobody spoke of is a pull to the anchor version on the same answers: kl_coef · KL(π‖π_anchor) for each of their tokens.
 
 Nothing that learns here reads a clock, a file or a network.
 """
@@ -69,6 +69,7 @@ class StepResult:
 
     @property
     def moved(self) -> bool:
+        """Whether the weights are others than before."""
         return self.scale > 0
 
 

@@ -165,7 +165,7 @@ class Worker(LiveLearner):
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Learn until told to stop: by SIGTERM, by the end of a watched standard input, or, once, when all is done."""
+        """Learn until it is stopped: by SIGTERM, by the end of a watched standard input, or, once, when all is done."""
         stopping = False
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -201,9 +201,9 @@ class Worker(LiveLearner):
         return not ready or bool(os.read(sys.stdin.fileno(), 1 << 16))
 
 
-def _print(told: dict[str, Any]) -> None:
+def _print(news: dict[str, Any]) -> None:
     try:
-        print(json.dumps(told, ensure_ascii=False), flush=True)
+        print(json.dumps(news, ensure_ascii=False), flush=True)
     except BrokenPipeError:  # the server is gone; what is done is on the disk
         raise SystemExit(1) from None
 

@@ -2,7 +2,7 @@
 
 Another tool's feedback is about a completion that is in the store: the id it gives is the completion's own, or stands
 among the completion's metadata under a name that ends in _id, as it does when the request said so
-(`metadata={"trace_id": …}`). What it cannot be joined to, and what says nothing, is counted and told.
+(`metadata={"trace_id": …}`). What it cannot be joined to, and what says nothing, is counted by its reason.
 """
 
 from __future__ import annotations
@@ -74,17 +74,17 @@ def export(store: Store, path: str | Path, form: Form = "lines", *, scale: Scale
 
 def export_lines(store: Store) -> Iterator[str]:
     """Every event with what it is about, as lines that `operant prefer --replay` and `import_lines` read."""
-    told: set[tuple[str, str]] = set()
+    written: set[tuple[str, str]] = set()
     for story in _all_stories(store):
         event = story.event
         names = [event.completion_id, *([str(event.value)] if event.kind == "comparison" else [])]
         for name in names:
-            found = store.completion(name) if ("completion", name) not in told else None
+            found = store.completion(name) if ("completion", name) not in written else None
             if found is not None and found.completion is not None:
-                if ("prompt", found.prompt.id) not in told:
+                if ("prompt", found.prompt.id) not in written:
                     yield line_of(found.prompt)
                 yield line_of(found.completion)
-                told |= {("prompt", found.prompt.id), ("completion", name)}
+                written |= {("prompt", found.prompt.id), ("completion", name)}
         yield line_of(event)
 
 
@@ -428,10 +428,10 @@ def _object(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _time(told: Any, name: Any) -> float:
-    """Seconds since the epoch of a time that is told, or of a UUID of version 7; else 0. Without a zone it is UTC."""
+def _time(given: Any, name: Any) -> float:
+    """Seconds since the epoch of a time that is given, or of a UUID of version 7; else 0. Without a zone it is UTC."""
     try:
-        when = datetime.fromisoformat(str(told))
+        when = datetime.fromisoformat(str(given))
     except ValueError:
         pass
     else:

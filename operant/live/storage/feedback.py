@@ -31,7 +31,7 @@ class Interaction(Protocol):
     """A stored interaction, as far as it is rated and learned from. `completion` is None while there are no tokens."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str: ...  # of the completion
 
     @property
     def prompt(self) -> Prompt: ...

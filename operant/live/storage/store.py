@@ -207,6 +207,7 @@ class Store:
         self.database.write(run)
 
     def completion(self, completion_id: str) -> StoredCompletion | None:
+        """An interaction by the id of its completion; None when there is none, or it was deleted."""
         with self.database.reading() as connection:
             row = connection.execute(_interactions().where(COMPLETIONS.c.id == completion_id)).first()
         return None if row is None else _completion_of_row(row)
@@ -481,14 +482,14 @@ class Store:
                     OUTCOMES.c.state, OUTCOMES.c.reason
                 )
             ).all()
-        told: dict[str, Any] = {"completions": completions, "events": events, "pending": events}
-        told |= {"used": 0, "superseded": 0, "unused": 0, "reasons": {}}
+        found: dict[str, Any] = {"completions": completions, "events": events, "pending": events}
+        found |= {"used": 0, "superseded": 0, "unused": 0, "reasons": {}}
         for state, reason, count in groups:
-            told[state] += count
-            told["pending"] -= count
+            found[state] += count
+            found["pending"] -= count
             if state == "unused":
-                told["reasons"][reason] = count
-        return told
+                found["reasons"][reason] = count
+        return found
 
     def sources(self, *, score_low: float = 0.0, score_high: float = 1.0) -> list[dict[str, Any]]:
         """For each source {"source", "events", "pending", "used", "superseded", "unused", "reward"}, the most talkative
@@ -666,12 +667,12 @@ def _enter(connection: sa.Connection, record: StepRecord) -> None:
             times=record.times,
         )
     )  # fmt: skip
-    untold = Outcome("unused", "its step says nothing of it")
+    unsaid = Outcome("unused", "its step says nothing of it")
     query = sa.select(EVENTS.c.offset, EVENTS.c.id, EVENTS.c.source).where(EVENTS.c.id.in_(record.events))
     rows = [
         {
             "offset": offset, "version": record.version,
-            **dataclasses.asdict(GONE if source == FORGOTTEN else record.outcomes.get(name, untold)),
+            **dataclasses.asdict(GONE if source == FORGOTTEN else record.outcomes.get(name, unsaid)),
         }
         for offset, name, source in connection.execute(query)
     ]  # fmt: skip

@@ -27,6 +27,7 @@ class Document(sa.types.TypeDecorator[Any]):
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: sa.Dialect) -> str:
+        """To the column."""
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         try:
             text.encode()
@@ -35,6 +36,7 @@ class Document(sa.types.TypeDecorator[Any]):
         return text
 
     def process_result_value(self, value: str | None, dialect: sa.Dialect) -> Any:
+        """From the column."""
         return None if value is None else json.loads(value)
 
 
@@ -49,9 +51,11 @@ class Array(sa.types.TypeDecorator[NDArray[Any]]):
         self.kept, self.dtype = kept, np.dtype(dtype)
 
     def process_bind_param(self, value: NDArray[Any] | None, dialect: sa.Dialect) -> bytes | None:
+        """To the column."""
         return None if value is None else np.asarray(value).astype(self.kept).tobytes()
 
     def process_result_value(self, value: bytes | None, dialect: sa.Dialect) -> NDArray[Any] | None:
+        """From the column."""
         return None if value is None else np.frombuffer(value, self.kept).astype(self.dtype)
 
 

@@ -59,6 +59,7 @@ class StepRecord:
     begin_offset, consumed_offset: the events of the step are those of the store in (begin_offset, consumed_offset].
     moves: how often the current version had moved when the step began; a step is published only if it has not since.
     again: the earlier step that this one makes again without the events of a source that is forgotten, or -1.
+    replayed: the events of earlier steps that were rehearsed, by the name that they have on disk.
     anchor, since: of the pointer when the step began (see `Pointer`), from which its gate measured; -1 is not known.
     state: "pending"; "published" (there is a version of this number); "refused" (by the gate); "nothing" (no event
         taught anything, or the step moved nothing). Every state but the first consumes the events.
@@ -91,10 +92,12 @@ class StepRecord:
         return self.anchor if self.coefficients.get("kl_coef") and self.anchor >= 0 else None
 
     def to_json(self) -> str:
+        """The text of the record's file."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> StepRecord:
+        """What `to_json` wrote, today or before; what was not written down then has its default."""
         values = json.loads(text)
         values["outcomes"] = {name: Outcome(**outcome) for name, outcome in values["outcomes"].items()}
         return cls(**values)
@@ -142,13 +145,15 @@ class Versions:
             ) from error
 
     def exists(self) -> bool:
+        """Whether a version serves, so that `pointer` has something to say."""
         return self._pointer_file(self.beside).exists()
 
     def current(self) -> PolicyVersion:
+        """The version that serves. Raises OperantError as `pointer` and `get` do."""
         return self.get(self.pointer().version)
 
     def serving(self, user: str) -> PolicyVersion:
-        """The version that this user is pinned to, else the current one."""
+        """The version that this user is pinned to, else the current one. Raises OperantError as `current` does."""
         return self.get(self.pins().get(user, self.pointer().version))
 
     def all(self) -> list[PolicyVersion]:
@@ -228,6 +233,7 @@ class Versions:
         return max((r.consumed_offset for r in self.records()), default=0)
 
     def next_version(self) -> int:
+        """The number of the next step."""
         return 1 + max((r.version for r in self.records()), default=-1)
 
     def ancestors(self, version: int) -> list[int]:
@@ -239,6 +245,7 @@ class Versions:
         return line
 
     def pins(self) -> dict[str, int]:
+        """The version that each pinned user is served."""
         try:
             pins: dict[str, int] = json.loads((self.root / "pins.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -259,11 +266,13 @@ class Versions:
         return plan is not None and plan["stage"] not in ("refused", "made")
 
     def keep_plan(self, plan: Mapping[str, Any]) -> None:
+        """Write down what a forgetting has come to (see `plan`)."""
         with self._lock():  # the server asks for it while a learner may be starting
             replace_file(self.plan_file, json.dumps(dict(plan), ensure_ascii=False))
 
     @property
     def plan_file(self) -> Path:
+        """The file that is there while a source is being forgotten."""
         return self.root / "forgetting.json"
 
     def trial(self) -> dict[str, Any] | None:
@@ -275,6 +284,7 @@ class Versions:
         return trial
 
     def keep_trial(self, trial: Mapping[str, Any] | None) -> None:
+        """Write down what serves and what is tried (see `trial`); None ends it."""
         with self.trying():
             if trial is None:
                 self._now_tried.unlink(missing_ok=True)
@@ -321,6 +331,7 @@ class Versions:
         """Let a version serve. What learns next starts from it, with its optimizer.
 
         moves: of the pointer on which this was decided; raises Moved when it has moved since.
+        Raises OperantError when the version is not on disk, is broken, or a source is being forgotten.
         """
         with self.trying():
             with self._lock():
@@ -350,7 +361,7 @@ class Versions:
 
     def pass_anchor(self, version: int, *, moves: int | None = None) -> None:
         """The slow gate, or a person, has passed this version: from now on drift and loss are measured from it. Raises
-        Moved as `promote` does."""
+        Moved and OperantError as `promote` does."""
         with self._lock():
             self._expect_leave()
             self.get(version)
@@ -358,13 +369,14 @@ class Versions:
             self._write_pointer(dataclasses.replace(self.pointer(), anchor=version, since=version))
 
     def follow(self, version: int) -> None:
-        """From now on drift is measured from this version; what may be lost is still measured from the anchor."""
+        """From now on drift is measured from this version; what may be lost is still measured from the anchor.
+        Raises OperantError as `get` does."""
         with self._lock():
             self.get(version)
             self._write_pointer(dataclasses.replace(self.pointer(), since=version))
 
     def put(self, pointer: Pointer) -> None:
-        """Set the pointer as it is given."""
+        """Set the pointer as it is given. Raises OperantError as `get` does."""
         with self._lock():
             self.get(pointer.version)
             self._write_pointer(pointer)
@@ -378,7 +390,8 @@ class Versions:
         return made
 
     def pin(self, user: str, version: int | None) -> None:
-        """Serve this user that version whatever is published; None lets them follow again."""
+        """Serve this user that version whatever is published; None lets them follow again. Raises OperantError as
+        `get` does."""
         with self._lock():
             pins = self.pins()
             if version is None:
@@ -393,7 +406,7 @@ class Versions:
     def begin(self, write: Callable[[Path], None], fingerprint: Mapping[str, str]) -> PolicyVersion:
         """Version 0, the model as it comes in. write: fills a folder with model/ and learner.pt.
 
-        Raises OperantError when the root serves a version already.
+        Raises OperantError when a version serves already, or this one cannot be saved.
         """
         with self._lock():
             if self.exists():
@@ -436,7 +449,7 @@ class Versions:
         return self._version(self._folders()[record.version])
 
     def settle(self, record: StepRecord) -> None:
-        """Keep the record of a finished step that publishes nothing."""
+        """Keep the record of a finished step that publishes nothing. Raises ValueError for one that publishes."""
         if record.state not in ("refused", "nothing"):
             raise ValueError(f"a {record.state} step is not settled so")
         replace_file(self._record_file(record.version), record.to_json())
@@ -489,7 +502,7 @@ class Versions:
         return sorted(paths[path] for path in gone)
 
     def tidy(self) -> None:
-        """`prune` after a publication, when what is new serves already. A fault is told; the next one tries again."""
+        """`prune` after a publication, when what is new serves already. A fault is logged; the next one tries again."""
         with self._lock():
             try:
                 self.prune()
