@@ -257,7 +257,7 @@ def _evaluate_versions(config: configs.VersionsConfig) -> None:
     from operant.live.storage.versions import Versions
 
     store = open_store(config.store or str(Path(config.root) / "store.db"))
-    judged = evaluate(Versions(config.root), config.evaluate, store)
+    judged = snips_values(Versions(config.root), config.evaluate, store)
     if config.json:
         print(json.dumps(judged))
         return
