@@ -157,7 +157,7 @@ def _handle_errors(app: FastAPI) -> None:
         errors = error.errors()
         if any(one["type"] == "json_invalid" for one in errors):
             return reply(400, "the body is no JSON", code="invalid_json")
-        param, message = _in_words(errors)
+        param, message = _describe_first(errors)
         status = 422 if request.url.path.startswith("/v1/feedback") else 400
         return reply(status, message, param, "invalid_value")
 
@@ -169,7 +169,7 @@ def _handle_errors(app: FastAPI) -> None:
 _BRANCHES = ("str", "int", "float", "bool", "none", "list", "dict", "constrained")
 
 
-def _in_words(errors: Sequence[Any]) -> tuple[str | None, str]:
+def _describe_first(errors: Sequence[Any]) -> tuple[str | None, str]:
     """(the field, what is wrong with it), of the first fault. Alternatives of one field are told together."""
 
     def field(error: Any) -> str:
