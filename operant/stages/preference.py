@@ -26,6 +26,7 @@ from operant.run.run import DataOrder, Run, mixed_seed
 from operant.stages.supervised import Measures, StageResult, StageTask, fit
 from operant.types import Batch, Floats, Ints, OperantError, Prompt
 
+Examples = Sequence[Preference] | Sequence[Rating]  # pairs, or single completions that are good or bad
 METHODS = tuple(a.name for a in ALGORITHMS.values() if a.learns_from == "preferences")
 
 
@@ -47,7 +48,7 @@ class Answers:
         self.reference = [None] * len(self.tokens)
 
     @classmethod
-    def of(cls, examples: Sequence[Preference] | Sequence[Rating]) -> Answers:
+    def of(cls, examples: Examples) -> Answers:
         """The completions of pairs or of ratings, in their order."""
         pairs = [e for e in examples if isinstance(e, Preference)]
         paired = len(pairs) == len(examples)
@@ -138,8 +139,8 @@ def prefer(
     config: PreferConfig,
     *,
     policy: Policy | None = None,
-    examples: Sequence[Preference] | Sequence[Rating] | None = None,
-    dev_examples: Sequence[Preference] | Sequence[Rating] | None = None,
+    examples: Examples | None = None,
+    dev_examples: Examples | None = None,
     replay: FeedbackLog | None = None,
     quiet: bool = False,
 ) -> StageResult[Policy]:
@@ -177,9 +178,7 @@ def prefer(
         return fit(run, policy, task, dataclasses.replace(config, lr=rate))
 
 
-def _picked(
-    config: PreferConfig, learned: Sequence[Preference] | Sequence[Rating], drawn: bool
-) -> Callable[[int], list[int]]:
+def _picked(config: PreferConfig, learned: Examples, drawn: bool) -> Callable[[int], list[int]]:
     """step → its examples: epoch after epoch, or drawn by their age."""
     per_step = min(config.batch_size, len(learned))
     if not drawn:
@@ -228,8 +227,8 @@ class PreferenceTask(StageTask):
         self,
         policy: Policy,
         config: PreferConfig,
-        learned: Sequence[Preference] | Sequence[Rating],
-        held_out: Sequence[Preference] | Sequence[Rating],
+        learned: Examples,
+        held_out: Examples,
         pick: Callable[[int], list[int]],
     ) -> None:
         self.policy, self.config, self.pick, self.patience = policy, config, pick, config.patience
@@ -324,9 +323,7 @@ class PreferenceTask(StageTask):
 # -- examples
 
 
-def _as_needed(
-    config: PreferConfig, examples: Sequence[Preference] | Sequence[Rating]
-) -> Sequence[Preference] | Sequence[Rating]:
+def _as_needed(config: PreferConfig, examples: Examples) -> Examples:
     """Pairs where the table says that they are needed, ratings elsewhere."""
     pairs = [e for e in examples if isinstance(e, Preference)]
     if ALGORITHMS[config.algorithm].pairs:
@@ -336,16 +333,14 @@ def _as_needed(
     return unpaired(pairs) + [e for e in examples if isinstance(e, Rating)]
 
 
-def _loaded(
-    config: PreferConfig, policy: Policy, replay: FeedbackLog | None
-) -> tuple[Sequence[Preference] | Sequence[Rating], Sequence[Preference] | Sequence[Rating]]:
+def _loaded(config: PreferConfig, policy: Policy, replay: FeedbackLog | None) -> tuple[Examples, Examples]:
     """(what to learn from, what is held out)."""
     fields = Fields(
         prompt=config.prompt_field, completion=config.completion_field, chosen=config.chosen_field,
         rejected=config.rejected_field, label=config.label_field,
     )  # fmt: skip
 
-    def read(rows: list[dict[str, object]]) -> Sequence[Preference] | Sequence[Rating]:
+    def read(rows: list[dict[str, object]]) -> Examples:
         load = load_ratings if config.algorithm == "kto" else load_preferences
         return load(
             rows, policy.codec, fields, PromptFormat.fitting(policy, config), max_tokens=policy.max_length
@@ -416,8 +411,8 @@ def _longest(example: Preference | Rating, encoder: bool) -> int:
 
 def _summary(
     config: PreferConfig,
-    learned: Sequence[Preference] | Sequence[Rating],
-    held_out: Sequence[Preference] | Sequence[Rating],
+    learned: Examples,
+    held_out: Examples,
 ) -> str:
     if config.algorithm != "kto":
         return f"{len(learned)} pairs to learn from, {len(held_out)} held out"
