@@ -24,6 +24,7 @@ from serving import Served, learning
 from operant.algorithms.learner import logprobs_of
 from operant.data.batch import from_sequences
 from operant.live.api.page_routes import STATIC
+from operant.live.learning import events as reading
 from operant.live.learning import lesson, step
 from operant.live.learning.gate import fast_gate, slow_gate
 from operant.live.storage.store import Store
@@ -519,7 +520,7 @@ def test_what_the_server_gives_as_a_reason_is_told_in_chinese_too() -> None:
     table = re.findall(r'"([^"]+)",\s*"[^"]*[\u4e00-\u9fff][^"]*"', source)
     known = [re.compile(re.sub(r"\\\{\w+\\\}", "(.+)", re.escape(english)), re.DOTALL) for english in table]
 
-    said = [*reasons_in(lesson), *reasons_in(step)]
+    said = [*reasons_in(reading), *reasons_in(lesson), *reasons_in(step)]
     assert {"retracted", "score outside 7 to 7", "no step within the KL budget moved the text the right way"} <= {*said}
     bad, good = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
     limits = {"kl_budget": 0.1, "drift_budget": 0.1, "likelihood_drop": 0.1}
