@@ -181,7 +181,7 @@ def test_with_the_reward_alone_hacking_cannot_be_seen(tmp_path: Path) -> None:
 
 
 def test_what_the_reward_says_it_optimises_is_optimised(tmp_path: Path) -> None:
-    run = report.Run(tmp_path, config={"reward": "mine"}, facts={"optimises": ["rougeL", "bleu"]})
+    run = report.RunRecord(tmp_path, config={"reward": "mine"}, facts={"optimises": ["rougeL", "bleu"]})
     run.series = {f"eval/{name}": [(0, 1.0)] for name in ("bleu", "chrf", "rougeL")}
     assert report._optimised(run) == {"bleu", "rougeL"}
 

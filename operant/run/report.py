@@ -28,7 +28,7 @@ from operant.run.files import read_object, replace_file
 from operant.run.runlog import read_jsonl
 from operant.types import OperantError
 
-__all__ = ["Check", "Run", "hacking_checks", "load_run", "terminal_curve", "write_report"]
+__all__ = ["Check", "RunRecord", "hacking_checks", "load_run", "terminal_curve", "write_report"]
 
 Series = list[tuple[int, float]]
 
@@ -81,7 +81,7 @@ _PALETTE = ("#2f6fde", "#d9571a", "#12875a", "#8b45c6", "#0b8494", "#b3365b")
 
 
 @dataclass(slots=True)
-class Run:
+class RunRecord:
     """What a run folder says. `series` maps each metric to its (step, value) pairs, by step; values may be NaN."""
 
     path: Path
@@ -138,7 +138,7 @@ def write_report(folder: str | Path, *, title: str | None = None, optimised: Col
     return page
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> RunRecord:
     """Read a run folder. Lines cut off by a crash are left out; of two values at one step the later counts.
 
     Raises:
@@ -156,7 +156,7 @@ def load_run(folder: Path) -> Run:
                 by_step.setdefault(name, {})[int(row.get("step", 0))] = number
     times = [t for row in rows if (t := _number(row.get("time"))) is not None]
     text, config = _config(folder / "config.yaml")
-    return Run(
+    return RunRecord(
         path=folder,
         config=config,
         config_text=text,
@@ -169,7 +169,7 @@ def load_run(folder: Path) -> Run:
     )
 
 
-def hacking_checks(run: Run, optimised: Collection[str]) -> list[Check]:
+def hacking_checks(run: RunRecord, optimised: Collection[str]) -> list[Check]:
     """Compare the optimised reward with what it does not see, from the run's first measurements to its last.
 
     A held-out metric that was not optimised and got worse by more than 3 % while the reward rose is the signature of
@@ -268,7 +268,7 @@ def terminal_curve(
 # What is drawn
 
 
-def _charts(run: Run, optimised: Collection[str]) -> dict[str, list[_Chart]]:
+def _charts(run: RunRecord, optimised: Collection[str]) -> dict[str, list[_Chart]]:
     """The charts of each section, those without data left out."""
     series = run.series
     target = re.match(r"\s*(\w+)\s*[<>]=?\s*(-?[\d.]+)", str(run.config.get("target") or ""))
@@ -440,7 +440,7 @@ def _font(match: re.Match[str]) -> str:
 # The page
 
 
-def _page(run: Run, title: str, optimised: Collection[str], drawings: Mapping[str, list[str]]) -> str:
+def _page(run: RunRecord, title: str, optimised: Collection[str], drawings: Mapping[str, list[str]]) -> str:
     body = [
         _header(run, title),
         _comparison(run),
@@ -482,7 +482,7 @@ def _grid(figures: Sequence[str]) -> str:
     return f'<div class="grid">{"".join(figures)}</div>' if figures else ""
 
 
-def _header(run: Run, title: str) -> str:
+def _header(run: RunRecord, title: str) -> str:
     reason = str(run.facts.get("stop_reason") or "")
     if reason:
         status = f'<span class="pill done">stopped: {_esc(reason)}</span>'
@@ -510,7 +510,7 @@ def _header(run: Run, title: str) -> str:
     )
 
 
-def _tiles(run: Run) -> Iterable[str]:
+def _tiles(run: RunRecord) -> Iterable[str]:
     names = [f"eval/{n}" for n in _held_out(run) if n not in _BEHAVIOUR][:6]
     for name in names or [n for n in ("train/reward_mean", "train/loss") if n in run.series]:
         change = _change(run.series[name])
@@ -525,7 +525,7 @@ def _tiles(run: Run) -> Iterable[str]:
         yield f'<div class="tile"><p>{_esc(_label(short))}{where}</p><strong>{_fmt(after)}</strong><p>{trend}</p></div>'
 
 
-def _comparison(run: Run) -> str:
+def _comparison(run: RunRecord) -> str:
     if not run.results:
         return ""
     columns = list(dict.fromkeys(name for row in run.results.values() for name in row))
@@ -544,7 +544,7 @@ def _comparison(run: Run) -> str:
     return _section("Comparison", "", _table(f"<tr><th></th>{head}</tr>", rows))
 
 
-def _eval_table(run: Run, optimised: Collection[str]) -> str:
+def _eval_table(run: RunRecord, optimised: Collection[str]) -> str:
     rows = ""
     for name in _held_out(run) + (["loss"] if "eval/loss" in run.series else []):
         series = [(s, v) for s, v in run.series[f"eval/{name}"] if math.isfinite(v)]
@@ -563,7 +563,7 @@ def _eval_table(run: Run, optimised: Collection[str]) -> str:
     return _table(head, rows) if rows else ""
 
 
-def _hacking(run: Run, optimised: Collection[str], figures: Sequence[str]) -> str:
+def _hacking(run: RunRecord, optimised: Collection[str], figures: Sequence[str]) -> str:
     checks = hacking_checks(run, optimised)
     if not checks:
         return _section("Completions", "", _grid(figures))
@@ -591,7 +591,7 @@ def _hacking(run: Run, optimised: Collection[str], figures: Sequence[str]) -> st
     )
 
 
-def _samples(run: Run, most: int = 8) -> str:
+def _samples(run: RunRecord, most: int = 8) -> str:
     texts = [row for row in run.samples if "text" in row]
     if not texts:
         return ""
@@ -627,7 +627,7 @@ def _said(label: str, text: Any, reward: Any, kind: str = "") -> str:
     return f'<div class="{kind}"><dt>{_esc(label)}{tag}</dt><dd dir="auto">{shown}</dd></div>'
 
 
-def _potential(run: Run, figures: Sequence[str]) -> str:
+def _potential(run: RunRecord, figures: Sequence[str]) -> str:
     if not figures:
         return ""
     ratio = run.series.get("train/variance_ratio")
@@ -640,7 +640,7 @@ def _potential(run: Run, figures: Sequence[str]) -> str:
     return _section("Potential", lead, told, _grid(figures))
 
 
-def _missing(run: Run) -> str:
+def _missing(run: RunRecord) -> str:
     rows = ""
     for name in sorted(n for n in run.series if n.startswith("train/missing/")):
         values = [(s, v) for s, v in run.series[name] if math.isfinite(v)]
@@ -658,7 +658,7 @@ def _missing(run: Run) -> str:
     return _section("Missing rewards", lead, _table(head, rows))
 
 
-def _trouble(run: Run) -> str:
+def _trouble(run: RunRecord) -> str:
     items = ""
     for name, values in sorted(run.series.items()):
         bad = [s for s, v in values if not math.isfinite(v)]
@@ -671,7 +671,7 @@ def _trouble(run: Run) -> str:
     return _section("Trouble", "", f'<ul class="checks">{items}</ul>') if items else ""
 
 
-def _configuration(run: Run) -> str:
+def _configuration(run: RunRecord) -> str:
     parts = []
     if run.config_text:
         parts.append(f"<details><summary>Configuration</summary><pre>{_esc(run.config_text)}</pre></details>")
@@ -697,7 +697,7 @@ def _table(head: str, rows: str) -> str:
 # Reading and wording
 
 
-def _optimised(run: Run) -> set[str]:
+def _optimised(run: RunRecord) -> set[str]:
     """The held-out metrics named in the configuration's reward, such as bleu in `0.7 * bleu + 0.3 * length`, and those
     that the reward itself says it optimises."""
     spec = run.config.get("reward")
@@ -706,7 +706,7 @@ def _optimised(run: Run) -> set[str]:
     return {name for name in _held_out(run) if name.lower() in words}
 
 
-def _held_out(run: Run) -> list[str]:
+def _held_out(run: RunRecord) -> list[str]:
     names = [n.removeprefix("eval/") for n, values in run.series.items() if n.startswith("eval/") and _finite(values)]
     first = ("reward", "bleu", "chrf", "exact", "rougeL")
     known = [n for n in first if n in names]
