@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from operant.algorithms.estimator import Estimator, Rollout
 from operant.algorithms.learner import Learner, logprobs_of
 from operant.algorithms.q_learning import QEstimator
 from operant.algorithms.surrogate import Surrogate
-from operant.algorithms.table import ALGORITHMS, resolve, table
+from operant.algorithms.table import ALGORITHMS, in_force, resolve, table
 from operant.config import TrainConfig
 from operant.data.batch import microbatches
 from operant.models.policy import Policy
@@ -22,6 +23,24 @@ from operant.rl.loop import update_rule
 from operant.types import OperantError, Prompt, Sampling
 
 OFTEN = {"group_size": 4}
+REWARDED = [name for name, algorithm in ALGORITHMS.items() if algorithm.learns_from == "rewards"]
+
+
+@pytest.mark.parametrize("logged", [None, "rows.jsonl"])
+@pytest.mark.parametrize("name", REWARDED)
+def test_what_is_kept_in_place_of_auto_makes_the_same_run(name: str, logged: str | None) -> None:
+    """Every number that has a use is told; whatever else `auto` stands for may be given as it is kept."""
+    if logged and not ALGORITHMS[name].honours_stale:
+        return
+    for dense in {False, ALGORITHMS[name].honours_dense}:
+        config = TrainConfig(algorithm=name, dense=dense, logged=logged)
+        settings = resolve(config, dense=dense)
+        kept = in_force(config, settings, dense=dense)
+        assert resolve(dataclasses.replace(config, **kept), dense=dense) == settings
+        assert kept["lr"] == settings.lr
+        assert {"clip_low", "baseline_shift"} <= kept.keys() or name == "double_q"
+        assert ("lam" in kept) == (settings.baseline == "critic")
+        assert "lr" not in in_force(dataclasses.replace(config, lr=0.5), settings, dense=dense)
 
 
 @pytest.mark.parametrize(

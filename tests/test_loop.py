@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import TEXTS
 
 from operant.algorithms.learner import Adam
@@ -692,6 +693,45 @@ def test_every_token_carries_the_version_that_drew_it(make_policy: Callable[...,
 
     train(make_policy("gpt2"), PROMPTS, quick(noting), settings(tmp_path / "run", steps=3), quiet=True)
     assert versions == [{step} for step in range(3) for _ in range(12)]
+
+
+def test_a_run_keeps_the_numbers_in_force_and_resumes_by_what_it_kept(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    """Also a run of before a key was there, or had its name, or when `auto` was kept."""
+    file = tmp_path / "run" / "config.yaml"
+    auto = {"lr": "auto", "algorithm": "trpo", "dense": False}
+
+    def go_on(steps: int, change: Callable[[dict[str, Any]], None] = lambda kept: None, **options: Any) -> int:
+        kept = yaml.safe_load(file.read_text())
+        change(kept)
+        file.write_text(yaml.safe_dump(kept))
+        config = settings(tmp_path / "run", **{**auto, "steps": steps, "resume": True, **options})
+        return train(make_policy("gpt2"), PROMPTS, quick(share_of_even), config, quiet=True).steps
+
+    train(
+        make_policy("gpt2"),
+        PROMPTS,
+        quick(share_of_even),
+        settings(tmp_path / "run", **{**auto, "steps": 1}),
+        quiet=True,
+    )
+    kept = yaml.safe_load(file.read_text())
+    assert {name for name, value in kept.items() if value == "auto"} == {"potential", "beta", "lam", "critic"}
+    assert kept["baseline"] == "leave_one_out" and isinstance(kept["clip_high"], float) and kept["lr"] == 1e-4
+    assert go_on(2) == 2
+    assert go_on(3, lr=1e-4, baseline="leave_one_out") == 3
+    assert go_on(4, lambda kept: kept.update(auto, baseline="auto", clip_low="auto", bootstrap="auto")) == 4
+
+    def age(kept: dict[str, Any]) -> None:
+        del kept["fisher_share"], kept["clock"]
+        kept["max_sick_steps"] = kept.pop("max_nonfinite_steps")
+
+    with pytest.raises(OperantError, match=r"fisher_share: was 1\.0, now 0\.1"):
+        go_on(5, age)
+    assert go_on(5, fisher_share=1.0) == 5
+    with pytest.raises(OperantError, match=r"lr: was 0\.0001, now 0\.5"):
+        go_on(6, lr=0.5, fisher_share=1.0)
 
 
 def test_sick_steps_are_skipped_counted_and_rolled_back(make_policy: Callable[..., Policy], tmp_path: Path) -> None:

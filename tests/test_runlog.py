@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -143,6 +145,29 @@ def test_resume_allows_free_keys_and_keeps_the_new_values(tmp_path: Path) -> Non
     RunFolder.open(
         tmp_path, longer.replace("top_p: 1.0", "top_p: 0.9"), resume=True, free_keys={"sampling.top_p"}
     ).close()
+
+
+def test_resume_takes_what_was_resolved_as_what_was_asked(tmp_path: Path) -> None:
+    """A run keeps the number, an older one kept `auto`; asked for as `auto` again, both go on."""
+    for number, kept in enumerate(("lr: 0.1\n", "lr: auto\n")):
+        out = tmp_path / str(number)
+        RunFolder.open(out, kept).close()
+        RunFolder.open(out, "lr: 0.1\n", asked_yaml="lr: auto\n", resume=True).close()
+        assert (out / "config.yaml").read_text() == "lr: 0.1\n"
+        fails("lr: was 0.1, now 0.2", out, "lr: 0.2\n", asked_yaml="lr: auto\n", resume=True)
+
+
+def test_resume_reads_a_configuration_of_any_age(tmp_path: Path) -> None:
+    RunFolder.open(tmp_path, "old_name: 3\n").close()
+    before = tree(tmp_path)
+
+    def current(stored: Mapping[str, Any]) -> dict[str, Any]:
+        return {"young": 1.0, "name": stored["old_name"]}
+
+    fails("young: was 1.0, now 0.1", tmp_path, "name: 3\nyoung: 0.1\n", resume=True, current=current)
+    assert tree(tmp_path) == before
+    RunFolder.open(tmp_path, "name: 3\nyoung: 1.0\n", resume=True, current=current).close()
+    assert (tmp_path / "config.yaml").read_text() == "name: 3\nyoung: 1.0\n"
 
 
 def test_a_free_key_is_free_in_any_section(tmp_path: Path) -> None:

@@ -277,6 +277,31 @@ def resolve(config: TrainConfig, *, dense: bool) -> AlgorithmSettings:
     )
 
 
+def in_force(config: TrainConfig, settings: AlgorithmSettings, *, dense: bool) -> dict[str, Any]:
+    """The settings that are `auto` and what `resolve` made of them, to be kept with the run.
+
+    Given in place of `auto` they make the same run again, also when an algorithm's own value has changed. A setting
+    that has no use here, such as λ without a critic, is left out: it may only be `auto`. So is β, which `auto` fits.
+    """
+    own: dict[str, Any] = {
+        "lr": settings.lr, "baseline": settings.baseline, "normalisation": settings.normalisation,
+        "whiten": settings.whiten, "clip_low": settings.clip_low, "clip_high": settings.clip_high, "lam": settings.lam,
+        "baseline_shift": settings.shift, "dynamic_sampling": settings.algorithm.dynamic,
+        "overlong_buffer": settings.overlong_buffer, "critic": settings.critic, "bootstrap": settings.bootstrap,
+    }  # fmt: skip
+    found: dict[str, Any] = {}
+    for name, value in own.items():
+        if getattr(config, name) != "auto" or value is None:
+            continue
+        try:
+            again = resolve(dataclasses.replace(config, **found, **{name: value}), dense=dense)
+        except OperantError:
+            continue
+        if again == settings:
+            found[name] = value
+    return found
+
+
 def _named(config: TrainConfig) -> Algorithm:
     known = [a.name for a in ALGORITHMS.values() if a.learns_from == "rewards"]
     if config.algorithm in ALGORITHMS and config.algorithm not in known:

@@ -20,7 +20,7 @@ from operant.algorithms.estimator import Estimator, Rollout
 from operant.algorithms.learner import Learner, logprobs_of
 from operant.algorithms.q_learning import QEstimator
 from operant.algorithms.surrogate import Surrogate
-from operant.algorithms.table import AlgorithmSettings, places_tokens, resolve
+from operant.algorithms.table import AlgorithmSettings, in_force, places_tokens, resolve
 from operant.algorithms.trust_region import TrustRegion
 from operant.config import TrainConfig, current_names
 from operant.data.batch import drawn, microbatches, select_rows
@@ -102,7 +102,7 @@ def train(
     workers = None if config.reward_workers < 0 else config.reward_workers
     with (
         RewardRunner(request.reward, workers=workers, time_limit=config.reward_seconds) as runner,
-        Run(config, "train", quiet=quiet) as run,
+        Run(config, "train", in_force=request.in_force, quiet=quiet) as run,
         contextlib.closing(_Loop(run, request, policy, runner, sampler)) as loop,
     ):
         for note in request.notes:
@@ -114,12 +114,14 @@ def train(
 class TrainRequest:
     """What `train` was asked for, checked and complete.
 
-    config: with the reward's name and whether it is dense. reward: as the runner takes it. logged: the rows of a log
-    that the algorithm can learn from. notes: what the person should know before it begins.
+    config: with the reward's name and whether it is dense. in_force: what its `auto` settings are. reward: as the
+    runner takes it. logged: the rows of a log that the algorithm can learn from. notes: what the person should know
+    before it begins.
     """
 
     config: TrainConfig
     settings: AlgorithmSettings
+    in_force: dict[str, Any]
     reward: Any
     prompts: list[Prompt]
     dev_prompts: list[Prompt]
@@ -173,7 +175,8 @@ def check_request(
     if config.sft_coef and not pairs:
         raise OperantError("sft_coef is set but there are no labelled pairs; give --sft_data, or --sft_coef 0")
     check_measures(config, dev_prompts)
-    return TrainRequest(config, settings, reward, prompts, dev_prompts, pairs, usable, notes)
+    kept = in_force(config, settings, dense=reward.dense)
+    return TrainRequest(config, settings, kept, reward, prompts, dev_prompts, pairs, usable, notes)
 
 
 def check_measures(config: TrainConfig, dev_prompts: Sequence[Prompt]) -> None:

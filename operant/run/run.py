@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from operant.algorithms.learner import Learner, Trainable
-from operant.config import RunConfig, check_settings, to_yaml
+from operant.config import RunConfig, check_settings, completed, to_yaml
 from operant.models.policy import settle_adapter
 from operant.run import checkpoint
 from operant.run.report import write_report
@@ -74,7 +75,13 @@ class Run:
     on from.
     """
 
-    def __init__(self, config: RunConfig, stage: str, *, quiet: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, stage: str, *, in_force: Mapping[str, Any] | None = None, quiet: bool = False
+    ) -> None:
+        """`in_force`: settings that the stage has resolved, by name; the run folder keeps them in place of `auto`.
+
+        Raises OperantError for settings out of range, and as `RunFolder.open` does.
+        """
         check_settings(config)
         self.config, self.stage, self.quiet = config, stage, quiet
         if config.threads:
@@ -84,7 +91,8 @@ class Run:
         # said of one start, and not of the run: the next start from this file must not throw it away
         kept = dataclasses.replace(config, resume=False, overwrite=False)
         self.folder = RunFolder.open(
-            config.out, to_yaml(kept), resume=config.resume, overwrite=config.overwrite,
+            config.out, to_yaml(dataclasses.replace(kept, **(in_force or {}))), asked_yaml=to_yaml(kept),
+            current=functools.partial(completed, type(config)), resume=config.resume, overwrite=config.overwrite,
             free_keys=FREE_KEYS if constant else FREE_KEYS - {"steps"},
         )  # fmt: skip
         self.step = 0
@@ -165,7 +173,7 @@ class Run:
         """Name what checkpoints hold; on resume, fill it in from the last one."""
         self.policy, self.learner, self.state = policy, learner, state
         if not self.quiet:  # only now, so that a fault in the data or the model is the one line that is seen
-            print(f"{self.stage} in {self.folder.path} with:\n{_indented(to_yaml(self.config))}", file=sys.stderr)
+            print(f"{self.stage} in {self.folder.path} with:\n{_indented(self.folder.config)}", file=sys.stderr)
         resume_step: int | None = None
         found: Path | None = None
         if self.folder.resumed:

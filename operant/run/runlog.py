@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -104,6 +105,8 @@ class RunFolder:
         resume: bool = False,
         overwrite: bool = False,
         free_keys: Collection[str] = FREE_KEYS,
+        asked_yaml: str = "",
+        current: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> RunFolder:
         """Make or reopen a run folder and lock it. On a fault nothing in it has been changed.
 
@@ -117,6 +120,9 @@ class RunFolder:
             overwrite: start again in place of the run in it, which is thrown away by `keep` and put back by `discard`.
                 Files that operant did not write stay.
             free_keys: keys that may differ on resume: a dotted path (`data.limit`), or the last part of one.
+            asked_yaml: the configuration as it was asked for, where `auto` may stand for a resolved value. On resume a
+                key agrees when its stored value is either.
+            current: reads a stored configuration of any age as today's (`config.completed`).
 
         Raises:
             OperantError: another process uses the folder; it holds a run and neither `resume` nor `overwrite` is set,
@@ -128,7 +134,8 @@ class RunFolder:
         path, new_parents = _place_of(out, resume)
         lock = _acquire(path)
         try:
-            resumed = _make_room(path, config_yaml, resume=resume, overwrite=overwrite, free_keys=free_keys)
+            agreement = _Agreement((config_yaml, asked_yaml or config_yaml), free_keys, current)
+            resumed = _make_room(path, agreement, resume=resume, overwrite=overwrite)
             finished = _begin(path, config_yaml, resumed)
         except OSError as error:
             lock.release()
@@ -425,7 +432,7 @@ def _place_of(out: str | Path, resume: bool) -> tuple[Path, list[Path]]:
     return path, new_parents
 
 
-def _make_room(path: Path, config_yaml: str, *, resume: bool, overwrite: bool, free_keys: Collection[str]) -> bool:
+def _make_room(path: Path, agreement: _Agreement, *, resume: bool, overwrite: bool) -> bool:
     """Leave the run that is resumed, or nothing; True for the former. Raises OperantError for what must not go."""
     _settle(path)
     resumed = _started(path)
@@ -435,7 +442,7 @@ def _make_room(path: Path, config_yaml: str, *, resume: bool, overwrite: bool, f
             f"{path} holds no run, but {mine}, which one would replace: choose another --out, or move it away"
         )
     if resumed and resume:
-        _compare(path, config_yaml, free_keys)
+        agreement.check(path)
     elif resumed and _nothing_learned(path):
         _wipe(path)
     elif resumed and overwrite:
@@ -528,29 +535,40 @@ def _acquire(path: Path) -> FileLock:
     return lock
 
 
-def _compare(path: Path, config_yaml: str, free_keys: Collection[str]) -> None:
-    try:
-        kept = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise OperantError(f"{path}/config.yaml cannot be read: start a new run with another --out") from error
-    old, new = dict(_leaves(kept)), dict(_leaves(yaml.safe_load(config_yaml)))
-    absent = object()
-    differing = [
-        key
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key, absent) != new.get(key, absent)
-        and key not in free_keys
-        and key.rsplit(".", 1)[-1] not in free_keys
-    ]
-    if differing:
-        told = "; ".join(
-            f"{key}: was {old.get(key, 'absent')!r}, now {new.get(key, 'absent')!r}" for key in differing[:5]
-        )
-        more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise OperantError(
-            f"cannot resume {path} with another configuration ({told}{more}): "
-            "give the old values, or choose another --out"
-        )
+@dataclass(frozen=True, slots=True)
+class _Agreement:
+    """What the stored configuration of a resumed run must agree with: a text for each form of today's, which keys are
+    free, and how a configuration of any age is read."""
+
+    forms: tuple[str, ...]
+    free_keys: Collection[str]
+    current: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+    def check(self, path: Path) -> None:
+        """Raises OperantError when the configuration in a run folder cannot be read, or is another one."""
+        try:
+            kept = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise OperantError(f"{path}/config.yaml cannot be read: start a new run with another --out") from error
+        old = dict(_leaves(self.current(kept) if isinstance(kept, dict) else kept))
+        forms = [dict(_leaves(yaml.safe_load(form))) for form in self.forms]
+        absent = object()
+        differing = [
+            key
+            for key in sorted(old.keys() | forms[0].keys())
+            if all(old.get(key, absent) != form.get(key, absent) for form in forms)
+            and key not in self.free_keys
+            and key.rsplit(".", 1)[-1] not in self.free_keys
+        ]
+        if differing:
+            told = "; ".join(
+                f"{key}: was {old.get(key, 'absent')!r}, now {forms[0].get(key, 'absent')!r}" for key in differing[:5]
+            )
+            more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+            raise OperantError(
+                f"cannot resume {path} with another configuration ({told}{more}): "
+                "give the old values, or choose another --out"
+            )
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,8 +152,10 @@ def prefer(
     Raises OperantError for an unknown algorithm, settings that it has no use for, missing or empty data, an empty
     feedback log, and ratings where pairs are needed.
     """
-    _check_settings(config)
-    with Run(config, "prefer", quiet=quiet) as run:
+    _check_algorithm(config)
+    rate = ALGORITHMS[config.algorithm].lr if config.lr == "auto" else config.lr
+    kept = {"lr": rate, "logprob": "mean" if loss_settings(config)["mean"] else "sum"}
+    with Run(config, "prefer", in_force=kept, quiet=quiet) as run:
         if policy is None:
             if not config.model:
                 raise OperantError("--model is missing; give a model folder or hub id to start from")
@@ -174,7 +175,6 @@ def prefer(
             _check_fits(policy, example)
         task = PreferenceTask(policy, config, learned, held_out, _picked(config, learned, drawn))
         run.note(_summary(config, learned, held_out))  # no earlier: a fault is the one line that is seen
-        rate = ALGORITHMS[config.algorithm].lr if config.lr == "auto" else config.lr
         return fit(run, policy, task, dataclasses.replace(config, lr=rate))
 
 
@@ -187,15 +187,13 @@ def _picked(config: PreferConfig, learned: Examples, drawn: bool) -> Callable[[i
     return lambda step: draw_examples(times, per_step, seed=config.seed, step=step, half_life=3600 * config.half_life)
 
 
-def _check_settings(config: PreferConfig) -> None:
+def _check_algorithm(config: PreferConfig) -> None:
     """Raises OperantError, by name, for what the algorithm has no use for."""
     name = config.algorithm
     if name not in METHODS:
         raise OperantError(
             f"{name!r} does not learn from preferences{nearest(name, list(METHODS))} (there are: {', '.join(METHODS)})"
         )
-    if not 0 < config.beta < math.inf:
-        raise OperantError(f"beta is {config.beta}; it must be more than 0: correct --beta")
     if config.label_smoothing and name != "dpo":
         raise OperantError(f"{name} has no label smoothing; leave --label_smoothing out, or use --algorithm dpo")
     if name != "kto" and (config.desirable_weight, config.undesirable_weight) != (1.0, 1.0):
