@@ -277,10 +277,10 @@ def _parse_fault(text: str, given: list[str]) -> str:
     )
     if unknown and given and given[0] in EXAMPLES:
         name = unknown[1].lstrip("-").split(".")[-1]
-        fields = [f.name for f in dataclasses.fields(EXAMPLES[given[0]][0])]
-        close = difflib.get_close_matches(name, fields, n=1)
-        hint = f"did you mean --{close[0]}?" if close else f"see operant {given[0]} --help"
-        return f"operant {given[0]} has no setting --{name}; {hint}"
+        return configs.unknown_setting(name, EXAMPLES[given[0]][0], f"operant {given[0]}")
+    begun = re.match(r"ambiguous option: --(\w+) ", line)  # what several settings begin with may have a meaning too
+    if begun and given and given[0] in EXAMPLES and configs.meant_setting(begun[1], EXAMPLES[given[0]][0]):
+        return configs.unknown_setting(begun[1], EXAMPLES[given[0]][0], f"operant {given[0]}")
     command = f" {given[0]}" if given and given[0] in EXAMPLES else ""
     return f"{line[:400]} (see operant{command} --help)"
 

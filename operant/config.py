@@ -7,6 +7,7 @@ checks it, whoever makes it: the command line, a YAML file or Python.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import math
 from collections.abc import Mapping
@@ -48,9 +49,11 @@ __all__ = [
     "describe",
     "is_common",
     "load_config",
+    "meant_setting",
     "setting_types",
     "settings_parser",
     "to_yaml",
+    "unknown_setting",
 ]
 
 
@@ -71,6 +74,89 @@ _COMMON = "common"
 Common = Annotated[T, _COMMON]
 
 _FORMER_NAMES = {"max_sick_steps": "max_nonfinite_steps"}
+# What people who come from Transformers, TRL, verl or cleanrl type, under the setting that it is here. A name under
+# several settings means the first of them that the command has.
+_ELSEWHERE = {
+    "lr": "learning_rate peak_lr step_size alpha",
+    "n": "num_return_sequences num_samples num_completions num_generations group_size",
+    "group_size": "num_generations num_return_sequences num_samples num_completions n rollout_n samples_per_prompt",
+    "batch_size": "batch bs train_batch_size per_device_train_batch_size global_batch_size prompts_per_step",
+    "prompts_per_step": "batch batch_size bs train_batch_size per_device_train_batch_size global_batch_size "
+    "rollout_batch_size prompts_per_batch num_prompts",
+    "batch_tokens": "batch batch_size bs train_batch_size per_device_train_batch_size global_batch_size",
+    "max_rows": "eval_batch_size per_device_eval_batch_size batch batch_size bs",
+    "accumulate": "gradient_accumulation_steps grad_accum accumulation_steps accumulate_grad_batches",
+    "tokens_per_microbatch": "gradient_accumulation_steps grad_accum accumulation_steps micro_batch_size "
+    "microbatch_size mini_batch_size per_device_batch_size",
+    "epochs": "ppo_epochs num_ppo_epochs update_epochs num_iterations",
+    "minibatches": "num_mini_batches num_minibatches",
+    "steps": "max_steps num_steps total_steps train_steps num_train_steps training_steps iterations iters max_iters "
+    "epochs epoch num_epochs num_train_epochs max_epochs",
+    "max_tokens": "max_new_tokens max_completion_length max_completion_tokens max_response_length response_length "
+    "max_gen_length max_generation_length max_length",
+    "max_prompt_tokens": "max_prompt_length max_source_length",
+    "block": "block_size max_seq_length max_seq_len seq_len sequence_length context_length",
+    "max_length": "max_seq_length max_seq_len seq_len sequence_length context_length max_position_embeddings",
+    "kl_coef": "kl kl_beta kl_penalty kl_weight kl_loss_coef init_kl_coef kl_ctl kl_coefficient beta",
+    "beta": "kl kl_beta kl_penalty kl_weight kl_coef kl_coefficient dpo_beta",
+    "kl_target": "target_kl target",
+    "clip_low": "clip_range cliprange clip_coef clip_eps clip_ratio clip epsilon epsilon_low clip_ratio_low",
+    "clip_high": "epsilon_high clip_ratio_high",
+    "entropy_coef": "ent_coef entropy_coeff entropy entropy_bonus entropy_beta",
+    "vf_coef": "value_coef value_loss_coef critic_coef vf_loss_coef",
+    "vf_clip": "clip_range_vf cliprange_value",
+    "critic_lr": "value_lr vf_lr",
+    "gamma": "discount discount_factor",
+    "lam": "lambda gae_lambda gae_lam lambda_",
+    "whiten": "normalize_advantages normalize_advantage norm_adv whiten_advantages whiten_rewards",
+    "baseline": "advantage adv_estimator advantage_estimator",
+    "algorithm": "algo method loss_type adv_estimator",
+    "reward": "reward_fn reward_func reward_funcs reward_function reward_model metric",
+    "metrics": "metric",
+    "reward_workers": "num_workers workers",
+    "environment": "env env_id gym_env",
+    "temperature": "temp",
+    "warmup_steps": "warmup num_warmup_steps warmup_ratio lr_warmup_steps",
+    "schedule": "scheduler lr_scheduler lr_scheduler_type lr_schedule",
+    "weight_decay": "wd",
+    "max_grad_norm": "grad_clip clip_grad gradient_clipping gradient_clip_val clip_grad_norm max_gradient_norm",
+    "label_smoothing": "label_smoothing_factor",
+    "eval_every": "eval_steps eval_interval eval_freq eval_frequency evaluation_steps val_every test_freq",
+    "eval_prompts": "max_eval_samples eval_samples num_eval_samples",
+    "save_every": "save_steps save_interval save_freq checkpoint_every checkpoint_interval checkpointing_steps",
+    "keep": "save_total_limit keep_checkpoints",
+    "patience": "early_stopping early_stopping_patience",
+    "best_metric": "metric_for_best_model",
+    "best_by": "metric_for_best_model best_metric",
+    "log_samples": "log_completions num_completions_to_print",
+    "max_minutes": "minutes max_time time_limit max_hours",
+    "model": "model_name model_name_or_path model_path model_id base_model pretrained_model_name_or_path checkpoint",
+    "arch": "architecture model_type",
+    "size": "model_size",
+    "tokenizer": "tokenizer_name tokenizer_name_or_path tokenizer_path",
+    "lora_rank": "lora lora_r rank r",
+    "out": "output output_dir out_dir save_dir save_path logdir",
+    "data": "dataset dataset_name dataset_path data_path data_dir train_data train_file train_files train_dataset "
+    "training_data file input",
+    "dev_data": "eval_data eval_dataset eval_file val_data valid_data validation_data validation_file val_files "
+    "test_data test_file dev_file dev",
+    "sft_data": "ptx_data pretrain_data",
+    "sft_coef": "ptx_coef sft_weight rpo_alpha",
+    "limit": "max_samples max_train_samples num_examples max_examples num_rows max_rows",
+    "prompt_field": "prompt_column input_column source_column prompt_key input_key question_field source_field",
+    "reference_field": "reference_column answer_field answer_column completion_field completion_column response_field "
+    "target_field target_column label_field references_field",
+    "completion_field": "completion_column response_field answer_field output_field hypothesis_field",
+    "text_field": "text_column dataset_text_field content_field",
+    "stop": "stop_strings stop_sequences stop_token eos",
+    "device": "gpu accelerator cuda",
+    "dtype": "precision bf16 fp16 torch_dtype mixed_precision",
+    "seed": "random_seed",
+    "threads": "num_threads cpu_threads",
+    "resume": "resume_from_checkpoint",
+    "overwrite": "overwrite_output_dir force",
+    "wandb": "wandb_project report_to project",
+}
 _KINDS = {int: "whole number", float: "number", str: "text"}
 
 
@@ -89,8 +175,8 @@ def settings(cls: type[T]) -> type[T]:
     """Make a class a configuration: a dataclass of keywords that refuses values out of range when it is made.
 
     A number's range stands on its field, as `Annotated[int, Ge(1)]`. Keywords may have former names.
-    Raises TypeError for a class with a number that has no range. Making an object raises OperantError as
-    `check_settings` does.
+    Raises TypeError for a class with a number that has no range. Making an object raises OperantError for a setting
+    that there is not, as `unknown_setting` says it, and as `check_settings` does.
     """
     made: Any = dataclass(kw_only=True)(cls)
     for name, hint in setting_types(made).items():
@@ -100,7 +186,9 @@ def settings(cls: type[T]) -> type[T]:
 
     @functools.wraps(construct)
     def init(self: Any, **given: Any) -> None:
-        construct(self, **current_names(given))
+        named = current_names(given)
+        _check_names(named, made)
+        construct(self, **named)
         check_settings(self)
 
     made.__init__ = init
@@ -160,6 +248,37 @@ def current_names(given: Mapping[str, T]) -> dict[str, T]:
     return out
 
 
+def unknown_setting(name: str, cls: type, where: str = "") -> str:
+    """One line for a setting that a configuration does not have, with the one that was probably meant.
+
+    That is the setting that other trainers give this name, such as lr for learning_rate, or else the most similar name.
+    A name that is known from elsewhere and stands for nothing here gets no guess.
+
+    where: what has no such setting, such as "operant train"; the name of the configuration when empty.
+    """
+    own, of = meant_setting(name, cls), where or cls.__name__
+    hint = f"did you mean --{own}?" if own else f"see {where} --help" if where else f"help({of}) lists them"
+    return f"{of} has no setting --{name.replace('-', '_')}; {hint}"
+
+
+def meant_setting(name: str, cls: type) -> str | None:
+    """The setting of a configuration that is probably meant by a name from elsewhere or a misspelt one, if any is."""
+    fields = setting_types(cls).keys()
+    plain = name.lower().replace("-", "_").lstrip("_")
+    known = {other for others in _ELSEWHERE.values() for other in others.split()}
+    meant = {other: own for own in reversed(_ELSEWHERE) if own in fields for other in _ELSEWHERE[own].split()}
+    if plain not in known | fields:
+        plain = next(iter(difflib.get_close_matches(plain, [*fields, *meant], n=1, cutoff=0.7)), plain)
+    return plain if plain in fields else meant.get(plain)
+
+
+def _check_names(given: Mapping[str, Any], cls: type) -> None:
+    """Raises OperantError for the first name that is no setting of the configuration."""
+    for name in given:
+        if name not in setting_types(cls):
+            raise OperantError(unknown_setting(name, cls))
+
+
 def completed(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
     """What a stored configuration of any age says in today's settings.
 
@@ -197,8 +316,13 @@ def load_config(path: str | Path, kind: type[T]) -> T:
     import jsonargparse
 
     try:
-        values = settings_parser(kind).parse_string(Path(path).expanduser().read_text(encoding="utf-8")).as_dict()
-    except (jsonargparse.ArgumentError, OSError, ValueError, TypeError, KeyError) as error:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        if isinstance(given := yaml.safe_load(text), dict):
+            _check_names(current_names(given), kind)
+        values = settings_parser(kind).parse_string(text).as_dict()
+    except OperantError as error:
+        raise OperantError(f"{path}: {error}") from None
+    except (yaml.YAMLError, jsonargparse.ArgumentError, OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
         raise OperantError(f"{path} is no configuration that can be read ({reason}); correct it") from error
     return kind(**values)

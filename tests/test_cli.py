@@ -223,6 +223,10 @@ def test_no_arguments_show_the_help(program: Program) -> None:
         (["nonsense"], "there are: pretrain"),
         (["--foo"], "--foo"),
         (["train", "--stepz", "3"], "did you mean --steps?"),
+        (["train", "--learning_rate", "3"], "operant train has no setting --learning_rate; did you mean --lr?"),
+        (["train", "--learning-rate=3"], "did you mean --lr?"),
+        (["train", "--kl", "0.1"], "did you mean --kl_coef?"),
+        (["sft", "--num_generations", "3"], "no setting --num_generations; see operant sft --help"),
         (["train", "--steps"], "--steps"),
         (["train", "--steps", "many"], "many"),
         (["train", "--steps", "1.5"], "1.5"),
@@ -249,7 +253,13 @@ def test_words_that_are_not_understood(arguments: list[str], told: str, program:
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("steps: [1\n", "--help"), ("stepz: 3\n", "--steps"), ("- 1\n", "--help"), ("steps: x\n", "steps")],
+    [
+        ("steps: [1\n", "--help"),
+        ("stepz: 3\n", "--steps"),
+        ("learning_rate: 3\n", "did you mean --lr?"),
+        ("- 1\n", "--help"),
+        ("steps: x\n", "steps"),
+    ],
 )
 def test_yaml_that_is_wrong(text: str, told: str, program: Program, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(text)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from program import Program
 
+import operant
 from operant import config as configs
 from operant.cli import EXAMPLES
 from operant.types import OperantError
@@ -65,9 +66,46 @@ def test_a_file_may_have_former_names_and_dashes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("cls", "name", "own"),
+    [
+        (configs.TrainConfig, "learning_rate", "lr"), (configs.TrainConfig, "learn_rate", "lr"),
+        (configs.TrainConfig, "batch_size", "prompts_per_step"), (configs.TrainConfig, "num_generations", "group_size"),
+        (configs.TrainConfig, "max_new_tokens", "max_tokens"), (configs.TrainConfig, "num_train_epochs", "steps"),
+        (configs.TrainConfig, "num_ppo_epochs", "epochs"), (configs.TrainConfig, "kl", "kl_coef"),
+        (configs.TrainConfig, "output_dir", "out"), (configs.TrainConfig, "grup_size", "group_size"),
+        (configs.SftConfig, "epochs", "steps"), (configs.SftConfig, "batch", "batch_size"),
+        (configs.SftConfig, "num_generations", None), (configs.PreferConfig, "kl_coef", "beta"),
+        (configs.PretrainConfig, "batch_size", "batch_tokens"), (configs.SampleConfig, "num_generations", "n"),
+        (configs.LiveConfig, "learning_rate", "lr"), (configs.EvalConfig, "learning_rate", None),
+        (configs.TrainConfig, "gibberish", None),
+    ],
+)  # fmt: skip
+def test_a_name_from_elsewhere_is_answered_with_ours(cls: type, name: str, own: str | None) -> None:
+    with pytest.raises(OperantError, match=f"^{cls.__name__} has no setting --{name}; ") as fault:
+        cls(**{name: 1})
+    assert (f"did you mean --{own}?" in str(fault.value)) == (own is not None)
+    assert ("did you mean" in str(fault.value)) == (own is not None)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_no_name_from_elsewhere_is_a_mystery_or_hides_a_setting(cls: type) -> None:
+    """Whatever the table says, it never points at a setting that the configuration lacks."""
+    fields = configs.setting_types(cls)
+    for others in configs._ELSEWHERE.values():
+        for name in others.split():
+            assert name in fields or configs.meant_setting(name, cls) in {*fields, None}
+
+
+def test_the_reward_stage_answers_a_wrong_keyword_in_one_line() -> None:
+    with pytest.raises(OperantError, match="did you mean --lr"):
+        operant.train(None, [], "chrf", learning_rate=1e-4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("lrr: 3", "lrr"), ("lr: fast", "lr"), ("lr: -1", "lr is -1.0"), ("- lr", "lr"), ("lr: [", "parsing"),
+        ("lrr: 3", "did you mean --lr"), ("learning-rate: 3", "did you mean --lr"),
+        ("lr: fast", "lr"), ("lr: -1", "lr is -1.0"), ("- lr", "lr"), ("lr: [", "parsing"),
         (None, "No such file"), (b"\xff", "utf-8"), ("max_sick_steps: 7\nmax_nonfinite_steps: 8", "two names"),
     ],
 )  # fmt: skip
