@@ -49,3 +49,39 @@ def test_the_page_of_the_structure_names_functions_that_are_there() -> None:
         assert name in names_in(ROOT / "operant" / file), f"{file} has no {name}"
     for file in re.findall(r"`((?:operant|tests|docs|benchmarks|web)/[\w/.]+)`", page):
         assert (ROOT / file).exists(), f"{file} is not there"
+
+
+def test_the_page_of_the_decisions_names_files_that_are_there() -> None:
+    page = (ROOT / "docs" / "decisions.md").read_text("utf-8")
+    named = re.findall(r"`((?:\w+/)+\w+\.py)[`:]", page)
+    assert len(named) >= 10
+    for file in named:
+        assert (ROOT / "operant" / file.removeprefix("operant/")).exists(), f"{file} is not there"
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a Markdown page's prose: without code blocks, tables, headings, HTML and where links lead.
+
+    A piece of code counts as one word.
+    """
+    text = re.sub(r"(?ms)^```.*?^```|<!--.*?-->|<[^>]*>", "", text)
+    text = re.sub(r"(?m)^(?:\||#).*$", "", text)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"`[^`]*`", "code", text)
+    blocks = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", text)
+    return [" ".join(s.split()) for block in blocks for s in re.split(r"(?<=[.!?])[*\")]*\s", block) if s.strip()]
+
+
+def test_sentences_leave_out_code_tables_and_where_links_lead() -> None:
+    page = (
+        "# A title\n\nOne `a b c` [two\nwords](x y). Three!\n\n| a | table |\n\n- four\n- five\n\n```\ncode here\n```\n"
+    )
+    assert sentences(page) == ["One code two words.", "Three!", "- four", "- five"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/decisions.md"])
+def test_no_sentence_has_over_forty_words(name: str) -> None:
+    found = sentences((ROOT / name).read_text("utf-8"))
+    assert len(found) >= 30
+    too_long = [s for s in found if len(re.findall(r"\S*\w\S*", s)) > 40]
+    assert not too_long, too_long
