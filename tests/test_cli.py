@@ -21,7 +21,7 @@ from program import ON_CPU, QUIET_RUN, Program, pairs, read_rows, write_rows
 
 from operant import config as configs
 from operant.cli import EXAMPLES, main
-from operant.live.storage.store import Store
+from operant.live.storage.store import Origin, Store
 from operant.models.policy import Policy
 from operant.types import Completion, Prompt
 
@@ -107,7 +107,7 @@ def test_numbers_that_would_delete_answers_are_refused(program: Program, tmp_pat
     """A store has lost all its answers to --max_age_days -1."""
     file = tmp_path / "store.db"
     with Store(file) as store:
-        store.begin("c", Prompt("p", np.array([1]), text="hello"), None, created=1.0)
+        store.begin("c", Prompt("p", np.array([1]), text="hello"), None, Origin(created=1.0))
         store.complete(Completion("c", "p", "hi", np.array([2]), np.array([2])))
         kept = store.counts()
     for name, value in (("max_age_days", -1), ("max_bytes", -1), ("max_age_days", ".nan"), ("max_bytes", -(10**30))):
