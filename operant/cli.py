@@ -83,7 +83,7 @@ EXAMPLES = {
     "feedback": (
         configs.FeedbackConfig,
         "what people said of answers: look, export, import, back up, prune",
-        "operant feedback --store runs/live/store.db --export pairs/ --form pairs",
+        "operant feedback --export pairs/ --form pairs",
     ),
     "replay": (
         configs.ReplayConfig,

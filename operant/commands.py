@@ -314,8 +314,7 @@ def _marks(row: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
 def run_feedback(config: configs.FeedbackConfig) -> None:
     from operant.live.storage.store import Store
 
-    if not config.store:
-        raise OperantError("--store is missing; give FILE.db or a database URL")
+    config = dataclasses.replace(config, store=config.store or str(Path(config.root or "runs/live") / "store.db"))
     chosen = _chosen(
         {
             "--event": bool(config.event), "--export": bool(config.export), "--load": bool(config.load),

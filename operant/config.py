@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib.metadata
 import math
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -47,6 +50,7 @@ __all__ = [
     "completed",
     "current_names",
     "describe",
+    "install_line",
     "is_common",
     "load_config",
     "meant_setting",
@@ -294,6 +298,22 @@ def completed(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | current_names(stored)
 
 
+def install_line(*packages: str, extra: str = "") -> str:
+    """The command that installs these packages, or those of operant's `extra`, into the environment that runs.
+
+    No package index has operant, so the line names what the extra stands for: it is the same for a clone and a wheel.
+    """
+    if extra:
+        try:
+            requirements = importlib.metadata.requires("operant") or []
+        except importlib.metadata.PackageNotFoundError:  # a source tree on the path: only the tree knows
+            packages = (f"{Path(__file__).resolve().parents[1]}[{extra}]",)
+        else:
+            parts = (requirement.partition(";") for requirement in requirements)
+            packages = tuple(name.strip() for name, _, marker in parts if extra in marker.replace('"', "'").split("'"))
+    return shlex.join([sys.executable or "python", "-m", "pip", "install", *packages])
+
+
 def is_common(hint: Any) -> bool:
     """Whether a setting of this type is one that most people need."""
     return _COMMON in getattr(hint, "__metadata__", ())
@@ -439,7 +459,7 @@ class RunConfig:
         save_every: optimizer steps between checkpoints.
         keep: checkpoints kept beside the best one.
         tensorboard: also write TensorBoard event files.
-        wandb: Weights & Biases project to log to as well (needs the extra operant[wandb]).
+        wandb: Weights & Biases project to log to as well (needs the extra wandb).
         max_grad_norm: gradients are scaled down to this norm.
         weight_decay: AdamW's, on matrices only.
         tokens_per_microbatch: padded tokens that go through the model at once; more needs more memory.
@@ -1454,8 +1474,9 @@ class FeedbackConfig:
     """Look into a store of feedback; export, import, back up and prune it.
 
     Args:
-        store: FILE.db or a database URL.
-        root: the folder of the live loop, which knows how much each source counts; empty takes the one of FILE.db.
+        store: FILE.db or a database URL; empty takes store.db in `root`.
+        root: the folder of the live loop, which knows how much each source counts; empty takes the one of FILE.db, or
+            runs/live without a store.
         score_low: the worst score, as the server was told.
         score_high: the best score.
         event: tell what became of the feedback with this id.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
 import math
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -17,6 +20,7 @@ from program import Program
 import operant
 from operant import config as configs
 from operant.cli import EXAMPLES
+from operant.config import install_line
 from operant.types import OperantError
 
 COMMANDS = {name: cls for name, (cls, _, _) in EXAMPLES.items()}
@@ -232,3 +236,24 @@ def test_what_a_stored_configuration_lacks_is_what_was_in_force() -> None:
         del stored[young]
     whole = configs.completed(configs.TrainConfig, stored | {"max_sick_steps": 7})
     assert whole == dataclasses.asdict(configs.TrainConfig(lr=0.5, fisher_share=1.0, max_nonfinite_steps=7))
+
+
+# --- what is not installed --------------------------------------------------------------------------------------------
+
+
+def test_an_extra_is_installed_by_the_packages_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = f"{shlex.quote(sys.executable)} -m pip install "
+    assert install_line("tensorboard") == f"{start}tensorboard"
+    assert install_line(extra="gym") == f"{start}'gymnasium>=1.0'"
+    assert install_line(extra="postgres") == f"{start}'psycopg[binary]>=3.2'"
+    assert all(f"'{package}>=" in install_line(extra="live") for package in ("fastapi", "sqlalchemy", "alembic"))
+    source = Path(operant.__file__).parent
+    named = {name for f in source.rglob("*.py") for name in re.findall(r"install_line\(extra='(\w+)'\)", f.read_text())}
+    assert named >= {"gym", "live", "postgres", "wandb"}
+    assert all("=" in install_line(extra=name) for name in named)
+
+    def requires(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    assert install_line(extra="gym") == f"{start}'{source.resolve().parent}[gym]'"

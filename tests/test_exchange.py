@@ -300,7 +300,7 @@ def test_langfuse(store: Store, tmp_path: Path) -> None:
 
 
 def test_the_program_looks_exports_loads_backs_up_and_prunes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = Program(capsys)
     path = str(tmp_path / "live.db")
@@ -320,7 +320,12 @@ def test_the_program_looks_exports_loads_backs_up_and_prunes(
         "completions that were there": 3, "events that were there": 10,
     }  # fmt: skip
     assert json.loads(program(*copy, "--max_bytes", "1").out) == {"completions": 0, "events": 0}  # all is pending
-    assert "--store is missing" in program.fault("feedback")
+    monkeypatch.chdir(tmp_path)
+    assert "runs/live/store.db is not there" in program.fault("feedback")
+    with Store(tmp_path / "runs" / "live" / "store.db") as store:
+        talked(store)
+    assert json.loads(program("feedback", "--json").out)["events"] == 10
+    assert json.loads(program("feedback", "--root", "runs/live", "--json").out)["events"] == 10
     assert "give one of them" in program.fault(*feedback, "--load", "x", "--backup", "y")
     assert "is not there" in program.fault("feedback", "--store", str(tmp_path / "none.db"))
     assert "cannot be read" in program.fault(*feedback, "--load", str(tmp_path / "none.jsonl"))

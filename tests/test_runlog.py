@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import operant
+from operant.config import install_line
 from operant.run import runlog
 from operant.run.runlog import RunFolder, RunLog, read_jsonl
 from operant.types import OperantError
@@ -416,7 +418,7 @@ def test_without_tensorboard_the_run_goes_on(
 
 def test_wandb_asked_for_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(OperantError, match="pip install wandb"):
+    with pytest.raises(OperantError, match=re.escape(install_line(extra="wandb"))):
         RunLog(tmp_path, wandb="project")
 
 

@@ -22,7 +22,7 @@ from program import Program
 from serving import Served, learning
 
 import operant
-from operant.config import ServeConfig
+from operant.config import ServeConfig, install_line
 from operant.live.serve import live
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
@@ -325,7 +325,7 @@ def test_an_extra_that_is_missing_is_named(
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "fastapi" else find(name, *a))
-    assert "fastapi: pip install 'operant[live]'" in Program(capsys).fault("serve", "--root", tmp_path / "live")
+    assert f"fastapi: {install_line(extra='live')}" in Program(capsys).fault("serve", "--root", tmp_path / "live")
 
 
 def test_a_root_goes_on_with_its_own_model_only(policy: Policy, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_settings
+from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_settings, install_line
 from operant.live.serving.access import Keys, Links, check_listening
 from operant.live.storage.versions import Versions
 from operant.run.files import replace_file
@@ -140,7 +140,7 @@ def _take_up(store: Store, versions: Versions, serving: int, config: ServeConfig
 def _check_installed() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise OperantError(f"the server needs {', '.join(missing)}: pip install 'operant[live]'")
+        raise OperantError(f"the server needs {', '.join(missing)}: {install_line(extra='live')}")
 
 
 def _check_shares(config: ServeConfig) -> None:

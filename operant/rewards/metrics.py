@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from operant.config import install_line
 from operant.rewards.potentials import (
     CharacterTracker,
     EditTracker,
@@ -131,7 +132,7 @@ class Bleu(Metric):
         _check_order("max_ngram_order", self.max_ngram_order)
         *modules, package = _TOKENIZER_PACKAGES.get(self.tokenize, ("",))
         if any(importlib.util.find_spec(module) is None for module in modules):
-            raise OperantError(f"tokenizer '{self.tokenize}' needs another package: pip install '{package}'")
+            raise OperantError(f"tokenizer '{self.tokenize}' needs another package: {install_line(package)}")
 
     @property
     def cost(self) -> str:  # type: ignore[override]

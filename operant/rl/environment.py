@@ -1,6 +1,6 @@
 """Writing a text as a Gymnasium environment (`operant/Text-v0`), and a small game over text that takes several turns.
 
-Importing this module registers both; it needs the extra `operant[gym]`.
+Importing this module registers both; it needs the extra `gym`.
 """
 
 from __future__ import annotations

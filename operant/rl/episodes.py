@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from operant.algorithms.estimator import Rollout
-from operant.config import TrainConfig
+from operant.config import TrainConfig, install_line
 from operant.data.batch import drawn
 from operant.data.prompts import PromptFormat
 from operant.models.policy import LanguagePolicy, Policy
@@ -37,7 +37,7 @@ def environment_by_name(name: str, **options: Any) -> Any:
     try:
         import gymnasium
     except ImportError as error:
-        raise OperantError("environments need Gymnasium; pip install 'operant[gym]'") from error
+        raise OperantError(f"environments need Gymnasium: {install_line(extra='gym')}") from error
     import operant.rl.environment  # noqa: F401  its ids are known after this
 
     try:

@@ -33,6 +33,7 @@ from typing import Any, TextIO
 import yaml
 from filelock import FileLock, Timeout
 
+from operant.config import install_line
 from operant.run import checkpoint
 from operant.run.files import read_object, replace_file
 from operant.types import OperantError
@@ -630,7 +631,7 @@ def _start_tensorboard(path: Path, resume_step: int | None) -> Any:
     try:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError:
-        log.warning("TensorBoard files are not written: pip install tensorboard, or pass --tensorboard false")
+        log.warning("TensorBoard files are not written: %s, or --tensorboard false", install_line("tensorboard"))
         return None
     return writer(str(path / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
 
@@ -640,7 +641,7 @@ def _start_wandb(project: str, path: Path) -> Any:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
         raise OperantError(
-            "--wandb needs a package that is not installed: pip install wandb, or leave it out"
+            f"--wandb needs a package that is not installed: {install_line(extra='wandb')}; or leave it out"
         ) from error
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) if _started(path) else None
     return wandb.init(project=project, dir=str(path), name=path.name, config=config, resume="allow")

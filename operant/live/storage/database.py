@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 from sqlalchemy import exc
 
+from operant.config import install_line
 from operant.live.storage.migrations import upgrade
 from operant.live.storage.tables import REVISION, TABLES
 from operant.types import OperantError
@@ -86,7 +87,7 @@ def connect(url: sa.URL, *, read_only: bool) -> sa.Engine:
         try:
             return sa.create_engine(url, connect_args=options, pool_pre_ping=True)
         except ImportError as error:
-            raise OperantError("a PostgreSQL store needs psycopg: pip install 'operant[postgres]'") from error
+            raise OperantError(f"a PostgreSQL store needs psycopg: {install_line(extra='postgres')}") from error
     engine = sa.create_engine(url, connect_args={"timeout": BUSY_SECONDS})
     synchronous = journal_mode(sqlite3.sqlite_version_info)[1]
 

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from operant.config import install_line
 from operant.types import OperantError
 
 try:
     import sqlalchemy as sa
 except ImportError as error:
-    raise OperantError("the store needs SQLAlchemy: pip install 'operant[live]'") from error
+    raise OperantError(f"the store needs SQLAlchemy: {install_line(extra='live')}") from error
 
 __all__ = ["ARRAYS", "COMPLETIONS", "EVENTS", "OUTCOMES", "PROMPTS", "REVISION", "STEPS", "TABLES"]
 
