@@ -136,6 +136,15 @@ def test_a_process_that_starts_anew_learns_what_one_that_ran_on_would(
     assert all(torch.equal(a, b) for a, b in zip(ran_on, weights(other.current().policy), strict=True))
 
 
+def test_a_learner_from_a_file_needs_no_database() -> None:
+    """SQLAlchemy is of the extra `live`; a file of JSON Lines does without."""
+    code = (
+        "import sys; sys.modules['sqlalchemy'] = None; from operant.live.learning.worker import main; main(['--help'])"
+    )
+    learner = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert learner.returncode == 0 and "--store" in learner.stdout, learner.stderr
+
+
 def test_the_replay_of_a_record_gives_the_same_bits(make_loop: Callable[..., Loop]) -> None:
     loop = make_loop(replay_events=2)
     loop.rate("c0", "thumb", 1)

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from filelock import FileLock, Timeout
@@ -33,10 +33,13 @@ from filelock import FileLock, Timeout
 from operant.config import ForgetConfig, WorkerConfig
 from operant.live.learning.events import EventSource
 from operant.live.learning.learner import LiveLearner
-from operant.live.storage.store import FORGOTTEN, Store
+from operant.live.storage.feedback import FORGOTTEN
 from operant.live.storage.versions import Pointer, StepRecord, Versions
 from operant.run.files import replace_file
 from operant.types import Feedback, OperantError
+
+if TYPE_CHECKING:  # it needs SQLAlchemy, which a learner from a file of JSON Lines does without
+    from operant.live.storage.store import Store
 
 __all__ = ["Forgotten", "Plan", "Remaking", "ask", "empty", "finish", "forget", "forget_from", "forgotten"]
 
@@ -152,6 +155,8 @@ def forget_from(config: ForgetConfig, progress: Callable[[int, int], None] | Non
     root = Path(config.root)
     if not root.is_dir():
         raise OperantError(f"{config.root} is no folder; give --root, the one that operant serve writes")
+    from operant.live.storage.store import Store
+
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(FileLock(root / "server.lock", timeout=0))
@@ -353,6 +358,8 @@ def _moves_after(record: StepRecord) -> int:
 
 def _plan(plan: Plan, versions: Versions, source: EventSource) -> None:
     """What forgetting takes, from the records and the store."""
+    from operant.live.storage.store import Store
+
     if not isinstance(source, Store):
         raise OperantError("feedback in a file of JSON Lines cannot be emptied; take its lines out of the file")
     versions.finish()

@@ -12,8 +12,9 @@ import numpy as np
 from operant.data.preferences import good_or_bad
 from operant.types import Completion, Feedback, OperantError, Prompt
 
-__all__ = ["KINDS", "BadFeedback", "Interaction", "body_hash", "parse"]
+__all__ = ["FORGOTTEN", "KINDS", "BadFeedback", "Interaction", "body_hash", "parse"]
 
+FORGOTTEN = ""  # the source of what a forgotten one said
 KINDS = ("score", "thumb", "edit", "comparison", "span", "comment", "retract")
 _FIELDS = {"completion_id", "kind", "value", "span", "text", "source", "tags", "idempotency_key"}
 _LONGEST_NAME = 512  # characters of a key or a source

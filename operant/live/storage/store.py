@@ -26,6 +26,7 @@ import sqlalchemy as sa
 from operant.data.feedback_log import subject
 from operant.data.preferences import reward_of
 from operant.live.storage.database import Database, StoreFault
+from operant.live.storage.feedback import FORGOTTEN
 from operant.live.storage.tables import ARRAYS, COMPLETIONS, EVENTS, OUTCOMES, PROMPTS, STEPS
 from operant.live.storage.versions import Outcome, StepRecord
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 
 HELD_SECONDS = 600.0  # an event waits for its completion to be written, but not for ever
 ROOM = 1 << 20  # bytes that have to be free for the store to be ready
-FORGOTTEN = ""  # the source of what a forgotten one said
 GONE = Outcome("unused", "forgotten: its source has taken everything back")
 
 Status = Literal["begun", "complete", "partial", "failed", "deleted"]
