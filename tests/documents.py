@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,23 +56,21 @@ def quoted_commands(page: Path, program: str) -> list[str]:
     return [" ".join(found.split()) for found in re.findall(rf"`({program}\s[^`]+)`", prose)]
 
 
-def script(page: Path, cuts: Mapping[str, str], swaps: Mapping[str, str]) -> str:
-    """A page as one bash script: its bash blocks in order, and its Python ones, run or saved under the name they bear.
+def script(parts: Iterable[Block], cuts: Mapping[str, str], swaps: Mapping[str, str]) -> str:
+    """Blocks as one bash script: the bash ones in order, and the Python ones, run or saved under the name they bear.
 
     cuts: flags that are appended to each command, by its first words. swaps: texts to replace, each of which must be
-    on the page. `make` is left out, and a server goes on in the background until the next one or the end.
+    there. `make` is left out, and a server goes on in the background until the next one or the end.
     """
-    text = page.read_text("utf-8")
-    for old in swaps:
-        assert old in text, f"{old} is not on {page.name}"
     out = ["set -eo pipefail", "trap 'kill $SERVER 2>/dev/null || true; wait' EXIT"]
-    for block in blocks(page):
+    for block in parts:
         if block.language == "python":
             out.append(_python(block.text))
         elif block.language == "bash":
             out += [_cut(line, cuts) for line in lines(block) if not line.startswith(("make ", "export PATH"))]
     whole = "\n".join(out) + "\n"
     for old, new in swaps.items():
+        assert old in whole, f"{old} is not there"
         whole = whole.replace(old, new)
     return whole
 
@@ -87,7 +85,7 @@ def _cut(line: str, cuts: Mapping[str, str]) -> str:
     flags = next((flags for start, flags in cuts.items() if line.startswith(start)), "")
     whole = f"{line.partition('  #')[0].rstrip()} {flags}".rstrip()
     if line.startswith("operant serve"):
-        stop = 'if [ -n "$SERVER" ]; then kill -INT $SERVER; wait $SERVER || true; fi\n'
+        stop = 'if [ -n "$SERVER" ]; then kill $SERVER; wait $SERVER || true; fi\n'
         ready = "until curl -sf http://127.0.0.1:8000/ready >/dev/null; do kill -0 $SERVER; sleep 0.2; done"
         return f"{told}{stop}{whole} &\nSERVER=$!\n{ready}"
     return told + whole

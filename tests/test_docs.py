@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import PAGES, ROOT, blocks, fenced_commands, quoted_commands, script
+from documents import PAGES, ROOT, Block, blocks, fenced_commands, quoted_commands, script
 
 import operant
 from operant.cli import EXAMPLES, main
@@ -198,7 +200,7 @@ def run_script(text: str, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_tutorial_runs_as_written(newcomer: Path) -> None:
-    run_script(script(ROOT / "docs" / "tutorial.md", CUTS, {}), newcomer)
+    run_script(script(blocks(ROOT / "docs" / "tutorial.md"), CUTS, {}), newcomer)
     assert (newcomer / "runs" / "tutorial" / "logged" / "model").is_dir()
 
 
@@ -213,7 +215,7 @@ def test_the_ten_lines_of_the_readme_run_as_written(name: str, newcomer: Path) -
         'out="runs/exact"': f'out="runs/{name}"',
     }  # fmt: skip
     cuts = {"operant serve": f"--device cpu --port {port} --root runs/live-{name}"}
-    run_script(script(ROOT / name, cuts, swaps), newcomer)
+    run_script(script(blocks(ROOT / name), cuts, swaps), newcomer)
     assert (newcomer / "runs" / name / "report.html").exists()
 
 
@@ -222,9 +224,44 @@ def test_the_ten_lines_of_the_readme_run_as_written(name: str, newcomer: Path) -
 def test_the_first_live_loop_runs_as_written(newcomer: Path) -> None:
     port = free_port()
     cuts = CUTS | {"operant serve": f"--device cpu --host 127.0.0.1 --port {port}"}
-    out = run_script(script(ROOT / "docs" / "live.md", cuts, {"127.0.0.1:8000": f"127.0.0.1:{port}"}), newcomer)
+    out = run_script(script(blocks(ROOT / "docs" / "live.md"), cuts, {"127.0.0.1:8000": f"127.0.0.1:{port}"}), newcomer)
     assert '"state": "used"' in out or '"state":"used"' in out
     assert "the same bits" in out and "are forgotten" in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_table_of_commands_runs_as_written_in_order(newcomer: Path) -> None:
+    """And the reward model's page after it, in a folder that has files of the names that they use."""
+    folder = newcomer / "table"
+    folder.mkdir()
+    data = newcomer / "runs" / "quickstart" / "data"
+    for file, source in {
+        "text": "raw",
+        "texts": "raw",
+        "pairs": "labelled",
+        "prompts": "prompts",
+        "test": "test",
+    }.items():
+        shutil.copy(data / f"{source}.jsonl", folder / f"{file}.jsonl")
+    answered = [json.loads(line) for line in (data / "dev.jsonl").read_text("utf-8").splitlines()[:40]]
+    for file, made in {
+        "preferences": [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "十"} for r in answered],
+        "edits": [{"prompt": r["prompt"], "original": "十", "edited": r["completion"]} for r in answered],
+        "completions": answered,
+    }.items():
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+        (folder / f"{file}.jsonl").write_text(lines, encoding="utf-8")
+    page = (ROOT / "README.md").read_text("utf-8")
+    table = [c for c in quoted_commands(ROOT / "README.md", "operant") if f"| `{c}` |" in page]
+    assert len(table) == len(EXAMPLES)
+    commands = [c for c in table if not c.startswith("operant quickstart")]
+    judged = next(block for block in blocks(ROOT / "docs" / "reward_models.md") if block.language == "bash")
+    port = free_port()
+    cuts = CUTS | {"operant serve": f"--device cpu --port {port}"}
+    run_script(script([Block("bash", "\n".join(commands))], cuts, {"127.0.0.1:8000": f"127.0.0.1:{port}"}), folder)
+    cuts = CUTS | {"operant train": f"{CUTS['operant train']} --overwrite"}
+    run_script(script([judged], cuts, {}), folder)
 
 
 def free_port() -> int:
