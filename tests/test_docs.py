@@ -223,7 +223,11 @@ def test_the_ten_lines_of_the_readme_run_as_written(name: str, newcomer: Path) -
 @pytest.mark.timeout(3600)
 def test_the_first_live_loop_runs_as_written(newcomer: Path) -> None:
     port = free_port()
-    cuts = CUTS | {"operant serve": f"--device cpu --host 127.0.0.1 --port {port}"}
+    story = 'curl -s "http://127.0.0.1:8000/v1/feedback/$EVENT?wait=20"'
+    cuts = CUTS | {
+        "operant serve": f"--device cpu --host 127.0.0.1 --port {port}",
+        story: f"; until {story} | grep '\"used\"'; do :; done",  # a busy machine takes longer
+    }
     out = run_script(script(blocks(ROOT / "docs" / "live.md"), cuts, {"127.0.0.1:8000": f"127.0.0.1:{port}"}), newcomer)
     assert '"state": "used"' in out or '"state":"used"' in out
     assert "the same bits" in out and "are forgotten" in out
