@@ -28,8 +28,8 @@ def run_sft(config: configs.SftConfig) -> None:
     from operant.stages import sft
 
     result = sft(config)
-    told = f"dev loss {result.dev_loss:.4f} nats/token" if math.isfinite(result.dev_loss) else "nothing held out"
-    print(f"{told} after {result.steps} steps; model in {result.out}/model")
+    summary = f"dev loss {result.dev_loss:.4f} nats/token" if math.isfinite(result.dev_loss) else "nothing held out"
+    print(f"{summary} after {result.steps} steps; model in {result.out}/model")
     _check_whole(result)
 
 
@@ -51,8 +51,8 @@ def run_prefer(config: configs.PreferConfig) -> None:
     result = prefer(config)
     measured = [row for row in read_jsonl(result.out / "metrics.jsonl") if "eval/loss" in row]
     best = min(measured, key=lambda row: row["eval/loss"], default={})
-    told = "".join(f", {n.removeprefix('eval/')} {v:.4g}" for n, v in best.items() if n.startswith("eval/"))
-    print(f"{result.steps} steps; the best weights, held out{told or ': not measured'}; model in {result.out}/model")
+    metrics = "".join(f", {n.removeprefix('eval/')} {v:.4g}" for n, v in best.items() if n.startswith("eval/"))
+    print(f"{result.steps} steps; the best weights, held out{metrics or ': not measured'}; model in {result.out}/model")
     _check_whole(result)
 
 
@@ -193,19 +193,19 @@ def run_replay(config: configs.ReplayConfig) -> None:
         print("\n".join(f"{record.version:6}  from {record.parent}" for record in found) or "nothing to verify")
         return
     with _progress("versions made again") as progress:
-        told = verify_root(config, progress)
+        verdicts = verify_root(config, progress)
     if config.json:
-        print(json.dumps({"versions": [dataclasses.asdict(v) | {"same": v.same} for v in told]}))
-    elif not told:
+        print(json.dumps({"versions": [dataclasses.asdict(v) | {"same": v.same} for v in verdicts]}))
+    elif not verdicts:
         print("there is no version on disk whose parent is there too")
     else:
-        for v in told:
+        for v in verdicts:
             how = "the same bits" if v.same else f"largest difference of a weight {v.difference:.3g}"
             where = (
                 "" if v.same_fingerprint else " (made on another machine, with other libraries or by another operant)"
             )
             print(f"{v.version:6}  {how}{where}")
-    if wrong := [v for v in told if v.differs(config.tolerance)]:
+    if wrong := [v for v in verdicts if v.differs(config.tolerance)]:
         raise OperantError(
             f"version {wrong[0].version} is not what its record makes; roll back to one that is, with operant versions"
         )
@@ -215,14 +215,14 @@ def run_forget(config: configs.ForgetConfig) -> None:
     from operant.live.learning.forget import forget_from
 
     with _progress("steps made again") as progress:
-        told = forget_from(config, progress)
+        result = forget_from(config, progress)
     if config.json:
-        print(json.dumps(dataclasses.asdict(told)))
+        print(json.dumps(dataclasses.asdict(result)))
         return
-    print(f"{told.events} events of {config.source} are forgotten; version {told.current} serves")
-    if told.base is not None:
-        dropped = ", ".join(map(str, told.dropped)) or "none"
-        print(f"made again from version {told.base}: {told.redone} steps; weights deleted: {dropped}")
+    print(f"{result.events} events of {config.source} are forgotten; version {result.current} serves")
+    if result.base is not None:
+        dropped = ", ".join(map(str, result.dropped)) or "none"
+        print(f"made again from version {result.base}: {result.redone} steps; weights deleted: {dropped}")
     print("what was read, copied or backed up before is beyond this: nobody can unsample an answer")
 
 
@@ -286,24 +286,24 @@ def _move_and_list_versions(config: configs.VersionsConfig, chosen: str) -> None
         versions.pin(config.pin, config.version)
     elif chosen == "--unpin":
         versions.pin(config.unpin, None)
-    told = versions.overview()
+    overview = versions.overview()
     if config.json:
-        print(json.dumps(told, ensure_ascii=False))
+        print(json.dumps(overview, ensure_ascii=False))
         return
-    for row in told["versions"]:
+    for row in overview["versions"]:
         parent = "" if row["parent"] is None else f"from {row['parent']}"
         events = f"{row['used']}/{row['events']} events"
-        marks = ", ".join(_marks(row, told))
+        marks = ", ".join(_marks(row, overview))
         print(f"{row['version']:6}  {row['state']:9}  {parent:9}  {events:14}  {marks} {row['reason']}".rstrip())
 
 
-def _marks(row: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
-    """What is to be said of one version of the overview `told`."""
+def _marks(row: Mapping[str, Any], overview: Mapping[str, Any]) -> list[str]:
+    """The remarks on one version of the overview."""
     number = row["version"]
-    marks = [word for word in ("current", "anchor") if told[word] == number]
-    marks += [f"pinned by {user}" for user, pinned in told["pins"].items() if pinned == number]
-    if told["trial"] is not None:
-        marks += [word for word in ("serving", "candidate") if told["trial"][word] == number]
+    marks = [word for word in ("current", "anchor") if overview[word] == number]
+    marks += [f"pinned by {user}" for user, pinned in overview["pins"].items() if pinned == number]
+    if overview["trial"] is not None:
+        marks += [word for word in ("serving", "candidate") if overview["trial"][word] == number]
     if row["trial"] is not None:
         marks.append(f"{row['trial']['kind']}: {row['trial']['verdict']}, {row['trial']['reason']}")
     if not row["on_disk"] and row["state"] == "published":
@@ -324,9 +324,9 @@ def run_feedback(config: configs.FeedbackConfig) -> None:
     )  # fmt: skip
     writes = chosen in ("--load", "--max_age_days or --max_bytes")
     with Store(config.store, read_only=not writes) as store:
-        told = _ask_store(config, chosen, store)
-    sources = [] if config.json else told.pop("sources", [])
-    _print_values(told, config.json, width=24)
+        answer = _ask_store(config, chosen, store)
+    sources = [] if config.json else answer.pop("sources", [])
+    _print_values(answer, config.json, width=24)
     for row in sources:
         numbers = [f"{n} {row[n]:.2f}" for n in ("reward", "reputation", "influence") if row[n] is not None]
         counts = [f"{row[n]} {n}" for n in ("pending", "used", "superseded", "unused") if row[n]]
@@ -412,7 +412,7 @@ def _print_table(names: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
 
 @contextlib.contextmanager
 def _progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, told (done so far, in all); it stands from the first time on."""
+    """A progress bar, answer (done so far, in all); it stands from the first time on."""
     from operant.run.runlog import Progress
 
     bars: list[Progress] = []

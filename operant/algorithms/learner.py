@@ -47,15 +47,15 @@ class Trainable(Protocol):
 class ClosureResult:
     """loss: of the whole step. sums: what is logged, over `counted` things. tokens: all action tokens.
 
-    told: what the rule itself reports of the step. refused: the rule weighed finite numbers and kept the old weights,
-    which is its reason for skipping: nothing was non-finite.
+    notes: numbers that the update rule reports of the step. refused: the rule kept the old weights although every
+    number was finite.
     """
 
     loss: float
     sums: dict[str, float]
     tokens: int
     counted: int
-    told: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
     refused: bool = False
 
 
@@ -313,7 +313,7 @@ class Learner:
             tokens=result.tokens,
             seconds=time.perf_counter() - begun,
             coefficients=coefficients,
-            extra=means | result.told,
+            extra=means | result.notes,
         )
 
     def _apply(self, closure: StepLoss) -> tuple[ClosureResult, float, str]:

@@ -253,7 +253,7 @@ def resolve(config: TrainConfig, *, dense: bool) -> AlgorithmSettings:
             "use --algorithm dapo, or --dynamic_sampling false"
         )
     whiten = bool(auto(config.whiten, algorithm.whiten and algorithm.baseline == baseline))
-    # on a log, which has all that the policy will ever be told, blame that is balanced by nothing new wrecks it sooner
+    # a log is all the feedback that the policy will ever get: with nothing new to balance it, blame wrecks it sooner
     shift = float(auto(config.baseline_shift, (LOGGED_SHIFT if config.logged else 1) * algorithm.shift))
     if shift and (has_critic or whiten):
         raise OperantError(

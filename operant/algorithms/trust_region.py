@@ -90,7 +90,7 @@ class TrustRegion:
             result, norm, reason = self._step(closure)
         for parameter in self.parameters:
             parameter.grad = None
-        result.told |= {"accepted": float(not reason), "delta": self.delta}
+        result.notes |= {"accepted": float(not reason), "delta": self.delta}
         self.accepted += not reason
         self.refused += result.refused
         return result, norm, reason
@@ -109,7 +109,7 @@ class TrustRegion:
         if norm == 0.0 or not batches:
             result.refused = True
             return result, norm, "refused: the surrogate has no gradient"
-        direction, quadratic, result.told["cg_residual"] = self._natural(descent, batches)
+        direction, quadratic, result.notes["cg_residual"] = self._natural(descent, batches)
         if not (math.isfinite(quadratic) and quadratic > 0):
             return result, norm, f"the curvature along the step is {quadratic}"
         direction *= math.sqrt(2 * self.delta / quadratic)
@@ -141,7 +141,7 @@ class TrustRegion:
             # the loss costs more than the KL: only asked inside the region
             gain = result.loss - closure(gradient=False).loss if kl <= self.delta else math.nan
             if kl <= self.delta and gain > 0:
-                result.told |= {"kl": kl, "surrogate_gain": gain, "line_search": float(tried)}
+                result.notes |= {"kl": kl, "surrogate_gain": gain, "line_search": float(tried)}
                 if "approx_kl" in result.sums:  # on the loss's side the ratio was still one
                     result.sums["approx_kl"] = kl * result.counted
                 return True
@@ -150,7 +150,7 @@ class TrustRegion:
         with torch.no_grad():
             for parameter, value in zip(self.parameters, begun, strict=True):
                 parameter.copy_(value)
-        result.told |= {"kl": 0.0, "surrogate_gain": 0.0, "line_search": float(self.backtracks)}
+        result.notes |= {"kl": 0.0, "surrogate_gain": 0.0, "line_search": float(self.backtracks)}
         return False
 
     @torch.no_grad()

@@ -281,9 +281,9 @@ def _read_label(value: Any, column: str, number: int) -> bool:
     good = good_or_bad(value)
     if good is None:
         word = str(value).strip()
-        told = "nothing" if not word or value is None or value is ABSENT else repr(value)[:40]
+        found = "nothing" if not word or value is None or value is ABSENT else repr(value)[:40]
         raise OperantError(
-            f"row {number} has {told} in the column {column!r}, which is neither good nor bad: give true or false "
+            f"row {number} has {found} in the column {column!r}, which is neither good nor bad: give true or false "
             "(or 1 and 0, up and down)"
         )
     return good

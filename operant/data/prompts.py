@@ -375,14 +375,14 @@ def load_fitting_pairs(
     cut = sum(
         "truncated_prompt" in pair.prompt.meta or pair.completion_tokens[-1] != policy.codec.eos_id for pair in fitting
     )
-    told = {
+    counts = {
         "are too long and were left out": len(pairs) - len(fitting),
         "are too long and were cut": cut,
         "have an empty completion, which teaches the policy to say nothing": sum(
             not pair.completion_text.strip() for pair in fitting
         ),
     }
-    return fitting, [f"{count} of {len(pairs)} {which} pairs {what}" for what, count in told.items() if count]
+    return fitting, [f"{count} of {len(pairs)} {which} pairs {what}" for what, count in counts.items() if count]
 
 
 def _fitted(pair: Pair, policy: PromptReader, written: PromptFormat) -> Pair | None:

@@ -237,7 +237,7 @@ def _versions(config: WorkerConfig, store: Any) -> Versions:
     try:
         with FileLock(root / "learner.lock", timeout=LOCK_SECONDS):
             replace_file(origin, json.dumps({"model": _resolved(config.model)}))
-            Worker(config, store, lambda told: None).start()
+            Worker(config, store, lambda line: None).start()
     except Timeout:
         raise OperantError(f"a learner is at work in {root}; stop that one, or give another --root") from None
     return versions

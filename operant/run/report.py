@@ -192,9 +192,9 @@ def hacking_checks(run: RunRecord, optimised: Collection[str]) -> list[Check]:
         before, after = change
         drop = (after - before if name in _LOWER_IS_BETTER else before - after) / max(abs(before), 1e-9)
         worse = rose and drop > FELL
-        told = "got worse while the reward rose" if worse else "did not get worse" if drop <= FELL else "got worse"
+        verdict = "got worse while the reward rose" if worse else "did not get worse" if drop <= FELL else "got worse"
         state: Literal["ok", "watch"] = "watch" if drop > FELL else "ok"
-        checks.append(Check(f"Held-out {_label(name)}", state, f"{told}: {_fmt(before)} → {_fmt(after)}"))
+        checks.append(Check(f"Held-out {_label(name)}", state, f"{verdict}: {_fmt(before)} → {_fmt(after)}"))
     if not unseen:
         checks.append(
             Check("Held-out metrics", "watch", "none but the reward itself was measured, so hacking would not show")
@@ -631,13 +631,13 @@ def _potential(run: RunRecord, figures: Sequence[str]) -> str:
     if not figures:
         return ""
     ratio = run.series.get("train/variance_ratio")
-    told = ""
+    text = ""
     if ratio and _finite(ratio):
         saved = 1 - _tail_mean(ratio)
         verb = "saved" if saved >= 0 else "added"
-        told = f'<p class="verdict {"good" if saved >= 0 else "watch"}">β {verb} {abs(saved):.0%} of the variance.</p>'
+        text = f'<p class="verdict {"good" if saved >= 0 else "watch"}">β {verb} {abs(saved):.0%} of the variance.</p>'
     lead = "How well Φ of a prefix foretells the final metric decides how much variance β can save."
-    return _section("Potential", lead, told, _grid(figures))
+    return _section("Potential", lead, text, _grid(figures))
 
 
 def _missing(run: RunRecord) -> str:
@@ -663,8 +663,8 @@ def _trouble(run: RunRecord) -> str:
     for name, values in sorted(run.series.items()):
         bad = [s for s, v in values if not math.isfinite(v)]
         if bad:
-            told = f"not finite at {len(bad):,} steps, last {bad[-1]:,}"
-            items += f'<li class="watch"><b>{_esc(name)}</b><span>{told}</span></li>'
+            detail = f"not finite at {len(bad):,} steps, last {bad[-1]:,}"
+            items += f'<li class="watch"><b>{_esc(name)}</b><span>{detail}</span></li>'
     skipped = _last(run.series.get("train/skipped", []))
     if skipped:
         items += f'<li class="watch"><b>Skipped steps</b><span>{skipped:,.0f}</span></li>'

@@ -284,7 +284,7 @@ class RunLog:
             if stream is not None:
                 try:
                     stream.close()
-                except OSError as error:  # `log` has told of a full disk: no other error may hide that
+                except OSError as error:  # `log` has reported a full disk: no other error may hide that
                     log.warning("the last lines of %s are lost: %s", stream.name, error)
         if self._board is not None:
             self._board.close()
@@ -562,12 +562,12 @@ class _Agreement:
             and key.rsplit(".", 1)[-1] not in self.free_keys
         ]
         if differing:
-            told = "; ".join(
+            changes = "; ".join(
                 f"{key}: was {old.get(key, 'absent')!r}, now {forms[0].get(key, 'absent')!r}" for key in differing[:5]
             )
             more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
             raise OperantError(
-                f"cannot resume {path} with another configuration ({told}{more}): "
+                f"cannot resume {path} with another configuration ({changes}{more}): "
                 "give the old values, or choose another --out"
             )
 

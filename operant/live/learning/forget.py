@@ -177,8 +177,8 @@ def _forgotten_by_the_server(config: ForgetConfig, progress: Callable[[int, int]
     versions = Versions(config.root)
     asked = ask(versions, config.source)
     while True:
-        if (told := forgotten(versions, asked.number)) is not None:
-            return told
+        if (done := forgotten(versions, asked.number)) is not None:
+            return done
         plan = Plan.read(versions)
         if plan is not None and plan.number == asked.number:
             if plan.stage == "refused":
