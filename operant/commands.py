@@ -90,7 +90,7 @@ def run_eval(config: configs.EvalConfig) -> None:
     from operant.rl.evaluate import evaluate_from
 
     with _progress("eval") as progress:
-        values = evaluate_from(config, progress)
+        values = evaluate_from(config, progress, lambda text: print(text, file=sys.stderr))
     if config.json:
         print(json.dumps(values))
         return
@@ -101,13 +101,25 @@ def run_eval(config: configs.EvalConfig) -> None:
 def run_score(config: configs.ScoreConfig) -> None:
     from operant.rewards.score import score
 
-    for row in score(config):
+    rewards: list[float | None] = []
+    for row in score(config, lambda text: print(text, file=sys.stderr)):
+        rewards.append(row["reward"])
         if config.json:
             print(json.dumps(row, ensure_ascii=False))
             continue
         value = "missing" if row["reward"] is None else f"{row['reward']:.4f}"
         text = str(row["completion"]).replace("\n", "\\n")
         print(f"{value:>9}  {text[:100]}{'  (' + row['missing'] + ')' if row.get('missing') else ''}")
+    # beside the objects, of which there is one a row, and below the table
+    print(_mean_in_words(rewards), file=sys.stderr if config.json else sys.stdout)
+
+
+def _mean_in_words(rewards: Sequence[float | None]) -> str:
+    """The mean of what is there, how many rows that is of, and how many are missing: these are in no mean."""
+    seen = [reward for reward in rewards if reward is not None]
+    if not seen:
+        return f"no mean: all {len(rewards):,} rows are missing"
+    return f"{math.fsum(seen) / len(seen):9.4f}  mean of {len(seen):,} rows, {len(rewards) - len(seen):,} missing"
 
 
 def run_sample(config: configs.SampleConfig) -> None:

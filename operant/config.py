@@ -1033,7 +1033,7 @@ class EvalConfig(PairFields):
 
     Args:
         model: a folder or hub id.
-        data: prompts with references.
+        data: prompts with references; of a folder or hub data set the test split, or the dev split where there is none.
         metrics: which corpus metrics to print.
         limit: use only the first rows.
         max_tokens: longest completion.
@@ -1068,7 +1068,8 @@ class ScoreConfig:
 
     Args:
         reward: as in `operant train`.
-        data: rows with prompt, completion and, if the reward needs them, references.
+        data: rows with prompt, completion and, if the reward needs them, references; of a folder or hub data set the
+            test split, or the first there is of dev and train.
         dense: also print the reward of every token.
         potential: how prefixes are scored when dense; auto takes the metric's default.
         tokenizer: a model folder or hub id whose tokens are rewarded; empty takes words (characters in Chinese and

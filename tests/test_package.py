@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -181,3 +182,12 @@ def raises_operant_error(function: Function) -> bool:
         if not isinstance(node, Function | ast.Lambda | ast.ClassDef):
             inside += ast.iter_child_nodes(node)
     return False
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_installing_shows_that_something_happens() -> None:
+    """Minutes of silence look like a hang: each phase says what it is, and pip shows its own progress."""
+    told = subprocess.run(["make", "-n", "-B", "install"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    phases = [line for line in told.splitlines() if "pip install" in line]
+    assert len(phases) >= 2 and not [line for line in phases if "--quiet" in line]
+    assert [told.count(f'echo "{n}/3 ') for n in (1, 2, 3)] == [1, 1, 1]

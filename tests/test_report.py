@@ -352,3 +352,56 @@ def test_the_terminal_curve_in_colour_and_with_nothing_to_draw() -> None:
     assert terminal_curve([1, 2, 3], [2.0, 2.0, math.nan], color=False)
     with pytest.raises(ValueError, match="zip"):
         terminal_curve([1, 2], [1])
+
+
+def test_tile_and_table_show_the_same_number_and_say_which(tmp_path: Path) -> None:
+    """Both show the weights that are in model/, of a run with many measurements as of one with few."""
+    with RunFolder.open(tmp_path, CONFIG) as run, RunLog(run, tensorboard=False) as log:
+        for step in range(40):
+            log.log(step, {"eval/reward": 0.5 - (step - 30) ** 2 / 4000, "eval/bleu": 10.0 + step})
+        run.finish("done", best_step=30)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    tiles = re.findall(r'<div class="tile"><p>(.*?)</p><strong>(.*?)</strong><p>(.*?)</p><p>(.*?)</p>', page)
+    assert [(name, value, which) for name, value, _, which in tiles] == [
+        ("Reward, held out", "0.500", "step 30, in model/"), ("BLEU, held out", "40.00", "step 30, in model/"),
+    ]  # fmt: skip
+    assert "+30.00</span> from 10.00" in tiles[1][2]
+    assert "<th>In model/ (step 30)</th><th>First to model/</th>" in page
+    row = page[page.index("<tr><th>BLEU") :]
+    assert re.findall(r"<td class=num>([^<]*)", row[: row.index("</tr>")]) == [
+        "10.00",
+        "49.00 ",
+        "49.00",
+        "40.00",
+        "+30.00",
+    ]
+    (tmp_path / "run.json").write_text("{}")  # as of a run that goes on still
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<p>step 39, the last</p>" in page and "<th>Last</th><th>First to last</th>" in page
+
+
+def test_axes_are_named_and_curves_are_large(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path)).read_text(encoding="utf-8")
+    figures = re.findall(r"<figure>.*?</figure>", page, flags=re.S)
+    assert len(figures) > 5
+    for figure in figures:
+        assert ">step</text>" in figure and "<small>last</small>" in figure
+    assert any(">BLEU, 0 to 100</text>" in figure for figure in figures)
+    assert any(">nats per token</text>" in figure for figure in figures)
+    width = min(float(w) for w in re.findall(r'viewBox="0 0 ([\d.]+)', page))
+    assert width > 330  # points: two of them fill a page
+
+
+def test_rows_are_called_as_the_terminal_calls_them(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"rewarded": {"bleu": 30.0}, "other": {"bleu": 20.0}}))
+    page = write_report(tmp_path, rows={"rewarded": "with instant reward"}).read_text(encoding="utf-8")
+    assert "<th>with instant reward</th>" in page and "<th>other</th>" in page and "<th>rewarded</th>" not in page
+
+
+def test_a_change_from_nothing_has_no_share(tmp_path: Path) -> None:
+    with RunLog(tmp_path, tensorboard=False) as log:
+        for step, value in ((0, 0.0), (1, 0.4)):
+            log.log(step, {"eval/reward": value, "eval/distinct2": value})
+    told = {check.name: check.text for check in hacking_checks(load_run(tmp_path), {"reward"})}
+    assert told["Distinct-2"] == "0 → 0.400"

@@ -90,7 +90,27 @@ def test_parts_fields_and_the_table(program: Program, tmp_path: Path) -> None:
     assert table.status == 0 and "1.0000  one two" in table.out
 
 
+def test_the_mean_and_what_is_missing_from_it(module: str, program: Program, answers: Path, tmp_path: Path) -> None:
+    rows = [{"completion": text, "reference": "good"} for text in ("good", "bad", "none")]
+    data = write_rows(tmp_path / "x.jsonl", rows)
+    table = program("score", "--reward", f"{module}:graded", "--data", data)
+    assert table.out.splitlines()[-1].split() == "0.5000 mean of 2 rows, 1 missing".split() and table.err == []
+    told = program("score", "--reward", f"{module}:graded", "--data", data, "--json")
+    assert len(told.out.splitlines()) == 3 and told.err[-1].split() == "0.5000 mean of 2 rows, 1 missing".split()
+    nothing = program("score", "--reward", f"{module}:nothing", "--data", answers)
+    assert nothing.out.splitlines()[-1].strip() == f"no mean: all {len(AWKWARD)} rows are missing"
+
+
+def test_score_takes_the_test_split_and_says_so(program: Program, tmp_path: Path) -> None:
+    for name, count in (("train", 3), ("dev", 2), ("test", 1)):
+        write_rows(tmp_path / f"{name}.jsonl", [{"completion": "good", "reference": "good"}] * count)
+    told = program("score", "--reward", "exact", "--data", tmp_path)
+    assert told.err == [f"score: 1 rows of the test split of {tmp_path}"]
+    assert told.out.splitlines()[-1].split() == "1.0000 mean of 1 rows, 0 missing".split()
+
+
 MODULE = """
+def graded(prompt, completion): return {"good": 1.0, "bad": 0.0}.get(completion.text)
 import math
 def half(prompt, completion): return 0.5
 def nan(prompt, completion): return math.nan

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import importlib
 import itertools
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,10 +27,11 @@ from program import ON_CPU, QUIET_RUN, Outcome, Program, pairs, read_rows, write
 
 import operant
 from operant.cli import main
-from operant.config import SftConfig
+from operant.config import PreferConfig, PretrainConfig, RewardModelConfig, SftConfig, TrainConfig
 from operant.data.prompts import load_fitting_pairs
 from operant.models.policy import Policy
-from operant.run import checkpoint
+from operant.run import checkpoint, provenance
+from operant.run.provenance import data_hash
 from operant.run.run import Run
 from operant.stages.pretrain import text_infilling
 from operant.stages.supervised import all_texts
@@ -53,6 +58,145 @@ def data(tmp_path: Path) -> Path:
 def model(make_policy: Any, tmp_path: Path) -> Path:
     make_policy("gpt2").save(tmp_path / "start")
     return tmp_path / "start"
+
+
+Stage = Callable[[bool | Literal["settings"]], Any]
+
+
+@pytest.fixture
+def stages(make_policy: Any, model: Path, data: Path, tmp_path: Path) -> dict[str, Stage]:
+    """Every stage in Python, on one optimizer step, as a function of `quiet`."""
+    given: dict[str, Any] = {"steps": 1, "device": "cpu", "threads": 1, "tensorboard": False}
+    learn = {**given, "data": str(data)}
+    pretraining = {**learn, "text_field": "prompt", "vocab_size": 280, "max_length": 48}
+    preferred = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"no {row['prompt']}"} for row in pairs()
+    ]
+    preferences = str(write_rows(tmp_path / "preferences.jsonl", preferred))
+    sampled: dict[str, Any] = {"prompts_per_step": 2, "group_size": 2, "max_tokens": 4, "eval_prompts": 2}
+    rewarded = {**given, **sampled, "out": str(tmp_path / "train"), "overwrite": True}
+
+    def fresh(name: str) -> dict[str, Any]:
+        return {"out": str(tmp_path / name), "overwrite": True}
+
+    def trained(quiet: Any) -> Any:
+        prompts = operant.load_prompts(pairs(), (policy := make_policy("gpt2")).codec)
+        return operant.train(policy, prompts[:4], "chrf", dev_prompts=prompts[4:6], quiet=quiet, **rewarded)
+
+    return {
+        "pretrain": lambda quiet: operant.pretrain(PretrainConfig(**pretraining, **fresh("p")), quiet=quiet),
+        "masked": lambda quiet: operant.pretrain_masked(
+            PretrainConfig(**pretraining, **fresh("m"), arch="bert"), quiet=quiet
+        ),
+        "sft": lambda quiet: operant.sft(
+            SftConfig(**learn, **fresh("s"), model=str(model), max_prompt_tokens=8, too_long="truncate"), quiet=quiet
+        ),
+        "prefer": lambda quiet: operant.prefer(
+            PreferConfig(**(learn | {"data": preferences}), **fresh("d"), model=str(model)), quiet=quiet
+        ),
+        "reward-model": lambda quiet: operant.train_reward_model(
+            RewardModelConfig(**(learn | {"data": preferences}), **fresh("r"), model=str(model)), quiet=quiet
+        ),
+        "train": trained,
+        "train_from": lambda quiet: operant.train_from(
+            TrainConfig(
+                **rewarded, data=str(data), model=str(model), sft_coef=0.1, sft_data=str(data), max_prompt_tokens=8,
+                too_long="truncate",
+            ),
+            quiet=quiet,
+        ),
+    }  # fmt: skip
+
+
+NAMES = ("pretrain", "masked", "sft", "prefer", "reward-model", "train", "train_from")
+BEGINS = {
+    "pretrain": "38 texts, 2 held out (the end of ", "masked": "38 texts, 2 held out (the end of ",
+    "sft": "36 labelled pairs, 4 held out (the end of ", "prefer": "36 pairs, 4 held out (the end of ",
+    "reward-model": "36 comparisons, 4 held out (the end of ", "train": "4 prompts, 2 held out; ",
+    "train_from": "38 prompts, 2 held out (the end of ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_quiet_stage_prints_nothing(name: str, stages: dict[str, Stage], capfd: pytest.CaptureFixture[str]) -> None:
+    stages[name](True)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_begins_with_what_it_has_before_it(
+    name: str, stages: dict[str, Stage], capfd: pytest.CaptureFixture[str]
+) -> None:
+    stages[name]("settings")
+    out, err = capfd.readouterr()
+    first = next(line for line in err.splitlines() if " parameters, " in line)
+    command = {"masked": "pretrain", "train_from": "train"}.get(name, name)
+    assert first.startswith(f"{command}: {BEGINS[name]}") and first.endswith(" parameters, all trainable; cpu, float32")
+    assert out == "" and "seed: 0" not in err
+
+
+def test_the_first_line_tells_what_of_the_model_is_trained(program: Program, model: Path, data: Path,
+                                                           tmp_path: Path) -> None:  # fmt: skip
+    outcome = program("sft", "--model", model, "--data", data, "--steps", 1, "--lora_rank", 2, "--out",
+                      tmp_path / "run", *QUIET_RUN)  # fmt: skip
+    (line,) = [line for line in outcome.err if " parameters, " in line]
+    every, learned = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:parameters|trainable)", line))
+    assert 0 < learned < every / 4
+
+
+def test_eval_takes_the_test_split_and_says_so(program: Program, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_rows(folder / "dev.jsonl", pairs(5))
+    command = ("eval", "--model", model, "--data", folder, "--max_tokens", 2, "--json", *ON_CPU)
+    before = program(*command)
+    assert f"eval: 5 rows of the dev split of {folder}; " in before.err[0]
+    assert " parameters; cpu, float32" in before.err[0]
+    write_rows(folder / "test.jsonl", pairs(3))
+    after = program(*command)
+    assert f"eval: 3 rows of the test split of {folder}; " in after.err[0]
+    assert json.loads(after.out)["length"] > 0
+    alone = program("eval", "--model", model, "--data", folder / "dev.jsonl", "--max_tokens", 2, *ON_CPU)
+    assert f"eval: 5 rows of {folder / 'dev.jsonl'}; " in alone.err[0]
+
+
+def test_a_run_keeps_where_it_comes_from(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = ("sft", "--model", model, "--data", data, "--steps", 1, "--out", run, *QUIET_RUN)
+    assert program(*command).status == 0
+    facts = json.loads((run / "run.json").read_text())
+    assert facts["versions"].keys() == {"operant", "python", "torch", "transformers"}
+    assert facts["versions"]["operant"] == operant.__version__ and facts["host"] == platform.node()
+    assert facts["data"][str(data)]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", facts["commit"])
+    with data.open("a") as rows:
+        rows.write('{"prompt": "one", "completion": "more"}\n')
+    assert program(*command, "--resume").status == 0
+    resumed = json.loads((run / "run.json").read_text())
+    assert resumed["data"] == facts["data"]
+    assert [origin["data"] != facts["data"] for origin in resumed["resumed_from"]] == [True]
+
+
+def test_data_is_hashed_by_content_and_a_large_file_by_its_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train", "dev"):
+        write_rows(tmp_path / f"{name}.jsonl", pairs(4))
+    both = data_hash(str(tmp_path))
+    assert both["files"] == 2 and both["of"] == "the contents of its files"
+    write_rows(tmp_path / "dev.jsonl", pairs(5))
+    assert data_hash(str(tmp_path))["sha256"] != both["sha256"]
+    monkeypatch.setattr(provenance, "WHOLE", 64)
+    file = tmp_path / "dev.jsonl"
+    large = data_hash(str(file))
+    assert "of 1 above" in large["of"]
+    whole_text = file.read_bytes()
+    file.write_bytes(whole_text[:100] + b"?" + whole_text[101:])
+    assert data_hash(str(file)) == large
+    file.write_bytes(whole_text[:-1] + b"?")
+    assert data_hash(str(file)) != large
+    assert data_hash("owner/name")["of"] == "its name on the hub"
 
 
 def whole(run: Path) -> None:
@@ -119,7 +263,7 @@ def test_the_reward_stage_runs_from_a_file_in_python(
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
     config = operant.load_config(tmp_path / "train.yaml", operant.TrainConfig)
     seen: list[int] = []
-    result = operant.train_from(config, callbacks=[lambda step, metrics: seen.append(step)], quiet=True)
+    result = operant.train_from(config, callbacks=[lambda step, metrics: seen.append(step)], quiet="settings")
     assert "1 of 5 labelled pairs are too long and were left out" in capsys.readouterr().err
     assert seen == [1, 2] and result.steps == 2 and {"chrf", "reward"} <= result.best.keys()
     whole(tmp_path / "run")

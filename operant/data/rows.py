@@ -26,7 +26,17 @@ from typing import Any, TypeVar
 from operant.data.text import looks_like_path
 from operant.types import OperantError
 
-__all__ = ["Fields", "Row", "load_rows", "load_split_rows", "split_rows", "splits"]
+__all__ = [
+    "Fields",
+    "Row",
+    "data_files",
+    "first_split",
+    "held_out_source",
+    "load_rows",
+    "load_split_rows",
+    "split_rows",
+    "splits",
+]
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -124,6 +134,30 @@ def load_split_rows(
     return split_rows(rows, share, most)
 
 
+def held_out_source(data: str, dev_data: str | None) -> str:
+    """Where `load_split_rows` takes the held-out rows from, in words.
+
+    Raises OperantError for a folder that cannot be read.
+    """
+    if dev_data:
+        return f"the dev split of {dev_data}" if "dev" in splits(dev_data) else dev_data
+    return f"the dev split of {data}" if "dev" in splits(data) else f"the end of {data}"
+
+
+def first_split(source: str | Path, *wanted: str) -> str:
+    """The first of the wanted splits that a folder or hub data set holds; "" for a file, which has none.
+
+    Where it holds none of them, the last wanted one: `load_rows` then says what there is.
+
+    Raises OperantError for a folder that cannot be read.
+    """
+    with _reachable(source):
+        if _place(source).is_file():
+            return ""
+    held = splits(source)
+    return next((split for split in wanted if split in held), wanted[-1])
+
+
 def split_rows(rows: Sequence[T], share: float, most: int) -> tuple[list[T], list[T]]:
     """(training rows, held-out rows): the last `share` of them, at most `most`, for data without a dev split."""
     count = min(most, max(1, int(len(rows) * share))) if len(rows) > 1 else 0
@@ -174,6 +208,22 @@ def _is_split(name: str, split: str) -> bool:
     """`dev`, `dev-00000-of-00002` and `dev_1` are of the split "dev", `developers` is not."""
     wanted = next((names for names in SPLIT_NAMES.values() if split in names), (split,))
     return any(name == word or name.startswith((f"{word}-", f"{word}_")) for word in wanted)
+
+
+def data_files(source: str | Path) -> list[Path]:
+    """The files of a data set, in order: the file itself, all of a folder's, none of a hub data set's.
+
+    Raises OperantError for a folder that cannot be read.
+    """
+    with _reachable(source):
+        path = _place(source)
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            return []
+        if _saved_splits(path) is not None:
+            return sorted(file for file in path.rglob("*.arrow") if file.is_file())
+        return _data_files(path)
 
 
 def _data_files(folder: Path) -> list[Path]:

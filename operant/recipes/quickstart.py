@@ -85,7 +85,7 @@ class Quickstart:
                 **self.options("pretrain"), steps=100, batch_tokens=4096, block=128, lr=2e-3, warmup_steps=20,
                 eval_every=50,
             ),
-            policy=self.policy, texts=self.raw, dev_texts=[row["prompt"] for row in self.task.dev], quiet=True,
+            policy=self.policy, texts=self.raw, dev_texts=[row["prompt"] for row in self.task.dev], quiet="settings",
         )  # fmt: skip
         self.measure("pretrained")
 
@@ -115,7 +115,7 @@ class Quickstart:
                 group_size=4, prompts_per_step=32, sft_coef=0.3, sft_batch_size=32, lr=2e-4,
                 max_tokens=MAX_TOKENS, eval_every=20,
             ),
-            dev_prompts=self.dev, pairs=self.pairs, quiet=True,
+            dev_prompts=self.dev, pairs=self.pairs, quiet="settings",
         )  # fmt: skip
         self.measure("rewarded")
 
@@ -126,7 +126,7 @@ class Quickstart:
                 **self.options(stage), batch_size=64, lr=1e-3, warmup_steps=20, eval_every=20, steps=steps,
                 patience=patience, max_minutes=max_minutes,
             ),
-            policy=self.policy, pairs=self.pairs, dev_pairs=self.dev_pairs, quiet=True,
+            policy=self.policy, pairs=self.pairs, dev_pairs=self.dev_pairs, quiet="settings",
         )  # fmt: skip
 
     def keep_better(self, start: Path) -> None:
@@ -183,7 +183,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
                 yaml.safe_dump({**yaml.safe_load(to_yaml(config)), "reward": REWARD}), encoding="utf-8"
             )
             folder.finish("the circle is closed", seconds=round(time.perf_counter() - begun, 1))
-            report = write_report(folder.path, title="Quickstart")
+            report = write_report(folder.path, title="Quickstart", rows=TITLES)
             _show(circle, config, folder.path, report, time.perf_counter() - begun)
             return circle.results
     finally:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from operant.config import ScoreConfig
-from operant.data.rows import load_rows, texts_of
+from operant.data.rows import first_split, load_rows, texts_of
 from operant.data.text import Codec
 from operant.rewards.names import check_references, reward_by_name
 from operant.rewards.runner import RewardRunner
@@ -22,9 +22,12 @@ WORD = re.compile(
 PIECE = 256  # rows rewarded together
 
 
-def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
+def score(config: ScoreConfig, note: Callable[[str], None] | None = None) -> Iterator[dict[str, Any]]:
     """One dict a row of `config.data`: id, completion, reward (None when missing, with `missing` saying why), parts of
     a combined reward, and with `dense` the tokens' texts and their `rewards`, which sum to reward − reward of ''.
+
+    Of a folder or hub data set it takes the test split; without one the dev split, and without that the train split.
+    note: called once, before the first row, with which split that is.
 
     Raises OperantError for missing data or fields, an unknown reward, and references that the reward needs.
     """
@@ -35,10 +38,13 @@ def score(config: ScoreConfig) -> Iterator[dict[str, Any]]:
         dense=config.dense or None,
         potential=config.potential if config.dense and config.potential != "auto" else None,
     )
-    rows = load_rows(config.data, limit=config.limit)
+    split = first_split(config.data, "test", "dev", "train")
+    rows = load_rows(config.data, split=split or "train", limit=config.limit)
     codec = Codec.load(config.tokenizer) if config.tokenizer else None
     pairs = [_read_row(number, row, config, codec) for number, row in enumerate(rows)]
     check_references(reward, [prompt for prompt, _, _ in pairs])
+    if split and note is not None:
+        note(f"score: {len(rows):,} rows of the {split} split of {config.data}")
     with RewardRunner(reward, time_limit=config.reward_seconds) as runner:
         for start in range(0, len(pairs), PIECE):
             piece = pairs[start : start + PIECE]

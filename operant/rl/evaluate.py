@@ -12,10 +12,11 @@ import numpy as np
 
 from operant.config import EvalConfig, SampleConfig
 from operant.data.prompts import PromptFormat, load_fitting_prompts
-from operant.data.rows import load_rows
+from operant.data.rows import first_split, load_rows
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.rewards import RewardRunner, corpus_metrics
+from operant.run.run import model_in_words
 from operant.types import Completion, Ints, OperantError, Prompt, SamplerProtocol, Sampling
 
 
@@ -63,11 +64,16 @@ def evaluate(
     return values, completions
 
 
-def evaluate_from(config: EvalConfig, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+def evaluate_from(
+    config: EvalConfig,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> dict[str, float]:
     """Measure a model as `config` says: {metric: value} of its answers to the prompts of `data`, as of `evaluate`.
 
-    With `config.samples` the answers are written there, a row of JSON each. progress: called with (prompts answered,
-    prompts in all).
+    Of a folder or hub data set it takes the test split; the dev split where there is no test split. With
+    `config.samples` the answers are written there, a row of JSON each. progress: called with (prompts answered, prompts
+    in all). note: called once, before the first answer, with what is measured: rows, split, parameters, device, dtype.
 
     Raises OperantError when no model or data is named, for what cannot be loaded or written, and for metrics that need
     references where no row has any.
@@ -79,7 +85,8 @@ def evaluate_from(config: EvalConfig, progress: Callable[[int, int], None] | Non
     # unlike Path.is_dir, this is False also for a folder that may not be reached
     if config.samples and not os.path.isdir(Path(config.samples).absolute().parent):
         raise OperantError(f"{Path(config.samples).parent} is no folder to write to; choose another --samples")
-    rows = load_rows(config.data, split="dev", limit=config.limit)
+    split = first_split(config.data, "test", "dev")
+    rows = load_rows(config.data, split=split or "test", limit=config.limit)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()
     prompts = load_fitting_prompts(rows, policy, config, room=config.max_tokens)
@@ -88,6 +95,9 @@ def evaluate_from(config: EvalConfig, progress: Callable[[int, int], None] | Non
             f"no row of {config.data} has references to measure {', '.join(config.metrics)} by; "
             "choose with --reference_field, or give --metrics []"
         )
+    if note is not None:
+        part = f"{len(prompts):,} rows of {f'the {split} split of ' * bool(split)}{config.data}"
+        note(f"eval: {part}; {model_in_words(policy, policy.dtype)}")
     answered = 0
 
     def tell(more: int) -> None:

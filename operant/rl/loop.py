@@ -25,6 +25,7 @@ from operant.algorithms.trust_region import TrustRegion
 from operant.config import TrainConfig, current_names
 from operant.data.batch import drawn, microbatches, select_rows
 from operant.data.prompts import Pair
+from operant.data.rows import held_out_source
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.rewards import (
@@ -42,7 +43,7 @@ from operant.rl.evaluate import distinct
 from operant.rl.heldout import HeldOut, check_metric, read_target, target_metric
 from operant.rl.logged import Logged, check_logged, judged, with_propensities
 from operant.rl.rollouts import Rollouts, check_prompts
-from operant.run.run import DataOrder, Run, mixed_seed
+from operant.run.run import DataOrder, Quiet, Run, mixed_seed
 from operant.types import Batch, Completion, OperantError, Prompt, SamplerProtocol, StepStats
 
 CRITIC_RATE = 5.0  # a critic begins knowing nothing: its learning rate over the policy's, unless it is given
@@ -76,7 +77,7 @@ def train(
     logged: Sequence[tuple[Prompt, Completion, Any]] = (),
     sampler: SamplerProtocol | None = None,
     callbacks: Sequence[Callback] = (),
-    quiet: bool = False,
+    quiet: Quiet = False,
     **options: Any,
 ) -> TrainResult:
     """Improve a policy by policy gradient on a reward.
@@ -92,6 +93,7 @@ def train(
     sampler: what writes the completions, idle, in place of our own; it is given each step's weights (`load`). Then
         `config.max_rows` is its own affair.
     callbacks: called as (step, metrics) after each step, True stops.
+    quiet: print nothing; "settings" leaves out the configuration alone.
 
     Raises OperantError for what `check_request` refuses, when no logged completion has a reward, when `config.out`
     cannot be used, and when every reward of several steps in a row was missing.
@@ -221,6 +223,7 @@ class _Loop:
             critic_lr=config.critic_lr or CRITIC_RATE * settings.lr, rule=update_rule(policy, config, settings),
         )  # fmt: skip
         self.state: dict[str, Any] = {"rewards": {}}
+        run.takes(*_counted(config, request))
         run.attach(policy, self.learner, self.state)
         if self.state["rewards"]:
             runner.load_state_dict(self.state["rewards"])
@@ -389,6 +392,18 @@ class _Loop:
                     metrics[f"train/phi_corr/{i}"] = value
         self.state["rewards"] = self.runner.state_dict()
         return metrics
+
+
+def _counted(config: TrainConfig, request: TrainRequest) -> tuple[str, int, int, str]:
+    """What is learned from, how much of it, how much is held out, and from where: as `Run.takes` says it."""
+    held_out = min(len(request.dev_prompts), config.eval_prompts)
+    source = held_out_source(config.data, config.dev_data) if config.data or config.dev_data else ""
+    if config.environment:
+        each = config.prompts_per_step * config.group_size
+        return f"episodes of {config.environment} a step", each, config.eval_prompts, ""
+    if request.logged:
+        return "logged completions", len(request.logged), held_out, source
+    return "prompts", len(request.prompts), held_out, source
 
 
 def settled_reward(config: TrainConfig, reward: Any) -> tuple[TrainConfig, Any]:

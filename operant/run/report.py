@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ Series = list[tuple[int, float]]
 
 #: Names as readers know them; any other metric is shown under its own name.
 LABELS = {
-    "accuracy": "Accuracy (share of right answers)",
+    "accuracy": "Accuracy",
     "approx_kl": "KL of the step (approx_kl)",
     "beta": "β",
     "bleu": "BLEU",
@@ -62,7 +62,24 @@ LABELS = {
     "reward_missing": "Rewards missing",
     "ter": "TER",
     "tokens_per_second": "Tokens/s",
+    "truncated": "Cut off at the length limit",
     "variance_ratio": "Variance with β / without",
+}
+#: What the vertical axis counts, where a metric's name does not say it.
+_AXES = {
+    "accuracy": "share of right answers",
+    "approx_kl": "nats per token",
+    "bleu": "BLEU, 0 to 100",
+    "chrf": "chrF, 0 to 100",
+    "clipfrac": "share of tokens",
+    "distinct1": "share of different words",
+    "distinct2": "share of different bigrams",
+    "distinct3": "share of different trigrams",
+    "entropy": "nats per token",
+    "exact": "share of answers",
+    "kl_ref": "nats per token",
+    "length": "tokens",
+    "truncated": "share of completions",
 }
 _LOWER_IS_BETTER = {"brier", "ece", "loss", "nll_good", "perplexity", "rmse", "ter"}
 _BEHAVIOUR = ("length", "distinct1", "distinct2", "distinct3", "kl_ref", "repetition", "reward_missing", "truncated")
@@ -111,9 +128,16 @@ class _Chart:
     lines: tuple[tuple[str, Series], ...]
     bars: bool = False
     level: float | None = None
+    axes: tuple[str, str] = ("step", "")
 
 
-def write_report(folder: str | Path, *, title: str | None = None, optimised: Collection[str] | None = None) -> Path:
+def write_report(
+    folder: str | Path,
+    *,
+    title: str | None = None,
+    optimised: Collection[str] | None = None,
+    rows: Mapping[str, str] | None = None,
+) -> Path:
     """Write report.html and curves/*.png of a run, finished or not, and return the page's path.
 
     Args:
@@ -121,11 +145,13 @@ def write_report(folder: str | Path, *, title: str | None = None, optimised: Col
         title: the heading; the folder's name when None.
         optimised: names of the metrics that the reward optimises, such as {"bleu"}. None reads them off the
             configuration's `reward`.
+        rows: what the rows of results.json are called, by their names there, as the terminal calls them.
 
     Raises:
         OperantError: there is no run in the folder, or the report cannot be written.
     """
     run = load_run(Path(folder))
+    run.results = {(rows or {}).get(name, name): row for name, row in run.results.items()}
     chosen = _optimised(run) if optimised is None else set(optimised)
     try:
         drawings = _draw(_charts(run, chosen), run.path / "curves")
@@ -212,7 +238,11 @@ def hacking_checks(run: RunRecord, optimised: Collection[str]) -> list[Check]:
         moved = (after - before) / max(abs(before), 1e-9)
         odd = abs(moved) > limit if both else moved < -limit
         checks.append(
-            Check(_label(name), "watch" if odd else "ok", f"{_fmt(before)} → {_fmt(after)} ({_percent(moved)})")
+            Check(
+                _label(name),
+                "watch" if odd else "ok",
+                f"{_fmt(before)} → {_fmt(after)}" + (f" ({_percent(moved)})" if before else ""),
+            )
         )
     for name in ("kl_ref", "approx_kl"):
         change = _change(run.series.get(f"eval/{name}") or run.series.get(f"train/{name}"))
@@ -276,7 +306,9 @@ def _charts(run: RunRecord, optimised: Collection[str]) -> dict[str, list[_Chart
     def chart(key: str, title: str, *names: str, level: float | None = None) -> list[_Chart]:
         lines = tuple((_line_label(name), series[name]) for name in names if _finite(series.get(name)))
         # A metric may have any name; its file and its ids may not.
-        return [_Chart(re.sub(r"[^\w.-]", "_", key), title, lines, level=level)] if lines else []
+        short = names[0].split("/", 1)[1]
+        axes = ("step", _AXES.get(short, _label(short)))
+        return [_Chart(re.sub(r"[^\w.-]", "_", key), title, lines, level=level, axes=axes)] if lines else []
 
     parts = sorted(name for name in series if name.startswith("train/reward/"))
     seen = [n for n in _held_out(run) if n == "reward" or n in optimised]
@@ -289,13 +321,19 @@ def _charts(run: RunRecord, optimised: Collection[str]) -> dict[str, list[_Chart
     corr = [(d, series[f"train/phi_corr/{d}"]) for d in range(10) if _finite(series.get(f"train/phi_corr/{d}"))]
     foretell: Series = [(10 * (d + 1), _tail_mean(values)) for d, values in corr]
     potential = [
-        _Chart("phi_corr", "Correlation of Φ with the final metric, by position (%)", (("Φ", foretell),), True)
+        _Chart(
+            "phi_corr",
+            "Correlation of Φ with the final metric",
+            (("Φ", foretell),),
+            bars=True,
+            axes=("position in the completion (%)", "correlation"),
+        )
     ]
     return {
         "heldout": held_out,
         "training": [
             *chart("reward", "Reward", "train/reward_mean"),
-            *(chart("reward_parts", "Reward by part", *parts[: len(_PALETTE)]) if len(parts) > 1 else []),
+            *(_named("reward", chart("reward_parts", "Reward by part", *parts[: len(_PALETTE)])) if parts[1:] else []),
             *chart("loss", "Loss", "train/loss", "eval/loss"),
             *chart("grad_norm", "Gradient norm", "train/grad_norm"),
             *chart("lr", "Learning rate", "train/lr"),
@@ -319,6 +357,11 @@ def _charts(run: RunRecord, optimised: Collection[str]) -> dict[str, list[_Chart
     }
 
 
+def _named(axis: str, charts: list[_Chart]) -> list[_Chart]:
+    """Charts with another title of their vertical axis."""
+    return [replace(chart, axes=(chart.axes[0], axis)) for chart in charts]
+
+
 def _draw(sections: Mapping[str, list[_Chart]], folder: Path) -> dict[str, list[str]]:
     """Draw every chart twice from one figure: as PNG into `folder`, and as SVG in a <figure> for the page."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -334,9 +377,9 @@ def _figure(chart: _Chart, folder: Path) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # Wide enough for the curve, small enough that its text is still readable on a phone.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.key, "font.size": 9}):
-        figure = Figure(figsize=(4.0, 2.3), layout="constrained")
+    # Two stand side by side on a screen; the text is still readable on a phone, where one takes the whole width.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.key, "font.size": 10}):
+        figure = Figure(figsize=(4.8, 2.8), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         for side in ("top", "right", "left"):
@@ -357,12 +400,14 @@ def _figure(chart: _Chart, folder: Path) -> str:
         if chart.level is not None:
             axes.axhline(chart.level, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="target")
         axes.margins(x=0.02, y=0.12)
+        axes.set_xlabel(chart.axes[0], color=_MUTED)
+        axes.set_ylabel(chart.axes[1], color=_MUTED)
         svg = io.StringIO()
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        axes.set_title(chart.title, color=_INK, fontsize=10, loc="left", fontweight="bold")
+        axes.set_title(chart.title, color=_INK, fontsize=11, loc="left", fontweight="bold")
         if len(chart.lines) > 1 or chart.level is not None:
-            axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
-        figure.savefig(folder / f"{chart.key}.png", dpi=150, facecolor="white")
+            axes.legend(frameon=False, fontsize=9, labelcolor=_INK)
+        figure.savefig(folder / f"{chart.key}.png", dpi=200, facecolor="white")
     legend = "".join(
         f'<span><i style="background:var(--c{i})"></i>{_esc(label)}</span>'
         for i, (label, _) in enumerate(chart.lines)
@@ -370,7 +415,7 @@ def _figure(chart: _Chart, folder: Path) -> str:
     )
     if chart.level is not None:
         legend += f'<span><i class="dash"></i>target {_fmt(chart.level)}</span>'
-    last = "" if chart.bars else f"<b>{_fmt(_last(chart.lines[0][1]))}</b>"
+    last = "" if chart.bars else f"<b><small>last</small> {_fmt(_last(chart.lines[0][1]))}</b>"
     head = f"<figcaption><span>{_esc(chart.title)}</span>{last}</figcaption>"
     return f'<figure>{head}{_inline(svg.getvalue(), chart)}<p class="legend">{legend}</p></figure>'
 
@@ -511,18 +556,44 @@ def _header(run: RunRecord, title: str) -> str:
 
 
 def _tiles(run: RunRecord) -> Iterable[str]:
+    """What the run reached: held-out values of the weights that are kept, the same as in the table; without any, the
+    means over the first and the last tenth of the steps."""
     names = [f"eval/{n}" for n in _held_out(run) if n not in _BEHAVIOUR][:6]
-    for name in names or [n for n in ("train/reward_mean", "train/loss") if n in run.series]:
+    for name in names:
+        reached = _reached(run, name)
+        if reached is not None:
+            (_, before), (step, after) = reached
+            which = f"step {step:,}, in model/" if step == _kept_step(run) else f"step {step:,}, the last"
+            yield _tile(name, "held out", which, before, after)
+    for name in [n for n in ("train/reward_mean", "train/loss") if n in run.series] if not names else ():
         change = _change(run.series[name])
-        if change is None:
-            continue
-        before, after = change
-        short = name.split("/", 1)[1]
-        moved = after - before
-        good = (moved < 0) == (short in _LOWER_IS_BETTER) or moved == 0
-        trend = f'<span class="{"good" if good else "bad"}">{_signed(moved)}</span> from {_fmt(before)}'
-        where = ", held out" if name.startswith("eval/") else ""
-        yield f'<div class="tile"><p>{_esc(_label(short))}{where}</p><strong>{_fmt(after)}</strong><p>{trend}</p></div>'
+        if change is not None:
+            few = sum(math.isfinite(value) for _, value in run.series[name]) <= 20
+            yield _tile(name, "training", "the last step" if few else "mean of the last tenth", *change)
+
+
+def _tile(name: str, where: str, which: str, before: float, after: float) -> str:
+    short, moved = name.split("/", 1)[1], after - before
+    good = (moved < 0) == (short in _LOWER_IS_BETTER) or moved == 0
+    trend = f'<span class="{"good" if good else "bad"}">{_signed(moved)}</span> from {_fmt(before)}'
+    title = f"{_esc(_label(short))}, {where}"
+    return f'<div class="tile"><p>{title}</p><strong>{_fmt(after)}</strong><p>{trend}</p><p>{which}</p></div>'
+
+
+def _kept_step(run: RunRecord) -> int | None:
+    """The step whose weights are in model/, of a run that has ended; None where nothing says so."""
+    step = run.facts.get("best_step") if "finished" in run.facts else None
+    return step if isinstance(step, int) else None
+
+
+def _reached(run: RunRecord, name: str) -> tuple[tuple[int, float], tuple[int, float]] | None:
+    """(step, value) of a metric's first measurement, and of the weights that are kept; of the last measurement where
+    these were not measured."""
+    series = [(step, value) for step, value in run.series[name] if math.isfinite(value)]
+    if not series:
+        return None
+    kept = _kept_step(run)
+    return series[0], next((point for point in series if point[0] == kept), series[-1])
 
 
 def _comparison(run: RunRecord) -> str:
@@ -545,21 +616,26 @@ def _comparison(run: RunRecord) -> str:
 
 
 def _eval_table(run: RunRecord, optimised: Collection[str]) -> str:
-    rows = ""
+    rows, kept = "", _kept_step(run)
     for name in _held_out(run) + (["loss"] if "eval/loss" in run.series else []):
         series = [(s, v) for s, v in run.series[f"eval/{name}"] if math.isfinite(v)]
-        if not series:
+        reached = _reached(run, f"eval/{name}")
+        if reached is None:
             continue
+        (_, before), (step, after) = reached
+        held = "" if kept is None else f"<td class=num>{_fmt(after) if step == kept else '–'}</td>"
         pick = min if name in _LOWER_IS_BETTER else max
         best = pick(series, key=lambda point: point[1])
         shown_best = "" if name in _BEHAVIOUR else f"{_fmt(best[1])} <small>step {best[0]:,}</small>"
         mark = ' <small class="tag">optimised</small>' if name in optimised or name == "reward" else ""
         rows += (
             f"<tr><th>{_esc(_label(name))}{mark}</th><td class=num>{_fmt(series[0][1])}</td>"
-            f"<td class=num>{shown_best}</td><td class=num>{_fmt(series[-1][1])}</td>"
-            f"<td class=num>{_signed(series[-1][1] - series[0][1])}</td></tr>"
+            f"<td class=num>{shown_best}</td><td class=num>{_fmt(series[-1][1])}</td>{held}"
+            f"<td class=num>{_signed(after - before)}</td></tr>"
         )
-    head = "<tr><th>Metric</th><th>First</th><th>Best</th><th>Last</th><th>Change</th></tr>"
+    column = "" if kept is None else f"<th>In model/ (step {kept:,})</th>"
+    change = "First to last" if kept is None else "First to model/"
+    head = f"<tr><th>Metric</th><th>First</th><th>Best</th><th>Last</th>{column}<th>{change}</th></tr>"
     return _table(head, rows) if rows else ""
 
 
@@ -584,7 +660,8 @@ def _hacking(run: RunRecord, optimised: Collection[str], figures: Sequence[str])
     )
     return _section(
         "Is the reward being hacked?",
-        "What was optimised, beside what was not. Compared are the run's first and last measurements.",
+        "What was optimised, beside what was not. Compared are the means over the first and the last tenth of the "
+        "measurements; of twenty or fewer, the first and the last one.",
         f'<p class="verdict {state}">{_esc(verdict)}</p>',
         f'<ul class="checks">{items}</ul>',
         _grid(figures),

@@ -13,13 +13,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from operant.algorithms.learner import Learner, Trainable
 from operant.config import RunConfig, check_settings, completed, to_yaml
@@ -29,11 +30,27 @@ from operant.run.report import write_report
 from operant.run.runlog import FREE_KEYS, Progress, RunFolder, RunLog
 from operant.types import OperantError, StepStats
 
+#: Of a stage: print nothing at all, or "settings": leave out the configuration alone.
+Quiet = bool | Literal["settings"]
+
 
 def mixed_seed(*parts: object) -> int:
     """A seed below 2^63 from several parts, so that every step has its own and none depends on the steps before."""
     digest = hashlib.blake2b("\x00".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def model_in_words(model: Trainable, dtype: str, learned: Sequence[nn.Parameter] | None = None) -> str:
+    """A model as a stage begins with it, such as "1,066,624 parameters, 16,384 trainable; cpu, float32".
+
+    learned: the parameters that are trained; None says nothing of them.
+    """
+    every = {id(p): p.numel() for p in [*model.model.parameters(), *model.critic_parameters(), *(learned or ())]}
+    words = f"{sum(every.values()):,} parameters"
+    if learned is not None:
+        count = sum({id(p): p.numel() for p in learned}.values())
+        words += f", {'all' if count == sum(every.values()) else f'{count:,}'} trainable"
+    return f"{words}; {model.device}, {dtype}"
 
 
 class DataOrder:
@@ -65,6 +82,7 @@ class Run:
 
         with Run(config, "train") as run:
             policy = …; learner = Learner(policy, …)
+            run.takes("pairs", len(pairs), len(held_out))
             run.attach(policy, learner, state)      # state: a dict that checkpoints keep and resume fills in again
             for step in run.steps(config.steps):    # ends on Ctrl-C, at the time limit, or after run.stop(reason)
                 stats = learner.step(…)
@@ -76,14 +94,16 @@ class Run:
     """
 
     def __init__(
-        self, config: RunConfig, stage: str, *, in_force: Mapping[str, Any] | None = None, quiet: bool = False
+        self, config: RunConfig, stage: str, *, in_force: Mapping[str, Any] | None = None, quiet: Quiet = False
     ) -> None:
         """`in_force`: settings that the stage has resolved, by name; the run folder keeps them in place of `auto`.
+        `quiet`: print nothing at all; "settings" leaves out the configuration alone.
 
         Raises OperantError for settings out of range, and as `RunFolder.open` does.
         """
         check_settings(config)
-        self.config, self.stage, self.quiet = config, stage, quiet
+        self.config, self.stage = config, stage
+        self.quiet, self._shows_settings = quiet is True, not quiet
         if config.threads:
             torch.set_num_threads(config.threads)
         # a decaying learning rate depends on the number of steps, which is then part of what is learned
@@ -107,6 +127,7 @@ class Run:
         self.state: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}  # more for run.json
         self.log: RunLog
+        self._data = ""  # what it learns from, in words
         self._now = time.process_time if config.clock == "cpu" else time.perf_counter
         self._begun = self._now()
         self._attached = self._logs = False
@@ -169,11 +190,22 @@ class Run:
 
     # --- attaching and resuming ----------------------------------------------------------------------------------
 
+    def takes(self, what: str, rows: int, held_out: int, source: str = "") -> None:
+        """Say how many rows, called `what`, the stage learns from and measures on. `source`: where the latter are from.
+
+        Call it before `attach`, which shows it."""
+        apart = f"{held_out:,} held out" + (f" ({source})" if source else "") if held_out else "nothing held out"
+        self._data = f"{rows:,} {what}, {apart}; "
+
     def attach(self, policy: Trainable, learner: Learner, state: dict[str, Any]) -> None:
         """Name what checkpoints hold; on resume, fill it in from the last one."""
         self.policy, self.learner, self.state = policy, learner, state
-        if not self.quiet:  # only now, so that a fault in the data or the model is the one line that is seen
-            print(f"{self.stage} in {self.folder.path} with:\n{_indented(self.folder.config)}", file=sys.stderr)
+        # only now, so that a fault in the data or the model is the one line that is seen
+        if self._shows_settings:
+            self.note(f"{self.stage} in {self.folder.path} with:\n{_indented(self.folder.config)}")
+        learned = [*policy.trainable_parameters(), *policy.critic_parameters()]
+        dtype = getattr(policy, "dtype", self.config.dtype)
+        self.note(f"{self.stage}: {self._data}{model_in_words(policy, dtype, learned)}")
         resume_step: int | None = None
         found: Path | None = None
         if self.folder.resumed:
@@ -190,6 +222,8 @@ class Run:
             clock=lambda: self.seconds,
         )  # fmt: skip
         self._logs = True
+        if self.log.lacks:
+            self.note(self.log.lacks)
         if found is None:
             self.save()
         self.folder.keep()
@@ -255,7 +289,8 @@ class Run:
         if self.step >= total:
             self.stop(f"all {total} steps {'were already done' if self.folder.finished else 'done'}")
         limit = 60 * self.config.max_minutes - self.seconds if self.config.max_minutes else None
-        with self.log.progress(total, self.stage, start=self.step, seconds=limit) as progress:
+        shown = self.log.progress(total, self.stage, start=self.step, seconds=limit)
+        with contextlib.nullcontext() if self.quiet else shown as progress:
             self._progress = progress
             while self.step < total and not self.stop_reason:
                 torch.manual_seed(mixed_seed(self.config.seed, self.stage, self.step))
@@ -319,6 +354,7 @@ class Run:
         self.newest_is_best, self.best_value, self.best_step = True, value, self.step
 
     def note(self, text: str) -> None:
+        """Print one line, above the progress line where there is one; nothing in a quiet run."""
         if self._progress is not None:
             self._progress.note(text)
         elif not self.quiet:
@@ -359,12 +395,10 @@ class Run:
             write_report(self.folder.path)
         except Exception as error:  # a report that fails must not cost the run
             self.note(f"the report could not be written: {error}")
-        if not self.quiet:
-            print(
-                f"{self.stage}: {self.stop_reason or 'left'}. Model in {self.folder.path}/model, "
-                f"report in {self.folder.path}/report.html",
-                file=sys.stderr,
-            )
+        self.note(
+            f"{self.stage}: {self.stop_reason or 'left'}. Model in {self.folder.path}/model, "
+            f"report in {self.folder.path}/report.html"
+        )
 
     def restore_best(self) -> None:
         """Put the best checkpoint's weights into the policy."""

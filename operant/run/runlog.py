@@ -3,7 +3,7 @@
 ```
 runs/name/
   config.yaml      the resolved configuration
-  run.json         when it started and finished, and why it stopped
+  run.json         when it started and finished, why it stopped, and where it comes from (`provenance`)
   metrics.jsonl    one JSON object a line: step, time, slash-named metrics
   samples.jsonl    completions kept for reading: step, prompt, text, reward …
   checkpoints/     see `checkpoint`
@@ -36,6 +36,7 @@ from filelock import FileLock, Timeout
 from operant.config import install_line
 from operant.run import checkpoint
 from operant.run.files import read_object, replace_file
+from operant.run.provenance import provenance
 from operant.types import OperantError
 
 __all__ = ["FREE_KEYS", "Progress", "RunFolder", "RunLog", "read_jsonl"]
@@ -223,6 +224,10 @@ class RunLog:
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._samples: TextIO | None = None
         self._board = _start_tensorboard(self.path, resume_step) if tensorboard else None
+        #: What is asked for and not written, in words; "" where all is.
+        self.lacks = ""
+        if tensorboard and self._board is None:
+            self.lacks = f"TensorBoard files are not written: {install_line('tensorboard')}, or --tensorboard false"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl and the same numbers elsewhere. NaN and infinities are kept, as strings."""
@@ -465,8 +470,15 @@ def _begin(path: Path, config_yaml: str, resumed: bool) -> bool:
     if resumed:
         facts = {k: v for k, v in facts.items() if k not in ("finished", "stop_reason")}
         facts["resumed"] = [*facts.get("resumed", []), time.time()]
+    settings = yaml.safe_load(config_yaml)
+    origin = provenance(settings if isinstance(settings, dict) else {})
+    if not resumed:
+        facts |= origin
+    elif origin != {name: facts.get(name) for name in origin}:  # it goes on elsewhere, or by other code
+        facts["resumed_from"] = [*facts.get("resumed_from", []), origin]
     another = "choose another --out"
-    replace_file(path / "run.json", json.dumps(facts, indent=1), advice=another)  # first: it makes the rest a run's
+    text = json.dumps(facts, indent=1, ensure_ascii=False)
+    replace_file(path / "run.json", text, advice=another)  # first: it makes the rest a run's
     replace_file(path / "config.yaml", config_yaml, advice=another)
     for name in ("checkpoints", "curves"):
         (path / name).mkdir(exist_ok=True)
@@ -631,7 +643,6 @@ def _start_tensorboard(path: Path, resume_step: int | None) -> Any:
     try:
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError:
-        log.warning("TensorBoard files are not written: %s, or --tensorboard false", install_line("tensorboard"))
         return None
     return writer(str(path / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1)
 

@@ -8,9 +8,10 @@ import numpy as np
 
 from operant.config import PretrainConfig, StartConfig
 from operant.data.batch import from_sequences
+from operant.data.rows import held_out_source
 from operant.data.text import Codec
 from operant.models.encoder import ENCODER_SIZES, Encoder, hide_tokens, is_encoder, masked_tokenizer
-from operant.run.run import DataOrder, Run, mixed_seed
+from operant.run.run import DataOrder, Quiet, Run, mixed_seed
 from operant.stages.pretrain import accumulated, known_texts, pieces_of
 from operant.stages.supervised import LikelihoodTask, StageResult, fit
 from operant.types import Batch, Ints, OperantError
@@ -22,7 +23,7 @@ def pretrain_masked(
     encoder: Encoder | None = None,
     texts: Sequence[str] | None = None,
     dev_texts: Sequence[str] = (),
-    quiet: bool = False,
+    quiet: Quiet = False,
 ) -> StageResult[Encoder]:
     """Train an encoder to say which tokens were hidden from it. What is not given is loaded as `config` says.
 
@@ -41,6 +42,7 @@ def pretrain_masked(
                 f"masked language modelling is for encoders, and {config.model} is a {encoder.config.model_type}; "
                 "leave --objective out"
             )
+        run.takes("texts", len(known), len(dev_texts), "" if texts else held_out_source(config.data, config.dev_data))
         return fit(run, encoder, _masking(encoder, known, dev_texts, config), config)
 
 

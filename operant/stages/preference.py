@@ -19,9 +19,9 @@ from operant.data.batch import microbatches, to_device
 from operant.data.feedback_log import FeedbackLog, draw_examples
 from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
 from operant.data.prompts import PromptFormat
-from operant.data.rows import Fields, load_rows, load_split_rows, split_rows
+from operant.data.rows import Fields, held_out_source, load_rows, load_split_rows, split_rows
 from operant.models.policy import Policy
-from operant.run.run import DataOrder, Run, mixed_seed
+from operant.run.run import DataOrder, Quiet, Run, mixed_seed
 from operant.stages.supervised import Measures, StageResult, StageTask, fit
 from operant.types import Batch, Floats, Ints, OperantError, Prompt
 
@@ -141,7 +141,7 @@ def prefer(
     examples: Examples | None = None,
     dev_examples: Examples | None = None,
     replay: FeedbackLog | None = None,
-    quiet: bool = False,
+    quiet: Quiet = False,
 ) -> StageResult[Policy]:
     """Learn from preferences until the held-out loss stops improving. What is not given is loaded as `config` says.
 
@@ -164,6 +164,7 @@ def prefer(
                 policy.add_lora(config.lora_rank, seed=config.seed)
         policy.model.eval()
         drawn = examples is None and (replay is not None or config.replay is not None)
+        given, from_elsewhere = examples, dev_examples
         if examples is None:
             examples, loaded = _loaded(config, policy, replay)
             dev_examples = loaded if dev_examples is None else dev_examples
@@ -174,7 +175,8 @@ def prefer(
         for example in (*learned, *held_out):
             _check_fits(policy, example)
         task = PreferenceTask(policy, config, learned, held_out, _picked(config, learned, drawn))
-        run.note(_summary(config, learned, held_out))  # no earlier: a fault is the one line that is seen
+        source = _source(config, replay) if given is None and from_elsewhere is None else ""
+        run.takes(_counted(config, learned), len(learned), len(held_out), source)
         return fit(run, policy, task, dataclasses.replace(config, lr=rate))
 
 
@@ -407,18 +409,22 @@ def _longest(example: Preference | Rating, encoder: bool) -> int:
     return max(map(len, sides)) + (0 if encoder else len(example.prompt.tokens))
 
 
-def _summary(
-    config: PreferConfig,
-    learned: Examples,
-    held_out: Examples,
-) -> str:
+def _source(config: PreferConfig, replay: FeedbackLog | None) -> str:
+    """Where `_loaded` takes the held-out rows from, in words."""
+    if replay is None and config.replay is None:
+        return held_out_source(config.data, config.dev_data)
+    return held_out_source("", config.dev_data) if config.dev_data else "the newest of the log"
+
+
+def _counted(config: PreferConfig, learned: Examples) -> str:
+    """What is learned from, in words; of ratings how many say what, since KTO weighs them."""
     if config.algorithm != "kto":
-        return f"{len(learned)} pairs to learn from, {len(held_out)} held out"
+        return "pairs"
     good = sum(isinstance(e, Rating) and e.desirable for e in learned)
     bad = len(learned) - good
-    text = f"{good} good and {bad} bad completions to learn from, {len(held_out)} held out"
+    text = f"completions ({good:,} good, {bad:,} bad"
     ratio = config.desirable_weight * good / max(config.undesirable_weight * bad, 1e-9)
     if not 1 <= ratio <= 4 / 3:
         # Ethayarajh et al. 2024, eq. 9
-        text += f"; weighted they stand {ratio:.2f} to 1, and between 1 and 1.33 is advised (--undesirable_weight)"
-    return text
+        text += f"; weighted they stand {ratio:.2f} to 1, and between 1 and 1.33 is advised: --undesirable_weight"
+    return f"{text})"

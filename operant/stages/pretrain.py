@@ -11,9 +11,9 @@ import torch
 from operant.config import PretrainConfig
 from operant.data.batch import microbatches, pack
 from operant.data.prompts import load_texts
-from operant.data.rows import Fields, load_split_rows
+from operant.data.rows import Fields, held_out_source, load_split_rows
 from operant.models.policy import Policy
-from operant.run.run import DataOrder, Run, mixed_seed
+from operant.run.run import DataOrder, Quiet, Run, mixed_seed
 from operant.stages.supervised import LikelihoodTask, StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, Ints, OperantError
 
@@ -71,7 +71,7 @@ def pretrain(
     policy: Policy | None = None,
     texts: Sequence[str] | None = None,
     dev_texts: Sequence[str] = (),
-    quiet: bool = False,
+    quiet: Quiet = False,
 ) -> StageResult[Policy]:
     """Train a policy on raw text. What is not given is loaded as `config` says. See `pretrain_masked` for encoders.
 
@@ -91,6 +91,7 @@ def pretrain(
         documents = policy.codec.encode_batch(known, eos=True)
         held_out = policy.codec.encode_batch(list(dev_texts), eos=True) if dev_texts else []
         block = min(config.block or policy.max_length, policy.max_length)
+        run.takes("texts", len(known), len(dev_texts), "" if texts else held_out_source(config.data, config.dev_data))
         task = _denoising if policy.has_encoder else _causal
         return fit(run, policy, task(policy, documents, held_out, block, config), config)
 

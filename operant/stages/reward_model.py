@@ -14,7 +14,7 @@ from torch import Tensor
 
 from operant.config import RewardModelConfig
 from operant.data.batch import microbatches
-from operant.data.rows import ABSENT, Row, cell, find_column, is_chat, load_split_rows, text_of
+from operant.data.rows import ABSENT, Row, cell, find_column, held_out_source, is_chat, load_split_rows, text_of
 from operant.data.text import chars_to_tokens
 from operant.models.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts
 from operant.rewards.calibration import (
@@ -28,7 +28,7 @@ from operant.rewards.calibration import (
     spearman,
 )
 from operant.run.files import replace_file
-from operant.run.run import DataOrder, Run
+from operant.run.run import DataOrder, Quiet, Run
 from operant.stages.masked import starting_encoder
 from operant.stages.supervised import Measures, StageTask, all_texts, fit
 from operant.types import Batch, Doubles, OperantError
@@ -70,7 +70,7 @@ def train_reward_model(
     *,
     rows: Sequence[Row] | None = None,
     dev_rows: Sequence[Row] | None = None,
-    quiet: bool = False,
+    quiet: Quiet = False,
 ) -> RewardModelResult:
     """Train until the held-out measure stops rising, keep the best, calibrate it on the held-out rows.
 
@@ -82,7 +82,9 @@ def train_reward_model(
     same, and completions that the model cannot hold.
     """
     with Run(config, "reward-model", quiet=quiet) as run:
+        source = ""
         if rows is None:
+            source = held_out_source(config.data, config.dev_data) if dev_rows is None and config.data else ""
             rows, loaded = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
             dev_rows = loaded if dev_rows is None else dev_rows
         if not rows:
@@ -95,6 +97,7 @@ def train_reward_model(
         if config.kind != "comparison":
             values = np.concatenate([j.targets[np.isfinite(j.targets)] for j in known])
             facts.mean, facts.std = float(values.mean()), float(values.std())
+        run.takes("comparisons" if config.kind == "comparison" else "rated rows", len(known), len(held_out), source)
         fit(run, model, RewardModelTask(model, config, known, held_out), config)
         for note in [*notes, *more]:
             run.note(note)

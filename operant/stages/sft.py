@@ -11,11 +11,11 @@ from operant.algorithms.objectives import label_smoothed
 from operant.config import SftConfig
 from operant.data.batch import microbatches
 from operant.data.prompts import Pair, load_fitting_pairs
-from operant.data.rows import load_split_rows
+from operant.data.rows import held_out_source, load_split_rows
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.rl.evaluate import evaluate
-from operant.run.run import DataOrder, Run
+from operant.run.run import DataOrder, Quiet, Run
 from operant.stages.supervised import LikelihoodTask, Measures, StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, OperantError, Prompt, Sampling
 
@@ -31,22 +31,25 @@ def sft(
     policy: Policy | None = None,
     pairs: Sequence[Pair] | None = None,
     dev_pairs: Sequence[Pair] | None = None,
-    quiet: bool = False,
+    quiet: Quiet = False,
 ) -> StageResult[Policy]:
     """Fine-tune until the held-out measure stops improving. What is not given is loaded as `config` says.
 
     Raises OperantError for missing or empty data, unknown fields, and answers or prompts that the model cannot hold.
     """
     with Run(config, "sft", quiet=quiet) as run:
+        source = ""
         if policy is None or pairs is None:
             rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
             policy = policy or starting_policy(config, config, lambda: all_texts(rows))
             pairs, notes = load_fitting_pairs(rows, policy, config, "training")
             dev_pairs, more = load_fitting_pairs(dev_rows, policy, config, "held-out")
+            source = held_out_source(config.data, config.dev_data)
             for note in [*notes, *more]:
                 run.note(note)
         if not pairs:
             raise OperantError("there are no pairs to learn from; check --data and --limit")
+        run.takes("labelled pairs", len(pairs), len(dev_pairs or []), source)
         return fit(run, policy, FineTuningTask(policy, config, list(pairs), list(dev_pairs or [])), config)
 
 

@@ -12,17 +12,18 @@ from operant.data.rows import Fields, Row, load_rows, load_split_rows
 from operant.models.policy import Policy
 from operant.rl.logged import read_logged
 from operant.rl.loop import Callback, TrainResult, train
+from operant.run.run import Quiet
 from operant.types import Completion, OperantError, Prompt
 
 
-def train_from(config: TrainConfig, *, callbacks: Sequence[Callback] = (), quiet: bool = False) -> TrainResult:
+def train_from(config: TrainConfig, *, callbacks: Sequence[Callback] = (), quiet: Quiet = False) -> TrainResult:
     """Improve a policy on a reward, all of it as `config` says: `train` with what it names loaded.
 
     config: `model` and `lora_rank` make the policy; `data`, `dev_data` and the columns the prompts and the held-out
         ones; `sft_data` the labelled pairs; or, in the place of `data`, `logged` a log, or `environment` episodes.
         `operant.load_config("train.yaml", operant.TrainConfig)` reads one from a file.
     callbacks: called as (step, metrics) after each step, True stops.
-    quiet: do not show the configuration first.
+    quiet: print nothing; "settings" leaves out the configuration alone.
 
     Raises OperantError where `train` does, when no model or data is named or two sources of prompts are, and when what
     is named cannot be loaded.
@@ -39,7 +40,7 @@ def train_from(config: TrainConfig, *, callbacks: Sequence[Callback] = (), quiet
     )
     return train(
         policy, [] if config.logged else prompts, None if config.environment else config.reward, config,
-        dev_prompts=dev_prompts, pairs=_pairs(config, policy),
+        dev_prompts=dev_prompts, pairs=_pairs(config, policy, quiet),
         logged=_logged(config, policy, rows, prompts) if config.logged else [], callbacks=callbacks, quiet=quiet,
     )  # fmt: skip
 
@@ -60,12 +61,12 @@ def _rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     return load_split_rows(config.data, config.dev_data, config.limit, 0.05, config.eval_prompts)
 
 
-def _pairs(config: TrainConfig, policy: Policy) -> list[Pair]:
-    """The labelled pairs of `sft_data`. What was cut or left out of them is told."""
+def _pairs(config: TrainConfig, policy: Policy, quiet: Quiet) -> list[Pair]:
+    """The labelled pairs of `sft_data`. What was cut or left out of them is said, unless `quiet` is True."""
     if not config.sft_data:
         return []
     pairs, notes = load_fitting_pairs(load_rows(config.sft_data), policy, config, "labelled")
-    for note in notes:
+    for note in notes if quiet is not True else ():
         print(note, file=sys.stderr)
     return pairs
 
