@@ -406,9 +406,7 @@ def test_tensorboard_holds_the_same_numbers(tmp_path: Path) -> None:
     assert [(e.step, round(e.value, 4)) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5), (3, 9.0)]
 
 
-def test_without_tensorboard_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_tensorboard_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with RunLog(tmp_path) as log:
         log.log(1, {"a": 1.0})
