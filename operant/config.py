@@ -530,7 +530,7 @@ class PairFields:
         reference_field: column of the answer, one string or a list of several.
         prefix: text put before every prompt.
         separator: text between prompt and completion for decoder-only models.
-        max_prompt_tokens: longest prompt; 0 is what the model can hold.
+        max_prompt_tokens: longest prompt; 0 is the longest that the model can hold.
         too_long: what to do with longer ones.
     """
 
@@ -559,7 +559,7 @@ class PretrainConfig(RunConfig, ModelConfig):
         accumulate: rounds of gradient accumulation per optimizer step.
         lr: peak learning rate.
         warmup_steps: steps of linear warm-up.
-        schedule: what follows the warm-up.
+        schedule: learning rate after the warm-up.
         eval_every: steps between measurements of the dev loss.
         block: packed row length; 0 takes the model's.
         noise_density: share of tokens that span corruption or masking hides.
@@ -596,9 +596,9 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
         batch_size: pairs per optimizer step.
         lr: peak learning rate.
         warmup_steps: steps of linear warm-up.
-        schedule: what follows the warm-up.
+        schedule: learning rate after the warm-up.
         label_smoothing: ε of Szegedy et al. 2016.
-        best_metric: what the best checkpoint and `patience` go by: the dev loss, or a metric of greedy completions.
+        best_metric: measure for the best checkpoint and `patience`: the dev loss, or a metric of greedy completions.
             The loss of a small model often turns up long before its completions stop getting better.
         eval_every: steps between measurements.
         eval_prompts: how many held-out prompts are completed for `best_metric`.
@@ -645,7 +645,7 @@ class PreferConfig(RunConfig):
         label_field: column of the label, true or false.
         prefix: text put before every prompt.
         separator: text between prompt and completion for decoder-only models.
-        max_prompt_tokens: longest prompt; 0 is what the model can hold.
+        max_prompt_tokens: longest prompt; 0 is the longest that the model can hold.
         too_long: what to do with longer rows.
         algorithm: dpo, ipo or kto.
         beta: how much it costs to leave the reference; larger stays nearer to it.
@@ -659,7 +659,7 @@ class PreferConfig(RunConfig):
         batch_size: pairs, or for kto completions, per optimizer step.
         lr: peak learning rate; auto takes the algorithm's own.
         warmup_steps: steps of linear warm-up.
-        schedule: what follows the warm-up.
+        schedule: learning rate after the warm-up.
         measure_kl: measure the KL to the reference on held-out rows, which keeps a second copy of full weights.
         eval_every: steps between measurements of the held-out loss.
         patience: stop when it has not improved for so many measurements; 0 never stops early.
@@ -740,7 +740,7 @@ class CreditFields:
             control_variate, group_scaled, group_centred, greedy, route or critic.
         beta: coefficient of the potential as a control variate, or `auto` to fit it on the other prompts.
         gamma: discount per token.
-        gamma_turn: discount per turn of an environment, beside that per token; what the environment writes costs none.
+        gamma_turn: discount per turn of an environment, beside that per token; the environment's text costs none.
         discount_state: weigh token t's term by γ^t, the exact gradient of the discounted objective.
         whiten: bring the advantages of a step to mean 0 and deviation 1.
         baseline_shift: how far the baseline is lowered, for learning off policy; auto is 0.1 for areinforce, and 0.3
@@ -774,7 +774,7 @@ class SamplingFields:
         top_k: draw only from the k likeliest tokens; learning needs 0, which is off.
         max_tokens: longest completion.
         stop: strings that end a completion.
-        audit_fraction: share of completions that a streaming reward would end but that run on, to see what ends cost.
+        audit_fraction: share of the completions ended by a streaming reward that run on, to measure the cost of ends.
         max_rows: completions decoded together.
         dynamic_sampling: leave out groups whose rewards are all equal and sample other prompts instead.
         dynamic_rounds: at most so many rounds of sampling a step.
@@ -946,7 +946,7 @@ class TrainConfig(
         steps: at most so many steps.
         lr: learning rate; auto takes the algorithm's own (`operant algorithms --json`).
         warmup_steps: steps of linear warm-up.
-        schedule: what follows the warm-up.
+        schedule: learning rate after the warm-up.
     """
 
     model: Common[str] = ""
@@ -993,7 +993,7 @@ class RewardModelConfig(RunConfig, StartConfig):
         batch_size: rows (pairs of completions for comparison) per optimizer step.
         lr: peak learning rate.
         warmup_steps: steps of linear warm-up.
-        schedule: what follows the warm-up.
+        schedule: learning rate after the warm-up.
         eval_every: steps between held-out measurements.
         patience: stop when the held-out measure has not improved for so many measurements; 0 never stops early.
         best_by: what chooses the checkpoint: accuracy (comparison) or correlation (the others), the loss where they are
@@ -1101,7 +1101,7 @@ class SampleConfig:
 
     Args:
         model: a folder or hub id.
-        prompt: what to answer; empty reads lines from standard input.
+        prompt: the prompt to answer; empty reads lines from standard input.
         chat: a prompt is a user's message, put into the model's chat template.
         n: completions per prompt.
         temperature: 0 is greedy.
@@ -1194,10 +1194,10 @@ class LiveConfig:
         score_high: the best score; thumbs are the two ends.
         batch_size: events that one step takes at most.
         min_sources: different sources that a step needs before it begins; with more than one, all weigh the same as far
-            as they are trusted and under the cap. Whom others contradict does not count as one.
-        influence_cap: the share of what was learned lately that one source may have had, or twice an equal part where
-            there are few. What is over it is not learned. Only with several sources, as the next one.
-        influence_window: lately: so many steps, each counted as far as it was taught.
+            as they are trusted and under the cap. A source that others contradict does not count.
+        influence_cap: most that one source may have of what was learned lately, as a share; twice an equal part where
+            there are few. The excess is not learned. Only with several sources, as the next one.
+        influence_window: steps that count as lately, each as far as it was taught.
         replay_events: earlier events that every step learns again.
         half_life: hours after which an event is half as likely to be learned again; 0 draws uniformly.
         max_grad_norm: gradients are scaled down to this norm.
@@ -1294,14 +1294,14 @@ class TrialFields:
     """How a new version earns the traffic.
 
     Args:
-        canary_share: users, as a share of all, who are answered by a new version until ratings tell that it may serve
-            everybody, or may not; 0 lets each version serve at once.
-        shadow_share: share of the answers beside which a new version answers too, unseen, until `reward` tells; 0 as
-            above.
-        canary_alpha: how likely, at most, a worse version is promoted, or an equally good one refused as worse, however
-            often it is looked at.
-        canary_margin: a version is promoted when it is not worse by so much, on a scale from 0 to 1.
-        canary_pairs: pairs of ratings after which a version that is neither is refused.
+        canary_share: share of the users that a new version answers until ratings say whether it may serve everybody;
+            0 lets each version serve at once.
+        shadow_share: share of the answers beside which a new version answers too, unseen, until `reward` decides; 0
+            as above.
+        canary_alpha: highest probability with which a worse version is promoted, or an equally good one refused as
+            worse, however often you look.
+        canary_margin: a version is promoted when it is not worse by this much, on a scale from 0 to 1.
+        canary_pairs: pairs of ratings after which an undecided version is refused.
     """
 
     canary_share: Common[Annotated[float, Interval(ge=0, le=0.5)]] = 0.0
@@ -1313,17 +1313,17 @@ class TrialFields:
 
 @settings
 class ServeConfig(LearnerConfig, TrialFields):
-    """Serve a model that learns from what people say about its answers.
+    """Serve a model that learns from people's feedback on its answers.
 
     Args:
         host: the address to listen on. Others than this machine's own need keys.
         port: the port to listen on.
-        name: what the model is called; it also answers to "default".
+        name: the model's name; it also answers to "default".
         mode: personal (each rating makes a version) or shared (a version needs several sources, see min_sources).
         chat_rate: answers that a key, and a user that it names, may ask for in a minute, and at once; in shared mode
             only. Keys that may operate have no limit of their own, only their users do. 0 is no limit.
         feedback_rate: events that a source may send in a minute, and at once; in shared mode only. 0 is no limit.
-        keys: the file of keys; empty takes keys.json in `root`. While there are none nobody is asked for one.
+        keys: the file of keys; empty takes keys.json in `root`. Without keys the server asks nobody for one.
         public_url: where others reach the server, for the links in its answers.
         link_days: days for which a link that rates an answer is good.
         max_rows: completions decoded together.
@@ -1335,10 +1335,10 @@ class ServeConfig(LearnerConfig, TrialFields):
             module:function, as operant train names them. Nobody gives references here.
         implicit: module:function that reads a user's next message as a score of the answer before it, or as nothing.
         max_body: bytes of a request, at most.
-        max_age_days: what was asked longer ago goes, with its feedback, but nothing that is pending. Steps that learned
-            from it stay, and can no longer be made again from their records.
-        max_bytes: the oldest goes too until prompts and answers take no more; 0, as above, leaves the rule out.
-        drain_seconds: how long answers under way may go on when the server is told to stop.
+        max_age_days: older answers are deleted with their feedback, unless some of it is pending. Steps that learned
+            from them stay, and can no longer be made again from their records.
+        max_bytes: the oldest answers are deleted until prompts and answers take no more; 0, as above, means no limit.
+        drain_seconds: seconds that answers under way may still take when the server stops.
     """
 
     host: Common[str] = "127.0.0.1"
@@ -1393,11 +1393,11 @@ class VersionsConfig:
         compare: two versions to measure against each other on the anchor answers.
         promote: let this version serve.
         roll_back: serve the parent of the version that serves again, its optimizer included.
-        evaluate: versions to judge by the ratings of what others wrote: SNIPS and its effective sample size.
+        evaluate: versions to judge by the ratings of other versions' answers: SNIPS and its effective sample size.
         store: of `evaluate`; empty takes store.db in `root`.
         anchor: measure drift from this version on, which gives learning new room when the gate refuses for drift.
-        pin: a user who is served `version` whatever is published.
-        unpin: a user who follows the current version again.
+        pin: a user to keep on `version`, whatever is published.
+        unpin: a user to move back to the current version.
         version: of `pin`.
         json: print one JSON object.
     """
@@ -1445,16 +1445,16 @@ class ReplayConfig:
 
 @settings
 class ForgetConfig:
-    """Forget a source: what it said, what it asked, and what the weights have learned from it.
+    """Forget a source: its feedback, its prompts, and what the weights have learned from them.
 
-    A server that is at work in `root` does it while it goes on answering; without one, it is done here. Steps are made
-    again from the last version before the source's first use; what had touched its feedback is deleted. What people
-    have read in the meantime cannot be unsampled.
+    A server at work in `root` does it while it answers; without a server this command does it. Steps are made again
+    from the last version before the source's first use. Versions that its feedback had touched are deleted. Answers
+    that people have read cannot be taken back.
 
     Args:
         root: the folder that the live loop writes.
         store: where its feedback is; empty takes store.db in `root`. A server knows its own.
-        source: whom to forget: the name of their key, or the source that was given with their feedback.
+        source: the source to forget: the name of a key, or the source that was given with the feedback.
         device: auto, cpu, cuda or mps.
         dtype: as the learner had it.
         threads: CPU threads, which belong to the fingerprint; the server's learner has 1.
@@ -1478,19 +1478,19 @@ class FeedbackConfig:
         store: FILE.db or a database URL; empty takes store.db in `root`.
         root: the folder of the live loop, which knows how much each source counts; empty takes the one of FILE.db, or
             runs/live without a store.
-        score_low: the worst score, as the server was told.
+        score_low: the worst score, as the server has it.
         score_high: the best score.
-        event: tell what became of the feedback with this id.
+        event: show what the feedback with this id did.
         export: a file of JSON Lines to write, or, of any form but lines, a folder for a data set.
-        form: what is exported. lines: all, as operant prefer --replay reads it; events: one row each, with its texts;
+        form: of the export. lines: all, as operant prefer --replay reads it; events: one row each, with its texts;
             pairs: prompt, chosen, rejected; ratings: prompt, completion, label; rewards: prompt, completion, their
-            tokens and log-probabilities, and what each token was paid, as operant train --logged reads them.
+            tokens and log-probabilities, and each token's reward, as operant train --logged reads them.
         midpoint: a score above it is a good rating, one below it a bad one.
         load: a file of feedback to take in; nothing else may write the store meanwhile.
         format: of that file. lines: operant's own; langfuse, langsmith, tensorzero: an export of that tool.
         metric: take in only this metric of another tool.
         backup: copy the store, also while it is used, to this SQLite file.
-        max_age_days: remove what was asked longer ago, with its feedback, but nothing that is pending.
+        max_age_days: remove older answers with their feedback, unless some of it is pending.
         max_bytes: remove the oldest until prompts and answers take no more.
         json: print one JSON object.
     """
