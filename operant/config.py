@@ -1241,11 +1241,12 @@ class LearnerConfig(LiveConfig):
         store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
             operant.data.feedback_log writes it.
         model: the first version, a folder or hub id; only to begin a new root.
-        anchors: rows with prompts, on whose answers every step is measured; empty samples from the bare model. Only to
-            begin a new root.
+        anchors: rows with prompts, of a folder its train split, on whose answers every step is measured; empty samples
+            from the bare model. Only to begin a new root.
         anchor_rows: so many anchor answers.
         anchor_tokens: tokens of an anchor answer, at most.
-        heldout: rows with prompts and maybe references for the slow gate; empty leaves it out.
+        heldout: rows with prompts and maybe references for the slow gate, of a folder its dev split; empty leaves it
+            out.
         heldout_rows: use only the first rows.
         tolerance: the share of a held-out metric that a version may lose before it is rolled back.
         prompt_field: column of the prompt.
