@@ -334,7 +334,7 @@ class SamplerProtocol(Protocol):
 
         The i-th completion is drawn with random numbers keyed by (`sampling.seed`, the prompt's id, first_sample + i).
         stream: a reward that is paid token by token and may end a row. audit_fraction: this share of the rows that it
-        would end runs on; None leaves the share to the sampler. alternatives: likeliest tokens told at each place.
+        would end runs on; None leaves the share to the sampler. alternatives: likeliest tokens reported at each place.
 
         Raises OperantError when the prompt is empty or leaves no room for a token.
         """

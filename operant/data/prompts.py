@@ -349,7 +349,7 @@ def load_pairs(
 def load_fitting_pairs(
     rows: Sequence[Row], policy: PromptReader, config: PairFields, which: str
 ) -> tuple[list[Pair], list[str]]:
-    """(pairs that the model can hold, what was cut or left out or is empty). `which` names them in what is told.
+    """(pairs that the model can hold, notes on what was cut, left out or empty). `which` names the pairs in the notes.
 
     "truncate" cuts the prompt so that its completion has room, but to no less than half of the context. No rows give no
     pairs.

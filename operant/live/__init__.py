@@ -1,1 +1,1 @@
-"""The live loop: what people say about answers becomes weights that serve seconds later."""
+"""The live loop: people's feedback on answers becomes weights that serve seconds later."""

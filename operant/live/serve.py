@@ -258,7 +258,7 @@ def server_of(app: FastAPI, config: ServeConfig) -> Any:
     from operant.live.api.server import drain
 
     class Server(uvicorn.Server):
-        """Cuts off answers that go on too long after the server was told to stop."""
+        """Cuts off answers that take too long once the server stops."""
 
         async def shutdown(self, sockets: Any = None) -> None:
             draining = asyncio.ensure_future(drain(app.state.service))

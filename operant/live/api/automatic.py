@@ -1,7 +1,7 @@
 """A reward that rates every answer as soon as it is written: a metric, a judge, a learned model, any function.
 
-Off unless the server is told to use one. Its events are scores, with it as their source, and are learned and told of as
-a person's are.
+It is off unless the server's settings name one. Its events are scores, with it as their source. The learner treats them
+as a person's.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Automatic(Listener):
         self._runner.close()
 
     async def score(self, prompt: Prompt, completion: Completion) -> float | None:
-        """What the reward pays; None, and told in the log, when it is missing."""
+        """The reward of an answer. A missing one is None, and the log says why."""
         async with self._turn:
             (rated,) = await asyncio.to_thread(self._runner.run, [(prompt, completion)])
         if rated.missing or not rated.observed.all():

@@ -1,4 +1,4 @@
-"""The routes of feedback: the native call, what each event has done, what each source has said, and signed links."""
+"""The routes of feedback: the native call, the story of each event, the record of each source, and signed links."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Answers under way: asked of the engine, written down before the first byte and before the last, told piece by piece.
+"""Answers under way: asked of the engine, recorded before the first byte and before the last, sent piece by piece.
 
-The work belongs to the server and not to the request: a client that goes away frees its rows, and what was written by
+The work belongs to the server and not to the request. A client that goes away frees its rows, and the text written by
 then is recorded all the same.
 """
 

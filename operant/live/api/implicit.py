@@ -1,7 +1,7 @@
-"""A rule that reads what people say next as a rating of what they were answered.
+"""A rule that reads a person's next message as a rating of the answer before it.
 
 The rule is called as (prompt, completion, the next user message) and returns a number on the scale of scores, or None.
-It is off unless the server is told to use one, and its events have it as their source.
+It is off unless the server's settings name one. Its events have it as their source.
 """
 
 from __future__ import annotations

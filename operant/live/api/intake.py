@@ -1,4 +1,4 @@
-"""How what is said about an answer becomes a committed event, whichever way it comes in."""
+"""Feedback on an answer becomes a committed event, whichever way it comes in."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What OpenAI's API sends back: chat and text completions, whole or in chunks, stored chats, and the model.
+"""The replies of OpenAI's API: chat and text completions, whole or in chunks, stored chats, and the model.
 
-What OpenAI's objects have no field for is under `operant`.
+Values without a field in OpenAI's objects stand under `operant`.
 """
 
 from __future__ import annotations

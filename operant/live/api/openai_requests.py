@@ -1,6 +1,6 @@
-"""What a request of OpenAI's API may say, and what it means: prompts and settings for the sampler, and feedback.
+"""Requests of OpenAI's API, read: prompts and settings for the sampler, and feedback.
 
-Whatever a model here cannot honour is refused by name; nothing that would change the answer is silently ignored.
+An argument that the server cannot honour is refused by name. Nothing that would change the answer is silently ignored.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ _BRANCHES = ("str", "int", "float", "bool", "none", "list", "dict", "constrained
 
 
 def _describe_first(errors: Sequence[Any]) -> tuple[str | None, str]:
-    """(the field, what is wrong with it), of the first fault. Alternatives of one field are told together."""
+    """(the field, what is wrong with it), of the first fault. Alternatives of one field come together."""
 
     def field(error: Any) -> str:
         name = ""

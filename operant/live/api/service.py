@@ -42,7 +42,7 @@ STORE_THREADS = 64
 
 
 class ApiError(Exception):
-    """A refusal that the client is told in OpenAI's form."""
+    """A refusal, which the client gets in OpenAI's form."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,
@@ -117,9 +117,9 @@ class GenerationRequest:
 
 
 class Listener(Protocol):
-    """Is told what happens on a server. A subclass writes the methods that it needs.
+    """Hears what happens on a server. A subclass writes the methods that it needs.
 
-    What a method raises is logged and harms nobody's answer, receipt, or other listeners (`Service.tell`).
+    An exception in a method is logged. It harms no answer, no receipt and no other listener (`Service.tell`).
     """
 
     async def on_begun(
@@ -141,12 +141,12 @@ class Listener(Protocol):
 
 @dataclasses.dataclass(kw_only=True)
 class Service:
-    """The parts of the live loop that the routes work with. `supervisor` is None where nobody learns.
+    """The parts of the live loop that the routes work with. `supervisor` is None where nothing learns.
 
-    codec, encoder, max_length: of every version, as they are of one family: what the policy's tokens are, whether it
-    reads prompts with an encoder, and how many tokens it holds.
-    keys: none asks nobody who they are. canary: None where versions are not tried before they serve everybody.
-    listeners: are told of what is asked, answered and rated, all at once.
+    codec, encoder, max_length: the policy's tokens, whether it reads prompts with an encoder, and how many tokens it
+    holds. They are the same for every version, since all are of one family.
+    keys: without any, nobody is asked for one. canary: None where versions serve everybody without a trial.
+    listeners: hear of every prompt, answer and rating, all at once.
     """
 
     engine: Engine

@@ -1,9 +1,9 @@
-"""Steps made again from their records: to prove a version, and to make what serves as if somebody had never spoken.
+"""Steps made again from their records: to prove a version, and to serve weights as if a source had never spoken.
 
-To forget a source is more than to take an event back. Every version whose weights its feedback, or feedback about what
-it asked, has touched is dropped; from the last one before its first use on, the steps are made again, with their own
-coefficients, on the events that are left; the events stay in the store as facts without content, so that offsets and
-counts hold. What serves goes on serving until all is made, and is then replaced at once.
+To forget a source is more than to take an event back. Every version whose weights its feedback, or feedback on answers
+to its prompts, has touched is dropped. From the last version before its first use on, the steps are made again, with
+their own coefficients, on the events that are left. The events stay in the store as facts without content, so that
+offsets and counts hold. The old version serves until all is made, and is then replaced at once.
 
 With the same fingerprint the weights are bit for bit those that the same steps would have made without the source:
 which earlier ratings a step learns again is drawn by priorities that no other source changes
@@ -421,8 +421,8 @@ def _measured_from(records: list[StepRecord], line: list[int], base: int) -> set
 
 
 def _steps_to_redo(redo: list[StepRecord], own: set[str], touching: set[str], store: Store) -> list[dict[str, Any]]:
-    """What is made again: the steps without the source's events. One that is left with too few sources waits for the
-    next, as its events would have; one that is left with no event is none."""
+    """The steps to make again, without the source's events. A step left with too few sources waits for the next, as its
+    events would have. A step left without events is dropped."""
     steps: list[dict[str, Any]] = []
     waiting: list[StepRecord] = []
     events: list[Feedback] = []

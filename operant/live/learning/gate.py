@@ -1,4 +1,4 @@
-"""What a version must show before it serves, and what it would be worth: KL on anchors, metrics, SNIPS."""
+"""The gate before a version serves, and an estimate of its worth: KL on anchors, metrics, SNIPS."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How much each source moves a model that several teach: reputation from agreement, and a cap on what one may have had.
+"""How much each source moves a model that several teach: reputation from agreement, and a cap on each source's share.
 
-Both are functions of what the log says up to a step and of the version that the step begins with, and are kept with the
-version: so a step made again from its record, or without a source, weighs everybody as it has to.
+Both are functions of the log up to a step and of the version that the step begins with, and are kept with the version.
+So a step made again from its record, or without a source, weighs everybody as it has to.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Learns step after step into a folder of versions: announce, step, gate, publish.
 
-What has been learned is in the version folders and nowhere else, so that a learner that dies is replaced by another.
+The version folders hold everything learned, and nothing else does: another learner can replace one that dies.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a version would be paid, judged before it serves from what other versions wrote and people rated."""
+"""An estimate of a version's reward before it serves, from people's ratings of other versions' answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each source has said, what became of it, and how much its word counts."""
+"""Each source's feedback, what that feedback did, and how much it counts."""
 
 from __future__ import annotations
 

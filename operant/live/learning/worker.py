@@ -2,7 +2,7 @@
 
     python -m operant.live.learning.worker --root runs/live --store feedback.db --model runs/train/model
 
-It tells what it does in lines of JSON on standard output: {"ready": 2} when it begins, {"version": 3, …} when a version
+It reports in lines of JSON on standard output: {"ready": 2} when it begins, {"version": 3, …} when a version
 serves, {"step": 4, "state": "nothing" | "refused", …} when a step published nothing, {"rolled_back": 5, "version": 2,
 …} by the slow gate, and {"error": …} for a fault, after which it tries again. What it has consumed is in the version
 folders, nowhere else.

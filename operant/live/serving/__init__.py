@@ -1,1 +1,1 @@
-"""What answers: the decoding engine, the published weights and trials of new ones, keys and limits."""
+"""Answering: the decoding engine, the published weights and trials of new ones, keys and limits."""

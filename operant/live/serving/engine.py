@@ -1,7 +1,7 @@
 """The one thread that decodes: requests of all users in one batch for each resident version of the weights.
 
 A request is pinned to the version it began with, and a cache to the weights that made it. At most two versions are
-resident; when a third comes, what one of them has under way is read again under the newest. Every token is recorded
+resident; when a third comes, one of them leaves and its rows are read again under the newest. Every token is recorded
 with the version that drew it.
 """
 

@@ -1,4 +1,4 @@
-"""What Prometheus reads of a server: counted as it happens, and looked up when it asks."""
+"""A server's metrics for Prometheus: counted as things happen, and looked up when it asks."""
 
 from __future__ import annotations
 

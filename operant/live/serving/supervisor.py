@@ -1,8 +1,7 @@
-"""Keeps the learner process running and serves what it publishes; a learner that dies stops no answer.
+"""Keeps the learner process running and serves its versions; a learner that dies stops no answer.
 
-The file `current` of the versions says what is to be served, whoever wrote it: the learner, `operant versions`, or the
-server's own route. A version is loaded beside the engine's thread, and what cannot be loaded is not served: the engine
-keeps what it has, and says why.
+The file `current` names the version to serve. The learner, `operant versions`, or the server's own route writes it.
+A version is loaded beside the engine's thread. If it cannot be loaded, the engine keeps the one it has, and says why.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ __all__ = ["EventLedger", "Supervisor", "arguments_of"]
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2  # between looks at `current`, which other processes move too
-LEARNER_POLL_SECONDS = (
-    0.5  # the learner is told of feedback; it looks by itself for answers that end after their rating
-)
+LEARNER_POLL_SECONDS = 0.5  # feedback wakes the learner; it looks by itself for answers that end after their rating
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a learner that died is started again, and before a load
 STEADY_SECONDS = 60.0  # after which a learner's death is the first one again
 TRY_SECONDS = 5.0  # before a candidate takes its place in memory again
@@ -185,7 +182,7 @@ class Supervisor:
             self._closing.set()
             if self._process is not None:
                 self._process.terminate()
-        self.poke()  # it looks at once whether it was told to stop
+        self.poke()  # it looks at once whether it should stop
         self._look.set()
         following.join()
         learner.join(STOP_SECONDS)

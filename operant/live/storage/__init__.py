@@ -1,1 +1,1 @@
-"""What is kept on disk: conversations and feedback in a database, and the versions of the weights."""
+"""The live loop on disk: conversations and feedback in a database, and the versions of the weights."""

@@ -2,7 +2,7 @@
 
 Another tool's feedback is about a completion that is in the store: the id it gives is the completion's own, or stands
 among the completion's metadata under a name that ends in _id, as it does when the request said so
-(`metadata={"trace_id": …}`). What it cannot be joined to, and what says nothing, is counted by its reason.
+(`metadata={"trace_id": …}`). Feedback that joins no completion, or says nothing, is counted by its reason.
 """
 
 from __future__ import annotations

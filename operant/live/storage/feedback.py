@@ -1,4 +1,4 @@
-"""What people say of an answer: from a request's body to an event, and the exchange of events with other tools."""
+"""Feedback on an answer: from a request's body to an event, and the exchange of events with other tools."""
 
 from __future__ import annotations
 

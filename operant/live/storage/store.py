@@ -1,4 +1,4 @@
-"""The durable log of the live loop: prompts, completions, feedback, and the ledger of what became of each event.
+"""The durable log of the live loop: prompts, completions, feedback, and the ledger of what each event did.
 
 SQLite by default, PostgreSQL by URL. One process writes, and in it one thread: calls that wait at the same time share a
 transaction, each in a savepoint of its own, and every call returns after the commit. So what was acknowledged survives
