@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _going_on(given: Sequence[str]) -> str:
-    """How an interrupted command is gone on with, for those that can be."""
+    """How to resume an interrupted command, for those that can resume."""
     cls = EXAMPLES[given[0]][0] if given and given[0] in EXAMPLES else None
     resumes = cls is not None and any(f.name == "resume" for f in dataclasses.fields(cls))
     return "; go on with --resume true if a run was under way" if resumes else ""

@@ -1,1 +1,1 @@
-"""What has weights, and what decodes: policy, critic, encoder, reward model, caches, the sampler."""
+"""Models and decoding: policy, critic, encoder, reward model, caches, the sampler."""

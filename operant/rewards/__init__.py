@@ -1,4 +1,4 @@
-"""What is paid. A reward is a function, a metric, a model or a judge; what it returns becomes one reward per token.
+"""Rewards. A reward is a function, a metric, a model or a judge; its result becomes one reward per token.
 
 seam         what a reward may be, and how its value is placed on tokens: begin here to write one
 names        rewards by name: the text of --reward

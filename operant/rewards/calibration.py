@@ -1,4 +1,4 @@
-"""How well a reward agrees with what it should foretell: correlation, calibration and its repair. Pure functions."""
+"""How well a reward agrees with its target: correlation, calibration and its repair. Pure functions."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Endpoint:
             if isinstance(error.reason, TimeoutError | socket.timeout):
                 raise EndpointFailed("timeout", f"over {self.timeout:g} s", sent=True) from None
             raise EndpointFailed("down", _hidden(str(error.reason), key)) from None
-        except Exception as error:  # the system's, and http.client's own: a status line that is none, a body cut off
+        except Exception as error:  # the system's, and http.client's own: a malformed status line, a body cut off
             raise EndpointFailed("down", _hidden(f"{type(error).__name__} {error}", key), sent=True) from None
         try:
             reply = json.loads(data)

@@ -1,4 +1,4 @@
-"""What a judge has said and what that has cost, in one SQLite file."""
+"""A judge's verdicts and their cost, in one SQLite file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the run is judged by: the optimised reward beside metrics that were not optimised, on held-out prompts."""
+"""Held-out looks at a run: the optimised reward beside metrics that were not optimised, on held-out prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every stage that trains shares: folder, checkpoints, exact resume, Ctrl-C, limits, non-finite steps, report."""
+"""The part that training stages share: folder, checkpoints, exact resume, Ctrl-C, limits, non-finite steps, report."""
 
 from __future__ import annotations
 

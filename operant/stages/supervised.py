@@ -1,4 +1,4 @@
-"""What the stages share: a task's batches in, its loss down, the weights kept that are best on held-out data."""
+"""The loop that stages share: a task's batches in, its loss down, the weights kept that are best on held-out data."""
 
 from __future__ import annotations
 
