@@ -56,7 +56,7 @@ fmt: install
 
 # Speed and memory on this machine, alone, beside TRL, and of the live loop. Finished runs are kept; ARGS=--fresh measures again.
 bench: install
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.throughput --arch t5
 	$(BIN)/python -m benchmarks.throughput --arch gpt2
 	$(BIN)/python -m benchmarks.trl $(ARGS)
