@@ -259,7 +259,10 @@ def test_the_table_of_commands_runs_as_written_in_order(newcomer: Path) -> None:
     page = (ROOT / "README.md").read_text("utf-8")
     table = re.findall(r"(?m)^\| `(operant [^`]+)` \|", page)
     assert len(table) == len(EXAMPLES)
+    asked = json.dumps({"model": "default", "user": "anna", "messages": [{"role": "user", "content": "Ten"}]})
+    ask = f"curl -sf http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{asked}'"
     commands = [c for c in table if not c.startswith("operant quickstart")]
+    commands.insert(1 + next(i for i, c in enumerate(commands) if c.startswith("operant serve")), ask)
     judged = next(block for block in blocks(ROOT / "docs" / "reward_models.md") if block.language == "bash")
     port = free_port()
     cuts = CUTS | {"operant serve": f"--device cpu --port {port}"}
