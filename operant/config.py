@@ -1142,10 +1142,10 @@ class QuickstartConfig:
         out: the run folder.
         seed: of the task's rows, the weights, the data order and sampling.
         overwrite: throw the run in `out` away first.
-        threads: CPU threads for the matrix work; 0 takes all cores.
+        threads: CPU threads for the matrix work; 0 takes the cores that nobody keeps busy.
         labelled: labelled pairs to fine-tune on.
         prompts: prompts whose references only the reward sees.
-        minutes: wall time of the reward stage, and of fine-tuning further on the same pairs.
+        minutes: processor time that the reward stage may take at most, and fine-tuning further on the same pairs.
         device: auto, cpu, cuda or mps.
     """
 
@@ -1155,7 +1155,7 @@ class QuickstartConfig:
     threads: NonNegativeInt = 0
     labelled: Annotated[int, Interval(ge=1, le=100_000)] = 600
     prompts: Annotated[int, Interval(ge=1, le=100_000)] = 6000
-    minutes: PositiveFloat = 1.0
+    minutes: PositiveFloat = 5.0
     device: str = "auto"
 
 
