@@ -202,7 +202,11 @@ def test_a_quickstart_is_gone_on_from_as_it_said(program: Program, here: Path) -
         "--prompts_per_step", 2, "--group_size", 2, "--out", "mine", "--tensorboard", "false", *ON_CPU,
     )  # fmt: skip
     assert told.status == 0, told
-    assert "already holds a run" in program.fault("quickstart", "--out", "quickstart")
+    before = (here / "quickstart" / "results.json").read_bytes()
+    assert "with seed 2, not 0" in program.fault("quickstart", "--out", "quickstart")
+    told = program("quickstart", "--out", "quickstart", "--seed", 2, "--labelled", 8, "--prompts", 12)
+    assert told.status == 0 and "This circle is closed" in told.out
+    assert (here / "quickstart" / "results.json").read_bytes() == before
 
 
 # --- a live root ------------------------------------------------------------------------------------------------------

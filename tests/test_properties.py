@@ -418,14 +418,14 @@ def test_single_missing_rewards_are_never_read(
     )  # fmt: skip
     known = credit.known_returns(observed, mask, gamma)
     hidden = torch.where(observed & mask, rewards, torch.nan)
-    options = {"baseline": baseline, "gamma": gamma, "running": torch.tensor([0.3, 0.2], dtype=torch.float64)}
-    out, _, usable = credit.advantages(hidden, mask, groups, known, **options)
+    means = torch.tensor([0.3, 0.2], dtype=torch.float64) if baseline == "running" else None
+    out, _, usable = credit.advantages(hidden, mask, groups, known, baseline=baseline, gamma=gamma, against=means)
     assert torch.isfinite(out).all() and not out[~usable].any() and not (usable & ~known).any()
     for t in range(mask.shape[1]):  # position by position it is the estimator of the rows that are known there
         rest = known[:, t]
-        from_here = options | {"running": options["running"][min(t, 1) :]}
         whole = credit.advantages(
-            torch.nan_to_num(hidden)[:, t:], mask[:, t:], groups, rest, **from_here
+            torch.nan_to_num(hidden)[:, t:], mask[:, t:], groups, rest, baseline=baseline, gamma=gamma,
+            against=None if means is None else means[min(t, 1) :],
         )[0][:, 0]  # fmt: skip
         assert torch.allclose(out[:, t], whole, atol=1e-9)
 

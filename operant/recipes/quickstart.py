@@ -44,9 +44,10 @@ TITLES = {
 }
 FOLDERS = {"pretrained": "pretrain", "finetuned": "finetune", "continued": "continue", "rewarded": "reward"}
 CLOSED = "the circle is closed"  # why a finished run stopped
-FINE_TUNING_STEPS = 1000  # at most; it ends where the held-out chrF no longer rises
-PATIENCE = 5  # looks at it
-CONTROL_STEPS = 600
+FINE_TUNING_STEPS = 600  # at most; it ends where the held-out chrF no longer rises
+LOOK_EVERY = 40  # steps
+PATIENCE = 3  # looks without a better chrF
+CONTROL_STEPS = 400
 REWARD_STEPS = 240
 FEWEST_STEPS = REWARD_STEPS // 4  # of reward, from which something may be concluded
 
@@ -136,7 +137,7 @@ class Quickstart:
         return sft(
             SftConfig(
                 **self.options(stage), batch_size=64, lr=1e-3, warmup_steps=20, steps=steps, best_metric="chrf",
-                eval_every=20, eval_prompts=len(self.dev), max_tokens=MAX_TOKENS, patience=patience,
+                eval_every=LOOK_EVERY, eval_prompts=len(self.dev), max_tokens=MAX_TOKENS, patience=patience,
                 **self.limit(stage),
             ),
             policy=self.policy, pairs=self.pairs, dev_pairs=self.dev_pairs, quiet="settings",
