@@ -1,4 +1,4 @@
-"""The quickstart on several seeds, as a user runs it; one at a time, since it ends by the clock.
+"""The quickstart on several seeds, as a user runs it; one at a time, since its seconds are recorded.
 
 python -m benchmarks.quickstart                    seeds 0, 1 and 2; those that are recorded are skipped
 python -m benchmarks.quickstart --seeds 3 4
@@ -19,7 +19,7 @@ RECORD = Records(RECORDS / "quickstart")
 ROWS = {
     "pretrained": "pretrained",
     "finetuned": "fine-tuned",
-    "continued": "fine-tuned further, same pairs, same time",
+    "continued": "fine-tuned further, same pairs",
     "rewarded": "with instant reward",
 }
 METRICS = {"bleu": "BLEU", "chrf": "chrF", "exact": "exact match"}
@@ -50,7 +50,7 @@ def write() -> None:
         "",
         f"With reward, BLEU is above the better of both fine-tuned rows by {spread(gains)}. "
         f"Wall time of a whole run in seconds: {spread([r['seconds'] for r in records.values()])}; "
-        f"reward steps in their minute: {spread([r['reward_steps'] for r in records.values()], 0)}.",
+        f"reward steps: {spread([r['reward_steps'] for r in records.values()], 0)}.",
     ]
     write_section("quickstart", "\n".join(lines))
     print("\n".join(lines))

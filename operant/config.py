@@ -1155,7 +1155,7 @@ class QuickstartConfig:
     threads: NonNegativeInt = 0
     labelled: Annotated[int, Interval(ge=1, le=100_000)] = 600
     prompts: Annotated[int, Interval(ge=1, le=100_000)] = 6000
-    minutes: PositiveFloat = 5.0
+    minutes: PositiveFloat = 10.0
     device: str = "auto"
 
 
