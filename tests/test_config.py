@@ -212,12 +212,15 @@ def test_a_block_is_left_out_or_has_room_for_a_step(block: int, allowed: bool) -
             configs.PretrainConfig(block=block)
 
 
-def test_edges_are_allowed() -> None:
-    configs.TrainConfig(
-        gamma=0.0, top_p=1.0, seed=2**63 - 1, eval_prompts=0, log_samples=0, lr=0.0, reward_workers=-1, limit=None,
-        stop=["END"], lam="auto",
-    )  # fmt: skip
-    configs.PretrainConfig(max_length=2, mean_span=1.0)
+def test_edges_are_allowed_and_kept_as_given() -> None:
+    edges = {
+        "gamma": 0.0, "top_p": 1.0, "seed": 2**63 - 1, "eval_prompts": 0, "log_samples": 0, "lr": 0.0,
+        "reward_workers": -1, "limit": None, "stop": ["END"], "lam": "auto",
+    }  # fmt: skip
+    made = configs.TrainConfig(**edges)
+    assert {name: getattr(made, name) for name in edges} == edges
+    text = configs.PretrainConfig(max_length=2, mean_span=1.0)
+    assert (text.max_length, text.mean_span) == (2, 1.0)
 
 
 def test_former_names_are_read() -> None:
