@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shutil
 import threading
 import time
@@ -21,6 +22,7 @@ from serving import Served, serving
 from operant.live.api.automatic import Automatic
 from operant.live.api.implicit import Implicit
 from operant.live.api.service import GenerationRequest, Listener, Service, Way
+from operant.live.serve import server_of
 from operant.live.serving.access import Links
 from operant.live.storage.store import StoredCompletion, StoreFault
 from operant.models.policy import Policy
@@ -886,3 +888,22 @@ def test_a_reward_rates_every_answer_once(policy: Policy, tmp_path: Path, reward
             assert all(one["value"] == 0.5 and one["source"].startswith("reward:") for one in told)
     finally:
         automatic.close()
+
+
+# --- in a program of somebody else's ----------------------------------------------------------------------------------
+
+
+def test_a_server_closes_no_log_handler_of_the_program(served: Served) -> None:
+    """uvicorn's own set-up closes all of them, and absl's, which TensorBoard brings, closes standard error with it."""
+
+    class Handler(logging.Handler):
+        closed = False
+
+        def close(self) -> None:
+            Handler.closed = True
+            super().close()
+
+    handler = Handler()
+    server_of(served.server.config.app, served.service.config)
+    assert not Handler.closed
+    handler.close()

@@ -160,11 +160,14 @@ def _log_to(file: Path) -> Iterator[None]:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
+    web = logging.getLogger("uvicorn")
+    web.addHandler(handlers[1])
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.setLevel(before)
+        web.removeHandler(handlers[1])
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
@@ -268,6 +271,7 @@ def server_of(app: FastAPI, config: ServeConfig) -> Any:
     return Server(
         uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, lifespan="on",
+            log_config=None,  # its own would close all handlers of the process, and absl's closes the stream with it
             timeout_graceful_shutdown=int(config.drain_seconds) + 15,
         )
     )  # fmt: skip
