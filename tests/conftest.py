@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from operant.data.text import Codec
 from operant.models.policy import Policy
 
 torch.set_num_threads(1)
+# No test cuts the power. A disk that is waited for thousands of times costs minutes; processes of their own do wait.
+os.fsync = os.fstat  # type: ignore[assignment]
 
 TEXTS = ["the cat sat on the mat", "a dog ran to the red house", "你好,世界", "one two three four five", "😀 naïve"]
 FAMILIES = ("gpt2", "llama", "t5", "bart", "marian")
@@ -78,7 +81,22 @@ def make_policy(codec: Codec) -> Callable[..., Policy]:
     return make
 
 
+def sketch(chart: Any, folder: Path) -> str:
+    (folder / f"{chart.key}.png").write_bytes(b"\x89PNG\r\n")
+    return f"<figure>{chart.key}</figure>"
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are whole but for the lines of their curves, which take longer to draw than a tiny run to learn.
+
+    A test that is marked `draws` has them.
+    """
+    if request.node.get_closest_marker("draws") is None:
+        monkeypatch.setattr("operant.run.report._figure", sketch)
+
+
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the report takes longer than learning."""
+    """A run ends without writing its report at all."""
     monkeypatch.setattr("operant.run.run.write_report", lambda folder: None)

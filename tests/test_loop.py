@@ -478,6 +478,7 @@ def test_fine_tuning_fits_its_pairs(make_policy: Callable[..., Policy], tmp_path
 # --- how runs end ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.draws
 def test_a_run_whose_rewards_are_all_missing_stops_and_says_why(
     make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:

@@ -140,6 +140,7 @@ def test_a_run_goes_on_as_if_nothing_had_interrupted_it(name: str, program: Prog
         assert there == pytest.approx(values, rel=2e-3, abs=1e-4), step
 
 
+@pytest.mark.draws
 def test_an_old_log_is_drawn_with_the_results_beside_it(program: Program, runs: Path) -> None:
     """The report is of all steps, those of the old log too. A quickstart's results are told wherever they lie."""
     unpack("quickstart", runs)

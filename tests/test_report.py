@@ -13,6 +13,8 @@ from operant.run.report import hacking_checks, load_run, terminal_curve, write_r
 from operant.run.runlog import RunFolder, RunLog
 from operant.types import OperantError
 
+pytestmark = pytest.mark.draws
+
 CONFIG = "reward: chrf\nseed: 3\ntarget: chrf>=61.5\n"
 
 

@@ -314,7 +314,10 @@ def test_calibration_is_measured_on_the_other_half(
 SMALL = ("--vocab_size", 300, "--max_length", 48, "--lr", "3e-3", "--warmup_steps", 2, "--batch_size", 16, *QUIET_RUN)
 
 
-@pytest.mark.parametrize(("kind", "arch"), [("comparison", "bert"), ("regression", "llama"), ("token", "bert")])
+@pytest.mark.parametrize(
+    ("kind", "arch"),
+    [("comparison", "bert"), ("regression", "llama"), pytest.param("token", "bert", marks=pytest.mark.draws)],
+)
 def test_training_learns_beats_the_baselines_and_resumes_exactly(
     kind: str, arch: str, program: Program, tmp_path: Path
 ) -> None:

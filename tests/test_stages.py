@@ -212,7 +212,15 @@ def whole(run: Path) -> None:
     assert not [file for file in run.rglob(".*") if file.name != ".lock"]
 
 
-@pytest.mark.parametrize(("arch", "vocabulary"), [("llama", 288), ("gpt2", 288), ("t5", 376), ("mbart", 376)])
+@pytest.mark.parametrize(
+    ("arch", "vocabulary"),
+    [
+        pytest.param("llama", 288, marks=pytest.mark.draws),
+        ("gpt2", 288),
+        pytest.param("t5", 376, marks=pytest.mark.draws),
+        ("mbart", 376),
+    ],
+)
 def test_the_whole_circle(arch: str, vocabulary: int, program: Program, data: Path, tmp_path: Path) -> None:
     def ran(*arguments: object) -> Outcome:
         outcome = program(*arguments)
