@@ -8,7 +8,7 @@ PAGE := operant/live/static/index.html
 NPM = $(or $(shell command -v npm),$(BIN)/npm)
 WEB = PATH="$(CURDIR)/$(BIN):$$PATH" $(NPM) --prefix web
 
-.PHONY: install page quickstart test test-slow lint fmt bench results docs
+.PHONY: install page quickstart test test-fast test-slow lint fmt bench results docs
 .DEFAULT_GOAL := quickstart
 
 install: $(STAMP) $(PAGE)
@@ -38,6 +38,10 @@ quickstart: install
 test: install
 	if test -d web/node_modules; then $(WEB) test --silent; fi
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# The inner loop: under a minute on two cores. python -m benchmarks.mutants says how many faults these tests notice.
+test-fast: install
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile @tests/fast.txt $(ARGS)
 
 test-slow: install
 	$(BIN)/pytest -m slow $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,56 @@ def test_no_benchmark_imports_one_that_imports_it() -> None:
         ends = {name for name, others in imports.items() if not others & imports.keys()}
         assert ends, f"these import each other: {sorted(imports)}"
         imports = {name: others for name, others in imports.items() if name not in ends}
+
+
+def test_mutants_change_what_runs_and_leave_documentation_types_and_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.mutants import changes, mutated, places
+
+    source = """
+'''1'''
+Kinds = Literal[2]
+def f(x: int = 3) -> Literal[4]:
+    '''5'''
+    assert x != 6, "x is 6"
+    if x < 7:
+        raise ValueError(f"{x + 8}")
+    x.clamp(min=9)
+    return not x
+"""
+    tree = ast.parse(source)
+    found = [mutated("f.py", tree, place, new) for place in places(tree) for new in changes(place[0])]
+    assert [mutant.change.split("  →  ") for mutant in found] == [
+        ["3", "4"],
+        ["if x < 7:", "if not x < 7:"],
+        ["x < 7", "x <= 7"],
+        ["7", "8"],
+        ["x.clamp(min=9)", "deleted"],
+        ["x.clamp(min=9)", "x.clamp()"],
+        ["x.clamp(min=9)", "x"],
+        ["9", "10"],
+        ["not x", "x"],
+    ]
+    assert len({mutant.source for mutant in found}) == len(found)
+    assert [mutant.lines for mutant in found[:3]] == [(4, 10), (7, 7), (7, 7)]
+
+
+def test_the_seed_decides_which_mutants_there_are_and_one_is_imported_in_place_of_its_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.mutants import TARGETS, TESTS, Mutant, Mutated, chosen
+
+    first = chosen(seed=1, count=12)
+    assert first == chosen(seed=1, count=12) != chosen(seed=2, count=12)
+    assert len(first) == 12 and {mutant.file for mutant in first} == set(TARGETS)
+    for mutant in first:
+        assert mutant.source != ast.unparse(ast.parse((ROOT / mutant.file).read_text("utf-8")))
+        compile(mutant.source, mutant.file, "exec")
+    finder = Mutated(Mutant("operant/types.py", 1, "", "Batch = 'changed'", (1, 1)))
+    assert finder.find_spec("operant.config", None) is None
+    spec = finder.find_spec("operant.types", None)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.Batch == "changed" and module.__file__ == str(ROOT / "operant" / "types.py")
+    assert all((ROOT / line).exists() for line in TESTS.read_text("utf-8").splitlines())

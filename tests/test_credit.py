@@ -36,6 +36,8 @@ def test_what_stands_outside_the_mask_is_never_read() -> None:
 def test_discount_weights_by_hand() -> None:
     _, mask = rows([0.0] * 3, [0.0])
     assert credit.discount_weights(mask, 0.5).tolist() == [[1, 0.5, 0.25], [1, 0, 0]]
+    steps = torch.tensor([[0.5, 0.25, 9.0], [9.0, 9.0, 9.0]])  # a discount a token; the last one's leads nowhere
+    assert credit.discount_weights(mask, steps).tolist() == [[1, 0.5, 0.125], [1, 0, 0]]
 
 
 def test_leave_one_out_by_hand() -> None:
@@ -189,10 +191,12 @@ def test_the_running_baseline_is_taken_off_every_return_at_its_position() -> Non
 
 def test_the_running_mean_is_kept_by_position_and_reads_earlier_steps_only() -> None:
     assert credit.running_baseline([], []).tolist() == [0.0]
+    assert credit.running_baseline([0.0, 3.0], [0.0, 2.0]).tolist() == [0.0, 1.5]  # nobody came to the first
     returns = torch.tensor([[4.0, 3.0, 9.0], [2.0, 0.0, 0.0]])
     inside = torch.tensor([[True, True, False], [True, False, False]])
     sums, counts = credit.updated_running([], [], returns, inside, 0.5)
     assert (sums, counts) == ([6.0, 3.0, 0.0], [2.0, 1.0, 0.0])
+    assert {type(number) for number in sums + counts} == {float}  # they are kept in JSON
     assert credit.running_baseline(sums, counts).tolist() == [3.0, 3.0, 3.0]  # nobody came to the third
     sums, counts = credit.updated_running(sums, counts, torch.tensor([[1.0]]), torch.tensor([[True]]), 0.5)
     assert (sums, counts) == ([4.0, 1.5, 0.0], [2.0, 0.5, 0.0])

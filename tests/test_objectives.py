@@ -156,6 +156,18 @@ def test_the_value_loss_by_hand() -> None:
     assert loss.tolist() == pytest.approx([1.3**2 / 2, 0.5, 1.3**2 / 2])
     loss.sum().backward()
     assert values.grad is not None and values.grad.tolist() == [0.0, 1.0, 0.0]
+    returns.requires_grad_()
+    for clip in (0.0, 0.2):
+        objectives.value_loss(values, old, returns, clip).sum().backward()
+    assert returns.grad is None  # what the critic should have said is a constant
+
+
+def test_the_loss_of_q_by_hand_and_its_target_is_a_constant() -> None:
+    values, targets = tensor([3.0, 1.0], requires_grad=True), tensor([1.0, 2.0], requires_grad=True)
+    loss = objectives.q_loss(values, targets)
+    assert loss.tolist() == [2.0, 0.5]
+    loss.sum().backward()
+    assert values.grad is not None and values.grad.tolist() == [2.0, -1.0] and targets.grad is None
 
 
 def test_the_kl_controller_by_hand_and_it_finds_its_target() -> None:

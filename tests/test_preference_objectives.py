@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import tensor
 
 from operant.algorithms import objectives
+from operant.data.batch import from_sequences
 
 
 def columns(count: int, rows: int = 5, seed: int = 1) -> list[torch.Tensor]:
@@ -70,6 +74,11 @@ def test_kto_is_its_papers_formula_and_so_is_its_gradient() -> None:
     assert bool((mine[desirable] < 0).all()) and bool((mine[~desirable] > 0).all())
 
 
+def test_kto_weighs_good_and_bad_ones_alike_unless_it_is_told_otherwise() -> None:
+    even = objectives.kto(tensor([1.0, 1.0]), tensor([1.0, 1.0]), tensor([True, False]), 0.0)
+    assert even.tolist() == [0.5, 0.5]
+
+
 def test_ktos_reference_point_is_not_negative_and_gets_no_gradient() -> None:
     logprobs = tensor([1.0, 2.0, -1.0], requires_grad=True)
     point = objectives.kto_reference_point(logprobs, tensor([0.0, 0.0, 0.5]))
@@ -81,3 +90,47 @@ def test_the_reference_gets_no_gradient() -> None:
     four = [tensor([1.0], requires_grad=True) for _ in range(4)]
     (objectives.dpo(*four) + objectives.ipo(*four)).sum().backward()
     assert four[0].grad is not None and four[2].grad is four[3].grad is None
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("algorithm", ["dpo", "ipo", "kto"])
+def test_the_loss_of_a_pair_or_completion_stands_on_one_token_by_hand(algorithm: Any, mean: bool) -> None:
+    """Two pairs whose rows are not in the order of their pairs, of a prompt with one token; 0 outside the mask."""
+    completions = [np.array(c) for c in ([5, 6, 7], [5, 6], [5], [5, 6, 7])]
+    batch = from_sequences([np.array([1])] * 4, completions, encoder=False, pad_id=0)
+    batch.is_chosen, batch.pair_ids = tensor([True, True, False, False]), tensor([1, 0, 0, 1])
+    batch.ref_logprobs = -0.5 * batch.action_mask.double()
+    logprobs = -tensor([[1.0], [2.0], [4.0], [3.0]], dtype=torch.float64) * batch.action_mask
+    token_loss, sums = objectives.preference_loss(logprobs, batch, algorithm, beta=0.5, mean=mean, reference_point=0.25)
+
+    length = tensor([3.0, 2.0, 1.0, 3.0], dtype=torch.float64)
+    scale = length if mean else torch.ones(4, dtype=torch.float64)
+    ours, reference = -tensor([1.0, 2.0, 4.0, 3.0]) * length / scale, -0.5 * length / scale
+    expected = torch.zeros_like(logprobs)
+    gain = ours - reference
+    if algorithm == "kto":
+        values = objectives.kto(ours, reference, batch.is_chosen, 0.25, 0.5)
+        expected[[0, 1, 2, 3], [3, 2, 1, 3]] = values
+        margins = 0.5 * (gain - 0.25) * tensor([1.0, 1.0, -1.0, -1.0])
+    else:
+        loss = objectives.dpo if algorithm == "dpo" else objectives.ipo
+        expected[0, 3] = loss(ours[0], ours[3], reference[0], reference[3], 0.5)
+        expected[1, 2] = loss(ours[1], ours[2], reference[1], reference[2], 0.5)
+        margins = 0.5 * (gain[:2] - gain[[3, 2]])
+    assert torch.allclose(token_loss, expected)
+    assert float(sums["count"]) == len(margins) and float(sums["accuracy"]) == int((margins > 0).sum())
+    assert float(sums["margin"]) == pytest.approx(float(margins.sum()))
+    # the likelihood of the good ones beside it, a mean over each one's tokens
+    more, _ = objectives.preference_loss(
+        logprobs, batch, algorithm, beta=0.5, mean=mean, reference_point=0.25, sft_coef=0.1
+    )
+    likelihood = -0.1 * logprobs / length[:, None] * batch.is_chosen[:, None]
+    assert torch.allclose(more - token_loss, likelihood)
+
+
+def test_the_reference_itself_is_right_half_of_the_time() -> None:
+    batch = from_sequences([np.array([1])] * 2, [np.array([5, 6]), np.array([7])], encoder=False, pad_id=0)
+    batch.is_chosen, batch.pair_ids = tensor([True, False]), tensor([0, 0])
+    batch.ref_logprobs = -batch.action_mask.double()
+    _, sums = objectives.preference_loss(batch.ref_logprobs, batch, "dpo", beta=0.5)
+    assert {name: float(value) for name, value in sums.items()} == {"count": 1.0, "accuracy": 0.5, "margin": 0.0}
