@@ -11,15 +11,19 @@ from hypothesis import strategies as st
 
 from operant.data.batch import (
     completion_axes,
+    drawn_rewards,
     encoder_context,
     from_sequences,
     from_trajectories,
+    gather,
     group_numbers,
     microbatches,
     pack,
+    right_padded,
     scatter,
     select_rows,
     token_weights,
+    turn_discounts,
 )
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
@@ -41,6 +45,13 @@ def test_weights_and_denominators_by_hand() -> None:
     ):
         got, below = token_weights(mask, name, 10.0)  # type: ignore[arg-type]
         assert torch.allclose(got, weights) and below == denominator
+    assert token_weights(mask, "constant")[1] == 2.0
+    assert token_weights(mask[2:], "per_completion")[1] == token_weights(mask[2:], "per_token")[1] == 1.0
+
+
+def test_no_rows_are_a_batch_of_nothing() -> None:
+    tokens, mask = right_padded([], pad_id=9)
+    assert tokens.shape == mask.shape == (0, 0) and tokens.dtype == torch.long and mask.dtype == torch.bool
 
 
 def test_a_decoders_row_is_prompt_and_completion_and_acts_on_the_completion_alone() -> None:
@@ -101,6 +112,11 @@ def test_rewards_and_logprobs_stand_on_the_token_they_belong_to(encoder: bool) -
         assert not batch.rewards[i, ~acted].any() and not batch.behavior_logprobs[i, ~acted].any()
     assert batch.temperature.tolist() == [0.5] * 3
     assert batch.denominator == 3 and batch.kind == "completions"
+    assert from_trajectories(ROWS, encoder=encoder, pad_id=0, normalisation="constant").denominator == 3
+    ROWS[1].completion.sampling, kept = Sampling(temperature=0.0), ROWS[1].completion.sampling
+    greedy = from_trajectories(ROWS, encoder=encoder, pad_id=0)
+    ROWS[1].completion.sampling = kept
+    assert greedy.temperature is not None and greedy.temperature.tolist() == [0.5, 1.0, 0.5]
 
 
 @pytest.mark.parametrize("encoder", [False, True])
@@ -122,6 +138,38 @@ def test_a_completion_without_logprobs_is_not_taught() -> None:
     _, _, valid = completion_axes([ROWS[0], unknown])
     assert valid.tolist() == [True, False]
     assert from_trajectories([ROWS[0], unknown], encoder=False, pad_id=0).behavior_logprobs is None
+
+
+def test_what_the_environment_wrote_is_context_and_its_reward_is_paid_to_the_drawn_token_before() -> None:
+    """Two turns, [4 5] and [6 1], with what the environment said between them; a second row of one turn."""
+    episode = trajectory("a", [4, 5, 8, 9, 6, 1], [1.0, 2.0, 4.0, np.nan, 8.0, 16.0])
+    episode.completion.sampled = np.array([True, True, False, False, True, True])
+    plain = trajectory("b", [7, 1], [0.5, 0.25])
+    both = [plain, episode]
+    earned, seen = drawn_rewards(episode)
+    assert earned.tolist() == [1.0, 6.0, 8.0, 16.0] and seen.tolist() == [True, False, True, True]
+    assert drawn_rewards(plain)[0].tolist() == [0.5, 0.25]
+    rewards, mask, valid = completion_axes(both)
+    assert rewards.tolist() == [[0.5, 0.25, 0.0, 0.0], [1.0, 6.0, 8.0, 16.0]]
+    assert mask.sum(1).tolist() == [2, 4] and valid.tolist() == [True, False]
+    assert turn_discounts(both, 0.5, 1.0) == 0.5
+    discounts = turn_discounts(both, 0.5, 0.25)
+    assert isinstance(discounts, torch.Tensor)
+    assert discounts.tolist() == [[0.5] * 4, [0.5, 0.125, 0.5, 0.5]]
+
+    values = torch.tensor([[1.0, 2.0, 0.0, 0.0], [3.0, 4.0, 5.0, 6.0]], dtype=torch.float64)
+    batch = from_trajectories(both, encoder=False, pad_id=0)
+    placed = scatter(batch, values, both)
+    assert placed.tolist() == [[0, 0, 1, 2, 0, 0, 0, 0], [0, 0, 3, 4, 0, 0, 5, 6]]
+    assert torch.equal(gather(batch, placed, both), values)
+    # an encoder-decoder writes each turn anew, as a row of its own, and reads what stands before it
+    episode.completion.turns = ((0, 2), (4, 6))
+    batch = from_trajectories(both, encoder=True, pad_id=0)
+    placed = scatter(batch, values, both)
+    assert batch.tokens.tolist() == [[7, 1], [4, 5], [6, 1]] and placed.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert torch.equal(gather(batch, placed, both), values) and batch.denominator == 2
+    assert batch.context is not None and batch.context.row.tolist() == [0, 0, 1]  # the two prompts are equal
+    assert batch.context.tokens[1].tolist() == [10, 11, 4, 5, 8, 9]
 
 
 documents = st.lists(
