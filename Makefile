@@ -8,7 +8,7 @@ PAGE := operant/live/static/index.html
 NPM = $(or $(shell command -v npm),$(BIN)/npm)
 WEB = PATH="$(CURDIR)/$(BIN):$$PATH" $(NPM) --prefix web
 
-.PHONY: install page quickstart test test-fast test-slow lint fmt bench results docs
+.PHONY: install page quickstart models test test-fast test-slow lint fmt bench results docs
 .DEFAULT_GOAL := quickstart
 
 install: $(STAMP) $(PAGE)
@@ -34,6 +34,10 @@ $(PAGE): $(STAMP) web/package-lock.json web/index.html web/vite.config.ts $(wild
 
 quickstart: install
 	$(BIN)/operant quickstart $(ARGS)
+
+# Two real pretrained models as folders in models/, for the tests marked `real` and for you: 0.2 GB to fetch, 0.6 GB kept.
+models: install
+	$(BIN)/python -m benchmarks.real_models
 
 test: install
 	if test -d web/node_modules; then $(WEB) test --silent; fi

@@ -490,8 +490,9 @@ class StartConfig:
     """Which model a stage starts from.
 
     Args:
-        model: a folder or hub id to start from; empty makes a new one from `arch` and `size`. Where a writer is needed,
-            a folder with an encoder (bert, roberta) gets a decoder that begins from it too (Rothe et al. 2020).
+        model: a folder, hub id or GGUF file to start from; empty makes a new one from `arch` and `size`. Where a writer
+            is needed, a folder with an encoder (bert, roberta) gets a decoder that begins from it too (Rothe et al.
+            2020).
         arch: gpt2 or llama (decoder-only), t5 or mbart (encoder-decoder; mbart learns from nothing faster), bert (an
             encoder, which reads and does not write).
         size: tiny, small or base.
@@ -628,7 +629,7 @@ class PreferConfig(RunConfig):
     """Learn from preferences: pairs (DPO, IPO), edits read as pairs, or single completions that are good or bad (KTO).
 
     Args:
-        model: the policy to start from, a folder or hub id; as it is now, it is also the reference.
+        model: the policy to start from, a folder, hub id or GGUF file; as it is now, it is also the reference.
         lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
         data: rows of prompt, chosen, rejected; of prompt, original, edited; or, for kto, of prompt, completion, label.
         dev_data: held-out rows; empty takes the dev split of `data`, or the last tenth of it.
@@ -933,7 +934,7 @@ class TrainConfig(
     """Learn from rewards: sample, reward, credit, policy-gradient step, again.
 
     Args:
-        model: the policy to start from, a folder or hub id.
+        model: the policy to start from, a folder, hub id or GGUF file.
         lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
         data: prompts, with references if the reward needs them; only the reward sees these.
         dev_data: held-out prompts; empty takes the dev split of `data`, or its last twentieth (at most 200).
@@ -1032,7 +1033,7 @@ class EvalConfig(PairFields):
     """Measure a model on a data set.
 
     Args:
-        model: a folder or hub id.
+        model: a folder, hub id or GGUF file.
         data: prompts with references; of a folder or hub data set the test split, or the dev split where there is none.
         metrics: which corpus metrics to print.
         limit: use only the first rows.
@@ -1100,7 +1101,7 @@ class SampleConfig:
     """Write completions.
 
     Args:
-        model: a folder or hub id.
+        model: a folder, hub id or GGUF file.
         prompt: the prompt to answer; empty reads lines from standard input.
         chat: a prompt is a user's message, put into the model's chat template.
         n: completions per prompt.
@@ -1240,7 +1241,7 @@ class LearnerConfig(LiveConfig):
         root: the folder of the versions.
         store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
             operant.data.feedback_log writes it.
-        model: the first version, a folder or hub id; only to begin a new root.
+        model: the first version, a folder, hub id or GGUF file; only to begin a new root.
         anchors: rows with prompts, of a folder its train split, on whose answers every step is measured; empty samples
             from the bare model. Only to begin a new root.
         anchor_rows: so many anchor answers.

@@ -100,3 +100,19 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run ends without writing its report at all."""
     monkeypatch.setattr("operant.run.run.write_report", lambda folder: None)
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Callable[[str], Path]:
+    """The folder of a real pretrained model, by its name: in models/, or in the folder that OPERANT_MODELS names.
+
+    Where it is not there the test is skipped, and fails where CI is set.
+    """
+
+    def find(name: str) -> Path:
+        folder = Path(os.environ.get("OPERANT_MODELS") or Path(__file__).parent.parent / "models") / name
+        if not (folder / "config.json").exists():
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(f"there is no {folder}: run `make models`")
+        return folder
+
+    return find

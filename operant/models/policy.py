@@ -25,6 +25,7 @@ from operant.data.text import Codec, looks_like_path
 from operant.models.attention import PickedLogprobs, Picks, RowLayout, attending_in_rows, one_kernel_gelu
 from operant.models.cache import DecodeState
 from operant.models.critic import Critic
+from operant.models.gguf import load_gguf
 from operant.types import Batch, Ints, OperantError, Trajectory
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint would bury our own
@@ -133,23 +134,26 @@ class Policy:
 
     @classmethod
     def load(cls, source: str | Path, *, device: str = "auto", dtype: str = "float32") -> Policy:
-        """Load a model folder or a hub id, with its PEFT adapter if it is one.
+        """Load a model folder, a hub id or a GGUF file, with its PEFT adapter if it is one.
 
-        Raises OperantError when there is no such model, when it is no language model, or when it has no tokenizer.
+        Raises OperantError when there is no such model, when it is no language model, when it has no tokenizer, or when
+        a file is not a whole GGUF.
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         path = Path(source)
+        model: Any
         with told_in_one_line(source):
-            if path.exists() and not path.is_dir():
-                raise OperantError(f"{source} is a file; give the model's folder")
             if not path.exists() and looks_like_path(str(source)):
                 raise OperantError(f"there is no model at {source}; give a folder that a stage or Transformers saved")
             if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-                raise OperantError(
-                    f"{source} holds no model (no config.json); give a folder that a stage or Transformers saved"
-                )
-            if (path / "adapter_config.json").exists():
+                files = sorted(path.glob("*.gguf"))
+                instead = f"the file {files[0]}" if files else "a folder that a stage or Transformers saved"
+                raise OperantError(f"{source} holds no model (no config.json); give {instead}")
+            if path.is_file():
+                model, tokenizer = load_gguf(path)
+                codec = Codec(tokenizer)
+            elif (path / "adapter_config.json").exists():
                 from peft import PeftConfig, PeftModel
 
                 adapter = PeftConfig.from_pretrained(str(path))
@@ -157,7 +161,7 @@ class Policy:
                 inner = path / "base" if (path / "base").is_dir() else Path(base)
                 plain = cls.load(inner if inner.exists() else base, device="cpu")
                 with _quiet_peft():
-                    model: Any = PeftModel.from_pretrained(plain.model, str(path), is_trainable=True)
+                    model = PeftModel.from_pretrained(plain.model, str(path), is_trainable=True)
                 codec = Codec.load(path) if (path / "tokenizer_config.json").exists() else plain.codec
             else:
                 config = AutoConfig.from_pretrained(source)
