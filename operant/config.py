@@ -1154,7 +1154,7 @@ class QuickstartConfig:
     seed: Seed = 0
     overwrite: bool = False
     threads: NonNegativeInt = 0
-    labelled: Annotated[int, Interval(ge=1, le=100_000)] = 600
+    labelled: Annotated[int, Interval(ge=1, le=100_000)] = 550
     prompts: Annotated[int, Interval(ge=1, le=100_000)] = 6000
     minutes: PositiveFloat = 10.0
     device: str = "auto"

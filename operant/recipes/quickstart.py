@@ -47,8 +47,8 @@ CLOSED = "the circle is closed"  # why a finished run stopped
 FINE_TUNING_STEPS = 600  # at most; it ends where the held-out chrF no longer rises
 LOOK_EVERY = 40  # steps
 PATIENCE = 3  # looks without a better chrF
-CONTROL_STEPS = 400
-REWARD_STEPS = 240
+CONTROL_STEPS = 240
+REWARD_STEPS = 150
 FEWEST_STEPS = REWARD_STEPS // 4  # of reward, from which something may be concluded
 
 
@@ -151,8 +151,8 @@ class Quickstart:
             self.policy, self.prompts(self.task.prompts), REWARD,
             TrainConfig(
                 **self.options("reward"), model=str(start), dense=True, steps=REWARD_STEPS, group_size=4,
-                prompts_per_step=32, sft_coef=0.3, sft_batch_size=32, lr=2e-4, max_tokens=MAX_TOKENS, eval_every=20,
-                **self.limit("reward"),
+                prompts_per_step=32, sft_coef=0.6, sft_batch_size=32, lr=5e-4, schedule="linear",
+                max_tokens=MAX_TOKENS, eval_every=25, **self.limit("reward"),
             ),
             dev_prompts=self.dev, pairs=self.pairs, quiet="settings",
         )  # fmt: skip
