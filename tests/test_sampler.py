@@ -66,6 +66,35 @@ def cut_row(logp: np.ndarray, sampling: Sampling) -> np.ndarray:
     return out
 
 
+def test_top_k_and_top_p_keep_what_a_stable_sort_of_the_vocabulary_keeps() -> None:
+    """Equals at the border too, of which the first in the vocabulary stay."""
+    chance = torch.Generator().manual_seed(0)
+
+    def some(rows: int, share: float) -> torch.Tensor:
+        return torch.rand(rows, generator=chance) < share
+
+    for trial in range(400):
+        rows, vocab = 1 + trial % 5, (3, 7, 300, 2500)[trial % 4]
+        logits = torch.randn(rows, vocab, generator=chance) * (0.01, 1.0, 5.0)[trial % 3]
+        if trial % 2:
+            logits = (logits * 2).round() / 2
+        top_k = torch.randint(0, vocab + 3, (rows,), generator=chance)
+        top_k[some(rows, 0.4)], top_k[some(rows, 0.2)] = 0, 1
+        top_p = torch.rand(rows, generator=chance)
+        top_p[some(rows, 0.4)] = 1.0
+        banned = torch.rand(rows, vocab, generator=chance) < 0.3
+        banned[:, 0] = False
+        logprobs = torch.log_softmax(logits.masked_fill(banned, -torch.inf), -1)
+        ordered, order = torch.sort(logprobs, dim=-1, descending=True, stable=True)
+        better = ordered.exp().cumsum(-1) - ordered.exp()
+        keep = torch.arange(vocab) < torch.where(top_k > 0, top_k, vocab)[:, None]
+        keep &= (better < top_p[:, None]) | (top_p[:, None] == 1.0)
+        keep[:, 0] = True
+        kept = torch.zeros_like(keep).scatter(-1, order, keep) & ~banned
+        got = behavior_logprobs(logits, torch.ones(rows), top_k, top_p, banned)
+        assert torch.equal(torch.isfinite(got), kept), (trial, top_k, top_p)
+
+
 @pytest.mark.parametrize("sampling", [FREE, CUT], ids=["free", "cut"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_logprobs_are_those_of_a_float64_recomputation(

@@ -60,16 +60,39 @@ def behavior_logprobs(
         logits = logits.masked_fill(banned, -torch.inf)
     logprobs = torch.log_softmax(logits / temperature[:, None], -1)
     if bool((top_k > 0).any()) or bool((top_p < 1.0).any()):
-        ordered, order = torch.sort(logprobs, dim=-1, descending=True, stable=True)
-        rank = torch.arange(ordered.shape[-1], device=logits.device)[None]
-        keep = (rank < torch.where(top_k > 0, top_k, ordered.shape[-1])[:, None]) & (
-            # a token stays while the probability of all better ones is still below top_p
-            (ordered.exp().cumsum(-1) - ordered.exp() < top_p[:, None]) | (top_p[:, None] >= 1.0)
-        )
-        keep[:, 0] = True
-        kept = torch.zeros_like(keep).scatter(-1, order, keep)
-        logprobs = torch.log_softmax(logprobs.masked_fill(~kept, -torch.inf), -1)
+        logprobs = torch.log_softmax(logprobs.masked_fill(~_kept(logprobs, top_k, top_p), -torch.inf), -1)
     return logprobs
+
+
+def _kept(logprobs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """bool[B, V]: what top-k and top-p leave of float32[B, V]; of equals the first ones in the vocabulary.
+
+    Only the best tokens are put in order, more of them where these do not reach top_p: sorting a whole vocabulary costs
+    more than the forward pass of a small model.
+    """
+    vocab = logprobs.shape[-1]
+    by_rank, by_mass = (top_k > 0) & (top_k < vocab), top_p < 1.0
+    share = torch.where(by_mass, top_p, -torch.inf)[:, None]
+    width = max(1, int(torch.where(by_rank, top_k, 0).max()))
+    if bool((by_mass & ~by_rank).any()):
+        width = max(width, 256)
+    while True:
+        ordered = logprobs.topk(min(width, vocab), -1).values
+        before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all better ones
+        if width >= vocab or not bool((by_mass & ~by_rank & (before[:, -1] < top_p)).any()):
+            break
+        width *= 8
+    rank = torch.arange(ordered.shape[-1], device=logprobs.device)[None]
+    keep = (rank < torch.where(by_rank, top_k, vocab)[:, None]) & ((before < share) | ~by_mass[:, None])
+    keep[:, 0] = True
+    count = keep.sum(-1, keepdim=True)
+    least = ordered.gather(-1, count - 1)
+    kept = logprobs >= least
+    if bool((kept.sum(-1, keepdim=True) > count).any()):  # equals at the border
+        equal = logprobs == least
+        room = count - (logprobs > least).sum(-1, keepdim=True)
+        kept &= ~equal | (equal.cumsum(-1) <= room)
+    return kept | ~(by_rank | by_mass)[:, None]
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
