@@ -11,6 +11,7 @@ rename or a removal), killed just before it, and started again. One line of JSON
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -91,7 +92,11 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    import operant.live.learning.worker  # noqa: F401 - imported once, before the forks
+    for module in (  # imported once, before the forks
+        "operant.live.learning.worker", "jsonargparse", "transformers.models.auto.modeling_auto",
+        "transformers.models.gpt2.modeling_gpt2",
+    ):  # fmt: skip
+        importlib.import_module(module)
 
     root, store = Path(sys.argv[1]), Path(sys.argv[2])
     work = root.parent / "work"
