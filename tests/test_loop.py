@@ -266,7 +266,7 @@ def test_tokens_that_were_saved_are_counted_from_the_start_of_the_run(
     used = TwoAnswers()
     used.saved_tokens = 1000
     for steps, sampler in ((2, used), (4, TwoAnswers())):
-        config = settings(tmp_path / "run", steps=steps, resume=steps > 2)
+        config = settings(tmp_path / "run", steps=steps, resume=steps > 2, reward_workers=0)
         train(make_policy("gpt2"), PROMPTS, Watching(), config, sampler=sampler, quiet=True)
     assert logged(tmp_path / "run", "train/saved_tokens") == [5.0, 10.0, 15.0, 20.0]
 
@@ -863,7 +863,7 @@ def test_supervised_pairs_join_the_reward_step(make_policy: Callable[..., Policy
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
-import sys, time
+import sys
 sys.path[:0] = {paths!r}
 import numpy as np, torch
 torch.set_num_threads(1)
@@ -874,55 +874,56 @@ from operant.models.policy import Policy
 from operant.data.text import Codec
 from pathlib import Path
 
-def slow(step, metrics):
-    print(step, flush=True)
-    time.sleep({pause})
+def hold(step, metrics):
+    if step == {hold}:
+        print("held", flush=True)
+        sys.stdin.readline()
 
 codec = Codec.train_bpe(TEXTS * 3, vocab_size=288, sentinels=4)
 result = train(
-    Policy(tiny_model("gpt2", codec), codec, device="cpu"), PROMPTS, quick(share_of_even), quiet=True, callbacks=[slow],
-    config=settings(Path({out!r}), steps={steps}, resume={resume}, save_every=2),
+    Policy(tiny_model("gpt2", codec), codec, device="cpu"), PROMPTS, quick(share_of_even), quiet=True, callbacks=[hold],
+    config=settings(Path({out!r}), steps=8, resume={resume}, save_every=2),
 )
 print(result.stop_reason, flush=True)
 """
 
 
-def start(out: Path, *, steps: int, resume: bool = False, pause: float = 0.0) -> subprocess.Popen[str]:
+def start(out: Path, *, hold: int, resume: bool = False) -> subprocess.Popen[str]:
+    """A run that waits after the step `hold`; returns once it does."""
     here = Path(__file__).parent
-    code = PROGRAM.format(paths=[str(here), str(here.parent)], out=str(out), steps=steps, resume=resume, pause=pause)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_step(process: subprocess.Popen[str], step: int) -> None:
+    code = PROGRAM.format(paths=[str(here), str(here.parent)], out=str(out), hold=hold, resume=resume)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.strip() == str(step):
-            return
-    raise AssertionError(process.stderr.read() if process.stderr else "")
+    if process.stdout.readline() != "held\n":
+        raise AssertionError(process.communicate()[1])
+    return process
 
 
-def test_ctrl_c_saves_and_kill_loses_no_checkpoint_and_both_resume_exactly(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_kill_loses_no_checkpoint_and_both_resume_exactly(
+    tmp_path: Path, make_policy: Callable[..., Policy]
+) -> None:
+    """What gets a signal is a process of its own; what runs to its end needs none."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    straight = start(whole, steps=8)
-    broken = start(parts, steps=8, pause=0.5)
-    wait_for_step(broken, 1)
+
+    def run(out: Path, resume: bool = False) -> None:
+        config = settings(out, steps=8, resume=resume, save_every=2)
+        train(make_policy("gpt2"), PROMPTS, quick(share_of_even), config, quiet=True)
+
+    run(whole)
+    broken = start(parts, hold=1)
     broken.send_signal(signal.SIGINT)
-    out, err = broken.communicate(timeout=60)
+    out, err = broken.communicate("\n", timeout=60)
     assert broken.returncode == 0, err
     assert "interrupted" in out
     saved = json.loads((parts / "run.json").read_text())
     assert "interrupted" in saved["stop_reason"] and (parts / "model" / "model.safetensors").exists()
-    _, err = straight.communicate(timeout=60)
-    assert straight.returncode == 0, err
 
-    killed = start(parts, steps=8, resume=True, pause=0.5)
-    wait_for_step(killed, 5)
+    killed = start(parts, hold=5, resume=True)
     killed.kill()
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    last = start(parts, steps=8, resume=True)
-    _, err = last.communicate(timeout=60)
-    assert last.returncode == 0, err
+    run(parts, resume=True)
     assert_same_run(whole, parts)
     assert same(logged(whole, "train/loss"), logged(parts, "train/loss"))
 
