@@ -10,7 +10,7 @@ found is kept in runs/mutants.json, so a run that was interrupted goes on; when 
 what has to be asked again.
 
 Examples:
-    python -m benchmarks.mutants                       # a hundred, seed 0: five minutes on one core
+    python -m benchmarks.mutants                       # a hundred, seed 0: ten minutes on one core
     python -m benchmarks.mutants --seed 7 --count 40
     python -m benchmarks.mutants --list                # only say what would be changed
 """
@@ -335,8 +335,8 @@ def hunt(mutants: Sequence[Mutant], found: dict[str, str]) -> Iterator[tuple[Mut
             files = [a for a in arguments if any(t.startswith(a.split("::")[0] + "::") for t in tests)]
             found[mutant.key] = "not reached"
             if tests:
-                limit = 30 + 5 * int(sum(seconds[t] for t in tests))
-                status, _ = run_tests([*files, "-x"], Only(tests), mutant, limit)
+                limit = 20 + 2 * int(sum(seconds[t] for t in tests))  # what was traced took longer as it was
+                status, _ = run_tests([*files, "-x", "--timeout=60"], Only(tests), mutant, limit)
                 if status == 5:
                     raise SystemExit(f"no test was found among {', '.join(tests)}")
                 found[mutant.key] = "survived" if status == 0 else "caught"

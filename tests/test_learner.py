@@ -102,6 +102,8 @@ def test_a_loss_may_say_what_it_counts(make_policy: Callable[..., Policy]) -> No
 
     stats = Learner(policy, lr=0.01).step([batch_of(policy, 3), batch_of(policy, 2)], loss)
     assert stats.extra == {"margin": 5.0}
+    assert stats.approx_kl == stats.clipfrac == stats.entropy == 0.0  # what is not reported
+    assert Learner(policy, lr=0.01).step([batch_of(policy, 1)], loss).extra == {"margin": 5.0}
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
