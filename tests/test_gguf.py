@@ -145,7 +145,7 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"")
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 64)
     for name in ("model.gguf", "model.safetensors"):
-        with pytest.raises(OperantError, match=rf"{name} is not a GGUF file"):
+        with pytest.raises(OperantError, match=rf"{name} is a file, but no GGUF; give the model's folder"):
             Policy.load(tmp_path / name, device="cpu")
 
 

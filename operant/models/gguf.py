@@ -78,13 +78,13 @@ def precision_in_words(file: Path, header: Any) -> str:
 
 
 def _read_header(file: Path) -> Any:
+    with file.open("rb") as opened:
+        if opened.read(4) != b"GGUF":
+            raise OperantError(f"{file} is a file, but no GGUF; give the model's folder")
     if importlib.util.find_spec("gguf") is None:
         raise OperantError(f"reading {file} needs the package gguf: {install_line('gguf')}")
     from gguf import GGUFReader
 
-    with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise OperantError(f"{file} is not a GGUF file; give one, or a folder that a stage or Transformers saved")
     try:
         header = GGUFReader(file)
         _ = _text(header, "general.architecture"), header.tensors[0]
