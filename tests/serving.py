@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +18,7 @@ from typing import Any
 import httpx
 import openai
 
+import operant
 from operant.config import ServeConfig
 from operant.live.api.server import create_app
 from operant.live.api.service import Listener, Service
@@ -142,3 +149,93 @@ def learning(policy: Policy, folder: Path, **settings: Any) -> Iterator[Served]:
             yield served
             for client in served.clients.values():
                 client.close()
+
+
+# --- the program in a process of its own ------------------------------------------------------------------------------
+
+HELLO = [{"role": "user", "content": "the cat sat"}]
+SAME_PACKAGE = os.environ | {"PYTHONPATH": str(Path(operant.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+
+
+class Process:
+    """`operant serve` as a user starts it."""
+
+    def __init__(self, folder: Path, *more: str) -> None:
+        command = [
+            sys.executable, "-m", "operant.cli", "serve", "--root", str(folder / "live"), "--port", "0",
+            "--anchor_rows", "2", "--anchor_tokens", "4", "--device", "cpu", "--lr", "0.001", "--threads", "1", *more,
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SAME_PACKAGE, cwd=folder
+        )
+        assert self.process.stdout is not None
+        self.said = self.process.stdout.readline()
+        assert "learns at http://127.0.0.1:" in self.said, self.process.communicate()
+        while not self.said.endswith("Ctrl-C stops it.\n"):
+            self.said += self.process.stdout.readline()
+        self.url = self.said.split("learns at ")[1].split("/v1")[0]
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.close()
+        self.process.kill()
+        self.process.communicate()
+
+    def stop(self, number: int) -> tuple[int, str]:
+        self.process.send_signal(number)
+        _, err = self.process.communicate(timeout=60)
+        return self.process.returncode, err
+
+
+class Server:
+    """The program in a process of its own."""
+
+    def __init__(self, root: Path, model: Path, port: int) -> None:
+        self.url, self.log = f"http://127.0.0.1:{port}", root.parent / "server.log"
+        self.arguments = [
+            sys.executable, "-m", "operant.cli", "serve", "--root", str(root), "--model", str(model),
+            "--port", str(port), "--device", "cpu", "--threads", "1", "--lr", "0.0005", "--anchor_rows", "2",
+            "--anchor_tokens", "6", "--drift_budget", "1000", "--likelihood_drop", "1000", "--keep", "100000",
+        ]  # fmt: skip
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.arguments, stdout=log, stderr=log, env=SAME_PACKAGE)
+        until = time.monotonic() + 120
+        while time.monotonic() < until and self.process.poll() is None:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(f"the server did not come up: {self.log.read_text()[-2000:]}")
+
+    def learner(self) -> int | None:
+        """The process id of the learner that this server has started."""
+        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+            for pid in children.read_text().split():
+                with contextlib.suppress(OSError):
+                    if b"operant.live.learning.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        return int(pid)
+        return None
+
+    def kill(self, what: str) -> None:
+        learner = self.learner() if what != "server" else None
+        if learner is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(learner, signal.SIGKILL)
+        if what != "learner":
+            self.process.kill()
+            self.process.wait(20)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(60) == 0, self.log.read_text()[-2000:]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
-from test_loop import assert_same_run, logged, quick, settings
+from runs import assert_same_run, logged, quick, settings
 
 from operant.algorithms import credit
 from operant.algorithms.estimator import Estimator, Rollout

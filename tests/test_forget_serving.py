@@ -14,8 +14,7 @@ import httpx
 import pytest
 import torch
 from program import Program
-from serving import Served, learning
-from test_serve_kills import Server, free_port
+from serving import Served, Server, free_port, learning
 
 from operant.config import WorkerConfig
 from operant.live.learning.execution import verify_version

@@ -193,3 +193,10 @@ def test_installing_shows_that_something_happens() -> None:
     phases = [line for line in told.splitlines() if "pip install" in line]
     assert len(phases) >= 2 and not [line for line in phases if "--quiet" in line]
     assert [told.count(f'echo "{n}/3 ') for n in (1, 2, 3)] == [1, 1, 1]
+
+
+def test_no_test_file_imports_from_another() -> None:
+    """What several need stands in a file beside them, such as runs.py, so that a test file can be deleted alone."""
+    for file in sorted((ROOT / "tests").glob("*.py")):
+        found = re.findall(r"^\s*(?:from|import) (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not found, f"{file.name} imports from {found}"

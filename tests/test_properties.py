@@ -11,8 +11,8 @@ import sacrebleu
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from potentials import prefixes
 from rouge_score.rouge_scorer import RougeScorer
-from test_rewards_potentials import prefixes
 
 from operant.algorithms import credit
 from operant.data.batch import (

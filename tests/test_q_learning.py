@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_loop import DEV, PROMPTS, assert_same_run, logged, quick, settings, share_of_even
+from runs import DEV, PROMPTS, assert_same_run, logged, quick, settings, share_of_even
 from torch import Tensor
 
 from operant.algorithms import credit, objectives

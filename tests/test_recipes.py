@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from test_loop import (
+from runs import (
     DEV,
     PROMPTS,
     assert_same_run,
@@ -26,6 +25,7 @@ from test_loop import (
     settings,
     share_of_even,
 )
+from safetensors.torch import load_file
 
 from operant.algorithms.table import ALGORITHMS
 from operant.models.critic import FILE

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import sacrebleu
+from potentials import prefixes
 from rouge_score.rouge_scorer import RougeScorer
 
 from operant.rewards import (
@@ -59,16 +60,6 @@ def completion(text: str, seed: int = 0, *, piece: int = 4) -> Completion:
         ends.append(len(data[:cuts].decode(errors="ignore")))
     ends.append(len(text))
     return Completion("c", "p", text, np.arange(len(ends)), np.array(ends, dtype=np.int64))
-
-
-def prefixes(metric, references, text):
-    """(closed text, Φ) after every character."""
-    tracker, reached = metric.tracker(references), set()
-    for character in text:
-        tracker.feed(character)
-        if tracker.closed and tracker.closed not in reached:
-            reached.add(tracker.closed)
-            yield text[: tracker.closed], tracker.value()
 
 
 BLEUS = [

@@ -19,17 +19,13 @@ import openai
 import pytest
 from live import logprob
 from program import Program
-from serving import Served, learning
+from serving import HELLO, SAME_PACKAGE, Process, Served, learning
 
-import operant
 from operant.config import ServeConfig, install_line
 from operant.live.serve import live
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
 from operant.types import OperantError
-
-HELLO = [{"role": "user", "content": "the cat sat"}]
-SAME_PACKAGE = os.environ | {"PYTHONPATH": str(Path(operant.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -213,39 +209,6 @@ def test_what_the_gate_refuses_is_not_served_and_the_click_is_told_why(policy: P
 
 
 # --- begin, stop, begin again -----------------------------------------------------------------------------------------
-
-
-class Process:
-    """`operant serve` as a user starts it."""
-
-    def __init__(self, folder: Path, *more: str) -> None:
-        command = [
-            sys.executable, "-m", "operant.cli", "serve", "--root", str(folder / "live"), "--port", "0",
-            "--anchor_rows", "2", "--anchor_tokens", "4", "--device", "cpu", "--lr", "0.001", "--threads", "1", *more,
-        ]  # fmt: skip
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SAME_PACKAGE, cwd=folder
-        )
-        assert self.process.stdout is not None
-        self.said = self.process.stdout.readline()
-        assert "learns at http://127.0.0.1:" in self.said, self.process.communicate()
-        while not self.said.endswith("Ctrl-C stops it.\n"):
-            self.said += self.process.stdout.readline()
-        self.url = self.said.split("learns at ")[1].split("/v1")[0]
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-
-    def __enter__(self) -> Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.http.close()
-        self.process.kill()
-        self.process.communicate()
-
-    def stop(self, number: int) -> tuple[int, str]:
-        self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=60)
-        return self.process.returncode, err
 
 
 def test_the_program_serves_stops_at_once_and_loses_nothing_to_kill_9(policy: Policy, tmp_path: Path) -> None:

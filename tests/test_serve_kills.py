@@ -5,12 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from serving import Server, free_port
 
-import operant
 from operant.config import WorkerConfig
 from operant.live.learning.execution import LoadedVersion, make_again
 from operant.live.storage.store import Store
@@ -30,7 +25,6 @@ from operant.models.policy import Policy
 
 ROUNDS = 20
 TALKERS = 3
-SAME_PACKAGE = os.environ | {"PYTHONPATH": str(Path(operant.__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass
@@ -106,57 +100,6 @@ class Talker(threading.Thread):
         if response.status_code >= 400:
             self.told.faults.append(f"{response.status_code} {response.text[:200]}")
         return response.status_code < 400
-
-
-class Server:
-    """The program in a process of its own."""
-
-    def __init__(self, root: Path, model: Path, port: int) -> None:
-        self.url, self.log = f"http://127.0.0.1:{port}", root.parent / "server.log"
-        self.arguments = [
-            sys.executable, "-m", "operant.cli", "serve", "--root", str(root), "--model", str(model),
-            "--port", str(port), "--device", "cpu", "--threads", "1", "--lr", "0.0005", "--anchor_rows", "2",
-            "--anchor_tokens", "6", "--drift_budget", "1000", "--likelihood_drop", "1000", "--keep", "100000",
-        ]  # fmt: skip
-
-    def start(self) -> None:
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.arguments, stdout=log, stderr=log, env=SAME_PACKAGE)
-        until = time.monotonic() + 120
-        while time.monotonic() < until and self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.1)
-        raise AssertionError(f"the server did not come up: {self.log.read_text()[-2000:]}")
-
-    def learner(self) -> int | None:
-        """The process id of the learner that this server has started."""
-        for children in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-            for pid in children.read_text().split():
-                with contextlib.suppress(OSError):
-                    if b"operant.live.learning.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                        return int(pid)
-        return None
-
-    def kill(self, what: str) -> None:
-        learner = self.learner() if what != "server" else None
-        if learner is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(learner, signal.SIGKILL)
-        if what != "learner":
-            self.process.kill()
-            self.process.wait(20)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        assert self.process.wait(60) == 0, self.log.read_text()[-2000:]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from serving import serving
-from test_serve import HELLO, Process
+from serving import HELLO, Process, serving
 
 from operant.live.serving.access import Keys
 from operant.models.policy import Policy

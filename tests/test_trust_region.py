@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from test_loop import PROMPTS, assert_same_run, logged, quick, settings, share_of_even
+from runs import PROMPTS, assert_same_run, logged, quick, settings, share_of_even
 from torch import Tensor
 
 from operant.algorithms import objectives
