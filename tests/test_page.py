@@ -38,6 +38,7 @@ QUIET = (
     "--disable-component-update --disable-sync"
 ).split()
 
+pytestmark = pytest.mark.timeout(600)
 needs_page = pytest.mark.skipif(not (STATIC / "index.html").exists(), reason="the page is not built: make page")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium")
 
@@ -101,7 +102,7 @@ def visitor(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
         context = browser.new_context(**({"locale": "en-GB", "viewport": {"width": 1000, "height": 800}} | options))
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)  # a learner that starts on a busy machine takes a while
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))

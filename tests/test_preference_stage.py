@@ -334,9 +334,8 @@ def model(make_policy: Callable[..., Policy], tmp_path: Path) -> Path:
     return tmp_path / "start"
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "options"), [pytest.param("dpo", ["--lora_rank", 2], marks=pytest.mark.draws), ("kto", [])]
-)
+@pytest.mark.draws
+@pytest.mark.parametrize(("algorithm", "options"), [("dpo", ["--lora_rank", 2]), ("kto", [])])
 def test_the_program_learns_and_reports(
     algorithm: str, options: list[Any], program: Program, model: Path, tmp_path: Path
 ) -> None:
