@@ -235,7 +235,8 @@ def test_the_program_serves_stops_at_once_and_loses_nothing_to_kill_9(policy: Po
             **receipt, "state": "used", "duplicate": True,
         }  # fmt: skip
         status, err = second.stop(signal.SIGINT)
-        assert (status, err) == (0, "")
+        # on a busy machine the first server's learner may still be leaving when the second one begins
+        assert status == 0 and all("another learner is at work" in line for line in err.splitlines()), err
         log = (tmp_path / "live" / "serve.log").read_text()
         assert "journal mode" in log and "the cat sat" not in log
     records = [r for r in Versions(tmp_path / "live").records() if receipt["id"] in r.events]
