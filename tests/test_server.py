@@ -22,7 +22,7 @@ from serving import Served, serving
 from operant.live.api.automatic import Automatic
 from operant.live.api.implicit import Implicit
 from operant.live.api.service import GenerationRequest, Listener, Service, Way
-from operant.live.serve import server_of
+from operant.live.serve import _log_to, server_of
 from operant.live.serving.access import Links
 from operant.live.storage.store import StoredCompletion, StoreFault
 from operant.models.policy import Policy
@@ -907,3 +907,16 @@ def test_a_server_closes_no_log_handler_of_the_program(served: Served) -> None:
     server_of(served.server.config.app, served.service.config)
     assert not Handler.closed
     handler.close()
+
+
+def test_what_uvicorn_warns_of_is_on_the_terminal_as_our_own_warnings_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with _log_to(tmp_path / "serve.log"):
+        logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+        logging.getLogger("operant.live").warning("the learner was killed")
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith(" WARNING Invalid HTTP request received.") and second.endswith(
+        " WARNING the learner was killed"
+    )
+    assert not logging.getLogger("uvicorn").handlers

@@ -67,23 +67,22 @@ def behavior_logprobs(
 def _kept(logprobs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """bool[B, V]: what top-k and top-p leave of float32[B, V]; of equals the first ones in the vocabulary.
 
-    Only the best tokens are put in order, more of them where these do not reach top_p: sorting a whole vocabulary costs
-    more than the forward pass of a small model.
+    Only the best tokens are put in order, more of them where these do not reach top_p. To sort 16 rows of 49,152 takes
+    0.1 s, at every token.
     """
     vocab = logprobs.shape[-1]
     by_rank, by_mass = (top_k > 0) & (top_k < vocab), top_p < 1.0
-    share = torch.where(by_mass, top_p, -torch.inf)[:, None]
-    width = max(1, int(torch.where(by_rank, top_k, 0).max()))
-    if bool((by_mass & ~by_rank).any()):
-        width = max(width, 256)
+    most = torch.where(by_rank, top_k, vocab)[:, None]
+    share = torch.where(by_mass, top_p, torch.inf)[:, None]
+    open_ended = (by_mass & ~by_rank)[:, None]  # rows of which nobody knows how many stay
+    width = max(1, int(torch.where(by_rank, top_k, 0).max()), 256 if bool(open_ended.any()) else 0)
     while True:
         ordered = logprobs.topk(min(width, vocab), -1).values
-        before = ordered.exp().cumsum(-1) - ordered.exp()  # the probability of all better ones
-        if width >= vocab or not bool((by_mass & ~by_rank & (before[:, -1] < top_p)).any()):
+        better = ordered.exp().cumsum(-1) - ordered.exp()  # a token stays while that of all better ones is below top_p
+        if width >= vocab or not bool((open_ended & (better[:, -1:] < share)).any()):
             break
         width *= 8
-    rank = torch.arange(ordered.shape[-1], device=logprobs.device)[None]
-    keep = (rank < torch.where(by_rank, top_k, vocab)[:, None]) & ((before < share) | ~by_mass[:, None])
+    keep = (torch.arange(ordered.shape[-1], device=logprobs.device) < most) & (better < share)
     keep[:, 0] = True
     count = keep.sum(-1, keepdim=True)
     least = ordered.gather(-1, count - 1)
