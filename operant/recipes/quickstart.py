@@ -309,8 +309,8 @@ def _print_table(config: QuickstartConfig, out: Path, results: dict[str, dict[st
     if made < FEWEST_STEPS:
         print(f"\nOnly {made} reward steps of {REWARD_STEPS}: too few to conclude from. Give it more --minutes.")
     print(
-        "\nThe prompts' references were seen by the reward only: what the policy learned, it learned from scores of "
-        "its own answers."
+        "\nOnly the reward saw the prompts' references. The last row learned from scores of its own answers, and from "
+        "the labelled pairs that both fine-tuned rows had."
     )
 
 
