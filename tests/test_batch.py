@@ -209,6 +209,10 @@ def test_micro_batches_hold_every_row_once(texts: list[np.ndarray], most: int, e
         assert micro.row_ids is not None and micro.denominator == batch.denominator
         widest = int((micro.segment_ids >= 0).sum(1).max())
         assert micro.tokens.shape[1] in (widest, batch.tokens.shape[1])
+        sizes = (micro.segment_ids >= 0).sum(1)
+        if micro.context is not None:
+            sizes = sizes + micro.context.mask.sum(1)[micro.context.row]
+        assert len(sizes) == 1 or len(sizes) * int(sizes.max()) <= most
         for k, i in enumerate(micro.row_ids.tolist()):
             acted = micro.action_mask[k]
             assert micro.tokens[k, acted].tolist() == batch.tokens[i, batch.action_mask[i]].tolist()
