@@ -8,7 +8,7 @@ PAGE := operant/live/static/index.html
 NPM = $(or $(shell command -v npm),$(BIN)/npm)
 WEB = PATH="$(CURDIR)/$(BIN):$$PATH" $(NPM) --prefix web
 
-.PHONY: install page quickstart models test test-fast test-slow lint fmt bench results docs
+.PHONY: install page quickstart models demo test test-fast test-slow lint fmt bench results docs
 .DEFAULT_GOAL := quickstart
 
 install: $(STAMP) $(PAGE)
@@ -38,6 +38,10 @@ quickstart: install
 # Two real pretrained models as folders in models/, for the tests marked `real` and for you: 0.2 GB to fetch, 0.6 GB kept.
 models: install
 	$(BIN)/python -m benchmarks.real_models
+
+# The real chat model, served: talk to it in the browser, rate an answer, and see what it learned. ARGS="--port 8001" and so on.
+demo: models page
+	$(BIN)/operant serve --model models/smollm2-135m-instruct --root runs/demo --open true $(ARGS)
 
 test: install
 	if test -d web/node_modules; then $(WEB) test --silent; fi

@@ -1320,6 +1320,7 @@ class ServeConfig(LearnerConfig, TrialFields):
     Args:
         host: the address to listen on. Others than this machine's own need keys.
         port: the port to listen on.
+        open: show the page in a browser once it is served.
         name: the model's name; it also answers to "default".
         mode: personal (each rating makes a version) or shared (a version needs several sources, see min_sources).
         chat_rate: answers that a key, and a user that it names, may ask for in a minute, and at once; in shared mode
@@ -1345,6 +1346,7 @@ class ServeConfig(LearnerConfig, TrialFields):
 
     host: Common[str] = "127.0.0.1"
     port: Common[Annotated[int, Interval(ge=0, le=65535)]] = 8000
+    open: bool = False
     name: Common[str] = "operant"
     mode: Common[Literal["personal", "shared"]] = "personal"
     chat_rate: NonNegativeFloat = 60.0

@@ -212,10 +212,16 @@ def test_what_the_gate_refuses_is_not_served_and_the_click_is_told_why(policy: P
 # --- begin, stop, begin again -----------------------------------------------------------------------------------------
 
 
-def test_the_program_serves_stops_at_once_and_loses_nothing_to_kill_9(policy: Policy, tmp_path: Path) -> None:
+def test_the_program_serves_stops_at_once_and_loses_nothing_to_kill_9(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy.save(tmp_path / "model")
+    page = tmp_path / "page"
+    os.mkfifo(page)
+    monkeypatch.setitem(SAME_PACKAGE, "BROWSER", f"{sys.executable} -c \"open('{page}', 'w').write('%s')\"")
     body = {"model": "default", "messages": HELLO, "max_tokens": 100, "logit_bias": {"2": -100}}
-    with Process(tmp_path, "--model", str(tmp_path / "model")) as first:
+    with Process(tmp_path, "--model", str(tmp_path / "model"), "--open", "true") as first:
+        assert page.read_text() == f"{first.url}/"  # what the browser was given
         (curl,) = [line for line in first.said.splitlines() if line.startswith("  curl ")]
         assert '"model": "default"' in curl and f"{first.url}/\n" in first.said
         done = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)

@@ -10,7 +10,10 @@ import logging
 import os
 import signal
 import socket
+import sys
+import threading
 import time
+import webbrowser
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +68,8 @@ def serve(config: ServeConfig) -> None:
     with bound as listening, _interruptible(), _log_to(Path(config.root) / "serve.log"), live(config) as running:
         server = server_of(running.app, config)
         _print_address(running, listening)
+        if config.open:
+            _open_page(_address(config, listening))
         with _signals_left_alone():
             server.run(sockets=[listening])
 
@@ -302,12 +307,27 @@ def _signals_left_alone() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _print_address(running: Live, listening: socket.socket) -> None:
-    """Where to talk to it, with a line to try."""
-    config = running.config
+def _address(config: ServeConfig, listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
-    url = config.public_url.rstrip("/") or f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else name}:{port}"
+    return config.public_url.rstrip("/") or f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else name}:{port}"
+
+
+def _open_page(url: str) -> None:
+    """Show the page in the person's browser, where there is a screen or BROWSER names a program. The socket listens.
+
+    Some browsers return only when they are closed, so this waits for none.
+    """
+    screens = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
+    if sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in screens):
+        threading.Thread(target=webbrowser.open, args=(f"{url}/",), name="browser", daemon=True).start()
+    else:
+        print("no screen here: open the address above in a browser of your own", flush=True)
+
+
+def _print_address(running: Live, listening: socket.socket) -> None:
+    """Where to talk to it, with a line to try."""
+    config, url = running.config, _address(running.config, listening)
     version = running.engine.stats()["version"]
     key = ' -H "Authorization: Bearer $OPERANT_KEY"' if _keys(config).needed else ""
     print(
