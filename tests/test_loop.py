@@ -871,7 +871,9 @@ def test_ctrl_c_saves_and_kill_loses_no_checkpoint_and_both_resume_exactly(
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own loading uses what Transformers deprecates
-def test_an_adapter_learns_resumes_and_loads_in_plain_peft(tmp_path: Path, make_policy: Callable[..., Policy]) -> None:
+def test_an_adapter_learns_resumes_and_loads_in_plain_peft(
+    tmp_path: Path, make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import AutoPeftModelForCausalLM
 
     def adapted() -> Policy:
@@ -888,7 +890,8 @@ def test_an_adapter_learns_resumes_and_loads_in_plain_peft(tmp_path: Path, make_
     left, right = ((a / "adapter_model.safetensors").read_bytes() for a in adapters)
     assert left == right
 
-    loaded = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "whole" / "model"))
+    monkeypatch.chdir(tmp_path / "whole" / "model")  # PEFT looks for the base from where it runs
+    loaded = AutoPeftModelForCausalLM.from_pretrained(".")
     tokens = torch.tensor([[5, 6, 7, 8]])
     policy.model.eval()
     with torch.no_grad():

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -334,6 +335,68 @@ def test_a_lora_run_gives_a_folder_that_loads(program: Program, model: Path, dat
     )
 
 
+def test_the_first_checkpoint_names_its_base_and_the_model_is_a_link(
+    program: Program, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Of whole weights two steps leave one copy."""
+    run = tmp_path / "run"
+    assert program("sft", "--model", model, "--data", data, "--steps", 2, "--eval_every", 1, "--batch_size", 4,
+                   "--lr", 0.01, "--out", run, *QUIET_RUN).status == 0  # fmt: skip
+    last = checkpoint.latest(run / "checkpoints")
+    assert last is not None and last.name == "step-00000002"
+    weights = {file.relative_to(run).as_posix(): file.stat().st_ino for file in run.rglob("model.safetensors")}
+    saved = {name: inode for name, inode in weights.items() if name.startswith("checkpoints")}
+    assert saved and all("step-00000000" not in name for name in saved)
+    assert weights["model/model.safetensors"] in saved.values()
+    assert not (run / "model" / "base.json").exists()
+    first = Policy.load(run / "checkpoints" / "step-00000000" / "model", device="cpu") if len(saved) == 1 else None
+    assert first is None or torch.equal(next(first.model.parameters()), next(Policy.load(model).model.parameters()))
+
+
+def test_a_run_that_never_got_better_ends_with_the_weights_that_it_began_with(
+    program: Program, model: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    command = ("sft", "--model", model, "--data", data, "--lr", 30, "--max_grad_norm", 1000, "--eval_every", 1,
+               "--batch_size", 4, "--out", run, *QUIET_RUN)  # fmt: skip
+    assert program(*command, "--steps", 1).status == 0
+    best = json.loads((run / "run.json").read_text())
+    assert best["best_step"] == 0 and not [*(run / "checkpoints").glob("step-00000000*/model/*.safetensors")]
+    there, begun = run / "model" / "model.safetensors", model / "model.safetensors"
+    assert there.read_bytes() == begun.read_bytes() and there.stat().st_ino == begun.stat().st_ino
+    # and from that checkpoint, which has no weights of its own, a run goes on
+    shutil.rmtree(next((run / "checkpoints").glob("step-00000001")))
+    assert program(*command, "--steps", 1, "--resume").status == 0
+    saved = checkpoint.latest(run / "checkpoints")
+    assert saved is not None and saved.name == "step-00000001"
+    for folder in (run / "checkpoints").glob("step-00000000*"):
+        model.rename(tmp_path / "elsewhere")
+        with pytest.raises(OperantError, match=r"the base of .*step-00000000.*, .*start from there, is gone"):
+            Policy.load(folder / "model", device="cpu")
+        (tmp_path / "elsewhere").rename(model)
+
+
+def test_runs_with_lora_leave_adapters_alone_in_stage_after_stage(
+    program: Program, model: Path, data: Path, tmp_path: Path
+) -> None:
+    sft, run = tmp_path / "sft", tmp_path / "run"
+    short = ("--steps", 2, "--batch_size", 4, "--eval_every", 1, "--out", sft, *QUIET_RUN)
+    assert program("sft", "--model", model, "--data", data, "--lora_rank", 2, *short).status == 0
+    learn = ("--model", sft / "model", "--data", data, "--kl_coef", 0.1, "--out", run, *TRAIN)
+    assert program("train", *learn).status == 0  # which goes on with the adapter; the reference is a second one
+    weights = {file.name for folder in (sft, run) for file in folder.rglob("*.safetensors")}
+    assert weights == {"adapter_model.safetensors"}
+    base = json.loads((run / "model" / "base.json").read_text())
+    assert (run / "model" / base["path"]).resolve() == model.resolve()
+    assert program("train", *learn, "--steps", 3, "--resume").status == 0
+    moved = tmp_path / "all"
+    moved.mkdir()
+    for folder in (model, sft, run):
+        folder.rename(moved / folder.name)
+    assert Policy.load(moved / "run" / "model", device="cpu").is_lora
+    assert all(Policy.load(f, device="cpu").is_lora for f in (moved / "run" / "checkpoints").glob("step-*/model"))
+
+
 def test_sample_reads_lines_and_eval_writes_them(
     program: Program, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,9 +558,9 @@ def full_disk_after(monkeypatch: pytest.MonkeyPatch, saves: int) -> None:
     """Every save of a checkpoint after the first `saves` meets a full disk, in the middle of writing."""
     real, done = Policy.save, [0]
 
-    def save(self: Policy, path: str | Path) -> None:
+    def save(self: Policy, path: str | Path, **named: Any) -> None:
         done[0] += 1
-        real(self, path)
+        real(self, path, **named)
         if done[0] > saves:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -540,8 +603,8 @@ def test_killed_in_the_middle_of_a_save(program: Program, model: Path, data: Pat
     code = (
         "import os, signal\nfrom operant.models.policy import Policy\nfrom operant.cli import main\n"
         "real, done = Policy.save, []\n"
-        "def save(self, path):\n"
-        "    real(self, path)\n"
+        "def save(self, path, **named):\n"
+        "    real(self, path, **named)\n"
         "    done.append(path)\n"
         "    if len(done) == 4:\n"
         "        (path / 'model.safetensors').write_bytes(b'half')\n"

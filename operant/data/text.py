@@ -264,7 +264,7 @@ class Codec:
             name = str(folder)
             if not _holds_tokenizer(folder):
                 if base := _read_object(folder / "adapter_config.json").get("base_model_name_or_path"):
-                    return cls.load(base)
+                    return cls.load(folder / base if (folder / base).is_dir() else base)
                 raise OperantError(
                     f"{path} holds no tokenizer: copy tokenizer.json and tokenizer_config.json of the model into it"
                 )

@@ -18,6 +18,18 @@ from torch import Tensor, nn
 
 from operant.data.batch import right_padded
 from operant.data.text import Codec, looks_like_path
+from operant.models.adapter import add_adapter, load_adapter, restore_adapter, save_adapter
+from operant.models.folder import (
+    ADAPTER,
+    BASE,
+    Base,
+    expect_all_weights,
+    find_base,
+    holds,
+    hub_base,
+    name_base,
+    open_to_others,
+)  # fmt: skip
 from operant.models.policy import EntropyMode, Policy, TokenLogprobs, is_masked, resolve_device, told_in_one_line
 from operant.types import Batch, Bools, Ints, OperantError
 
@@ -46,6 +58,7 @@ class Encoder:
         self.model = model.to(self.device)
         self.codec = codec
         self.config = model.config
+        self._origin: Base | None = None  # where its weights, or those that its adapter is on, lie
         self.body: Any = model.get_encoder() if self.config.is_encoder_decoder else model.base_model
         self.causal = not self.config.is_encoder_decoder and not is_masked(self.config)
         vocabulary = int(model.get_input_embeddings().weight.shape[0])
@@ -66,19 +79,42 @@ class Encoder:
 
         Raises OperantError when there is no such model, or it is no language model, or it has no tokenizer.
         """
+        with told_in_one_line(source):
+            encoder = cls._load_masked(source, device, dtype)
+        if encoder is not None:
+            return encoder
+        policy = Policy.load(source, device="cpu")
+        model = policy.model.merge_and_unload() if policy.is_lora else policy.model
+        encoder = cls(model, policy.codec, device=device, dtype=dtype)
+        encoder._origin = None if policy.is_lora else policy._origin
+        return encoder
+
+    @classmethod
+    def _load_masked(cls, source: str | Path, device: str, dtype: str) -> Encoder | None:
+        """Load a BERT-like model, with its adapter where it has one; None for any other, or where there is none."""
         from transformers import AutoConfig, AutoModelForMaskedLM
 
         folder = Path(source)
-        with told_in_one_line(source):
-            readable = (folder / "config.json").exists() or not (folder.exists() or looks_like_path(str(source)))
-            if readable and not (folder / "adapter_config.json").exists():
-                config = AutoConfig.from_pretrained(source)
-                if is_masked(config):
-                    model = AutoModelForMaskedLM.from_pretrained(source, dtype=torch.float32)
-                    return cls(model, Codec.load(source), device=device, dtype=dtype)
-        policy = Policy.load(source, device="cpu")
-        model = policy.model.merge_and_unload() if policy.is_lora else policy.model
-        return cls(model, policy.codec, device=device, dtype=dtype)
+        on_base = (folder / ADAPTER).exists() or (folder / BASE).exists()
+        if not on_base and not (folder / "config.json").exists() and (folder.exists() or looks_like_path(str(source))):
+            return None
+        origin = find_base(folder) if on_base else None
+        there, named = (origin.source, origin.revision) if origin else (source, "")
+        arguments = {"revision": named} if named else {}
+        config = AutoConfig.from_pretrained(there, **arguments)
+        if not is_masked(config):
+            return None
+        model, told = AutoModelForMaskedLM.from_pretrained(
+            there, config=config, dtype=torch.float32, output_loading_info=True, **arguments
+        )
+        # an encoder of sentences has no head that unmasks tokens, and does without
+        expect_all_weights(source, told, needed=f"{model.base_model_prefix}.")
+        if adapted := (folder / ADAPTER).exists():
+            model = load_adapter(model, folder).merge_and_unload()
+        encoder = cls(model, Codec.load(source), device=device, dtype=dtype)
+        if not adapted:
+            encoder._origin = origin or (Base(folder.resolve()) if folder.is_dir() else hub_base(str(source)))
+        return encoder
 
     @classmethod
     def new(
@@ -117,15 +153,62 @@ class Encoder:
             )  # fmt: skip
         return cls(model, codec, device=device, dtype=dtype)
 
-    def save(self, path: str | Path) -> None:
-        """Write a folder that plain Transformers loads."""
-        Path(path).mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(str(path))
-        self.codec.save(path)
+    def add_lora(
+        self, rank: int, *, alpha: float = 0.0, targets: Sequence[str] = (), dropout: float = 0.0, seed: int = 0
+    ) -> None:
+        """Train a low-rank adapter instead of the weights (`adapter.add_adapter`).
+
+        Raises OperantError when no layer is named as one of `targets`.
+        """
+        self.model = add_adapter(self.model, rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
+
+    @property
+    def is_lora(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    def save(self, path: str | Path, *, by_name: bool = False) -> None:
+        """Write a folder that plain Transformers loads; with LoRA the adapter, and the name of its base.
+
+        by_name: where the weights are still those that were loaded, name them instead of writing them again.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.is_lora:
+            self._origin = save_adapter(self.model, folder, self._origin, self._save_base, self._prefix)
+        elif by_name and self._origin is not None and holds(self._origin.place, self.model.state_dict()):
+            self.config.save_pretrained(str(folder))
+            name_base(self._origin, folder)
+        else:
+            self.model.save_pretrained(str(folder))
+        self.codec.save(folder)
+        open_to_others(folder)
+
+    def _save_base(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        self.model.get_base_model().save_pretrained(str(folder), state_dict=weights)
+        self.codec.save(folder)
+
+    @property
+    def _prefix(self) -> str:
+        """What the names of the weights that read begin with; a folder without a head may have them without it."""
+        model = self.model.get_base_model() if self.is_lora else self.model
+        return f"{model.base_model_prefix}."
+
+    def moved_to(self, path: str | Path) -> None:
+        """What `save` wrote last lies there now: a base in it is taken along from there the next time."""
+        self._origin = None if self._origin is None else self._origin.moved_to(Path(path))
 
     def restore(self, path: str | Path) -> None:
-        """Put the weights that `save` wrote at `path` into this encoder, in place: optimizers keep their tensors."""
-        saved = type(self.model).from_pretrained(str(path), dtype=torch.float32)
+        """Put the weights that `save` wrote at `path` into this encoder, in place: optimizers keep their tensors.
+
+        Raises OperantError for an adapter on another base, and when weights are missing.
+        """
+        folder = Path(path)
+        if self.is_lora:
+            restore_adapter(self.model, folder, self._origin)
+            return
+        there = find_base(folder).place if (folder / BASE).exists() else folder
+        saved, told = type(self.model).from_pretrained(str(there), dtype=torch.float32, output_loading_info=True)
+        expect_all_weights(there, told)
         self.model.load_state_dict(saved.state_dict())
 
     def with_decoder(self, *, seed: int = 0, dropout: float = 0.0) -> Policy:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from operant.config import install_line
+from operant.models.folder import expect_all_weights
 from operant.types import OperantError
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,7 @@ def load_gguf(path: str | Path) -> tuple[Any, Any]:
             quantization_config=GgufConfig(dequantize=True),  # packed it could be neither trained nor saved
             **named,
         )  # fmt: skip
-    if missing := sorted(told["missing_keys"]):
-        raise OperantError(
-            f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}; give a file of the whole model"
-        )
+    expect_all_weights(path, told)
     model.config.name_or_path = model.name_or_path = ""  # the file's folder is none that PEFT could look into
     if _text(header, "tokenizer.ggml.pre") in DIGITS_APART:
         _split_digits(tokenizer)

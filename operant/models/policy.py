@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import json
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +20,21 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from operant.data.batch import Normalisation, from_sequences, from_trajectories
 from operant.data.text import Codec, looks_like_path
+from operant.models.adapter import add_adapter, freeze_adapter, load_adapter, restore_adapter, save_adapter
 from operant.models.attention import PickedLogprobs, Picks, RowLayout, attending_in_rows, one_kernel_gelu
 from operant.models.cache import DecodeState
 from operant.models.critic import Critic
+from operant.models.folder import (
+    ADAPTER,
+    BASE,
+    Base,
+    expect_all_weights,
+    find_base,
+    holds,
+    hub_base,
+    name_base,
+    open_to_others,
+)  # fmt: skip
 from operant.models.gguf import load_gguf
 from operant.types import Batch, Ints, OperantError, Trajectory
 
@@ -122,6 +132,7 @@ class Policy:
             )
         self._full_precision = False
         self._folder: Path | None = None  # where it was loaded from
+        self._origin: Base | None = None  # where its weights, or those that its adapter is on, lie
         self._attends_in_rows = True  # until a forward pass shows otherwise
         forward = inspect.signature(self._base().forward).parameters
         self._keeps_logits = "logits_to_keep" in forward
@@ -139,42 +150,64 @@ class Policy:
         Raises OperantError when there is no such model, when it is no language model, when it has no tokenizer, or when
         a file is not a whole GGUF.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
         path = Path(source)
-        model: Any
         with told_in_one_line(source):
             if not path.exists() and looks_like_path(str(source)):
                 raise OperantError(f"there is no model at {source}; give a folder that a stage or Transformers saved")
-            if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+            if path.is_dir() and not any((path / name).exists() for name in ("config.json", ADAPTER)):
                 files = sorted(path.glob("*.gguf"))
                 instead = f"the file {files[0]}" if files else "a folder that a stage or Transformers saved"
                 raise OperantError(f"{source} holds no model (no config.json); give {instead}")
             if path.is_file():
                 model, tokenizer = load_gguf(path)
-                codec = Codec(tokenizer)
-            elif (path / "adapter_config.json").exists():
-                from peft import PeftConfig, PeftModel
-
-                adapter = PeftConfig.from_pretrained(str(path))
-                base = str(adapter.base_model_name_or_path)
-                inner = path / "base" if (path / "base").is_dir() else Path(base)
-                plain = cls.load(inner if inner.exists() else base, device="cpu")
-                with _quiet_peft():
-                    model = PeftModel.from_pretrained(plain.model, str(path), is_trainable=True)
-                codec = Codec.load(path) if (path / "tokenizer_config.json").exists() else plain.codec
+                policy = cls(model, Codec(tokenizer), device=device, dtype=dtype)
+            elif (path / ADAPTER).exists() or (path / BASE).exists():
+                policy = cls._load_on_base(path, device, dtype)
             else:
-                config = AutoConfig.from_pretrained(source)
-                if is_masked(config):  # Transformers would load it as a decoder that sees what comes after
-                    raise OperantError(
-                        f"{source} is a {config.model_type}, which reads and does not write; fine-tune it first "
-                        "(operant sft, which puts a decoder beside it), or give a decoder or encoder-decoder"
-                    )
-                auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-                model = auto.from_pretrained(source, dtype=torch.float32)
-                codec = Codec.load(source)
-        policy = cls(model, codec, device=device, dtype=dtype)
+                policy = cls._load_whole(source, device, dtype)
         policy._folder = path if path.is_dir() else None
+        return policy
+
+    @classmethod
+    def _load_whole(
+        cls, source: str | Path, device: str, dtype: str, *, revision: str = "", config: Any = None,
+        codec: Codec | None = None,
+    ) -> Policy:  # fmt: skip
+        """Load a folder or hub id with all weights. config, codec: in place of those that are there."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+        named = {"revision": revision} if revision else {}
+        config = config or AutoConfig.from_pretrained(source, **named)
+        if is_masked(config):  # Transformers would load it as a decoder that sees what comes after
+            raise OperantError(
+                f"{source} is a {config.model_type}, which reads and does not write; fine-tune it first "
+                "(operant sft, which puts a decoder beside it), or give a decoder or encoder-decoder"
+            )
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, told = auto.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True, **named
+        )  # fmt: skip
+        expect_all_weights(source, told)
+        policy = cls(model, codec or Codec.load(source), device=device, dtype=dtype)
+        there = Path(source)
+        policy._origin = Base(there.resolve()) if there.is_dir() else hub_base(str(source), revision)
+        return policy
+
+    @classmethod
+    def _load_on_base(cls, folder: Path, device: str, dtype: str) -> Policy:
+        """Load an adapter on the base that its folder names, or that base itself."""
+        from transformers import AutoConfig
+
+        base = find_base(folder)
+        codec = Codec.load(folder) if (folder / "tokenizer_config.json").exists() else None
+        if (folder / ADAPTER).exists():
+            plain = cls._load_whole(base.source, "cpu", dtype, revision=base.revision, codec=codec)
+            policy = cls(load_adapter(plain.model, folder), plain.codec, device=device, dtype=dtype)
+        else:
+            config = AutoConfig.from_pretrained(folder)
+            policy = cls._load_whole(base.source, device, dtype, revision=base.revision, config=config, codec=codec)
+        policy._origin = base
         return policy
 
     @classmethod
@@ -250,39 +283,41 @@ class Policy:
                 )  # fmt: skip
         return cls(model, codec, device=device, dtype=dtype)
 
-    def add_lora(self, rank: int = 8, alpha: float | None = None, dropout: float = 0.0, seed: int = 0) -> None:
-        """Train a low-rank adapter on every linear layer instead of the weights (Hu et al. 2021), `alpha` 2·rank."""
-        from peft import LoraConfig, TaskType, get_peft_model
+    def add_lora(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+        targets: Sequence[str] = (),
+    ) -> None:
+        """Train a low-rank adapter instead of the weights (`adapter.add_adapter`), `alpha` 2·rank.
 
-        task = TaskType.SEQ_2_SEQ_LM if self.has_encoder else TaskType.CAUSAL_LM
+        An adapter that is there already becomes a part of the weights that the new one is added to.
+        Raises OperantError when no layer is named as one of `targets`.
+        """
         if self.is_lora:
             self.model = self.model.merge_and_unload()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            config = LoraConfig(
-                r=rank, lora_alpha=int(alpha or 2 * rank), lora_dropout=dropout, target_modules="all-linear",
-                task_type=task,
-                fan_in_fan_out=self.config.model_type == "gpt2",
-            )  # fmt: skip
-            with _quiet_peft():
-                self.model = get_peft_model(self.model, config)
+        self.model = add_adapter(
+            self.model, rank, alpha=alpha or 0.0, targets=targets, dropout=dropout, seed=seed,
+            task="SEQ_2_SEQ_LM" if self.has_encoder else "CAUSAL_LM",
+        )  # fmt: skip
 
-    def save(self, path: str | Path) -> None:
-        """Write a folder that plain Transformers loads; with LoRA an adapter that PEFT loads, its base beside it."""
+    def save(self, path: str | Path, *, by_name: bool = False) -> None:
+        """Write a folder that plain Transformers loads; with LoRA an adapter that PEFT loads, and the name of its base.
+
+        A base that lies in no folder of its own is written too, into `base`.
+        by_name: where the weights are still those that were loaded, name them instead of writing them again.
+        """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         if self.is_lora:
-            # PEFT notes where the base is; a base that lives in the same folder keeps the whole movable.
-            self.model.save_pretrained(str(folder), selected_adapters=["default"])
-            base = self._base()
-            weights = {
-                name.replace("base_layer.", ""): tensor.detach().cpu().contiguous()
-                for name, tensor in base.state_dict().items()
-                if "lora_" not in name
-            }
-            base.save_pretrained(str(folder / "base"), state_dict=weights)
-            self.codec.save(folder / "base")
-            settle_adapter(folder, folder)
+            self._origin = save_adapter(self.model, folder, self._origin, self._save_base)
+        elif by_name and self._origin is not None and holds(self._origin.place, self.model.state_dict()):
+            self.model.config.save_pretrained(str(folder))
+            if self.model.can_generate():
+                self.model.generation_config.save_pretrained(str(folder))
+            name_base(self._origin, folder)
         else:
             self.model.save_pretrained(str(folder))
         self.codec.save(folder)
@@ -291,26 +326,32 @@ class Policy:
         if self._target is not None:
             weights = {name: t.detach().cpu().clone() for name, t in self._target.state_dict().items()}
             save_file(weights, folder / TARGET_FILE)
+        open_to_others(folder)
+
+    def _save_base(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        self._base().save_pretrained(str(folder), state_dict=weights)
+        self.codec.save(folder)
+
+    def moved_to(self, path: str | Path) -> None:
+        """What `save` wrote last lies there now: a base in it is taken along from there the next time."""
+        self._origin = None if self._origin is None else self._origin.moved_to(Path(path))
 
     def restore(self, path: str | Path) -> None:
-        """Put the weights that `save` wrote at `path` into this policy, in place: optimizers keep their tensors."""
+        """Put the weights that `save` wrote at `path` into this policy, in place: optimizers keep their tensors.
+
+        Raises OperantError for an adapter on another base, and when weights are missing.
+        """
         folder = Path(path)
         if self.is_lora:
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(
-                self.model, load_file(folder / "adapter_model.safetensors"), adapter_name="default"
-            )
+            restore_adapter(self.model, folder, self._origin)
         else:
-            self._restore_model(folder)
+            self._restore_model(find_base(folder).place if (folder / BASE).exists() else folder)
         if self.critic is not None:
             self.critic.restore(folder)
         if self._target is not None:
             self._target.load_state_dict(load_file(folder / TARGET_FILE))
 
     def _restore_model(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
         whole = folder / "model.safetensors"
         weights = load_file(whole) if whole.exists() else {}
         missing = self.model.state_dict().keys() - weights.keys()
@@ -318,7 +359,8 @@ class Policy:
             # a fifth of the time that making a second model takes; what is missing is tied to what is there
             self.model.load_state_dict(weights, strict=False)
         else:
-            saved = type(self.model).from_pretrained(str(folder), dtype=torch.float32)
+            saved, told = type(self.model).from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
+            expect_all_weights(folder, told)
             self.model.load_state_dict(saved.state_dict())
 
     # --- what it is ----------------------------------------------------------------------------------------------
@@ -377,17 +419,7 @@ class Policy:
         was trained before is kept as a second, frozen adapter; full weights are copied.
         """
         if self.is_lora:
-            from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-            weights = get_peft_model_state_dict(self.model)
-            if all(not bool(t.any()) for name, t in weights.items() if "lora_B" in name):
-                self._reference = None
-                return
-            if "reference" not in self.model.peft_config:
-                self.model.add_adapter("reference", copy.deepcopy(self.model.peft_config["default"]))
-            set_peft_model_state_dict(self.model, {k: v.clone() for k, v in weights.items()}, adapter_name="reference")
-            self.model.set_adapter("default")
-            self._reference = "reference"
+            self._reference = freeze_adapter(self.model)
         else:
             self._reference = copy.deepcopy(self.model).requires_grad_(False).eval()
 
@@ -772,23 +804,6 @@ def told_in_one_line(source: str | Path) -> Iterator[None]:
         raise OperantError(
             f"cannot load a model from {source} ({first}); give a folder that a stage or Transformers saved"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """PEFT asks Transformers for an attribute that the latter has renamed; nothing the user could mend."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        yield
-
-
-def settle_adapter(folder: Path, final: Path) -> None:
-    """Make an adapter saved in `folder`, which will stand at `final`, name the base model that lies within it."""
-    settings_file = folder / "adapter_config.json"
-    if settings_file.exists() and (folder / "base").is_dir():
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
-        settings["base_model_name_or_path"] = str((final / "base").resolve())
-        settings_file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def is_masked(config: Any) -> bool:

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from operant.data.batch import right_padded
 from operant.models.encoder import Encoder, by_length
+from operant.models.folder import open_to_others
 from operant.types import Batch, Doubles, Ints, OperantError, Span
 
 FACTS, HEAD = "reward_model.json", "reward_head.safetensors"
@@ -89,14 +90,19 @@ class RewardModel:
         """None: a reward model has no critic."""
         return []
 
-    def save(self, path: str | Path) -> None:
-        """Write the encoder as Transformers does, the head and the facts beside it."""
+    def save(self, path: str | Path, *, by_name: bool = False) -> None:
+        """Write the encoder as Transformers or PEFT does (see `Encoder.save`), the head and the facts beside it."""
         from safetensors.torch import save_file
 
-        self.encoder.save(path)
+        self.encoder.save(path, by_name=by_name)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.head.state_dict().items()}
         save_file(tensors, Path(path) / HEAD)
         write_facts(self.facts, path)
+        open_to_others(Path(path))
+
+    def moved_to(self, path: str | Path) -> None:
+        """What `save` wrote last lies there now."""
+        self.encoder.moved_to(path)
 
     def restore(self, path: str | Path) -> None:
         """Put the weights that `save` wrote at `path` into this model, in place."""

@@ -24,7 +24,7 @@ from torch import nn
 
 from operant.algorithms.learner import Learner, Trainable
 from operant.config import RunConfig, check_settings, completed, to_yaml
-from operant.models.policy import settle_adapter
+from operant.models.folder import copy_linked, settle
 from operant.run import checkpoint
 from operant.run.report import write_report
 from operant.run.runlog import FREE_KEYS, Progress, RunFolder, RunLog
@@ -256,7 +256,7 @@ class Run:
         """A checkpoint of this instant: weights, optimizer, counters, `state`. Older ones go, never the best."""
 
         def write(folder: Path) -> None:
-            self.policy.save(folder / "model")
+            self.policy.save(folder / "model", by_name=True)
             torch.save({"learner": self.learner.state_dict()}, folder / "learner.pt")
             facts = {
                 "step": self.step,
@@ -272,6 +272,7 @@ class Run:
 
         healthy = self.learner.skipped_in_row == 0
         path = checkpoint.save(self.folder.checkpoints, self.step, write, healthy=healthy, meta={"stage": self.stage})
+        self.policy.moved_to(path / "model")
         self._saved_step = self.step
         protect = [self.best_checkpoint] if self.best_checkpoint else []
         checkpoint.prune(self.folder.checkpoints, self.config.keep, protect)
@@ -411,13 +412,14 @@ class Run:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Copy a folder so that the target is never half-written: a copy beside it, then two renames."""
+    """Copy a model's folder so that the target is never half-written: a copy beside it, then two renames. Its weights
+    are hard links where the disk allows."""
     staging, old = target.with_name(f".{target.name}-new-{os.getpid()}"), target.with_name(f".{target.name}-old")
     shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     try:
-        shutil.copytree(source, staging)
-        settle_adapter(staging, target)
+        copy_linked(source, staging)
+        settle(staging, source, target)
         if target.exists():
             os.rename(target, old)
         os.rename(staging, target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -54,7 +55,8 @@ class LiveLearner:
                 self.versions.root
             )
             first = LoadedVersion(0, 0, policy, new_learner(policy, self.config), LearnerState())
-            self.versions.begin(first.save, fingerprint(policy))
+            begun = self.versions.begin(first.save, fingerprint(policy))
+            policy.moved_to(Path(begun.path) / "model")
         self.versions.finish()
         self.versions.tidy()  # a crash may have come before it
         self.current()
@@ -137,11 +139,12 @@ class LiveLearner:
         assert result.stats is not None and result.anchor_logits is not None
         gate = {"passed": True, "scale": result.scale, **verdict.numbers, **result.stats.extra}
         try:
-            self.versions.publish(record, at.save, gate)
+            published = self.versions.publish(record, at.save, gate)
         except Moved:
             self.at = None
             record.outcomes = {}
             return False
+        at.policy.moved_to(Path(published.path) / "model")
         at.version, at.moves, at.anchor_logits = record.version, record.moves + 1, result.anchor_logits[1]
         self._follow(record.version, config.drift_versions)
         self.say({"version": record.version, "parent": record.parent, "events": record.events, "gate": gate})

@@ -1,0 +1,201 @@
+"""Low-rank adapters (Hu et al. 2021) by PEFT: put on a model, saved without its base, loaded and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from operant.models.folder import INNER, Base, call_base, copy_linked, expect_base, holds, name_base
+from operant.types import OperantError
+
+__all__ = [
+    "add_adapter", "base_weights", "freeze_adapter", "is_fresh", "load_adapter", "restore_adapter", "save_adapter",
+]  # fmt: skip
+
+WEIGHTS = "adapter_model.safetensors"
+NAME = "default"  # of the adapter that learns, PEFT's own
+REFERENCE = "reference"  # of a frozen copy of it
+_WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # what PEFT puts into the names of a base's weights
+
+
+def add_adapter(
+    model: Any,
+    rank: int,
+    *,
+    alpha: float = 0.0,
+    targets: Sequence[str] = (),
+    dropout: float = 0.0,
+    seed: int = 0,
+    task: str | None = None,
+) -> Any:
+    """The model with a new adapter, W + (alpha / rank) · B A with B = 0, whose weights alone are trained.
+
+    alpha: 0 is twice the rank. targets: of the layers' names, each a last part such as "q_proj"; none is every linear
+    layer but the head. task: PEFT's name of it.
+
+    Raises OperantError when no layer has one of these names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        scale = alpha or 2 * rank
+        config = LoraConfig(
+            r=rank, lora_alpha=int(scale) if float(scale).is_integer() else scale, lora_dropout=dropout,
+            target_modules=list(targets) or "all-linear", task_type=task,
+            fan_in_fan_out=model.config.model_type == "gpt2",
+        )  # fmt: skip
+        try:
+            with quiet_peft():
+                return get_peft_model(model, config)
+        except ValueError as error:
+            if "arget modules" not in str(error):
+                raise
+            linear = {name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")}
+            raise OperantError(
+                f"no layer is named {', '.join(targets)}; --lora_targets takes some of {', '.join(sorted(linear))}"
+            ) from error
+
+
+def is_fresh(model: Any) -> bool:
+    """Whether the adapter that learns adds nothing yet, so that the model with it off is the same."""
+    parts = [p for name, p in model.named_parameters() if f".lora_B.{NAME}." in name or "lora_embedding_B" in name]
+    changed = any("modules_to_save" in name or "trainable_tokens" in name for name, _ in model.named_parameters())
+    return bool(parts) and not changed and all(not bool(part.any()) for part in parts)
+
+
+def freeze_adapter(model: Any) -> str | None:
+    """Keep the model as it is now, to be computed with later, without a copy of its base.
+
+    Returns the name of a second, frozen adapter; None where the adapter adds nothing yet, and the model with it off is
+    what is to be kept.
+    """
+    from peft import set_peft_model_state_dict
+
+    if is_fresh(model):
+        return None
+    if REFERENCE not in model.peft_config:
+        settings = copy.deepcopy(model.peft_config[NAME])
+        if isinstance(getattr(settings, "init_lora_weights", None), str):
+            settings.init_lora_weights = True  # PiSSA would change the base a second time
+        with quiet_peft():
+            model.add_adapter(REFERENCE, settings)
+    weights = {name: tensor.clone() for name, tensor in adapter_weights(model).items()}
+    set_peft_model_state_dict(model, weights, adapter_name=REFERENCE)
+    model.set_adapter(NAME)
+    return REFERENCE
+
+
+def adapter_weights(model: Any) -> dict[str, Tensor]:
+    """The weights of the adapter that learns, by the names that PEFT saves them under."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+
+
+def base_weights(model: Any) -> dict[str, Tensor]:
+    """The weights of the model that an adapter is on, as they are now, by the names that they have without it."""
+    found = {}
+    for name, tensor in model.get_base_model().state_dict().items():
+        parts = name.split(".")
+        if not model.peft_config.keys() & set(parts):
+            found[".".join(part for part in parts if part not in _WRAPPERS)] = tensor
+    return found
+
+
+def save_adapter(
+    model: Any,
+    folder: Path,
+    base: Base | None,
+    save_base: Callable[[Path, dict[str, Tensor]], None],
+    needed: str = "",
+) -> Base:
+    """Write the adapter alone and the name of its base; a base that lies nowhere else goes into the folder too.
+
+    base: what the model is thought to be on; it is compared once, in the weights whose names begin with `needed`, which
+    may be left out of the names there. save_base: writes a folder with the weights given. Returns what was named.
+    """
+    if base is not None and not base.sure:
+        frozen = {name: tensor for name, tensor in _frozen(model).items() if name.startswith(needed)}
+        base = dataclasses.replace(base, sure=True) if holds(base.place, frozen, needed) else None
+    if base is None or (base.inner and not base.place.is_dir()):
+        save_base(folder / INNER, {name: t.detach().cpu().contiguous() for name, t in base_weights(model).items()})
+        base = Base(folder / INNER, inner=True, sure=True)
+    elif base.inner:
+        copy_linked(base.place, folder / INNER)
+        base = dataclasses.replace(base, place=folder / INNER)
+    settings = copy.copy(model.peft_config[NAME])
+    settings.inference_mode = True
+    if isinstance(settings.target_modules, set):
+        settings.target_modules = sorted(settings.target_modules)  # a set is in another order in every process
+    if isinstance(getattr(settings, "init_lora_weights", None), str):
+        settings.init_lora_weights = True  # PiSSA and others have changed the base, and would do so again on loading
+    settings.save_pretrained(str(folder))
+    call_base(folder, *name_base(base, folder))
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in adapter_weights(model).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return base
+
+
+def _frozen(model: Any) -> dict[str, Tensor]:
+    """The base's weights without those that are trained with the adapter (biases), which are saved with it."""
+    trained = {p.data_ptr() for p in model.parameters() if p.requires_grad}
+    return {name: t for name, t in base_weights(model).items() if t.data_ptr() not in trained}
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """The model with the adapter of a folder on it, whose weights are to be trained.
+
+    Raises OperantError when weights of the adapter are not in the folder.
+    """
+    from peft import PeftModel
+
+    with quiet_peft(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    if (folder / WEIGHTS).exists():
+        _expect_adapter(loaded, load_file(folder / WEIGHTS), folder)
+    return loaded
+
+
+def restore_adapter(model: Any, folder: Path, base: Base | None) -> None:
+    """Put the adapter that was saved in `folder` into the model, in place.
+
+    base: what the model is on, where that is known. Raises OperantError when the folder's is another, and as
+    `load_adapter` does.
+    """
+    from peft import set_peft_model_state_dict
+
+    if base is not None:
+        expect_base(folder, base)
+    saved = load_file(folder / WEIGHTS)
+    _expect_adapter(model, saved, folder)
+    set_peft_model_state_dict(model, saved, adapter_name=NAME)
+
+
+def _expect_adapter(model: Any, saved: dict[str, Tensor], folder: Path) -> None:
+    wanted = adapter_weights(model)
+    if missing := sorted(wanted.keys() - saved.keys()):
+        other = sorted(saved.keys() - wanted.keys())
+        instead = f" (it has {other[0]}, which the model has no place for)" if other else ""
+        raise OperantError(
+            f"{folder / WEIGHTS} lacks {len(missing)} of the adapter's weights, such as {missing[0]}{instead}; "
+            "copy the folder again, whole"
+        )
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """PEFT asks Transformers for an attribute that the latter has renamed; nothing the user could mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        yield
