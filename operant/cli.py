@@ -60,6 +60,11 @@ EXAMPLES = {
         "write completions",
         'operant sample --model runs/train/model --prompt "How are you?" --n 3',
     ),
+    "merge": (
+        configs.MergeConfig,
+        "add an adapter to its base: a plain model folder",
+        "operant merge --model runs/train/model --out runs/merged",
+    ),
     "algorithms": (
         configs.AlgorithmsConfig,
         "print what each algorithm needs and honours",

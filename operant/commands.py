@@ -150,6 +150,14 @@ def _lines() -> Iterator[str]:
         raise OperantError(f"standard input is not UTF-8: convert it, as by iconv -f latin1 ({error})") from error
 
 
+def run_merge(config: configs.MergeConfig) -> None:
+    from operant.run.merge import merge
+
+    folder = merge(config)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"the adapter of {config.model} and its base are one model in {folder}, {size / 1e6:,.0f} MB")
+
+
 def run_algorithms(config: configs.AlgorithmsConfig) -> None:
     from operant.algorithms.table import table
 
@@ -378,6 +386,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "eval": run_eval,
     "score": run_score,
     "sample": run_sample,
+    "merge": run_merge,
     "algorithms": run_algorithms,
     "serve": run_serve,
     "keys": run_keys,

@@ -33,6 +33,7 @@ __all__ = [
     "KeysConfig",
     "LearnerConfig",
     "LiveConfig",
+    "MergeConfig",
     "PreferConfig",
     "PretrainConfig",
     "QuickstartConfig",
@@ -1133,6 +1134,21 @@ class SampleConfig:
     device: str = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
     json: bool = False
+
+
+@settings
+class MergeConfig:
+    """Add an adapter to its base: a plain folder in the base's precision, which needs neither PEFT nor the base.
+
+    Args:
+        model: a folder with an adapter, such as the model of a run with --lora_rank.
+        out: the new folder.
+        overwrite: replace the model in `out`.
+    """
+
+    model: str = ""
+    out: str = "runs/merged"
+    overwrite: bool = False
 
 
 @settings

@@ -14,12 +14,15 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
+from operant.cli import main
+from operant.config import MergeConfig
 from operant.data.batch import from_sequences
 from operant.data.text import Codec
 from operant.models.encoder import Encoder
 from operant.models.folder import hash_weights
 from operant.models.policy import Policy
 from operant.models.reward_model import RewardFacts, RewardModel
+from operant.run.merge import merge
 from operant.types import Batch, OperantError
 
 PROMPTS, ANSWERS = [[40, 41, 42], [50, 51]], [[60, 61], [70, 71, 72]]
@@ -308,6 +311,63 @@ def test_weights_may_be_read_by_whom_their_neighbours_may_be(
     assert sum(f.suffix == ".safetensors" for f in files) == 8
     (tmp_path / "fresh").touch()
     assert {f.stat().st_mode for f in files} == {(tmp_path / "fresh").stat().st_mode}
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_writes_a_plain_folder_in_the_precision_of_the_base(
+    dtype: torch.dtype, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model.save_pretrained(base)
+    policy = adapted(base)
+    expected = logprobs(policy)
+    policy.save(tmp_path / "adapter")
+    (tmp_path / "adapter" / "format.json").write_text("{}")  # what lies beside stays beside
+    out = tmp_path / "deep" / "merged"
+    main(["merge", "--model", str(tmp_path / "adapter"), "--out", str(out)])
+    assert f"one model in {out}" in capsys.readouterr().out
+    shutil.rmtree(base)
+    shutil.rmtree(tmp_path / "adapter")
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {dtype}
+    assert not [f for f in out.iterdir() if "adapter" in f.name or f.name.startswith("base")]
+    assert (out / "format.json").exists()
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    assert plain.dtype == dtype and AutoTokenizer.from_pretrained(out).decode([40]) == policy.codec.decode([40])
+    close = 1e-5 if dtype == torch.float32 else 0.1
+    assert torch.allclose(logprobs(Policy.load(out, device="cpu")), expected, atol=close)
+
+
+def test_merging_refuses_what_it_cannot_do(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted(base).save(tmp_path / "adapter")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    given = {"model": str(tmp_path / "adapter"), "out": str(tmp_path / "merged")}
+    with pytest.raises(OperantError, match="holds no adapter"):
+        merge(MergeConfig(model=str(base), out=given["out"]))
+    merge(MergeConfig(**given))
+    with pytest.raises(OperantError, match="is there already; add --overwrite, or choose"):
+        merge(MergeConfig(**given))
+    for overwrite in (False, True):
+        with pytest.raises(OperantError, match="is there already; choose another --out"):
+            merge(MergeConfig(**(given | {"out": str(tmp_path / "mine")}), overwrite=overwrite))
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr("operant.run.merge.sync_tree", full)
+        with pytest.raises(OperantError, match="the disk is full while writing"):
+            merge(MergeConfig(**given, overwrite=True))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "merged", "mine", "models"]
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == before
+    merge(MergeConfig(**given, overwrite=True))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "merged", "mine", "models"]
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------

@@ -180,6 +180,43 @@ def test_what_serves_after_a_forget_is_as_if_the_source_had_never_spoken(world: 
             assert verify_version(here.versions, record.version, here.store, here.config).same
 
 
+@pytest.mark.parametrize("where", ["named", "inner"])
+def test_versions_of_an_adapter_lie_alone_and_keep_every_promise(
+    where: str, world: Callable[..., World], tmp_path: Path
+) -> None:
+    """Roll-back, retention, replay and forgetting, on a base that is named or one that goes along with the adapter."""
+    policy = Policy.load(tmp_path / "model", device="cpu")
+    policy.add_lora(rank=2)
+    if where == "inner":
+        policy._origin = None
+    policy.save(tmp_path / "adapter")
+    of_adapter = {"model": str(tmp_path / "adapter"), "lr": 0.5}
+    here, never = world("live", **of_adapter), world("never", without=("bob",), **of_adapter)
+    published = [r.version for r in here.versions.records() if r.state == "published" and r.version]
+    assert len(published) >= 4 and not same(here.serving(), never.serving())
+    weights = [file for file in Path(here.config.root).rglob("*.safetensors") if "base" not in file.parts]
+    assert len(weights) == 1 + len(published) and {file.name for file in weights} == {"adapter_model.safetensors"}
+    bases = {file.stat().st_ino for file in Path(here.config.root).rglob("base/*.safetensors")}
+    assert len(bases) == (where == "inner")  # one file on the disk, with a name in each version
+    for version in published:
+        assert verify_version(here.versions, version, here.store, here.config).same
+    few = Versions(here.config.root, keep=1)
+    few.prune()
+    kept = {v.version for v in few.all()}
+    assert len(kept) < 1 + len(published)
+    serving = here.serving()
+    few.roll_back()
+    assert few.pointer().version in kept and not same(here.serving(), serving)
+    few.promote(serving.version)
+    assert same(here.serving(), serving)
+    told = forget("bob", here.store, here.config)
+    assert same(here.serving(), never.serving()) and told.dropped
+    if where == "named":
+        (tmp_path / "model").rename(tmp_path / "gone")
+        with pytest.raises(OperantError, match=r"the base of .*, .*/model from there, is gone"):
+            here.serving()
+
+
 def remembered(at: LoadedVersion) -> list[dict[str, Any]]:
     return [entry["event"] for entry in at.state.memory]
 

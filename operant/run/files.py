@@ -16,7 +16,7 @@ from typing import Any
 
 from operant.types import OperantError
 
-__all__ = ["STAGING", "make_folder", "read_object", "replace_file", "storage_fault", "sync", "sync_tree"]
+__all__ = ["STAGING", "make_folder", "read_object", "replace_file", "storage_fault", "swap_folder", "sync", "sync_tree"]
 
 #: How the hidden name of a file or folder begins until it is whole. `checkpoint.clean` removes what a kill leaves.
 STAGING = ".staging-"
@@ -65,6 +65,22 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         sync(folder.parent)
+
+
+def swap_folder(fresh: Path, target: Path) -> None:
+    """Let a whole new folder stand where an old one may be, which is there until then."""
+    old = target.with_name(f".{target.name}-old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

@@ -26,6 +26,7 @@ from operant.algorithms.learner import Learner, Trainable
 from operant.config import RunConfig, check_settings, completed, to_yaml
 from operant.models.folder import copy_linked, settle
 from operant.run import checkpoint
+from operant.run.files import swap_folder
 from operant.run.report import write_report
 from operant.run.runlog import FREE_KEYS, Progress, RunFolder, RunLog
 from operant.types import OperantError, StepStats
@@ -414,21 +415,17 @@ class Run:
 def _replace(source: Path, target: Path) -> None:
     """Copy a model's folder so that the target is never half-written: a copy beside it, then two renames. Its weights
     are hard links where the disk allows."""
-    staging, old = target.with_name(f".{target.name}-new-{os.getpid()}"), target.with_name(f".{target.name}-old")
+    staging = target.with_name(f".{target.name}-new-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     try:
         copy_linked(source, staging)
         settle(staging, source, target)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(staging, target)
+        swap_folder(staging, target)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise OperantError(
             f"cannot write {target} ({error.strerror}); the checkpoints are intact: free some space and use --resume"
         ) from error
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _indented(text: str) -> str:
