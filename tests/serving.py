@@ -14,9 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import openai
+from forks import Forked
 
 import operant
 from operant.config import ServeConfig
@@ -142,7 +144,7 @@ def learning(policy: Policy, folder: Path, **settings: Any) -> Iterator[Served]:
         }
         | settings
     )  # fmt: skip
-    with live(config) as running:
+    with mock.patch("subprocess.Popen", Forked), live(config) as running:
         server = server_of(running.app, config)
         with listening(server) as url, httpx.Client(base_url=url, timeout=60) as http:
             served = Served(url, running.app.state.service, http, server)
@@ -158,14 +160,14 @@ SAME_PACKAGE = os.environ | {"PYTHONPATH": str(Path(operant.__file__).parents[1]
 
 
 class Process:
-    """`operant serve` as a user starts it."""
+    """`operant serve` as a user starts it. anew: by an interpreter that imports all of it."""
 
-    def __init__(self, folder: Path, *more: str) -> None:
+    def __init__(self, folder: Path, *more: str, anew: bool = False) -> None:
         command = [
             sys.executable, "-m", "operant.cli", "serve", "--root", str(folder / "live"), "--port", "0",
             "--anchor_rows", "2", "--anchor_tokens", "4", "--device", "cpu", "--lr", "0.001", "--threads", "1", *more,
         ]  # fmt: skip
-        self.process = subprocess.Popen(
+        self.process = (subprocess.Popen if anew else Forked)(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SAME_PACKAGE, cwd=folder
         )
         assert self.process.stdout is not None

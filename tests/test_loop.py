@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import TEXTS
+from forks import Forked
 from runs import (
     DEV,
     PROMPTS,
@@ -34,13 +34,14 @@ from runs import (
     share_of_even,
     share_of_wanted,
 )
+from streams import Slow, UpToThree
 
 from operant.algorithms.learner import Adam
 from operant.config import PretrainConfig, SftConfig
 from operant.data.prompts import Pair
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
-from operant.rewards import RewardRunner, RunningNorm, Stop, Sum
+from operant.rewards import RewardRunner, RunningNorm, Sum
 from operant.rl.evaluate import evaluate
 from operant.rl.loop import TrainResult, check_request, train
 from operant.stages import pretrain, sft, supervised
@@ -571,25 +572,6 @@ def test_a_best_checkpoint_that_was_lost_costs_no_run(make_policy: Callable[...,
     assert json.loads((tmp_path / "run" / "run.json").read_text())["stop_reason"] == "all 6 steps done"
 
 
-class UpToThree:
-    """Pays 0.25 for each token and ends the row at the third; in every fourth row the first token takes too long."""
-
-    name, optimises = "up-to-three", ("exact",)
-
-    def __init__(self, slow: bool = False) -> None:
-        self.slow, self.rows, self.seen = slow, 0, 0
-
-    def start(self, prompt: Prompt) -> UpToThree:
-        self.rows += 1
-        return UpToThree(self.slow and self.rows % 4 == 0)
-
-    def step(self, token: int, text: str) -> float | Stop:
-        self.seen += 1
-        if self.slow:
-            time.sleep(30)
-        return Stop(1.0) if self.seen == 3 else 0.25
-
-
 def test_a_streaming_part_of_a_sum_ends_rows_and_a_hanging_one_costs_only_its_rows(
     make_policy: Callable[..., Policy], tmp_path: Path
 ) -> None:
@@ -601,19 +583,6 @@ def test_a_streaming_part_of_a_sum_ends_rows_and_a_hanging_one_costs_only_its_ro
     assert logged(out, "train/missing/timeout") == [3, 6] and logged(out, "train/usable") == [0.75, 0.75]
     assert 0 < logged(out, "train/reward/up-to-three")[0] <= 1.5
     assert json.loads((out / "run.json").read_text())["optimises"] == ["exact"]
-
-
-class Slow:
-    """Pays a half for each token, and takes its time for it."""
-
-    name = "slow"
-
-    def start(self, prompt: Prompt) -> Slow:
-        return self
-
-    def step(self, token: int, text: str) -> float:
-        time.sleep(0.05)
-        return 0.5
 
 
 def test_a_streaming_reward_has_its_time_for_each_token_of_held_out_texts_too(
@@ -835,7 +804,7 @@ def start(out: Path, *, hold: int, resume: bool = False) -> subprocess.Popen[str
     here = Path(__file__).parent
     code = PROGRAM.format(paths=[str(here), str(here.parent)], out=str(out), hold=hold, resume=resume)
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process = Forked([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
     if process.stdout.readline() != "held\n":
         raise AssertionError(process.communicate()[1])

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from forks import Forked
 from program import ON_CPU, Program, main, read_rows
 
 import operant
@@ -223,7 +224,7 @@ class Server:
             "--likelihood_drop", "1000", "--drain_seconds", "1", *ON_CPU, *settings,
         ]  # fmt: skip
         self.keys = keys
-        self.process = subprocess.Popen(
+        self.process = Forked(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SAME_PACKAGE, cwd=root.parent
         )
         assert self.process.stdout is not None

@@ -6,7 +6,6 @@ import ast
 import contextlib
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,8 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from serving import Served, learning
+from forks import Forked
+from serving import SAME_PACKAGE, Served, learning
 
 from operant.algorithms.learner import logprobs_of
 from operant.data.batch import from_sequences
@@ -48,12 +48,12 @@ def program(policy: Policy, folder: Path, *options: str) -> Iterator[httpx.Clien
     """`operant serve` on a tiny model, as a process of its own; all that it keeps is in `folder`."""
     policy.save(folder / "model")
     command = [
-        str(Path(sys.executable).with_name("operant")), "serve", "--model", str(folder / "model"), "--root",
+        sys.executable, "-m", "operant.cli", "serve", "--model", str(folder / "model"), "--root",
         str(folder / "live"), "--port", "0", "--threads", "1", "--max_tokens", "12", "--anchor_rows", "2",
         "--anchor_tokens", "4", *options,
     ]  # fmt: skip
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+        process = Forked(command, stdout=log, stderr=log, env=SAME_PACKAGE)
     try:
         with httpx.Client(base_url=address(folder / "log", process), timeout=30) as http:
             yield http

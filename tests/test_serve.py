@@ -18,6 +18,7 @@ import httpx
 import openai
 import psutil
 import pytest
+from forks import Forked
 from live import logprob
 from program import Program
 from serving import HELLO, SAME_PACKAGE, Process, Served, learning
@@ -220,7 +221,7 @@ def test_the_program_serves_stops_at_once_and_loses_nothing_to_kill_9(
     os.mkfifo(page)
     monkeypatch.setitem(SAME_PACKAGE, "BROWSER", f"{sys.executable} -c \"open('{page}', 'w').write('%s')\"")
     body = {"model": "default", "messages": HELLO, "max_tokens": 100, "logit_bias": {"2": -100}}
-    with Process(tmp_path, "--model", str(tmp_path / "model"), "--open", "true") as first:
+    with Process(tmp_path, "--model", str(tmp_path / "model"), "--open", "true", anew=True) as first:
         assert page.read_text() == f"{first.url}/"  # what the browser was given
         (curl,) = [line for line in first.said.splitlines() if line.startswith("  curl ")]
         assert '"model": "default"' in curl and f"{first.url}/\n" in first.said
@@ -300,9 +301,12 @@ def test_an_extra_that_is_missing_is_named(
     assert f"fastapi: {install_line(extra='live')}" in Program(capsys).fault("serve", "--root", tmp_path / "live")
 
 
-def test_a_root_goes_on_with_its_own_model_only(policy: Policy, tmp_path: Path) -> None:
+def test_a_root_goes_on_with_its_own_model_only(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("model", "other"):
         policy.save(tmp_path / name)
+    monkeypatch.setattr("subprocess.Popen", Forked)
     options: dict[str, Any] = {"root": str(tmp_path / "live"), "anchor_rows": 2, "anchor_tokens": 4, "device": "cpu"}
     with live(ServeConfig(model=str(tmp_path / "model"), **options)):
         pass

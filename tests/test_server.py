@@ -17,6 +17,7 @@ import numpy as np
 import openai
 import pytest
 from live import logprob
+from runs import quick
 from serving import Served, serving
 
 from operant.live.api.automatic import Automatic
@@ -874,7 +875,7 @@ def far_off(prompt: Prompt, completion: Completion) -> float:
 
 @pytest.mark.parametrize(("reward", "events"), [(halved, 1), (far_off, 0)])
 def test_a_reward_rates_every_answer_once(policy: Policy, tmp_path: Path, reward: Any, events: int) -> None:
-    automatic = Automatic(reward)
+    automatic = Automatic(quick(reward))
     try:
         with serving(policy, tmp_path, listeners=[automatic]) as served:
             name = served.chat(logit_bias={"2": -100})["id"]

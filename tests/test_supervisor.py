@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forks import Forked
 from live import MemoryStore, answered, logprob, prompts
 
 from operant.config import WorkerConfig
@@ -380,7 +381,9 @@ def test_the_password_of_the_database_is_not_in_the_learners_command_line(make_l
     assert found == url and "s3cret" not in " ".join(argv)
 
 
-def test_a_real_learner_teaches_what_is_served_and_survives_kill_9(make_live: MakeLive, tmp_path: Path) -> None:
+def test_a_real_learner_teaches_what_is_served_and_survives_kill_9(
+    make_live: MakeLive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     live, log = make_live(), tmp_path / "log.jsonl"
     lines = []
     for stored in live.store.interactions.values():
@@ -392,6 +395,7 @@ def test_a_real_learner_teaches_what_is_served_and_survives_kill_9(make_live: Ma
     record = Worker(live.worker.config, FeedbackFile(log), lambda told: None)._next()
     assert record is not None
     live.versions.announce(record)
+    monkeypatch.setattr("subprocess.Popen", Forked)
     supervisor = live.start(None)
     until(lambda: live.engine.stats()["version"] == 1, "the pending step is finished and served")
     until(lambda: [r.version for r in live.ledger.records] == [0, 1], "and in the ledger")
