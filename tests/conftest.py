@@ -16,6 +16,7 @@ import torch
 
 from operant.data.text import Codec
 from operant.models.policy import Policy
+from operant.run import report
 
 torch.set_num_threads(1)
 # No test cuts the power. A disk that is waited for thousands of times costs minutes; processes of their own do wait.
@@ -23,6 +24,18 @@ os.fsync = os.fstat  # type: ignore[assignment]
 
 TEXTS = ["the cat sat on the mat", "a dog ran to the red house", "你好,世界", "one two three four five", "😀 naïve"]
 FAMILIES = ("gpt2", "llama", "t5", "bart", "marian")
+
+
+# The files that take longest, the longest first: they begin first, so that no worker is left alone with one at the end.
+LONGEST = """
+    loop live_worker environment stages serve server page forget_serving canary old_data quickstart real_models
+    live_learning supervisor store recipes
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -90,10 +103,15 @@ def sketch(chart: Any, folder: Path) -> str:
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports are whole but for the lines of their curves, which take longer to draw than a tiny run to learn.
 
-    A test that is marked `draws` has them.
+    A test that is marked `draws` has them: of all its runs, or of those in the folders that the mark names.
     """
-    if request.node.get_closest_marker("draws") is None:
-        monkeypatch.setattr("operant.run.report._figure", sketch)
+    mark = request.node.get_closest_marker("draws")
+    if mark is not None and not mark.args:
+        return
+    drawn, figure = mark.args if mark is not None else (), report._figure
+    monkeypatch.setattr(
+        report, "_figure", lambda chart, folder: (figure if folder.parent.name in drawn else sketch)(chart, folder)
+    )
 
 
 @pytest.fixture

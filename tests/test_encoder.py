@@ -126,7 +126,7 @@ def sentences(count: int) -> list[dict[str, str]]:
     return [{"text": " ".join(WORDS[(i + k) % len(WORDS)] for k in range(8))} for i in range(count)]
 
 
-@pytest.mark.draws
+@pytest.mark.draws("whole")
 def test_pretraining_learns_what_is_hidden_and_resumes_exactly(program: Program, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "texts.jsonl", sentences(60))
     options = (

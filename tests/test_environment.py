@@ -510,11 +510,11 @@ def test_reward_rises_over_several_turns(
     with torch.no_grad():  # flat enough to explore
         policy.model.get_input_embeddings().weight.mul_(0.2)
     config = settings(
-        tmp_path / "run", environment=f"{__name__}:Letters", max_tokens=1, steps=36, prompts_per_step=16, group_size=4,
+        tmp_path / "run", environment=f"{__name__}:Letters", max_tokens=1, steps=36, prompts_per_step=8, group_size=4,
         lr=1e-2, gamma_turn=0.9, eval_every=12, eval_prompts=4, algorithm=algorithm,
     )  # fmt: skip
     if algorithm == "trpo":
-        config = dataclasses.replace(config, delta=0.05, damping=0.01)
+        config = dataclasses.replace(config, delta=0.05, damping=0.01, steps=24)
     result = train(policy, config=config, quiet=True)
     won, turns = (logged(tmp_path / "run", f"train/{name}") for name in ("reward_mean", "turns"))
     assert np.mean(won[:3]) < 0.4 and np.mean(won[-3:]) > np.mean(won[:3]) + 0.3

@@ -44,7 +44,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.draws
+@pytest.mark.draws("quick")
 def test_it_writes_and_prints_what_it_promises(program: Program, tmp_path: Path) -> None:
     out = tmp_path / "quick"
     command = ("quickstart", *SIZES, "--out", out)

@@ -316,7 +316,7 @@ SMALL = ("--vocab_size", 300, "--max_length", 48, "--lr", "3e-3", "--warmup_step
 
 @pytest.mark.parametrize(
     ("kind", "arch"),
-    [("comparison", "bert"), ("regression", "llama"), pytest.param("token", "bert", marks=pytest.mark.draws)],
+    [("comparison", "bert"), ("regression", "llama"), pytest.param("token", "bert", marks=pytest.mark.draws("whole"))],
 )
 def test_training_learns_beats_the_baselines_and_resumes_exactly(
     kind: str, arch: str, program: Program, tmp_path: Path
