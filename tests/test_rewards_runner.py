@@ -109,7 +109,7 @@ def test_processes_are_started_once_and_are_not_this_one():
         assert first[1].rewards[-1] == second[0].rewards[-1] == worker
         # One that dies between batches costs no reward.
         os.kill(int(worker), signal.SIGKILL)
-        time.sleep(0.2)
+        os.waitid(os.P_PID, int(worker), os.WEXITED | os.WNOWAIT)  # it is dead, and the runner has not heard of it
         assert runner.run([pair("d")])[0].missing is None and not runner.counts
         worker = int(runner.run([pair("e")])[0].rewards[-1])
     with pytest.raises(ProcessLookupError):

@@ -292,7 +292,6 @@ child = os.fork()
 if child == 0:
     os.close(1)
     time.sleep(600)
-time.sleep(0.2)
 print(child, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
