@@ -559,7 +559,7 @@ class PretrainConfig(RunConfig, ModelConfig):
         steps: optimizer steps.
         batch_tokens: tokens per optimizer step and accumulation round.
         accumulate: rounds of gradient accumulation per optimizer step.
-        lr: peak learning rate.
+        lr: peak learning rate; auto takes the one for what is trained (docs/real_models.md).
         warmup_steps: steps of linear warm-up.
         schedule: learning rate after the warm-up.
         eval_every: steps between measurements of the dev loss.
@@ -577,7 +577,7 @@ class PretrainConfig(RunConfig, ModelConfig):
     steps: Common[PositiveInt] = 1000
     batch_tokens: Common[PositiveInt] = 8192
     accumulate: PositiveInt = 1
-    lr: Common[NonNegativeFloat] = 1e-3
+    lr: Common[NonNegativeFloat | Literal["auto"]] = "auto"
     warmup_steps: NonNegativeInt = 50
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     eval_every: Common[PositiveInt] = 100
@@ -596,7 +596,7 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
         limit: use only the first rows.
         steps: at most so many optimizer steps.
         batch_size: pairs per optimizer step.
-        lr: peak learning rate.
+        lr: peak learning rate; auto takes the one for what is trained (docs/real_models.md).
         warmup_steps: steps of linear warm-up.
         schedule: learning rate after the warm-up.
         label_smoothing: ε of Szegedy et al. 2016.
@@ -614,7 +614,7 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
     out: Common[str] = "runs/sft"
     steps: Common[PositiveInt] = 2000
     batch_size: Common[PositiveInt] = 64
-    lr: Common[NonNegativeFloat] = 5e-4
+    lr: Common[NonNegativeFloat | Literal["auto"]] = "auto"
     warmup_steps: NonNegativeInt = 20
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     label_smoothing: Annotated[float, Interval(ge=0, lt=1)] = 0.0
@@ -659,7 +659,7 @@ class PreferConfig(RunConfig):
         undesirable_weight: λ of bad ones (kto).
         steps: at most so many optimizer steps.
         batch_size: pairs, or for kto completions, per optimizer step.
-        lr: peak learning rate; auto takes the algorithm's own.
+        lr: peak learning rate; auto takes the algorithm's for what is trained (`operant algorithms --json`).
         warmup_steps: steps of linear warm-up.
         schedule: learning rate after the warm-up.
         measure_kl: measure the KL to the reference on held-out rows, which keeps a second copy of full weights.
@@ -946,7 +946,7 @@ class TrainConfig(
             but double_q also need behavior_logprobs, as operant sample --json prints them: rows without are left out.
         algorithm: one of the table that `operant algorithms` prints. What is `auto` below is then as its paper says.
         steps: at most so many steps.
-        lr: learning rate; auto takes the algorithm's own (`operant algorithms --json`).
+        lr: learning rate; auto takes the algorithm's for what is trained (`operant algorithms --json`).
         warmup_steps: steps of linear warm-up.
         schedule: learning rate after the warm-up.
     """
@@ -993,7 +993,7 @@ class RewardModelConfig(RunConfig, StartConfig):
         too_long: what to do with completions that the model cannot hold; a prompt loses its beginning.
         steps: at most so many optimizer steps.
         batch_size: rows (pairs of completions for comparison) per optimizer step.
-        lr: peak learning rate.
+        lr: peak learning rate; auto takes the one for what is trained (docs/real_models.md).
         warmup_steps: steps of linear warm-up.
         schedule: learning rate after the warm-up.
         eval_every: steps between held-out measurements.
@@ -1021,7 +1021,7 @@ class RewardModelConfig(RunConfig, StartConfig):
     out: Common[str] = "runs/reward-model"
     steps: Common[PositiveInt] = 500
     batch_size: Common[PositiveInt] = 32
-    lr: Common[NonNegativeFloat] = 3e-4
+    lr: Common[NonNegativeFloat | Literal["auto"]] = "auto"
     warmup_steps: NonNegativeInt = 20
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     eval_every: PositiveInt = 25

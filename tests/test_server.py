@@ -23,6 +23,7 @@ from serving import Served, serving
 from operant.live.api.automatic import Automatic
 from operant.live.api.implicit import Implicit
 from operant.live.api.service import GenerationRequest, Listener, Service, Way
+from operant.live.api.versions_routes import held_out
 from operant.live.serve import _log_to, server_of
 from operant.live.serving.access import Links
 from operant.live.storage.store import StoredCompletion, StoreFault
@@ -727,6 +728,24 @@ def test_versions_are_listed_and_pins_kept(served: Served) -> None:
     served.fault("POST", "/v1/versions/9/promote", 409)
     served.fault("POST", "/v1/versions/rollback", 409)
     served.fault("POST", "/v1/versions/-1/promote", 400)
+
+
+def test_what_the_slow_gate_measured_is_read_for_signs_of_collapse(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Along the line of what serves: version 2 began from 0, and what became of 1 is nobody's."""
+    numbers = {0: (None, {"distinct2": 0.8, "bleu": 30.0}), 1: (0, {"distinct2": 0.1}), 3: (2, {"bleu": 20.0})}
+    rows: list[dict[str, Any]] = [
+        {"version": n, "parent": parent, "slow": {"passed": True, "numbers": found}}
+        for n, (parent, found) in numbers.items()
+    ]
+    rows.append({"version": 2, "parent": 0, "slow": None})
+    assert held_out({"versions": rows}, 3) == {"eval/distinct2": [(0, 0.8)], "eval/bleu": [(0, 30.0), (3, 20.0)]}
+    assert served.http.get("/v1/versions").json()["notices"] == []
+    far = {"anchor": 0, "passed": True, "reason": "", "numbers": {"kl_ref": 2.0}}
+    monkeypatch.setattr(served.service.versions, "slow", lambda version: far)
+    (notice,) = served.http.get("/v1/versions").json()["notices"]
+    assert notice["kind"] == "collapse" and "held-out KL 2 nats/token" in notice["text"]
 
 
 def test_health_readiness_and_metrics(served: Served) -> None:

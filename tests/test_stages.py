@@ -28,10 +28,12 @@ from forks import Forked
 from program import ON_CPU, QUIET_RUN, Outcome, Program, pairs, read_rows, write_rows
 
 import operant
+from operant.algorithms.table import ALGORITHMS, STAGE_RATES
 from operant.cli import main
 from operant.config import PreferConfig, PretrainConfig, RewardModelConfig, SftConfig, TrainConfig
 from operant.data.prompts import load_fitting_pairs
-from operant.models.policy import Policy
+from operant.models.encoder import Encoder
+from operant.models.policy import Policy, is_pretrained
 from operant.run import checkpoint, provenance
 from operant.run.provenance import data_hash
 from operant.run.run import Run
@@ -136,6 +138,89 @@ def test_a_stage_begins_with_what_it_has_before_it(
     command = {"masked": "pretrain", "train_from": "train"}.get(name, name)
     assert first.startswith(f"{command}: {BEGINS[name]}") and first.endswith(" parameters, all trainable; cpu, float32")
     assert out == "" and "seed: 0" not in err
+
+
+MADE = {
+    "pretrain": 1e-3, "masked": 1e-3, "sft": 5e-4, "prefer": 2e-5, "reward-model": 3e-4, "train": 1e-4,
+    "train_from": 1e-4,
+}  # fmt: skip
+FULL = {"sft": STAGE_RATES["sft"], "reward-model": STAGE_RATES["reward-model"], "prefer": ALGORITHMS["dpo"].rates}
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_auto_is_the_rate_of_what_is_trained_and_is_kept_and_said(
+    name: str, pretrained: bool, stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A tiny model counts as made here. With the bound at nothing it counts as pretrained, and new ones do not."""
+    if pretrained:
+        monkeypatch.setattr("operant.models.policy.SMALL", 0)
+    stages[name]("settings")
+    out = {"pretrain": "p", "masked": "m", "sft": "s", "prefer": "d", "reward-model": "r"}.get(name, "train")
+    rate = MADE[name]
+    if pretrained and out not in ("p", "m"):
+        rate = FULL.get(name, ALGORITHMS["rloo"].rates).full
+        assert rate < MADE[name]
+    assert yaml.safe_load((tmp_path / out / "config.yaml").read_text())["lr"] == rate
+    what = "pretrained model" if rate < MADE[name] else "model made here"
+    assert f"learning rate {rate:g}, for all weights of a {what} (--lr auto)" in capfd.readouterr().err
+    logged = [row["train/lr"] for row in read_rows(tmp_path / out / "metrics.jsonl") if "train/lr" in row]
+    assert 0 < logged[-1] <= rate
+
+
+@pytest.mark.parametrize("given", [[], ["--lora_rank", 2]])
+def test_an_adapter_on_a_pretrained_model_has_a_rate_of_its_own(
+    given: list[Any], program: Program, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("operant.models.policy.SMALL", 0)
+    for stage, rates, more in (
+        ("train", ALGORITHMS["rloo"].rates, TRAIN),
+        ("sft", STAGE_RATES["sft"], ("--steps", 1, "--max_tokens", 6, *QUIET_RUN)),
+    ):
+        out = tmp_path / stage
+        done = program(stage, "--model", model, "--data", data, "--out", out, *given, *more)
+        assert done.status == 0, done.err
+        rate = rates.lora if given else rates.full
+        assert yaml.safe_load((out / "config.yaml").read_text())["lr"] == rate
+        what = "an adapter on" if given else "all weights of"
+        assert f"learning rate {rate:g}, for {what} a pretrained model (--lr auto)" in done.err
+
+
+def test_a_resumed_run_keeps_the_rate_that_it_began_with(
+    program: Program, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """What `auto` means has changed since: the number in config.yaml is the run's."""
+    for stage, more in (("train", TRAIN), ("sft", ("--steps", 2, "--max_tokens", 6, *QUIET_RUN))):
+        out = tmp_path / stage
+        start = (stage, "--model", model, "--data", data, "--out", out, *more, "--warmup_steps", 0)
+        program(*start)
+        kept = yaml.safe_load((out / "config.yaml").read_text())
+        (out / "config.yaml").write_text(yaml.safe_dump(kept | {"lr": 0.00123}))
+        done = program(*start, "--steps", 3, "--resume", "true")
+        assert done.status == 0, done.err
+        logged = [row["train/lr"] for row in read_rows(out / "metrics.jsonl") if "train/lr" in row]
+        assert logged == [kept["lr"], kept["lr"], 0.00123]
+        assert yaml.safe_load((out / "config.yaml").read_text())["lr"] == 0.00123
+
+
+def test_a_model_made_here_says_so_through_every_stage(
+    program: Program, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("operant.models.policy.SMALL", 0)
+    short = ("--steps", 1, "--max_length", 48, "--vocab_size", 280, *QUIET_RUN)
+    program("pretrain", "--data", tmp_path / "texts.jsonl", "--out", tmp_path / "p", *short)
+    begun = tmp_path / "p" / "model"
+    program(
+        "sft", "--model", begun, "--data", data, "--lora_rank", 2, "--out", tmp_path / "s", "--steps", 1, *QUIET_RUN
+    )
+    program("train", "--model", tmp_path / "s" / "model", "--data", data, "--out", tmp_path / "t", *TRAIN)
+    for folder in ("p", "s", "t"):
+        assert not is_pretrained(Policy.load(tmp_path / folder / "model", device="cpu").model)
+    program("pretrain", "--arch", "bert", "--data", tmp_path / "texts.jsonl", "--out", tmp_path / "b", *short)
+    encoder = Encoder.load(tmp_path / "b" / "model", device="cpu")
+    assert not is_pretrained(encoder.model) and not is_pretrained(encoder.with_decoder().model)
 
 
 def test_the_first_line_tells_what_of_the_model_is_trained(program: Program, model: Path, data: Path,

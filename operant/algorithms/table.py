@@ -24,13 +24,44 @@ SUMMING_BASELINES = ("group_scaled", "group_centred")  # one number for all toke
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """Peak learning rates of Adam, by what is trained; what `--lr auto` takes.
+
+    made: of a model that was made here, all weights or LoRA. full: of all weights of a pretrained model. lora: of an
+    adapter on one. How they were chosen stands in docs/real_models.md.
+    """
+
+    made: float
+    full: float
+    lora: float
+
+    def of(self, *, pretrained: bool, lora: bool) -> float:
+        """The rate of a model, as `models.policy.is_pretrained` says what it is."""
+        return self.made if not pretrained else self.lora if lora else self.full
+
+
+def rate_in_words(rate: float, *, pretrained: bool, lora: bool) -> str:
+    """The line that says what `--lr auto` is."""
+    what = "an adapter on" if lora else "all weights of"
+    return f"learning rate {rate:g}, for {what} a {'pretrained model' if pretrained else 'model made here'} (--lr auto)"
+
+
+#: Of the stages whose loss is no algorithm's.
+STAGE_RATES = {
+    "pretrain": Rates(1e-3, 3e-5, 3e-4),
+    "sft": Rates(5e-4, 3e-5, 3e-4),
+    "reward-model": Rates(3e-4, 1e-4, 3e-4),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Algorithm:
     """One row: the loss, the defaults that make it what its paper says, and what it honours.
 
     baseline, dense_baseline: what a reward, and a dense one, is compared with when `--baseline` is auto.
     whiten, clip, lam, shift, dynamic, overlong: what `auto` means for the settings of these names; `overlong` is the
         share of the length limit over which the penalty grows.
-    rule: what takes the step: Adam, or the natural gradient within a trust region. lr: Adam's learning rate when
+    rule: what takes the step: Adam, or the natural gradient within a trust region. rates: Adam's learning rates when
         `--lr` is auto.
     ratio: the loss has a ratio to the policy that the batch began with, so several passes over a batch are allowed.
     pairs, reference: it learns from chosen and rejected completions, against a frozen policy.
@@ -51,7 +82,7 @@ class Algorithm:
     dynamic: bool = False
     overlong: float = 0.0
     rule: Literal["adam", "trust_region"] = "adam"
-    lr: float = 1e-4
+    rates: Rates = Rates(1e-4, 1e-5, 3e-4)
     ratio: bool = False
     pairs: bool = False
     reference: bool = False
@@ -160,15 +191,18 @@ ALGORITHMS = {
         ),
         Algorithm(
             "dpo", "Rafailov et al. 2023", "dpo", "none", "none", "per_completion", pairs=True, reference=True,
-            lr=2e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+            rates=Rates(2e-5, 5e-6, 1e-4),
+            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "ipo", "Azar et al. 2023", "ipo", "none", "none", "per_completion", pairs=True, reference=True,
-            lr=1e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+            rates=Rates(1e-5, 2.5e-6, 5e-5),
+            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "kto", "Ethayarajh et al. 2024", "kto", "none", "none", "per_completion", reference=True,
-            lr=5e-5, honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
+            rates=Rates(5e-5, 1.25e-5, 2.5e-4),
+            honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
     )
 }  # fmt: skip
@@ -192,7 +226,9 @@ def table() -> list[dict[str, Any]]:
         {
             "name": a.name, "paper": a.paper, "from": a.learns_from, "loss": a.loss, "baseline": a.baseline,
             "dense_baseline": a.dense_baseline if a.honours_dense else None, "normalisation": a.normalisation,
-            "rule": a.rule, "lr": a.lr if a.rule == "adam" else None,
+            "rule": a.rule, "lr": a.rates.made if a.rule == "adam" else None,
+            "lr_pretrained": a.rates.full if a.rule == "adam" else None,
+            "lr_lora": a.rates.lora if a.rule == "adam" else None,
             "needs": list(a.needs), "honours": list(a.honours),
         }
         for a in ALGORITHMS.values()
@@ -223,10 +259,10 @@ class AlgorithmSettings:
     bootstrap: bool
 
 
-def resolve(config: TrainConfig, *, dense: bool) -> AlgorithmSettings:
+def resolve(config: TrainConfig, *, dense: bool, pretrained: bool = False, lora: bool = False) -> AlgorithmSettings:
     """Resolve the `auto` fields and refuse what the estimator cannot honour.
 
-    dense: the reward pays per token.
+    dense: the reward pays per token. pretrained, lora: what is trained, see `Rates`.
     Raises OperantError, by name and with the fix, for each combination that would silently be another one.
     """
     algorithm = _named(config)
@@ -262,7 +298,7 @@ def resolve(config: TrainConfig, *, dense: bool) -> AlgorithmSettings:
         )
     return AlgorithmSettings(
         algorithm=algorithm,
-        lr=float(auto(config.lr, algorithm.lr)),
+        lr=float(auto(config.lr, algorithm.rates.of(pretrained=pretrained, lora=lora))),
         baseline=baseline,
         normalisation=normalisation,
         whiten=whiten,

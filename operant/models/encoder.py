@@ -30,7 +30,15 @@ from operant.models.folder import (
     name_base,
     open_to_others,
 )  # fmt: skip
-from operant.models.policy import EntropyMode, Policy, TokenLogprobs, is_masked, resolve_device, told_in_one_line
+from operant.models.policy import (
+    MADE_HERE,
+    EntropyMode,
+    Policy,
+    TokenLogprobs,
+    is_masked,
+    resolve_device,
+    told_in_one_line,
+)
 from operant.types import Batch, Bools, Ints, OperantError
 
 # (layers, heads, width, feed-forward width), as in policy.SIZES; `base` is the published size (Devlin et al. 2019).
@@ -151,6 +159,7 @@ class Encoder:
                     bos_token_id=codec.bos_id, eos_token_id=codec.eos_id,
                 )
             )  # fmt: skip
+        setattr(model.config, MADE_HERE, True)
         return cls(model, codec, device=device, dtype=dtype)
 
     def add_lora(
@@ -243,6 +252,8 @@ class Encoder:
                     pad_token_id=codec.pad_id, bos_token_id=codec.bos_id, eos_token_id=codec.eos_id,
                 )
             )  # fmt: skip
+        if getattr(config, MADE_HERE, False):
+            setattr(model.config, MADE_HERE, True)
         positions = tables.position_embeddings.weight[-self.max_length :] + tables.token_type_embeddings.weight[0]
         with torch.no_grad():
             model.model.shared.weight.copy_(tables.word_embeddings.weight)

@@ -55,6 +55,12 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
 }
 
 
+#: In config.json of a model that begins from random weights here. Transformers keeps it through every later stage.
+MADE_HERE = "made_by_operant"
+#: Weights below which a model without that mark counts as made here too: the fixtures of tests, folders from before it.
+SMALL = 10_000_000
+
+
 class LanguagePolicy(Protocol):
     """What the sampler and an evaluation need of a policy; the methods are `Policy`'s.
 
@@ -281,6 +287,7 @@ class Policy:
                         n_positions=max_length, **ids,
                     )
                 )  # fmt: skip
+        setattr(model.config, MADE_HERE, True)
         return cls(model, codec, device=device, dtype=dtype)
 
     def add_lora(
@@ -804,6 +811,17 @@ def told_in_one_line(source: str | Path) -> Iterator[None]:
         raise OperantError(
             f"cannot load a model from {source} ({first}); give a folder that a stage or Transformers saved"
         ) from error
+
+
+def is_pretrained(model: Any) -> bool:
+    """Whether a Transformers model was pretrained elsewhere, so that what it knows is to be kept.
+
+    One that was made here says so in its configuration (`MADE_HERE`), whatever it has learned since; one without that
+    mark was made elsewhere, unless it has fewer than `SMALL` weights.
+    """
+    if getattr(model.config, MADE_HERE, False):
+        return False
+    return sum(p.numel() for p in model.parameters()) >= SMALL
 
 
 def is_masked(config: Any) -> bool:

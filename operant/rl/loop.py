@@ -20,13 +20,13 @@ from operant.algorithms.estimator import Estimator, Rollout
 from operant.algorithms.learner import Learner, logprobs_of
 from operant.algorithms.q_learning import QEstimator
 from operant.algorithms.surrogate import Surrogate
-from operant.algorithms.table import AlgorithmSettings, in_force, places_tokens, resolve
+from operant.algorithms.table import AlgorithmSettings, in_force, places_tokens, rate_in_words, resolve
 from operant.algorithms.trust_region import TrustRegion
 from operant.config import TrainConfig, current_names
 from operant.data.batch import drawn, microbatches, select_rows
 from operant.data.prompts import Pair
 from operant.data.rows import held_out_source
-from operant.models.policy import Policy
+from operant.models.policy import Policy, is_pretrained
 from operant.models.sampler import Sampler
 from operant.rewards import (
     Reward,
@@ -42,10 +42,12 @@ from operant.rl.episodes import Episodes, HeldOutEpisodes, check_episode_metric
 from operant.rl.evaluate import distinct
 from operant.rl.heldout import HeldOut, check_metric, read_target, target_metric
 from operant.rl.logged import Logged, check_logged, judged, with_propensities
-from operant.rl.rollouts import Rollouts, check_prompts
-from operant.run.run import DataOrder, Quiet, Run, mixed_seed
+from operant.rl.rollouts import Rollouts, check_prompts, tied_share
+from operant.run.notices import TIED
+from operant.run.run import DataOrder, Quiet, Run, as_begun, mixed_seed
 from operant.types import Batch, Completion, OperantError, Prompt, SamplerProtocol, StepStats
 
+ROUNDING = 1e-7  # of the largest return: an advantage below is none
 CRITIC_RATE = 5.0  # a critic begins knowing nothing: its learning rate over the policy's, unless it is given
 
 # (step, metrics of the step) → True to stop; called after every step
@@ -98,7 +100,7 @@ def train(
     Raises OperantError for what `check_request` refuses, when no logged completion has a reward, when `config.out`
     cannot be used, and when every reward of several steps in a row was missing.
     """
-    config = dataclasses.replace(config or TrainConfig(), **current_names(options))
+    config = as_begun(dataclasses.replace(config or TrainConfig(), **current_names(options)))
     request = check_request(policy, prompts, reward, config, dev_prompts=dev_prompts, pairs=pairs, logged=logged)
     config = request.config
     workers = None if config.reward_workers < 0 else config.reward_workers
@@ -152,7 +154,8 @@ def check_request(
     if config.environment and (prompts or reward is not None or dev_prompts or pairs):
         raise OperantError("an environment asks and pays by itself; leave prompts and reward out, or --environment")
     config, reward = settled_reward(config, reward)
-    settings = resolve(config, dense=reward.dense)
+    pretrained = is_pretrained(policy.model)
+    settings = resolve(config, dense=reward.dense, pretrained=pretrained, lora=policy.is_lora)
     looked_at = dev_prompts[: config.eval_prompts]
     for part in (prompts, looked_at):
         check_references(reward, part)
@@ -161,6 +164,8 @@ def check_request(
     if logged and (prompts or not config.logged):
         raise OperantError("a log takes the place of prompts; set config.logged to where it is from, leave prompts out")
     notes = []
+    if config.lr == "auto" and settings.algorithm.rule == "adam":
+        notes.append(rate_in_words(settings.lr, pretrained=pretrained, lora=policy.is_lora))
     usable = with_propensities(settings.algorithm, logged)
     if len(usable) < len(logged):
         notes.append(
@@ -269,13 +274,18 @@ class _Loop:
             metrics["train/sample_seconds"] = sampled_seconds
             metrics["train/tokens_per_second"] = stats.tokens / (time.perf_counter() - begun)
             shown: dict[str, float | str] = {
-                "reward": metrics["train/reward_mean"],
-                "entropy": stats.entropy,
-                "length": metrics["train/length"],
+                name: metrics[f"train/{key}"]
+                for name, key in (("reward", "reward_mean"), ("entropy", "entropy"), ("length", "length"))
+                if f"train/{key}" in metrics
             }
+            tied = metrics.get("train/tied", 0.0)
+            shown["ties"] = f"{tied:.0%}" if tied else ""
             self.run.record(stats, metrics, missing=dict(self.runner.counts), shown=shown)
-            if self.run.step % self.config.eval_every == 0 or self.run.step == self.config.steps:
+            looks = self.run.step % self.config.eval_every == 0 or self.run.step == self.config.steps
+            if looks:
                 self.held_out.measure()
+            if looks or tied >= TIED:
+                self.run.watch()
             answers = [callback(self.run.step, metrics) for callback in callbacks]  # every one is called
             if any(answers):
                 self.run.stop("a callback asked to stop")
@@ -312,15 +322,16 @@ class _Loop:
     def learn(self, batch: Batch, step: int) -> StepStats:
         """One or, with a ratio, several optimizer steps on the batch; adapts the KL coefficient afterwards."""
         config = self.config
+        if not self.teaches(batch):
+            # Adam's momentum and weight decay must not move the weights either
+            self.state["idle"] = self.state.get("idle", 0) + 1
+            return StepStats(step=self.learner.steps, loss=0.0, grad_norm=0.0)
         rows = batch.tokens.shape[0]
         passes = config.epochs * config.minibatches
         region = self.settings.algorithm.rule == "trust_region"
         if passes > 1 or region:
             with self.policy.full_precision() if region else contextlib.nullcontext():
                 batch.old_logprobs = logprobs_of(self.policy, batch, config.tokens_per_microbatch)
-        if not config.sft_coef and not bool(batch.weights.any()):
-            # no usable reward: Adam's momentum and weight decay must not move the weights either
-            return StepStats(step=self.learner.steps, loss=0.0, grad_norm=0.0)
         taken: list[StepStats] = []
         for epoch in range(config.epochs):
             order = torch.from_numpy(
@@ -345,6 +356,23 @@ class _Loop:
         )
         return stats
 
+    def teaches(self, batch: Batch) -> bool:
+        """Whether an update on the batch has a gradient: some usable reward, and an advantage that is not zero, or
+        something else in the loss: pairs, the KL, the entropy, or values."""
+        config = self.config
+        if config.sft_coef:
+            return True
+        if not bool(batch.weights.any()):
+            return False
+        if batch.values is not None or self.settings.algorithm.loss == "double_q":
+            return True
+        if config.entropy_coef or (config.kl_in == "loss" and self.state["kl_coef"] > 0):
+            return True
+        assert batch.advantages is not None and batch.returns is not None
+        # rewards that are equal leave what rounding does to their mean, which whitening makes larger
+        least = ROUNDING * float(batch.returns.abs().max())
+        return bool((batch.advantages.abs() * (batch.weights > 0) > least).any())
+
     def supervised(self, step: int) -> Batch:
         """The labelled pairs that `sft_coef` mixes into an optimizer step."""
         chosen = [self.pairs[i] for i in self.pair_order.take(step)]
@@ -362,9 +390,6 @@ class _Loop:
         metrics = {
             "train/reward_mean": stats.reward_mean,
             "train/reward_std": float(np.std(sums)) if sums else math.nan,
-            "train/approx_kl": stats.approx_kl,
-            "train/clipfrac": stats.clipfrac,
-            "train/entropy": stats.entropy,
             "train/length": float(np.mean([len(drawn(c)) for c in completions])),
             "train/distinct2": distinct([c.tokens[drawn(c)] for c in completions]),
             "train/truncated": float(np.mean([c.truncated for c in completions])),
@@ -372,6 +397,13 @@ class _Loop:
             "train/completions": float(self.state["drawn"] * self.config.group_size),
             "train/rounds": float(rollout.rounds),
         }
+        if stats.tokens:  # of a step without an update nothing is known
+            moved = {"approx_kl": stats.approx_kl, "clipfrac": stats.clipfrac, "entropy": stats.entropy}
+            metrics |= {f"train/{name}": value for name, value in moved.items()}
+        if "idle" in self.state:
+            metrics["train/idle"] = float(self.state["idle"])
+        if (tied := tied_share(trajectories)) is not None:
+            metrics["train/tied"] = tied
         metrics |= {f"train/{name}": value for name, value in stats.extra.items()}
         if self.config.environment:
             metrics["train/turns"] = float(np.mean([c.meta["turns"] for c in completions]))

@@ -111,6 +111,21 @@ class Rollouts:
             self.run.stop(f"every reward was missing: {self.runner.explain()}", failed=True)
 
 
+def tied_share(trajectories: list[Trajectory]) -> float | None:
+    """Share of the groups whose completions were all paid the same, of those with two and more that were paid.
+
+    None where there is no such group. Of dense rewards both the sums and the sums of the amounts must be equal.
+    """
+    rewards, mask, valid = completion_axes(trajectories)
+    groups = group_numbers(trajectories)
+    counts = torch.bincount(groups[valid], minlength=int(groups.max()) + 1)
+    paid = rewards * mask
+    differ = credit.rewards_differ(paid.sum(1), groups, valid) | credit.rewards_differ(paid.abs().sum(1), groups, valid)
+    several = counts > 1
+    alike = several & (torch.bincount(groups[differ], minlength=len(counts)) == 0)
+    return float(alike.sum() / several.sum()) if bool(several.any()) else None
+
+
 def rollout_sampling(config: TrainConfig, seed: int) -> Sampling:
     """How a run draws what it learns from."""
     return Sampling(

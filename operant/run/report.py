@@ -25,12 +25,11 @@ from typing import Any, Literal
 import yaml
 
 from operant.run.files import read_object, replace_file
+from operant.run.notices import Notice, Series, levels, notices
 from operant.run.runlog import read_jsonl
 from operant.types import OperantError
 
 __all__ = ["Check", "RunRecord", "hacking_checks", "load_run", "terminal_curve", "write_report"]
-
-Series = list[tuple[int, float]]
 
 #: Names as readers know them; any other metric is shown under its own name.
 LABELS = {
@@ -40,6 +39,7 @@ LABELS = {
     "bleu": "BLEU",
     "chrf": "chrF",
     "clipfrac": "Clipped share (clipfrac)",
+    "commonest": "Share of the commonest answer",
     "distinct1": "Distinct-1",
     "distinct2": "Distinct-2",
     "distinct3": "Distinct-3",
@@ -61,6 +61,7 @@ LABELS = {
     "rougeL": "ROUGE-L",
     "reward_missing": "Rewards missing",
     "ter": "TER",
+    "tied": "Groups whose rewards are all equal",
     "tokens_per_second": "Tokens/s",
     "truncated": "Cut off at the length limit",
     "variance_ratio": "Variance with β / without",
@@ -72,6 +73,7 @@ _AXES = {
     "bleu": "BLEU, 0 to 100",
     "chrf": "chrF, 0 to 100",
     "clipfrac": "share of tokens",
+    "commonest": "share of prompts",
     "distinct1": "share of different words",
     "distinct2": "share of different bigrams",
     "distinct3": "share of different trigrams",
@@ -79,10 +81,13 @@ _AXES = {
     "exact": "share of answers",
     "kl_ref": "nats per token",
     "length": "tokens",
+    "tied": "share of groups",
     "truncated": "share of completions",
 }
 _LOWER_IS_BETTER = {"brier", "ece", "loss", "nll_good", "perplexity", "rmse", "ter"}
-_BEHAVIOUR = ("length", "distinct1", "distinct2", "distinct3", "kl_ref", "repetition", "reward_missing", "truncated")
+_BEHAVIOUR = (
+    "commonest", "length", "distinct1", "distinct2", "distinct3", "kl_ref", "repetition", "reward_missing", "truncated",
+)  # fmt: skip
 
 _LEVEL_MARKERS = ("┈", "═", "~", "+")
 
@@ -91,6 +96,7 @@ FELL = 0.03
 LENGTH_MOVED = 0.25
 DISTINCT_FELL = 0.15
 ENTROPY_FELL = 0.70
+FEW_STEPS = 5  # of fewer nothing is said but what they were
 
 # The light palette; in the page each becomes a CSS variable, so that the same drawing serves the dark one.
 _INK, _MUTED, _GRID = "#1c2430", "#667084", "#e3e6ec"
@@ -202,7 +208,7 @@ def hacking_checks(run: RunRecord, optimised: Collection[str]) -> list[Check]:
     reward hacking (Gao et al. 2022, "Scaling laws for reward model overoptimization"). Length that moved by a quarter,
     distinct-n that fell by 15 % or entropy that fell by 70 % are side effects to look at. Empty without rewards.
     """
-    reward = _change(run.series.get("eval/reward")) or _change(run.series.get("train/reward_mean"))
+    reward = levels(run.series.get("eval/reward")) or levels(run.series.get("train/reward_mean"))
     if reward is None:
         return []
     start, end = reward
@@ -211,7 +217,7 @@ def hacking_checks(run: RunRecord, optimised: Collection[str]) -> list[Check]:
     checks = [Check("Optimised reward", "info" if rose else "watch", f"{verb}: {_fmt(start)} → {_fmt(end)}")]
     unseen = 0
     for name in _held_out(run):
-        change = _change(run.series[f"eval/{name}"])
+        change = levels(run.series[f"eval/{name}"])
         if name in optimised or name == "reward" or name in _BEHAVIOUR or change is None:
             continue
         unseen += 1
@@ -231,7 +237,7 @@ def hacking_checks(run: RunRecord, optimised: Collection[str]) -> list[Check]:
         ("entropy", ENTROPY_FELL, False),
     ):
         series = run.series.get(f"eval/{name}") or run.series.get(f"train/{name}")
-        change = _change(series)
+        change = levels(series)
         if change is None:
             continue
         before, after = change
@@ -245,7 +251,7 @@ def hacking_checks(run: RunRecord, optimised: Collection[str]) -> list[Check]:
             )
         )
     for name in ("kl_ref", "approx_kl"):
-        change = _change(run.series.get(f"eval/{name}") or run.series.get(f"train/{name}"))
+        change = levels(run.series.get(f"eval/{name}") or run.series.get(f"train/{name}"))
         if change is not None:
             checks.append(Check(_label(name), "info", f"{_fmt(change[0])} → {_fmt(change[1])}"))
     return checks
@@ -348,6 +354,8 @@ def _charts(run: RunRecord, optimised: Collection[str]) -> dict[str, list[_Chart
             *chart("kl", "KL divergence", "train/kl_ref", "eval/kl_ref", "train/approx_kl"),
             *chart("truncated", "Cut off at the length limit (share)", "train/truncated"),
             *chart("entropy", "Entropy", "train/entropy"),
+            *chart("commonest", _label("commonest"), "eval/commonest"),
+            *chart("tied", _label("tied"), "train/tied"),
         ],
         "potential": [
             *(potential if foretell else []),
@@ -566,7 +574,7 @@ def _tiles(run: RunRecord) -> Iterable[str]:
             which = f"step {step:,}, in model/" if step == _kept_step(run) else f"step {step:,}, the last"
             yield _tile(name, "held out", which, before, after)
     for name in [n for n in ("train/reward_mean", "train/loss") if n in run.series] if not names else ():
-        change = _change(run.series[name])
+        change = levels(run.series[name])
         if change is not None:
             few = sum(math.isfinite(value) for _, value in run.series[name]) <= 20
             yield _tile(name, "training", "the last step" if few else "mean of the last tenth", *change)
@@ -640,21 +648,11 @@ def _eval_table(run: RunRecord, optimised: Collection[str]) -> str:
 
 
 def _hacking(run: RunRecord, optimised: Collection[str], figures: Sequence[str]) -> str:
-    checks = hacking_checks(run, optimised)
+    checks, found = hacking_checks(run, optimised), notices(run.series, optimised)
+    told = "".join(f'<li class="bad"><b>{_esc(_KINDS[n.kind])}</b><span>{_esc(n.text)}</span></li>' for n in found)
     if not checks:
-        return _section("Completions", "", _grid(figures))
-    watched = [check for check in checks if check.state == "watch"]
-    hacked = any("got worse while the reward rose" in check.text for check in checks)
-    if hacked:
-        verdict, state = (
-            "The reward rose while held-out quality that it does not see fell. Read the samples first.",
-            "bad",
-        )
-    elif watched:
-        verdict = "No clear sign of hacking, but look at: " + ", ".join(check.name for check in watched) + "."
-        state = "watch"
-    else:
-        verdict, state = "Nothing measured here speaks of reward hacking.", "good"
+        return _section("Completions", "", f'<ul class="checks">{told}</ul>' if told else "", _grid(figures))
+    verdict, state = _verdict(run, checks, found)
     items = "".join(
         f'<li class="{check.state}"><b>{_esc(check.name)}</b><span>{_esc(check.text)}</span></li>' for check in checks
     )
@@ -663,9 +661,30 @@ def _hacking(run: RunRecord, optimised: Collection[str], figures: Sequence[str])
         "What was optimised, beside what was not. Compared are the means over the first and the last tenth of the "
         "measurements; of twenty or fewer, the first and the last one.",
         f'<p class="verdict {state}">{_esc(verdict)}</p>',
-        f'<ul class="checks">{items}</ul>',
+        f'<ul class="checks">{told}{items}</ul>',
         _grid(figures),
     )
+
+
+_KINDS = {"collapse": "Sign of collapse", "idle": "Nothing to learn from"}
+
+
+def _verdict(
+    run: RunRecord, checks: Sequence[Check], found: Sequence[Notice]
+) -> tuple[str, Literal["good", "watch", "bad"]]:
+    """The one sentence over the checks, and its colour."""
+    steps = max((step for values in run.series.values() for step, _ in values), default=0)
+    if any(notice.kind == "collapse" for notice in found):
+        return "The policy shows signs of collapse. Read the samples first.", "bad"
+    if any("got worse while the reward rose" in check.text for check in checks):
+        return "The reward rose while held-out quality that it does not see fell. Read the samples first.", "bad"
+    if found:
+        return "The rewards of the last steps taught nothing.", "watch"
+    if steps < FEW_STEPS:
+        return f"{steps} {'step' if steps == 1 else 'steps'} can say nothing about hacking or collapse.", "watch"
+    if watched := [check.name for check in checks if check.state == "watch"]:
+        return f"No clear sign of hacking, but look at: {', '.join(watched)}.", "watch"
+    return "Nothing measured here speaks of reward hacking.", "good"
 
 
 def _samples(run: RunRecord, most: int = 8) -> str:
@@ -742,9 +761,9 @@ def _trouble(run: RunRecord) -> str:
         if bad:
             detail = f"not finite at {len(bad):,} steps, last {bad[-1]:,}"
             items += f'<li class="watch"><b>{_esc(name)}</b><span>{detail}</span></li>'
-    skipped = _last(run.series.get("train/skipped", []))
-    if skipped:
-        items += f'<li class="watch"><b>Skipped steps</b><span>{skipped:,.0f}</span></li>'
+    for name, words in (("skipped", "Skipped steps"), ("idle", "Steps without an update, for nothing taught")):
+        if count := _last(run.series.get(f"train/{name}", [])):
+            items += f'<li class="watch"><b>{words}</b><span>{count:,.0f}</span></li>'
     return _section("Trouble", "", f'<ul class="checks">{items}</ul>') if items else ""
 
 
@@ -788,15 +807,6 @@ def _held_out(run: RunRecord) -> list[str]:
     first = ("reward", "bleu", "chrf", "exact", "rougeL")
     known = [n for n in first if n in names]
     return known + sorted(n for n in names if n not in known and n != "loss")
-
-
-def _change(series: Series | None) -> tuple[float, float] | None:
-    """First and last level of a series: single values of a short one, means over its first and last tenth else."""
-    values = [v for _, v in series or () if math.isfinite(v)]
-    if not values:
-        return None
-    size = max(1, len(values) // 10) if len(values) > 20 else 1
-    return sum(values[:size]) / size, sum(values[-size:]) / size
 
 
 def _tail_mean(series: Series) -> float:

@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from operant.algorithms.learner import Learner, Trainable
@@ -27,6 +28,7 @@ from operant.config import RunConfig, check_settings, completed, to_yaml
 from operant.models.folder import copy_linked, settle
 from operant.run import checkpoint
 from operant.run.files import swap_folder
+from operant.run.notices import notices, told_once
 from operant.run.report import write_report
 from operant.run.runlog import FREE_KEYS, Progress, RunFolder, RunLog
 from operant.types import OperantError, StepStats
@@ -52,6 +54,22 @@ def model_in_words(model: Trainable, dtype: str, learned: Sequence[nn.Parameter]
         count = sum({id(p): p.numel() for p in learned}.values())
         words += f", {'all' if count == sum(every.values()) else f'{count:,}'} trainable"
     return f"{words}; {model.device}, {dtype}"
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def as_begun(config: C) -> C:
+    """A configuration whose learning rate, where it is `auto` and a run is resumed, is the one that the run has: what
+    `auto` means may have changed since. Everything else is as asked."""
+    if not config.resume or getattr(config, "lr", None) != "auto":
+        return config
+    try:
+        kept = yaml.safe_load((Path(config.out) / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return config  # `Run` says what is wrong with the folder
+    rate = kept.get("lr") if isinstance(kept, dict) else None
+    return dataclasses.replace(config, lr=rate) if isinstance(rate, float) else config  # type: ignore[call-arg]
 
 
 class DataOrder:
@@ -103,6 +121,7 @@ class Run:
         Raises OperantError for settings out of range, and as `RunFolder.open` does.
         """
         check_settings(config)
+        config = as_begun(config)
         self.config, self.stage = config, stage
         self.quiet, self._shows_settings = quiet is True, not quiet
         if config.threads:
@@ -127,6 +146,7 @@ class Run:
         self.spent_seconds = 0.0
         self.state: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}  # more for run.json
+        self._told: set[str] = set()  # the notices that hold, which were told when they began to
         self.log: RunLog
         self._data = ""  # what it learns from, in words
         self._now = time.process_time if config.clock == "cpu" else time.perf_counter
@@ -197,6 +217,13 @@ class Run:
         Call it before `attach`, which shows it."""
         apart = f"{held_out:,} held out" + (f" ({source})" if source else "") if held_out else "nothing held out"
         self._data = f"{rows:,} {what}, {apart}; "
+
+    def settle(self, **resolved: Any) -> None:
+        """Keep settings that are known only now, such as the learning rate of what was loaded, in place of `auto`.
+
+        Call it before `attach`. Raises OperantError when they cannot be written."""
+        self.config = dataclasses.replace(self.config, **resolved)
+        self.folder.settle(resolved)
 
     def attach(self, policy: Trainable, learner: Learner, state: dict[str, Any]) -> None:
         """Name what checkpoints hold; on resume, fill it in from the last one."""
@@ -341,6 +368,15 @@ class Run:
                 f"rolled back to step {self.step}. Try a lower --lr",
                 failed=True,
             )
+
+    def watch(self) -> None:
+        """Tell what `notices` finds in the run so far, each thing once for as long as it holds."""
+        found = told_once(notices(self.log.series, self.facts.get("optimises", ())), self._told)
+        if signs := [notice.text for notice in found if notice.kind == "collapse"]:
+            self.note(f"step {self.step}: signs of collapse: {'; '.join(signs)}. Try a lower --lr")
+        for notice in found:
+            if notice.kind == "idle":
+                self.note(f"step {self.step}: {notice.text}, which teaches nothing; check the reward")
 
     def measured(self, value: float) -> bool:
         """Note a held-out measurement (higher is better); True when it is the best so far, which is then kept."""

@@ -36,6 +36,7 @@ from filelock import FileLock, Timeout
 from operant.config import install_line
 from operant.run import checkpoint
 from operant.run.files import read_object, replace_file
+from operant.run.notices import WATCHED, Series
 from operant.run.provenance import provenance
 from operant.types import OperantError
 
@@ -150,6 +151,14 @@ class RunFolder:
         folder._new_parents = new_parents
         return folder
 
+    def settle(self, resolved: Mapping[str, Any]) -> None:
+        """Put values into config.yaml that were not known when the folder was opened.
+
+        Raises OperantError when it cannot be written.
+        """
+        self.config = yaml.safe_dump(yaml.safe_load(self.config) | dict(resolved), sort_keys=False, allow_unicode=True)
+        replace_file(self.path / "config.yaml", self.config, advice="choose another --out")
+
     def finish(self, stop_reason: str, **facts: Any) -> None:
         """Record in run.json why the run stopped, and any other JSON-able fact worth keeping (best step, totals …).
 
@@ -199,6 +208,8 @@ class RunLog:
             that no step is logged twice; 0 drops all but step 0. None (a new run) keeps what is there.
         clock: the run's seconds so far, which each line of metrics.jsonl then holds beside the time of day.
 
+    `series` holds what was logged of the metrics that `notices` reads, lines of an earlier process too.
+
     Raises:
         OperantError: `wandb` is asked for and not installed.
     """
@@ -221,6 +232,9 @@ class RunLog:
                 _truncate(self.path / name, resume_step)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+        self.series: dict[str, Series] = {}
+        for row in read_jsonl(self.path / "metrics.jsonl"):
+            self._remember(int(row.get("step", 0)), row)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._samples: TextIO | None = None
         self._board = _start_tensorboard(self.path, resume_step) if tensorboard else None
@@ -237,11 +251,17 @@ class RunLog:
             row["seconds"] = round(self._clock(), 3)
         row.update((name, _jsonable(value)) for name, value in numbers.items())
         self._write(self._metrics, row)
+        self._remember(int(step), numbers)
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, int(step))
         if self._wandb is not None:
             self._wandb.log(numbers, step=int(step))
+
+    def _remember(self, step: int, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if name in WATCHED or name.startswith("eval/"):
+                self.series.setdefault(name, []).append((step, float(value)))
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append completions to samples.jsonl. The report reads `prompt`, `text`, `reward`, `references` of a row."""
@@ -343,7 +363,8 @@ class Progress:
         shown: Mapping[str, float | str] | None = None,
         missing: Mapping[str, int] | None = None,
     ) -> None:
-        """Count steps and tokens done. `shown` replaces values of the same name; `missing` is all so far, by reason."""
+        """Count steps and tokens done. `shown` replaces values of the same name, an empty one takes it away; `missing`
+        is all so far, by reason."""
         self.done += steps
         self._tokens += tokens
         for name, value in (shown or {}).items():
@@ -394,7 +415,7 @@ class Progress:
     def _rest(self) -> str:
         elapsed = max(time.monotonic() - self._begun, 1e-9)
         parts = [f"{self._tokens / elapsed:,.0f} tokens/s"] if self._tokens else []
-        parts += [f"{name} {value}" for name, value in self._shown.items()]
+        parts += [f"{name} {value}" for name, value in self._shown.items() if value]
         if self._missing:
             parts.append("missing " + ", ".join(f"{reason} {n}" for reason, n in sorted(self._missing.items())))
         return " · ".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,8 +152,7 @@ def prefer(
     feedback log, and ratings where pairs are needed.
     """
     _check_algorithm(config)
-    rate = ALGORITHMS[config.algorithm].lr if config.lr == "auto" else config.lr
-    kept = {"lr": rate, "logprob": "mean" if loss_settings(config)["mean"] else "sum"}
+    kept = {"logprob": "mean" if loss_settings(config)["mean"] else "sum"}
     with Run(config, "prefer", in_force=kept, quiet=quiet) as run:
         if policy is None:
             if not config.model:
@@ -177,7 +175,7 @@ def prefer(
         task = PreferenceTask(policy, config, learned, held_out, _picked(config, learned, drawn))
         source = _source(config, replay) if given is None and from_elsewhere is None else ""
         run.takes(_counted(config, learned), len(learned), len(held_out), source)
-        return fit(run, policy, task, dataclasses.replace(config, lr=rate))
+        return fit(run, policy, task, config)
 
 
 def _picked(config: PreferConfig, learned: Examples, drawn: bool) -> Callable[[int], list[int]]:

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from operant.algorithms.learner import Learner, Trainable
 from operant.algorithms.objectives import negative_log_likelihood
+from operant.algorithms.table import ALGORITHMS, STAGE_RATES, rate_in_words
 from operant.config import ModelConfig, PreferConfig, PretrainConfig, RewardModelConfig, RunConfig, SftConfig
 from operant.data.batch import to_device
 from operant.data.text import Codec
 from operant.models.encoder import Encoder, is_encoder
-from operant.models.policy import Policy
+from operant.models.policy import Policy, is_pretrained
 from operant.run.run import Run
 from operant.types import Batch, OperantError
 
@@ -152,23 +153,27 @@ class EarlyStopping:
         beside = "".join(f", {name} {measures[name]:.4g}" for name in task.shown(measures))
         best = " (best)" if value > run.best_value else ""
         run.note(f"step {run.step}: dev loss {measures['loss']:.4f}{task.unit}{beside}{best}")
+        run.watch()
         return value
 
 
 def fit(run: Run, model: M, task: StageTask, config: FitConfig) -> StageResult[M]:
     """Learn `task` for `config.steps` optimizer steps, or until it no longer improves on held-out data.
 
-    Measures every `config.eval_every` steps; the model comes back with the best weights, in eval mode. `config.lr` is a
-    number: a stage with an "auto" has resolved it.
+    Measures every `config.eval_every` steps; the model comes back with the best weights, in eval mode. A learning rate
+    that is `auto` becomes the stage's, for what is trained.
 
     Raises OperantError when too many steps in a row were non-finite, and when the run cannot be resumed.
     """
+    rate, told = settled_rate(run, model)
     learner = Learner(
-        model, lr=float(config.lr), weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
+        model, lr=rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         warmup_steps=config.warmup_steps, total_steps=config.steps, schedule=config.schedule,
     )  # fmt: skip
     state: dict[str, float] = {"stale": 0, "dev_loss": math.inf}
     run.attach(model, learner, state)
+    if told:
+        run.note(told)
     if not math.isfinite(state["dev_loss"]):
         state["dev_loss"] = math.inf
     held_out = EarlyStopping(run, task, state)
@@ -191,6 +196,18 @@ def fit(run: Run, model: M, task: StageTask, config: FitConfig) -> StageResult[M
     if run.failed:
         raise OperantError(run.failed)
     return StageResult(model, run.folder.path, run.step, run.seconds, run.stop_reason, state["dev_loss"])
+
+
+def settled_rate(run: Run, model: Trainable) -> tuple[float, str]:
+    """(the stage's learning rate, which takes the place of an `auto`; the line that says so, or nothing)."""
+    config: Any = run.config
+    if config.lr != "auto":
+        return float(config.lr), ""
+    rates = STAGE_RATES.get(run.stage) or ALGORITHMS[config.algorithm].rates
+    pretrained, lora = is_pretrained(model.model), hasattr(model.model, "peft_config")
+    rate = rates.of(pretrained=pretrained, lora=lora)
+    run.settle(lr=rate)
+    return rate, rate_in_words(rate, pretrained=pretrained, lora=lora)
 
 
 def starting_policy(

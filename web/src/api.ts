@@ -78,11 +78,19 @@ export interface Verdict {
   e_worse: number;
 }
 
+/** What a report calls a sign of collapse. */
+export interface Notice {
+  kind: "collapse" | "idle";
+  name: string;
+  text: string;
+}
+
 export interface Versions {
   current: number;
   anchor: number;
   serving: number;
   trial: Trial | null;
+  notices: Notice[];
   versions: Version[];
 }
 

@@ -94,6 +94,7 @@ test("rolling back goes to an ancestor of what serves, not of what is on trial",
     anchor: 0,
     serving: 3,
     trial: null,
+    notices: [],
     versions: [row(0, null), row(1, 0), row(2, 1, false), row(3, 2), row(4, 1), row(5, 3)],
   };
   expect(before(all)).toBe(3);

@@ -213,6 +213,11 @@ function Versions({ versions, refresh }: { versions: api.Versions | null; refres
   return (
     <section>
       <h2>{say.versions}</h2>
+      {versions.notices.map((one) => (
+        <p key={one.name} class="verdict refused" role="status">
+          {fill(say.collapse, { sign: one.text })}
+        </p>
+      ))}
       {trial && <Trial trial={trial} onEnd={() => void act(() => api.promote(trial.serving))} />}
       <p>
         <button type="button" disabled={earlier === null} onClick={() => void act(api.rollBack)}>

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request
@@ -11,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from operant.live.api.service import ApiError, RequestBody, Service, caller_of, service_of
 from operant.live.serving.access import Caller
+from operant.run.notices import Series, notices
 from operant.types import OperantError
 
 __all__ = ["routes"]
 
 routes = APIRouter(prefix="/v1/versions")
 
+OPTIMISED = ("bleu", "chrf", "rougeL", "exact")  # none is, by people's ratings; whoever holds rows out wants them kept
 SERVED_WITHIN = 10.0  # seconds that a call which moves the pointer waits until requests are served by it
 
 Number = Annotated[int, Path(ge=0, lt=1 << 31)]
@@ -104,6 +108,14 @@ class VersionReply(Reply):
     trial: VerdictReply | None = Field(description="null where no trial of it has ended")
 
 
+class NoticeReply(Reply):
+    """A sign that what serves is losing what the first version could, as reports of runs show it."""
+
+    kind: Literal["collapse", "idle"]
+    name: str
+    text: str
+
+
 class LearnerReply(Reply):
     """How the learner is."""
 
@@ -122,6 +134,7 @@ class VersionsReply(Reply):
     learner: LearnerReply
     trial: TrialReply | None = Field(description="null where the server tries no versions")
     pins: dict[str, int] | None = Field(None, description="user to version; operators only")
+    notices: list[NoticeReply] = Field(description="signs of collapse of the version that serves, held out")
     versions: list[VersionReply]
 
 
@@ -144,8 +157,23 @@ async def versions(request: Request) -> dict[str, Any]:
         "serving": stats["version"],
         "resident": stats["resident"],
         "learner": learner,
+        "notices": [dataclasses.asdict(notice) for notice in notices(held_out(overview, stats["version"]), OPTIMISED)],
         **overview,
     }
+
+
+def held_out(overview: Mapping[str, Any], serving: int) -> dict[str, Series]:
+    """What the slow gate measured of the version that serves and of its ancestors, as the series of a run."""
+    rows = {row["version"]: row for row in overview["versions"]}
+    line, number = [], serving
+    while number in rows:
+        line.append(rows[number])
+        number = -1 if rows[number]["parent"] is None else rows[number]["parent"]
+    series: dict[str, Series] = {}
+    for row in reversed(line):
+        for name, value in ((row["slow"] or {}).get("numbers") or {}).items():
+            series.setdefault(f"eval/{name}", []).append((row["version"], float(value)))
+    return series
 
 
 @routes.post("/{version}/promote")
