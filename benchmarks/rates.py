@@ -2,7 +2,7 @@
 
 The chat model of `make models` learns three tasks from a reward (restaurant descriptions and translations by chrF,
 brief answers by a function), two of them from labels, and one from preferences; the encoder learns two reward models.
-All weights and LoRA of rank 8, twenty steps of 16 completions, bf16 over float32 weights: enough to see a rate that
+All weights and LoRA of rank 8, a dozen steps of eight completions, bf16 over float32 weights: enough to see a rate that
 ruins a model and one that does not move it. Beside the task stand the drift (KL to the model as it began), the entropy,
 distinct-2 and the likelihood of what the untouched model answers to unrelated questions; the texts are kept, to be
 read.
@@ -33,7 +33,7 @@ from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_li
 RUNS = ROOT / "runs" / "rates"
 RECORD = Records(RECORDS / "rates")
 CHAT, ENCODER = "smollm2-135m-instruct", "all-minilm-l6-v2"
-STEPS, WARMUP, COMPLETIONS, GROUP, HELD_OUT, MICRO = 20, 4, 16, 4, 16, 1024
+STEPS, WARMUP, COMPLETIONS, GROUP, HELD_OUT, MICRO = 12, 2, 8, 4, 10, 1024
 LENGTHS = {"describe": 32, "translate": 16, "brief": 32}
 RATES = {
     "train": {"all": (3e-6, 1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)},
@@ -54,8 +54,6 @@ UNRELATED = (
     "Who wrote Romeo and Juliet?",
     "What do bees make?",
     "Give me one tip for sleeping well.",
-    "How many days are in a week?",
-    "Write a sentence about the sea.",
 )
 
 
@@ -121,8 +119,8 @@ class Looks:
         rows = rows_of(task, "dev")[:HELD_OUT]
         self.prompts = load_fitting_prompts(rows, self.base, room=self.length)
         self.pairs = [row for row in rows if "chosen" in row]
-        self.unrelated = load_fitting_prompts([asking(text) for text in UNRELATED], self.base, room=24)
-        self.known = self.answers(self.base, self.unrelated, 24)
+        self.unrelated = load_fitting_prompts([asking(text) for text in UNRELATED], self.base, room=16)
+        self.known = self.answers(self.base, self.unrelated, 16)
 
     def answers(self, policy: Any, prompts: Sequence[Any], length: int) -> list[Any]:
         from operant.types import Sampling
@@ -157,7 +155,7 @@ class Looks:
         known = [c.tokens for c in self.known]
         values["forgotten"] = self.nats(policy, self.unrelated, known) - self.nats(self.base, self.unrelated, known)
         values["answers"] = len({c.text for c in said}) / len(said)
-        now = self.answers(policy, self.unrelated, 24)
+        now = self.answers(policy, self.unrelated, 16)
         return values | {
             "texts": [c.text for c in said[:5]],
             "unrelated": [f"{q} → {c.text}" for q, c in zip(UNRELATED, now, strict=True)],
