@@ -11,7 +11,7 @@ export OPERANT_DATA=… OPERANT_MODELS=…                          models/ when
 python -m benchmarks.rates                                      every cell that is missing, then the tables
 python -m benchmarks.rates --cell train/describe/all/1e-05      one
 python -m benchmarks.rates --list
-python -m benchmarks.rates --write                              only write the tables into docs/results
+python -m benchmarks.rates --write                              only write the tables into docs/real_models.md
 """
 
 from __future__ import annotations
@@ -363,7 +363,7 @@ def write() -> None:
             "`reward-model`",
             markdown(["task", "rate", "measure", "its best", "its last", "least loss", "last loss"], lines),
         ]
-    write_section("rates", "\n\n".join([*parts, f"Measured on {RECORD.machines()}."]))
+    write_section("rates", "\n\n".join([*parts, f"Measured on {RECORD.machines()}."]), pages=ROOT / "docs")
 
 
 def main() -> None:
