@@ -15,6 +15,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -57,13 +58,18 @@ class Forked(subprocess.Popen):  # type: ignore[type-arg]
         environment = os.environ if given["env"] is None else given["env"]
         request = {
             "command": list(command[1:]), "directory": os.fspath(given["cwd"] or os.getcwd()),
-            "environment": dict(environment), "session": given["start_new_session"],
+            "environment": dict(environment), "session": given["start_new_session"], "umask": _umask(),
         }  # fmt: skip
         ends = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         self.pid = _fork(request, [number if end == -1 else end for number, end in enumerate(ends)])
         self._child_created = True
         names = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[name] for name in names))
+
+
+def _umask() -> int:
+    """Of this process. Setting it, which tells it too, would be a moment in which another thread's files are open."""
+    return int(re.search(r"(?m)^Umask:\s*(\d+)", Path("/proc/self/status").read_text())[1], 8)  # type: ignore[index]
 
 
 def _fork(request: dict[str, Any], files: list[int]) -> int:
@@ -132,6 +138,7 @@ def _become(request: dict[str, Any], files: list[int], paths: list[str]) -> None
         os.dup2(end, number)
     for end in files:
         os.close(end)
+    os.umask(request["umask"])
     if request["session"]:
         os.setsid()
     os.chdir(request["directory"])
