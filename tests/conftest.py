@@ -1,4 +1,7 @@
-"""Settings for every test, and the tiny models that several test files share."""
+"""Settings for every test, and the tiny models that several test files share.
+
+torch is imported where it is used: the process that hands out tests to workers needs none.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from operant.data.text import Codec
-from operant.models.policy import Policy
-from operant.run import report
+if TYPE_CHECKING:
+    from operant.data.text import Codec
+    from operant.models.policy import Policy
 
-torch.set_num_threads(1)
 # No test cuts the power. A disk that is waited for thousands of times costs minutes; processes of their own do wait.
 os.fsync = os.fstat  # type: ignore[assignment]
 
@@ -38,13 +39,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Also where OMP_NUM_THREADS says otherwise."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def codec() -> Codec:
+    from operant.data.text import Codec
+
     return Codec.train_bpe(TEXTS * 3, vocab_size=288, sentinels=4)
 
 
 def tiny_model(family: str, codec: Codec, context: int = 48, dropout: float = 0.0) -> Any:
     """A two-layer model with random weights whose distributions are far from flat."""
+    import torch
     import transformers as hf
 
     ids = {"pad_token_id": codec.pad_id, "eos_token_id": codec.eos_id, "bos_token_id": codec.bos_id}
@@ -88,6 +100,8 @@ def tiny_model(family: str, codec: Codec, context: int = 48, dropout: float = 0.
 
 @pytest.fixture(scope="session")
 def make_policy(codec: Codec) -> Callable[..., Policy]:
+    from operant.models.policy import Policy
+
     def make(family: str, *, dtype: str = "float32", device: str = "cpu", **options: Any) -> Policy:
         return Policy(tiny_model(family, codec, **options), codec, device=device, dtype=dtype)
 
@@ -105,6 +119,8 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     A test that is marked `draws` has them: of all its runs, or of those in the folders that the mark names.
     """
+    from operant.run import report
+
     mark = request.node.get_closest_marker("draws")
     if mark is not None and not mark.args:
         return
