@@ -5,11 +5,13 @@ python -m benchmarks.trl --json         the last line holds only the ratios, abo
 python -m benchmarks.trl --write        the table goes into docs/results
 python -m benchmarks.trl --fresh        measures again what runs/bench already holds
 python -m benchmarks.trl --device cuda --size base --dtype bf16        on a GPU, 88 M parameters
+python -m benchmarks.trl --pretrained models/smollm2-135m-instruct --lora_rank 8     on a real chat model
 
 Both train the same GPT-2-shaped model of 4.3 M parameters in float32, from the same folder, on the same prompts, 4 a
 step with 8 completions each, with the same learning rate and reward; each run is its own process, the two alternate.
 `fixed`: EOS is never drawn, so that all completions have 64 tokens. `natural`: EOS is biased once so that their mean
-length is a quarter of the 64 that are allowed.
+length is a quarter of the 64 that are allowed. `chat`, of a pretrained model: both ask by messages, through its chat
+template.
 
 TRL runs with what its guides on speed and memory advise and this machine can use: no gradient checkpointing (its
 default is on), beta 0 and therefore no reference model, one batch for generation and update, the fused AdamW, no
@@ -34,13 +36,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import ROOT, Records, machine, markdown, spread, write_section
+from benchmarks.cells import PAGES, ROOT, Records, machine, markdown, spread, write_section
 
 CELLS = ROOT / "runs" / "bench"
 RECORDS = Records(CELLS)
 SYSTEMS = ("operant", "trl")
 ALGORITHMS = ("grpo", "rloo")
 SETTINGS = ("fixed", "natural")
+CHAT = "chat"  # the setting of a pretrained model
 PROMPTS, GROUP, MAX_TOKENS, VOCABULARY = 4, 8, 64, 4096
 SHAPES = {  # of GPT-2; `tiny` has 4.3 M parameters with this vocabulary, `base` 88 M
     "tiny": {"n_embd": 256, "n_layer": 4, "n_head": 4, "n_inner": 1024},
@@ -65,6 +68,14 @@ def words(count: int) -> list[str]:
 def texts(count: int, length: int, seed: int) -> list[str]:
     dice, stock = random.Random(seed), words(3000)
     return [" ".join(dice.choices(stock, k=length)) for _ in range(count)]
+
+
+def prompt_rows(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """256 prompts: a few words, or a chat's question with them."""
+    if not given.pretrained:
+        return [{"prompt": text} for text in texts(256, 5, seed=3)]
+    asked = [f"Tell a short story about a place called {text}." for text in texts(256, 2, seed=3)]
+    return [{"prompt": [{"role": "user", "content": text}]} for text in asked]
 
 
 def reward(text: str) -> float:
@@ -177,8 +188,9 @@ def run_operant(given: argparse.Namespace, watch: Watch) -> dict[str, Any]:
     import operant
 
     policy = operant.Policy.load(given.model, device=given.device, dtype=given.dtype)
-    rows = [{"prompt": text} for text in texts(256, 5, seed=3)]
-    prompts = operant.load_prompts(rows, policy.codec, separator="")
+    if given.lora_rank:
+        policy.add_lora(given.lora_rank)
+    prompts = operant.load_prompts(prompt_rows(given), policy.codec, separator="")
     sample = operant.Sampler.sample
 
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -233,8 +245,8 @@ def run_trl(given: argparse.Namespace, watch: Watch) -> dict[str, Any]:
                 facts.update(watch.facts())
                 control.should_training_stop = True
 
-    def judge(completions: list[str], **kwargs: Any) -> list[float]:
-        values = [reward(text) for text in completions]
+    def judge(completions: list[Any], **kwargs: Any) -> list[float]:
+        values = [reward(c if isinstance(c, str) else c[-1]["content"]) for c in completions]
         watch.rewards.append(statistics.mean(values))
         return values
 
@@ -251,10 +263,17 @@ def run_trl(given: argparse.Namespace, watch: Watch) -> dict[str, Any]:
         }
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(given.model, padding_side="left")
-    rows = [{"prompt": text} for text in texts(256, 5, seed=3)]
+    adapter = None
+    if given.lora_rank:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(
+            r=given.lora_rank, lora_alpha=2 * given.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(given.model), reward_funcs=judge, args=config,
-        train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[Ends()],
+        model=AutoModelForCausalLM.from_pretrained(given.model, dtype="float32"), reward_funcs=judge, args=config,
+        train_dataset=Dataset.from_list(prompt_rows(given)), processing_class=tokenizer, callbacks=[Ends()],
+        peft_config=adapter,
     )  # fmt: skip
     generate = trainer._generate_single_turn
 
@@ -274,8 +293,14 @@ def run_trl(given: argparse.Namespace, watch: Watch) -> dict[str, Any]:
 # --- cells: one small file for each finished run ---------------------------------------------------------------------
 
 
-def models(size: str) -> Path:
-    return CELLS / ("models" if size == "tiny" else f"models-{size}")
+def model_folder(given: argparse.Namespace, setting: str) -> Path:
+    if given.pretrained:
+        return Path(given.pretrained).resolve()
+    return CELLS / ("models" if given.size == "tiny" else f"models-{given.size}") / setting
+
+
+def settings_of(given: argparse.Namespace) -> tuple[str, ...]:
+    return (CHAT,) if given.pretrained else SETTINGS
 
 
 def cell(given: argparse.Namespace, system: str, algorithm: str, setting: str, **what: Any) -> dict[str, Any]:
@@ -285,6 +310,8 @@ def cell(given: argparse.Namespace, system: str, algorithm: str, setting: str, *
         order |= {"device": given.device}
     if (given.size, given.dtype) != ("tiny", "float32"):
         order |= {"size": given.size, "dtype": given.dtype}
+    if given.pretrained:
+        order |= {"pretrained": Path(given.pretrained).name, "lora_rank": given.lora_rank}
     if system == "trl" and given.trl_option:
         order["options"] = given.trl_option
     name = "-".join(re.sub(r"\W+", "_", f"{value}") for value in order.values())
@@ -292,8 +319,9 @@ def cell(given: argparse.Namespace, system: str, algorithm: str, setting: str, *
         return RECORDS.get(name)
     command = [
         sys.executable, "-m", "benchmarks.trl", "--child", system, "--algorithm", algorithm,
-        "--model", str(models(given.size) / setting), "--threads", str(given.threads),
+        "--model", str(model_folder(given, setting)), "--threads", str(given.threads),
         "--device", given.device, "--size", given.size, "--dtype", given.dtype,
+        "--pretrained", given.pretrained, "--lora_rank", str(given.lora_rank),
         "--lr", str(what.get("lr", 1e-6)), "--steps", str(what["steps"]), "--seconds", str(what.get("seconds", 0.0)),
         *(argument for option in given.trl_option for argument in ("--trl_option", option)),
     ]  # fmt: skip
@@ -314,7 +342,7 @@ def measure(given: argparse.Namespace) -> dict[tuple[str, str, str], list[dict[s
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for repeat in range(given.repeat):
         for algorithm in given.algorithms:
-            for setting in SETTINGS:
+            for setting in settings_of(given):
                 for system in SYSTEMS if repeat % 2 == 0 else SYSTEMS[::-1]:
                     facts = cell(given, system, algorithm, setting, steps=given.steps, repeat=repeat)
                     found.setdefault((system, algorithm, setting), []).append(facts)
@@ -348,6 +376,8 @@ def ratios(found: dict[tuple[str, str, str], list[dict[str, Any]]]) -> dict[str,
     def worst(figure: str, settings: tuple[str, ...]) -> float:
         return round(min(statistics.median(paired(found, a, s, figure)) for a in algorithms for s in settings), 3)
 
+    if any(setting == CHAT for _, _, setting in found):
+        return {figure: worst(figure, (CHAT,)) for figure in ("step", "generate", "memory", "first_update")}
     return {
         "step_fixed": worst("step", ("fixed",)),
         "step_natural": worst("step", ("natural",)),
@@ -402,6 +432,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--size", default="tiny", choices=list(SHAPES))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bf16"))
+    parser.add_argument("--pretrained", default="", help="the folder of a chat model to measure on")
+    parser.add_argument("--lora_rank", type=int, default=0, help="of an adapter on it; 0 trains all weights")
     parser.add_argument(
         "--learn_seconds", type=float, default=60.0, help="length of the runs that learn; 0 leaves them out"
     )
@@ -423,8 +455,8 @@ def main() -> None:
     if find_spec("trl") is None:
         sys.exit(INSTALL)
     CELLS.mkdir(parents=True, exist_ok=True)
-    folder = models(given.size)
-    if not all((folder / setting / "config.json").exists() for setting in SETTINGS):
+    folder = model_folder(given, SETTINGS[0]).parent
+    if not given.pretrained and not all((folder / setting / "config.json").exists() for setting in SETTINGS):
         # in a process of its own: what this one has in memory must not count for its children
         subprocess.run(
             [sys.executable, "-c", f"from benchmarks.trl import *; prepare(Path({str(folder)!r}), {given.size!r})"],
@@ -432,7 +464,7 @@ def main() -> None:
         )  # fmt: skip
     if given.repeat:
         side_by_side(given)
-    if given.learn_seconds and not given.json:
+    if given.learn_seconds and not given.json and not given.pretrained:
         rates = ", ".join(f"{lr:g}" for lr in SWEEP)
         text = "\n".join([
             f"`python -m benchmarks.trl --repeat 0 --threads {given.threads}`: GRPO, natural lengths, best of the "
@@ -450,7 +482,12 @@ def side_by_side(given: argparse.Namespace) -> None:
         print(json.dumps(ratios(found)))
         return
     place = "" if given.device == "cpu" else f" --device {given.device} --size {given.size} --dtype {given.dtype}"
-    lengths = {s: statistics.mean(f["length"] for f in found["operant", given.algorithms[0], s]) for s in SETTINGS}
+    if given.pretrained:
+        place += (
+            f" --pretrained {given.pretrained} --lora_rank {given.lora_rank} --algorithms {' '.join(given.algorithms)}"
+        )
+    first = given.algorithms[0]
+    lengths = {s: statistics.mean(f["length"] for f in found["operant", first, s]) for s in settings_of(given)}
     lines = [
         f"`python -m benchmarks.trl --repeat {given.repeat} --steps {given.steps} --threads {given.threads}{place}`: "
         f"median [lowest, highest] of {given.repeat} pairs of runs. {machine()}. Mean length "
@@ -464,7 +501,10 @@ def side_by_side(given: argparse.Namespace) -> None:
     text = "\n".join(lines)
     print(text)
     if given.write:
-        write_section("trl" if given.device == "cpu" else f"trl {given.device}", text)
+        section = "trl" if given.device == "cpu" else f"trl {given.device}"
+        if given.pretrained:
+            section += " pretrained lora" if given.lora_rank else " pretrained"
+        write_section(section, text, ROOT / "docs" if given.pretrained else PAGES)
 
 
 if __name__ == "__main__":
