@@ -33,6 +33,7 @@ __all__ = [
     "KeysConfig",
     "LearnerConfig",
     "LiveConfig",
+    "LoraConfig",
     "MergeConfig",
     "PreferConfig",
     "PretrainConfig",
@@ -140,6 +141,7 @@ _ELSEWHERE = {
     "size": "model_size",
     "tokenizer": "tokenizer_name tokenizer_name_or_path tokenizer_path",
     "lora_rank": "lora lora_r rank r",
+    "lora_targets": "target_modules lora_target_modules",
     "out": "output output_dir out_dir save_dir save_path logdir",
     "data": "dataset dataset_name dataset_path data_path data_dir train_data train_file train_files train_dataset "
     "training_data file input",
@@ -513,14 +515,34 @@ class StartConfig:
 
 
 @settings
-class ModelConfig(StartConfig):
-    """Which policy a stage starts from.
+class LoraConfig:
+    """An adapter that is trained instead of the weights (Hu et al. 2021): W + (alpha / rank) · B A.
 
     Args:
         lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
+        lora_alpha: the adapter's alpha; 0 is twice the rank.
+        lora_targets: names of the layers that get one, such as [q_proj, v_proj]; empty is every linear layer but the
+            head.
     """
 
     lora_rank: Common[NonNegativeInt] = 0
+    lora_alpha: NonNegativeFloat = 0.0
+    lora_targets: Texts = dataclasses.field(default_factory=list)
+
+    def settled_alpha(self) -> float:
+        """`lora_alpha` as a number: twice the rank where it is 0."""
+        return self.lora_alpha or 2.0 * self.lora_rank
+
+
+@settings
+class ModelConfig(LoraConfig, StartConfig):
+    """Which model a stage starts from, and how much of it is trained.
+
+    Args:
+        lora_dropout: share of what an adapter reads that is dropped while it learns.
+    """
+
+    lora_dropout: Annotated[float, Interval(ge=0, lt=1)] = 0.0
 
 
 @settings
@@ -626,12 +648,11 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
 
 
 @settings
-class PreferConfig(RunConfig):
+class PreferConfig(LoraConfig, RunConfig):
     """Learn from preferences: pairs (DPO, IPO), edits read as pairs, or single completions that are good or bad (KTO).
 
     Args:
         model: the policy to start from, a folder, hub id or GGUF file; as it is now, it is also the reference.
-        lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
         data: rows of prompt, chosen, rejected; of prompt, original, edited; or, for kto, of prompt, completion, label.
         dev_data: held-out rows; empty takes the dev split of `data`, or the last tenth of it.
         limit: use only the first rows.
@@ -668,7 +689,6 @@ class PreferConfig(RunConfig):
     """
 
     model: Common[str] = ""
-    lora_rank: Common[NonNegativeInt] = 0
     data: Common[str] = ""
     dev_data: Common[str | None] = None
     limit: PositiveInt | None = None
@@ -929,14 +949,13 @@ class HeldOutFields:
 
 @settings
 class TrainConfig(
-    RunConfig, HeldOutFields, DriftFields, DoubleQFields, TrustRegionFields, CriticFields, PassFields, SamplingFields,
-    CreditFields, RewardFields, PairFields,
+    LoraConfig, RunConfig, HeldOutFields, DriftFields, DoubleQFields, TrustRegionFields, CriticFields, PassFields,
+    SamplingFields, CreditFields, RewardFields, PairFields,
 ):  # fmt: skip
     """Learn from rewards: sample, reward, credit, policy-gradient step, again.
 
     Args:
         model: the policy to start from, a folder, hub id or GGUF file.
-        lora_rank: train a low-rank adapter of this rank instead of the weights; 0 trains the weights.
         data: prompts, with references if the reward needs them; only the reward sees these.
         dev_data: held-out prompts; empty takes the dev split of `data`, or its last twentieth (at most 200).
         limit: use only the first rows.
@@ -952,7 +971,6 @@ class TrainConfig(
     """
 
     model: Common[str] = ""
-    lora_rank: Common[NonNegativeInt] = 0
     data: Common[str] = ""
     dev_data: Common[str | None] = None
     limit: PositiveInt | None = None
@@ -968,7 +986,7 @@ class TrainConfig(
 
 
 @settings
-class RewardModelConfig(RunConfig, StartConfig):
+class RewardModelConfig(RunConfig, ModelConfig):
     """Train a reward model: an encoder or decoder with a head that judges completions.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_model
+from program import pairs, write_rows
 from safetensors.torch import load_file, save_file
 
+import operant
 from operant.cli import main
-from operant.config import MergeConfig
+from operant.config import MergeConfig, PreferConfig, SftConfig, TrainConfig
 from operant.data.batch import from_sequences
 from operant.data.text import Codec
 from operant.models.encoder import Encoder
@@ -240,6 +244,60 @@ def test_a_folder_of_before_with_the_whole_base_in_it_loads(base: Path, tmp_path
     loaded.save(tmp_path / "next")  # the old folder may be pruned: the base goes along
     shutil.rmtree(old)
     assert torch.equal(logprobs(Policy.load(tmp_path / "next", device="cpu")), expected)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_on_every_linear_layer_but_the_head_or_on_those_named(base: Path) -> None:
+    def layers(**options: Any) -> set[str]:
+        policy = Policy.load(base, device="cpu")
+        policy.add_lora(rank=3, **options)
+        return {name.split(".")[-4] for name, p in policy.model.named_parameters() if "lora_A" in name}
+
+    assert layers() == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert layers(targets=["q_proj", "v_proj"]) == {"q_proj", "v_proj"}
+    with pytest.raises(OperantError, match=r"no layer is named query; --lora_targets takes some of .*q_proj"):
+        layers(targets=["query"])
+
+
+def test_alpha_scales_what_is_added_and_dropout_acts_in_fine_tuning_alone(base: Path) -> None:
+    def moved(**options: Any) -> Policy:
+        policy = Policy.load(base, device="cpu")
+        policy.add_lora(rank=2, **options)
+        with torch.no_grad():
+            for name, p in policy.model.named_parameters():
+                if "lora_B" in name:
+                    p.fill_(1e-3)
+        return policy
+
+    begin = logprobs(Policy.load(base, device="cpu"))
+    usual, double = (logprobs(moved(alpha=alpha)) - begin for alpha in (0.0, 8.0))
+    assert torch.allclose(usual, logprobs(moved(alpha=4.0)) - begin)  # twice the rank
+    assert 1.9 < float((double / usual)[usual.abs() > 1e-4].median()) < 2.1
+    policy = moved(dropout=0.5)
+    policy.model.eval()
+    assert torch.equal(logprobs(policy), logprobs(policy)) and torch.equal(logprobs(policy) - begin, usual)
+    policy.model.train()
+    assert not torch.equal(logprobs(policy), logprobs(policy))
+
+
+def test_the_stages_take_the_settings_and_keep_alpha_as_a_number(base: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "pairs.jsonl", pairs())
+    given = {"model": str(base), "data": str(data), "steps": 1, "device": "cpu", "tensorboard": False}
+    out = str(tmp_path / "sft")
+    lora: dict[str, Any] = {"lora_rank": 3, "lora_targets": ["q_proj"]}
+    operant.sft(SftConfig(**given, **lora, lora_dropout=0.2, out=out, batch_size=2), quiet=True)
+    kept = yaml.safe_load((tmp_path / "sft" / "config.yaml").read_text())
+    assert (kept["lora_alpha"], kept["lora_targets"], kept["lora_dropout"]) == (6.0, ["q_proj"], 0.2)
+    settings = json.loads((tmp_path / "sft" / "model" / "adapter_config.json").read_text())
+    assert [settings[n] for n in ("r", "lora_alpha", "target_modules", "lora_dropout")] == [3, 6, ["q_proj"], 0.2]
+    # the number and the default that it came from agree, and a configuration of before, which has neither, with both
+    operant.sft(SftConfig(**(given | {"steps": 2}), **lora, lora_dropout=0.2, out=out, batch_size=2, resume=True),
+                quiet=True)  # fmt: skip
+    with pytest.raises(OperantError, match=r"--lora_targets .* give --lora_rank too"):
+        operant.sft(SftConfig(**given, lora_targets=["q_proj"], out=str(tmp_path / "none")), quiet=True)
+    assert not {"lora_dropout"} & {f.name for cls in (TrainConfig, PreferConfig) for f in dataclasses.fields(cls)}
 
 
 # --- weights that are missing ----------------------------------------------------------------------------------------

@@ -343,6 +343,39 @@ def test_training_learns_beats_the_baselines_and_resumes_exactly(
     assert first.facts == second.facts
 
 
+@pytest.mark.parametrize("family", ["bert", "sentences", "gpt2", "t5"])
+def test_an_adapter_learns_to_judge_and_is_saved_alone(
+    family: str, encoders: Callable[[str], Encoder], program: Program, tmp_path: Path
+) -> None:
+    encoder = encoders("bert" if family == "sentences" else family)
+    base = tmp_path / "base"
+    encoder.save(base)
+    if family == "sentences":  # as sentence-transformers saves one: without the head, and with shorter names
+        (base / "model.safetensors").unlink()
+        encoder.body.save_pretrained(base)
+    rows = write_rows(tmp_path / "rows.jsonl", preferences(60))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    learn = ("reward-model", "--data", rows, "--model", base, "--lora_rank", 4, "--lora_dropout", 0.1, "--lr", 0.02,
+             "--eval_every", 4, "--batch_size", 8, *QUIET_RUN)  # fmt: skip
+    assert program(*learn, "--steps", 8, "--out", whole).status == 0
+    assert program(*learn, "--steps", 4, "--out", parts).status == 0
+    assert program(*learn, "--steps", 8, "--out", parts, "--resume").status == 0
+    assert {f.name for f in whole.rglob("*.safetensors")} == {"adapter_model.safetensors", "reward_head.safetensors"}
+    last = [run / "checkpoints" / "step-00000008" / "model" / "adapter_model.safetensors" for run in (whole, parts)]
+    assert last[0].read_bytes() == last[1].read_bytes()
+    results = json.loads((whole / "results.json").read_text())
+    assert results["reward model"]["accuracy"] > 0.8
+    learned = RewardModel.load(whole / "model", device="cpu")
+    good, bad = learned.predict(learned.read_all([("red", "cat good"), ("red", "cat bad")]))
+    assert good > bad
+    program("merge", "--model", whole / "model", "--out", tmp_path / "merged")
+    (tmp_path / "base").rename(tmp_path / "gone")
+    with pytest.raises(OperantError, match=r"the base of .* is gone"):
+        RewardModel.load(whole / "model", device="cpu")
+    merged = RewardModel.load(tmp_path / "merged", device="cpu")
+    assert np.allclose(merged.predict(merged.read_all([("red", "cat good")])), good, atol=1e-5)
+
+
 def test_of_equally_right_checkpoints_the_surest_is_kept(program: Program, tmp_path: Path) -> None:
     """Every longer answer is better, which a model with random weights may well say by chance."""
     rows = [{"chosen": f"{word} good red", "rejected": word} for word in NOISE * 3]

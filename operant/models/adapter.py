@@ -8,17 +8,19 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from operant.config import LoraConfig, ModelConfig
 from operant.models.folder import INNER, Base, call_base, copy_linked, expect_base, holds, name_base
 from operant.types import OperantError
 
 __all__ = [
-    "add_adapter", "base_weights", "freeze_adapter", "is_fresh", "load_adapter", "restore_adapter", "save_adapter",
+    "Adaptable", "adapt", "add_adapter", "base_weights", "freeze_adapter", "is_fresh", "load_adapter",
+    "restore_adapter", "save_adapter",
 ]  # fmt: skip
 
 WEIGHTS = "adapter_model.safetensors"
@@ -64,6 +66,30 @@ def add_adapter(
             raise OperantError(
                 f"no layer is named {', '.join(targets)}; --lora_targets takes some of {', '.join(sorted(linear))}"
             ) from error
+
+
+def adapt(model: Adaptable, config: LoraConfig, seed: int) -> None:
+    """Put the adapter on a model that a stage's settings ask for, if they do.
+
+    Raises OperantError for settings of an adapter without a rank, and as `add_adapter` does.
+    """
+    dropout = config.lora_dropout if isinstance(config, ModelConfig) else 0.0
+    if config.lora_rank:
+        model.add_lora(
+            config.lora_rank, alpha=config.lora_alpha, targets=config.lora_targets, dropout=dropout, seed=seed
+        )
+    elif config.lora_alpha or config.lora_targets or dropout:
+        raise OperantError(
+            "--lora_alpha, --lora_targets and --lora_dropout are of an adapter, and there is none: give --lora_rank too"
+        )
+
+
+class Adaptable(Protocol):
+    """What an adapter can be put on."""
+
+    def add_lora(
+        self, rank: int, *, alpha: float = 0.0, targets: Sequence[str] = (), dropout: float = 0.0, seed: int = 0
+    ) -> None: ...
 
 
 def is_fresh(model: Any) -> bool:

@@ -293,12 +293,12 @@ class Policy:
     def add_lora(
         self,
         rank: int = 8,
-        alpha: float | None = None,
+        alpha: float = 0.0,
         dropout: float = 0.0,
         seed: int = 0,
         targets: Sequence[str] = (),
     ) -> None:
-        """Train a low-rank adapter instead of the weights (`adapter.add_adapter`), `alpha` 2·rank.
+        """Train a low-rank adapter instead of the weights (`adapter.add_adapter`).
 
         An adapter that is there already becomes a part of the weights that the new one is added to.
         Raises OperantError when no layer is named as one of `targets`.
@@ -306,7 +306,7 @@ class Policy:
         if self.is_lora:
             self.model = self.model.merge_and_unload()
         self.model = add_adapter(
-            self.model, rank, alpha=alpha or 0.0, targets=targets, dropout=dropout, seed=seed,
+            self.model, rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed,
             task="SEQ_2_SEQ_LM" if self.has_encoder else "CAUSAL_LM",
         )  # fmt: skip
 

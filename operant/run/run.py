@@ -24,7 +24,7 @@ import yaml
 from torch import nn
 
 from operant.algorithms.learner import Learner, Trainable
-from operant.config import RunConfig, check_settings, completed, to_yaml
+from operant.config import LoraConfig, RunConfig, check_settings, completed, to_yaml
 from operant.models.folder import copy_linked, settle
 from operant.run import checkpoint
 from operant.run.files import swap_folder
@@ -130,8 +130,11 @@ class Run:
         constant = getattr(config, "schedule", "constant") == "constant"
         # said of one start, and not of the run: the next start from this file must not throw it away
         kept = dataclasses.replace(config, resume=False, overwrite=False)
+        settled = dict(in_force or {})
+        if isinstance(config, LoraConfig):
+            settled["lora_alpha"] = config.settled_alpha()
         self.folder = RunFolder.open(
-            config.out, to_yaml(dataclasses.replace(kept, **(in_force or {}))), asked_yaml=to_yaml(kept),
+            config.out, to_yaml(dataclasses.replace(kept, **settled)), asked_yaml=to_yaml(kept),
             current=functools.partial(completed, type(config)), resume=config.resume, overwrite=config.overwrite,
             free_keys=FREE_KEYS if constant else FREE_KEYS - {"steps"},
         )  # fmt: skip

@@ -19,6 +19,7 @@ from operant.data.feedback_log import FeedbackLog, draw_examples
 from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
 from operant.data.prompts import PromptFormat
 from operant.data.rows import Fields, held_out_source, load_rows, load_split_rows, split_rows
+from operant.models.adapter import adapt
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Quiet, Run, mixed_seed
 from operant.stages.supervised import Measures, StageResult, StageTask, fit
@@ -158,8 +159,7 @@ def prefer(
             if not config.model:
                 raise OperantError("--model is missing; give a model folder or hub id to start from")
             policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
-            if config.lora_rank:
-                policy.add_lora(config.lora_rank, seed=config.seed)
+            adapt(policy, config, config.seed)
         policy.model.eval()
         drawn = examples is None and (replay is not None or config.replay is not None)
         given, from_elsewhere = examples, dev_examples

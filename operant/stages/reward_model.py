@@ -16,6 +16,7 @@ from operant.config import RewardModelConfig
 from operant.data.batch import microbatches
 from operant.data.rows import ABSENT, Row, cell, find_column, held_out_source, is_chat, load_split_rows, text_of
 from operant.data.text import chars_to_tokens
+from operant.models.adapter import adapt
 from operant.models.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts
 from operant.rewards.calibration import (
     brier_score,
@@ -116,6 +117,7 @@ def train_reward_model(
 def _starting_model(config: RewardModelConfig, rows: Sequence[Row]) -> RewardModel:
     """An untrained reward model on the encoder that `config` names, or on a new one."""
     encoder = starting_encoder(config, config.seed, config.device, config.dtype, all_texts(rows))
+    adapt(encoder, config, config.seed)
     pool = config.pool if config.pool != "auto" else "last" if encoder.causal else "mean"
     return RewardModel(encoder, RewardFacts(config.kind, pool, config.separator), seed=config.seed)
 

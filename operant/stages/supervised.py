@@ -18,6 +18,7 @@ from operant.algorithms.table import ALGORITHMS, STAGE_RATES, rate_in_words
 from operant.config import ModelConfig, PreferConfig, PretrainConfig, RewardModelConfig, RunConfig, SftConfig
 from operant.data.batch import to_device
 from operant.data.text import Codec
+from operant.models.adapter import adapt
 from operant.models.encoder import Encoder, is_encoder
 from operant.models.policy import Policy, is_pretrained
 from operant.run.run import Run
@@ -238,8 +239,7 @@ def starting_policy(
             model.arch, model.size, codec, max_length=model.max_length, seed=config.seed, dropout=model.dropout,
             device=config.device, dtype=config.dtype,
         )  # fmt: skip
-    if model.lora_rank:
-        policy.add_lora(model.lora_rank, seed=config.seed)
+    adapt(policy, model, config.seed)
     return policy
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from operant.config import TrainConfig, check_settings
 from operant.data.prompts import Pair, load_fitting_pairs, load_fitting_prompts, row_ids
 from operant.data.rows import Fields, Row, load_rows, load_split_rows
+from operant.models.adapter import adapt
 from operant.models.policy import Policy
 from operant.rl.logged import read_logged
 from operant.rl.loop import Callback, TrainResult, train
@@ -33,8 +34,7 @@ def train_from(config: TrainConfig, *, callbacks: Sequence[Callback] = (), quiet
         raise OperantError("--model is missing; give a model folder or hub id to start from")
     rows, dev_rows = _rows(config)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
-    if config.lora_rank:
-        policy.add_lora(config.lora_rank, seed=config.seed)
+    adapt(policy, config, config.seed)
     prompts, dev_prompts = (
         load_fitting_prompts(part, policy, config, room=config.max_tokens) for part in (rows, dev_rows)
     )
