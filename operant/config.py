@@ -453,6 +453,7 @@ class RunConfig:
         seed: of everything random: weights, data order, sampling.
         resume: go on with the run in `out` from its last checkpoint, bit for bit on the same machine.
         overwrite: throw the run in `out` away first.
+        accept_changes: resume although the data, the chat template or the source of the reward has changed since.
         device: auto, cpu, cuda, cuda:1 or mps.
         dtype: float32, or bf16 for autocast where the processor or GPU has it.
         threads: CPU threads for the matrix work; 0 leaves torch's default.
@@ -473,6 +474,7 @@ class RunConfig:
     seed: Common[Seed] = 0
     resume: Common[bool] = False
     overwrite: Common[bool] = False
+    accept_changes: bool = False
     device: Common[str] = "auto"
     dtype: Literal["float32", "bf16"] = "float32"
     threads: NonNegativeInt = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from operant.data.preferences import load_preferences, load_ratings
 from operant.data.prompts import load_pairs, load_prompts, load_texts
 from operant.data.rows import Fields, load_rows, splits
 from operant.data.text import Codec
@@ -358,6 +359,56 @@ def test_empty_cells_are_no_references(codec: Codec) -> None:
     assert load_prompts([{"prompt": "a", "completion": "c", "reference": ""}], codec)[0].references == ("c",)
 
 
+def tables(folder: Path) -> dict[str, list[dict]]:
+    """Two rows, of which the second has no answer, as each kind of table holds them."""
+    import pandas
+    import pyarrow
+    import pyarrow.parquet
+
+    nan = float("nan")
+    (folder / "a.jsonl").write_text('{"prompt": "one", "reference": 1.5}\n{"prompt": "two", "reference": NaN}\n')
+    (folder / "a.csv").write_text("prompt,reference\none,eins\ntwo,nan\n")
+    columns = {"prompt": ["one", "two"], "reference": [1.5, nan]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "nan.parquet")
+    pyarrow.parquet.write_table(pyarrow.table(columns | {"reference": ["eins", None]}), folder / "null.parquet")
+    found = {name: load_rows(folder / name) for name in ("a.jsonl", "a.csv", "nan.parquet", "null.parquet")}
+    for missing in (nan, None, np.float32("nan"), pandas.NA, pandas.NaT):
+        frame = pandas.DataFrame(
+            {"prompt": ["one", "two"], "reference": pandas.Series(["eins", missing], dtype=object)}
+        )
+        found[f"pandas {missing!r}"] = frame.to_dict("records")
+    return found
+
+
+def test_a_cell_that_is_not_a_number_is_missing_and_no_text(codec: Codec, tmp_path: Path) -> None:
+    for name, rows in tables(tmp_path).items():
+        first, second = load_prompts(rows, codec)
+        assert first.references and second.references == (), name
+        with pytest.raises(OperantError, match=r"row \S+ has no completion"):
+            load_pairs(rows, codec)
+        turned = [{"prompt": row["reference"], "completion": row["prompt"]} for row in rows]
+        with pytest.raises(OperantError, match="row 2 has nothing in the column 'prompt'"):
+            load_prompts(turned, codec)
+        assert load_texts([{"text": row["reference"]} for row in rows]) == list(first.references), name
+        listed = [{"prompt": "a", "references": [row["reference"] for row in rows]}]
+        assert load_prompts(listed, codec)[0].references == first.references, name
+        for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            pairs = [{"prompt": "a", side: row["reference"], other: "b"} for row in rows]
+            with pytest.raises(OperantError, match=f"row 2 has nothing in the column '{side}'"):
+                load_preferences(pairs, codec)
+        rated = [{"prompt": "a", "completion": row["reference"], "label": True} for row in rows]
+        with pytest.raises(OperantError, match="row 2 has nothing in the column 'completion'"):
+            load_ratings(rated, codec)
+        labels = [{"prompt": "a", "completion": "b", "label": label} for label in (True, rows[1]["reference"])]
+        with pytest.raises(OperantError, match="row 2 has nothing in the column 'label'"):
+            load_ratings(labels, codec)
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": rows[1]["reference"]}]
+        with pytest.raises(OperantError, match="row 1 has nothing in the column 'messages'"):
+            load_pairs([{"messages": talk}], codec)
+    text = [{"prompt": "the word", "completion": "nan"}]  # a text that says so is one
+    assert load_pairs(text, codec)[0].completion_text == "nan"
+
+
 def test_too_long_completions(codec: Codec) -> None:
     rows = [{"prompt": "a", "completion": "y" * n} for n in (2, 8)]
     with pytest.raises(
@@ -371,7 +422,7 @@ def test_too_long_completions(codec: Codec) -> None:
 
 
 def test_pairs_need_completions(codec: Codec) -> None:
-    with pytest.raises(OperantError, match=r"row 5 has no completion: the columns are prompt, id; .*--reference_field"):
+    with pytest.raises(OperantError, match=r"row 5 has no completion: mend .*--reference_field .*prompt, id"):
         load_pairs([{"prompt": "a", "id": 5}], codec)
 
 

@@ -80,6 +80,17 @@ def test_a_number_is_read_as_a_text_and_other_references_are_refused_by_row(prog
     assert "row 1 has a dict in the column 'references'" in program.fault("score", "--json", "--data", data)
 
 
+def test_a_missing_cell_is_refused_by_row_and_pays_nothing(program: Program, tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"completion": "nan", "reference": "nan"}\n{"completion": "nan", "reference": NaN}\n')
+    assert "references and 1 of 2 prompts have none" in program.fault("score", "--reward", "exact", "--data", file)
+    file.write_text('{"completion": "nan", "reference": "nan"}\n{"completion": NaN, "reference": "nan"}\n')
+    assert "row 2: the completion is missing" in program.fault("score", "--reward", "exact", "--data", file)
+    file.write_text('{"prompt": NaN, "id": NaN, "completion": "nan", "reference": "nan"}\n')
+    row = json.loads(program("score", "--reward", "exact", "--data", file, "--json").out)
+    assert row["reward"] == 1.0 and row["id"] == "0"
+
+
 def test_parts_fields_and_the_table(program: Program, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "x.jsonl", [{"q": "a", "answer": "one two", "gold": "one two", "idx": 7}])
     options = ("--data", data, "--completion_field", "answer", "--reference_field", "gold", "--prompt_field", "q")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import importlib
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import signal
@@ -34,8 +32,7 @@ from operant.config import PreferConfig, PretrainConfig, RewardModelConfig, SftC
 from operant.data.prompts import load_fitting_pairs
 from operant.models.encoder import Encoder
 from operant.models.policy import Policy, is_pretrained
-from operant.run import checkpoint, provenance
-from operant.run.provenance import data_hash
+from operant.run import checkpoint
 from operant.run.run import Run
 from operant.stages.pretrain import text_infilling
 from operant.stages.supervised import all_texts
@@ -248,42 +245,18 @@ def test_eval_takes_the_test_split_and_says_so(program: Program, model: Path, tm
     assert f"eval: 5 rows of {folder / 'dev.jsonl'}; " in alone.err[0]
 
 
-def test_a_run_keeps_where_it_comes_from(program: Program, model: Path, data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = ("sft", "--model", model, "--data", data, "--steps", 1, "--out", run, *QUIET_RUN)
-    assert program(*command).status == 0
-    facts = json.loads((run / "run.json").read_text())
-    assert facts["versions"].keys() == {"operant", "python", "torch", "transformers"}
-    assert facts["versions"]["operant"] == operant.__version__ and facts["host"] == platform.node()
-    assert facts["data"][str(data)]["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
-    assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", facts["commit"])
-    with data.open("a") as rows:
-        rows.write('{"prompt": "one", "completion": "more"}\n')
-    assert program(*command, "--resume").status == 0
-    resumed = json.loads((run / "run.json").read_text())
-    assert resumed["data"] == facts["data"]
-    assert [origin["data"] != facts["data"] for origin in resumed["resumed_from"]] == [True]
-
-
-def test_data_is_hashed_by_content_and_a_large_file_by_its_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rows_with_a_missing_cell_are_counted_where_they_are_left_out(
+    program: Program, model: Path, tmp_path: Path
 ) -> None:
-    for name in ("train", "dev"):
-        write_rows(tmp_path / f"{name}.jsonl", pairs(4))
-    both = data_hash(str(tmp_path))
-    assert both["files"] == 2 and both["of"] == "the contents of its files"
-    write_rows(tmp_path / "dev.jsonl", pairs(5))
-    assert data_hash(str(tmp_path))["sha256"] != both["sha256"]
-    monkeypatch.setattr(provenance, "WHOLE", 64)
-    file = tmp_path / "dev.jsonl"
-    large = data_hash(str(file))
-    assert "of 1 above" in large["of"]
-    whole_text = file.read_bytes()
-    file.write_bytes(whole_text[:100] + b"?" + whole_text[101:])
-    assert data_hash(str(file)) == large
-    file.write_bytes(whole_text[:-1] + b"?")
-    assert data_hash(str(file)) != large
-    assert data_hash("owner/name")["of"] == "its name on the hub"
+    rows = [*pairs(5), {"prompt": "red", "completion": float("nan")}]
+    told = program("eval", "--model", model, "--data", write_rows(tmp_path / "a.jsonl", rows), "--max_tokens", 2,
+                   *ON_CPU)  # fmt: skip
+    assert "6 rows of " in told.err[0] and "(1 without references, which count in no metric" in told.err[0]
+    texts = [{"text": float("nan")}, *({"text": row["prompt"]} for row in pairs(12))]
+    told = program("pretrain", "--data", write_rows(tmp_path / "b.jsonl", texts), "--steps", 1, "--vocab_size", 280,
+                   "--max_length", 16, "--batch_tokens", 32, "--out", tmp_path / "run", *QUIET_RUN)  # fmt: skip
+    assert told.status == 0
+    assert "1 of 13 rows have no text and were left out" in told.err
 
 
 def whole(run: Path) -> None:

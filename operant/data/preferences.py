@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from operant.data.prompts import Pair, PromptFormat, load_pairs
-from operant.data.rows import ABSENT, Fields, Row, cell, find_column, is_chat, no_column, text_of
+from operant.data.rows import Fields, Row, cell, find_column, is_chat, is_missing, no_column, text_of
 from operant.data.text import Codec
 from operant.types import Ints, OperantError, Prompt
 
@@ -243,7 +243,7 @@ def _answer(value: Any, column: str, number: int) -> tuple[tuple[dict[str, str],
     """(messages before the answer, the answer): of a chat, its last message, which must be the assistant's."""
     if not is_chat(value):
         return (), text_of(value, column, number)
-    turns = [{str(key): said for key, said in turn.items() if said is not None} for turn in value]
+    turns = [{str(key): said for key, said in turn.items() if not is_missing(said)} for turn in value]
     if turns[-1].get("role") != "assistant":
         raise OperantError(
             f"row {number} has a chat in {column!r} that does not end with the assistant's message: add the answer"
@@ -281,7 +281,7 @@ def _read_label(value: Any, column: str, number: int) -> bool:
     good = good_or_bad(value)
     if good is None:
         word = str(value).strip()
-        found = "nothing" if not word or value is None or value is ABSENT else repr(value)[:40]
+        found = "nothing" if not word or is_missing(value) else repr(value)[:40]
         raise OperantError(
             f"row {number} has {found} in the column {column!r}, which is neither good nor bad: give true or false "
             "(or 1 and 0, up and down)"

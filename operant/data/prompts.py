@@ -13,7 +13,19 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from operant.config import PairFields
-from operant.data.rows import ABSENT, Fields, Row, cell, columns_of, find_column, is_chat, no_column, text_of, texts_of
+from operant.data.rows import (
+    ABSENT,
+    Fields,
+    Row,
+    cell,
+    columns_of,
+    find_column,
+    is_chat,
+    is_missing,
+    no_column,
+    text_of,
+    texts_of,
+)
 from operant.data.text import Codec
 from operant.types import Ints, OperantError, Prompt
 
@@ -90,7 +102,7 @@ def _questions(rows: Sequence[Row], fields: Fields) -> list[_Question]:
         chat: tuple[dict[str, str], ...] | None = None
         text = ""
         if is_chat(asked):
-            turns = [{str(key): value for key, value in turn.items() if value is not None} for turn in asked]
+            turns = [{str(key): value for key, value in turn.items() if not is_missing(value)} for turn in asked]
             # The answer to a recorded chat is its last message, which the policy must not see.
             if turns[-1].get("role") == "assistant":
                 answers = answers or (text_of(turns[-1].get("content"), column, number),)
@@ -327,8 +339,8 @@ def load_pairs(
         answers = completions or prompt.references
         if not answers:
             raise OperantError(
-                f"row {prompt.id} has no completion: the columns are {', '.join(columns_of(rows)[:20])}; "
-                "choose with --reference_field"
+                f"row {prompt.id} has no completion: mend or remove it, or choose a column with --reference_field "
+                f"(the columns are {', '.join(columns_of(rows)[:20])})"
             )
         owners.extend([prompt] * len(answers))
         texts.extend(answers)

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -333,6 +334,9 @@ def _read_json(file: Path) -> list[Row]:
     return rows
 
 
+_CSV_NAN = ("nan", "NaN", "NAN")
+
+
 def _read_csv(file: Path, delimiter: str = ",") -> Iterator[Row]:
     with _open(file) as stream:
         csv.field_size_limit(2**31 - 1)  # the most that a C long holds everywhere; the default refuses long documents
@@ -347,7 +351,8 @@ def _read_csv(file: Path, delimiter: str = ",") -> Iterator[Row]:
                     raise OperantError(
                         f"{file}, line {reader.line_num} has not as many cells as the header: quote cells with commas"
                     )
-                yield dict(row)
+                # what libraries that know no null write for one; of an empty cell its reader decides
+                yield {name: None if text in _CSV_NAN else text for name, text in row.items()}
         except csv.Error as error:
             # DictReader's own line_num is that of the last row it gave
             line = reader.reader.line_num
@@ -458,15 +463,23 @@ ABSENT: Any = object()
 
 
 def cell(row: Row, column: str) -> Any:
-    """The value of a column, `ABSENT` where the row has no such column. A dot reaches into nested rows."""
+    """The value of a column; None where a value is missing, `ABSENT` where the row has no such column. A dot reaches
+    into nested rows."""
     if column in row:
-        return row[column]
+        return None if is_missing(row[column]) else row[column]
     value: Any = row
     for part in column.split("."):
         if not isinstance(value, dict) or part not in value:
             return ABSENT
         value = value[part]
-    return value
+    return None if is_missing(value) else value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds no value: null, or what tables have in its place, NaN and the NA and NaT of pandas."""
+    if isinstance(value, Real):
+        return bool(value != value)
+    return value is None or value is ABSENT or type(value).__name__ in ("NAType", "NaTType")
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -504,12 +517,12 @@ def no_column(rows: Sequence[Row], role: str, wanted: str, flag: str = "") -> st
 
 
 def text_of(value: Any, column: str, number: int) -> str:
-    """The value as a text. Raises OperantError, naming the row, for what is none."""
+    """The value as a text. Raises OperantError, naming the row, for what is none, a missing one included."""
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_missing(value):
         return str(value)
-    what = "nothing" if value is None or value is ABSENT else f"a {type(value).__name__}"
+    what = "nothing" if is_missing(value) else f"a {type(value).__name__}"
     raise OperantError(
         f"row {number} has {what} in the column {column!r} where a text is needed: mend or remove the row"
     )
@@ -521,11 +534,11 @@ def is_chat(value: Any) -> bool:
 
 
 def texts_of(value: Any, column: str, number: int) -> tuple[str, ...]:
-    """One text, a list of them, or an assistant's message, as a tuple of texts."""
-    if value is None or value is ABSENT:
+    """One text, a list of them, or an assistant's message, as a tuple of texts; a missing value gives none."""
+    if is_missing(value):
         return ()
     if is_chat(value):
         return ("\n".join(text_of(turn.get("content"), column, number) for turn in value),)
     if isinstance(value, (list, tuple)):
-        return tuple(text_of(item, column, number) for item in value if item is not None)
+        return tuple(text_of(item, column, number) for item in value if not is_missing(item))
     return (text_of(value, column, number),)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from operant.config import ScoreConfig
-from operant.data.rows import first_split, load_rows, texts_of
+from operant.data.rows import cell, first_split, is_missing, load_rows, texts_of
 from operant.data.text import Codec
 from operant.rewards.names import check_references, reward_by_name
 from operant.rewards.runner import RewardRunner
@@ -75,9 +75,8 @@ def _read_row(
         row, config.completion_field, ("completion", "hypothesis", "output", "response"), "completion_field", number
     )
     if not isinstance(text, str):
-        raise OperantError(
-            f"row {number + 1}: the completion is {type(text).__name__}, not text; choose --completion_field"
-        )
+        what = "missing" if is_missing(text) else f"{type(text).__name__}, not text"
+        raise OperantError(f"row {number + 1}: the completion is {what}; mend the row, or choose --completion_field")
     question = (
         _column(row, config.prompt_field, (), "prompt_field", number) if config.prompt_field else row.get("prompt", "")
     )
@@ -85,7 +84,7 @@ def _read_row(
     if config.reference_field and config.reference_field not in row:
         _column(row, config.reference_field, (), "reference_field", number)
     references = texts_of(given, config.reference_field or "references", number + 1)
-    name = str(row.get("id", row.get("idx", number)))
+    name = next((str(row[key]) for key in ("id", "idx") if not is_missing(row.get(key))), str(number))
     if isinstance(row.get("tokens"), list) and all(isinstance(t, str) for t in row["tokens"]):
         pieces = list(row["tokens"])
         if "".join(pieces) != text:
@@ -100,7 +99,13 @@ def _read_row(
         tokens, ends = np.arange(len(pieces), dtype=np.int64), _ends(pieces)
     if not len(tokens):  # an empty answer has a reward too; it stands on the end-of-text token
         tokens, ends, pieces = np.zeros(1, np.int64), np.zeros(1, np.int64), [""]
-    prompt = Prompt(id=name, text=str(question), tokens=np.zeros(0, np.int64), references=references, meta=row)
+    prompt = Prompt(
+        id=name,
+        text="" if is_missing(question) else str(question),
+        tokens=np.zeros(0, np.int64),
+        references=references,
+        meta=row,
+    )
     return prompt, Completion(id=name, prompt_id=name, text=text, tokens=tokens, text_ends=ends), pieces
 
 
@@ -114,7 +119,7 @@ def _column(row: dict[str, Any], given: str | None, usual: tuple[str, ...], flag
     names = (given,) if given else usual
     for name in names:
         if name in row:
-            return row[name]
+            return cell(row, name)
     close = difflib.get_close_matches(str(names[0]), list(row), n=1)
     hint = f"; did you mean --{flag} {close[0]}?" if close else f"; choose with --{flag}"
     raise OperantError(f"row {number + 1} has no field {names[0]!r} (its fields: {', '.join(row)}){hint}")

@@ -97,7 +97,9 @@ def evaluate_from(
         )
     if note is not None:
         part = f"{len(prompts):,} rows of {f'the {split} split of ' * bool(split)}{config.data}"
-        note(f"eval: {part}; {model_in_words(policy, policy.dtype)}")
+        bare = sum(not prompt.references for prompt in prompts) if config.metrics else 0
+        left_out = f" ({bare} without references, which count in no metric that needs them)" if bare else ""
+        note(f"eval: {part}{left_out}; {model_in_words(policy, policy.dtype)}")
     answered = 0
 
     def tell(more: int) -> None:

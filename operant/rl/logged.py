@@ -15,6 +15,7 @@ import numpy as np
 from operant.algorithms.estimator import Rollout
 from operant.algorithms.table import Algorithm
 from operant.config import TrainConfig
+from operant.data.rows import is_missing
 from operant.data.text import Codec
 from operant.models.policy import Policy
 from operant.models.sampler import room
@@ -101,12 +102,12 @@ def read_logged(
 def _given(row: Mapping[str, Any], column: str) -> bool:
     """Whether a row has something there: lists and arrays may be empty."""
     value = row.get(column)
-    return value is not None and (not hasattr(value, "__len__") or len(value) > 0)
+    return value is not None and not is_missing(value) and (not hasattr(value, "__len__") or len(value) > 0)
 
 
 def _blank(value: Any) -> bool:
     """Nothing, or the empty cell that CSV has for it."""
-    return value is None or (isinstance(value, str) and not value.strip())
+    return is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
 def _token_ids(values: Any, vocabulary: int, name: str) -> Ints:

@@ -44,6 +44,7 @@ from operant.rl.heldout import HeldOut, check_metric, read_target, target_metric
 from operant.rl.logged import Logged, check_logged, judged, with_propensities
 from operant.rl.rollouts import Rollouts, check_prompts, tied_share
 from operant.run.notices import TIED
+from operant.run.provenance import module_hashes, reward_hashes
 from operant.run.run import DataOrder, Quiet, Run, as_begun, mixed_seed
 from operant.types import Batch, Completion, OperantError, Prompt, SamplerProtocol, StepStats
 
@@ -228,7 +229,9 @@ class _Loop:
             critic_lr=config.critic_lr or CRITIC_RATE * settings.lr, rule=update_rule(policy, config, settings),
         )  # fmt: skip
         self.state: dict[str, Any] = {"rewards": {}}
-        run.takes(*_counted(config, request))
+        paid = module_hashes(config.environment) if config.environment else reward_hashes(request.reward)
+        named = config.data or config.logged
+        run.takes(*_counted(config, request), given=() if named else [*request.prompts, *request.logged], reward=paid)
         run.attach(policy, self.learner, self.state)
         if self.state["rewards"]:
             runner.load_state_dict(self.state["rewards"])

@@ -29,6 +29,7 @@ from operant.models.folder import copy_linked, settle
 from operant.run import checkpoint
 from operant.run.files import swap_folder
 from operant.run.notices import notices, told_once
+from operant.run.provenance import Hash, rows_hash
 from operant.run.report import write_report
 from operant.run.runlog import FREE_KEYS, Progress, RunFolder, RunLog
 from operant.types import OperantError, StepStats
@@ -129,13 +130,14 @@ class Run:
         # a decaying learning rate depends on the number of steps, which is then part of what is learned
         constant = getattr(config, "schedule", "constant") == "constant"
         # said of one start, and not of the run: the next start from this file must not throw it away
-        kept = dataclasses.replace(config, resume=False, overwrite=False)
+        kept = dataclasses.replace(config, resume=False, overwrite=False, accept_changes=False)
         settled = dict(in_force or {})
         if isinstance(config, LoraConfig):
             settled["lora_alpha"] = config.settled_alpha()
         self.folder = RunFolder.open(
             config.out, to_yaml(dataclasses.replace(kept, **settled)), asked_yaml=to_yaml(kept),
             current=functools.partial(completed, type(config)), resume=config.resume, overwrite=config.overwrite,
+            accept_changes=config.accept_changes,
             free_keys=FREE_KEYS if constant else FREE_KEYS - {"steps"},
         )  # fmt: skip
         self.step = 0
@@ -152,6 +154,7 @@ class Run:
         self._told: set[str] = set()  # the notices that hold, which were told when they began to
         self.log: RunLog
         self._data = ""  # what it learns from, in words
+        self._sources: dict[str, Mapping[str, Hash]] = {}  # and the hashes of what no file of the configuration names
         self._now = time.process_time if config.clock == "cpu" else time.perf_counter
         self._begun = self._now()
         self._attached = self._logs = False
@@ -214,10 +217,17 @@ class Run:
 
     # --- attaching and resuming ----------------------------------------------------------------------------------
 
-    def takes(self, what: str, rows: int, held_out: int, source: str = "") -> None:
+    def takes(
+        self, what: str, rows: int, held_out: int, source: str = "", *, given: Sequence[Any] = (),
+        reward: Mapping[str, Hash] | None = None,
+    ) -> None:  # fmt: skip
         """Say how many rows, called `what`, the stage learns from and measures on. `source`: where the latter are from.
+        `given`: the rows themselves, where they were made in Python. `reward`: hashes of its source.
 
-        Call it before `attach`, which shows it."""
+        Call it before `attach`, which shows it, and compares with what a resumed run began with."""
+        self._sources = {"rows": {"given": rows_hash(given)}} if len(given) else {}
+        if reward is not None:
+            self._sources["reward"] = reward
         apart = f"{held_out:,} held out" + (f" ({source})" if source else "") if held_out else "nothing held out"
         self._data = f"{rows:,} {what}, {apart}; "
 
@@ -229,14 +239,25 @@ class Run:
         self.folder.settle(resolved)
 
     def attach(self, policy: Trainable, learner: Learner, state: dict[str, Any]) -> None:
-        """Name what checkpoints hold; on resume, fill it in from the last one."""
+        """Name what checkpoints hold; on resume, fill it in from the last one.
+
+        Raises OperantError when a resumed run began with another chat template, reward or rows.
+        """
         self.policy, self.learner, self.state = policy, learner, state
+        if codec := getattr(policy, "codec", None):
+            self._sources["template"] = {"chat": {"sha256": codec.template_hash, "of": "its text"}}
+        self.folder.rests_on(self._sources)
         # only now, so that a fault in the data or the model is the one line that is seen
         if self._shows_settings:
             self.note(f"{self.stage} in {self.folder.path} with:\n{_indented(self.folder.config)}")
         learned = [*policy.trainable_parameters(), *policy.critic_parameters()]
         dtype = getattr(policy, "dtype", self.config.dtype)
         self.note(f"{self.stage}: {self._data}{model_in_words(policy, dtype, learned)}")
+        if self.folder.unhashed:
+            self.note(
+                f"{self.folder.path} was begun before runs kept hashes of their {' and '.join(self.folder.unhashed)}: "
+                "whether what it learns from has changed since is not known"
+            )
         resume_step: int | None = None
         found: Path | None = None
         if self.folder.resumed:

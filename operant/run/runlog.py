@@ -37,7 +37,7 @@ from operant.config import install_line
 from operant.run import checkpoint
 from operant.run.files import read_object, replace_file
 from operant.run.notices import WATCHED, Series
-from operant.run.provenance import provenance
+from operant.run.provenance import Hash, compare, provenance
 from operant.types import OperantError
 
 __all__ = ["FREE_KEYS", "Progress", "RunFolder", "RunLog", "read_jsonl"]
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 #: Configuration keys that may differ on resume: how long, where and how loudly, never what is learned.
 FREE_KEYS = frozenset(
     {
+        "accept_changes",
         "clock",
         "config",
         "device",
@@ -80,7 +81,7 @@ class RunFolder:
 
     Make it with `RunFolder.open`. `path`, `checkpoints` and `curves` are folders; `resumed` says whether the run had
     been started before, `finished` whether it had come to an end of its own that was written down; `config` is the
-    resolved configuration as YAML.
+    resolved configuration as YAML. `unhashed`: of which kinds of sources a resumed run keeps no hash, being older.
     """
 
     def __init__(self, path: Path, config: str, *, resumed: bool, lock: FileLock) -> None:
@@ -88,6 +89,9 @@ class RunFolder:
         self.config = config
         self.resumed = resumed
         self.finished = False
+        self.unhashed: list[str] = []
+        self._accept_changes = False
+        self._earlier: str | None = None  # the run.json of a resumed run as it was found
         self._lock = lock
         self._new_parents: list[Path] = []  # folders above that were made for this run, the nearest first
 
@@ -107,6 +111,7 @@ class RunFolder:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        accept_changes: bool = False,
         free_keys: Collection[str] = FREE_KEYS,
         asked_yaml: str = "",
         current: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
@@ -122,6 +127,7 @@ class RunFolder:
             resume: go on with the run in it, whose configuration must agree except in `free_keys`.
             overwrite: start again in place of the run in it, which is thrown away by `keep` and put back by `discard`.
                 Files that operant did not write stay.
+            accept_changes: go on although data, template or reward are not those that the run began with.
             free_keys: keys that may differ on resume: a dotted path (`data.limit`), or the last part of one.
             asked_yaml: the configuration as it was asked for, where `auto` may stand for a resolved value. On resume a
                 key agrees when its stored value is either.
@@ -129,8 +135,8 @@ class RunFolder:
 
         Raises:
             OperantError: another process uses the folder; it holds a run and neither `resume` nor `overwrite` is set,
-                or no run and something that one would replace; `resume` with no run in it or with another
-                configuration; the place is a file or not writable.
+                or no run and something that one would replace; `resume` with no run in it, with another configuration
+                or with data that has changed; the place is a file or not writable.
         """
         if resume and overwrite:
             raise OperantError("--resume and --overwrite exclude each other: give one of them")
@@ -139,7 +145,8 @@ class RunFolder:
         try:
             agreement = _Agreement((config_yaml, asked_yaml or config_yaml), free_keys, current)
             resumed = _make_room(path, agreement, resume=resume, overwrite=overwrite)
-            finished = _begin(path, config_yaml, resumed)
+            earlier = (path / "run.json").read_text(encoding="utf-8") if resumed else None
+            finished, unhashed = _begin(path, config_yaml, resumed, accept_changes)
         except OSError as error:
             lock.release()
             raise OperantError(f"cannot write in {path} ({error.strerror or error}): choose another --out") from error
@@ -147,7 +154,8 @@ class RunFolder:
             lock.release()
             raise
         folder = cls(path, config_yaml, resumed=resumed, lock=lock)
-        folder.finished = finished
+        folder.finished, folder.unhashed = finished, unhashed
+        folder._accept_changes, folder._earlier = accept_changes, earlier
         folder._new_parents = new_parents
         return folder
 
@@ -158,6 +166,26 @@ class RunFolder:
         """
         self.config = yaml.safe_dump(yaml.safe_load(self.config) | dict(resolved), sort_keys=False, allow_unicode=True)
         replace_file(self.path / "config.yaml", self.config, advice="choose another --out")
+
+    def rests_on(self, sources: Mapping[str, Mapping[str, Hash]]) -> None:
+        """Keep the hashes of what the run learns from, {kind: {name: `Hash`}}, beside those of its data.
+
+        Raises OperantError where a resumed run began with others, unless changes are accepted; and when run.json cannot
+        be written.
+        """
+        facts = read_object(self.path / "run.json")
+        if not self.resumed:
+            facts |= sources
+        else:
+            changed, unknown = compare(facts, sources)
+            self.unhashed += unknown
+            if changed and self._earlier is not None and not self._accept_changes:
+                replace_file(self.path / "run.json", self._earlier)  # as if it had not been tried
+            _refuse(self.path, changed, self._accept_changes)
+            if not changed and not unknown:
+                return
+            facts["resumed_from"] = [*facts.get("resumed_from", []), sources]
+        replace_file(self.path / "run.json", json.dumps(facts, indent=1, ensure_ascii=False), advice=_GO_ON)
 
     def finish(self, stop_reason: str, **facts: Any) -> None:
         """Record in run.json why the run stopped, and any other JSON-able fact worth keeping (best step, totals …).
@@ -483,8 +511,9 @@ def _make_room(path: Path, agreement: _Agreement, *, resume: bool, overwrite: bo
     return resumed and resume
 
 
-def _begin(path: Path, config_yaml: str, resumed: bool) -> bool:
-    """Write down that the run goes on, or begins. True where it had come to an end of its own."""
+def _begin(path: Path, config_yaml: str, resumed: bool, accept_changes: bool) -> tuple[bool, list[str]]:
+    """Write down that the run goes on, or begins. Returns (whether it had come to an end of its own, the kinds of
+    sources that it keeps no hash of). Raises OperantError where its data has changed."""
     facts: dict[str, Any] = read_object(path / "run.json") if resumed else {"started": time.time()}
     # one that a person stopped goes on as if nobody had
     finished = "finished" in facts and not str(facts.get("stop_reason")).startswith("interrupted")
@@ -493,6 +522,10 @@ def _begin(path: Path, config_yaml: str, resumed: bool) -> bool:
         facts["resumed"] = [*facts.get("resumed", []), time.time()]
     settings = yaml.safe_load(config_yaml)
     origin = provenance(settings if isinstance(settings, dict) else {})
+    unhashed: list[str] = []
+    if resumed:
+        changed, unhashed = compare(facts, {"data": origin["data"]})
+        _refuse(path, changed, accept_changes)
     if not resumed:
         facts |= origin
     elif origin != {name: facts.get(name) for name in origin}:  # it goes on elsewhere, or by other code
@@ -503,7 +536,16 @@ def _begin(path: Path, config_yaml: str, resumed: bool) -> bool:
     replace_file(path / "config.yaml", config_yaml, advice=another)
     for name in ("checkpoints", "curves"):
         (path / name).mkdir(exist_ok=True)
-    return finished
+    return finished, unhashed
+
+
+def _refuse(path: Path, changed: Sequence[str], accept_changes: bool) -> None:
+    """Raises OperantError for sources that have changed, unless that is accepted."""
+    if changed and not accept_changes:
+        raise OperantError(
+            f"cannot resume {path}: {' and '.join(changed)} changed since it began; put back what was there, "
+            "choose another --out, or go on with what is there now by --accept_changes true"
+        )
 
 
 def _started(path: Path) -> bool:

@@ -35,14 +35,15 @@ def pretrain_masked(
             raise OperantError(f"--objective {config.objective} does not fit an encoder; leave it out, or give mlm")
         if config.lora_rank:
             raise OperantError("an encoder's weights are trained whole; leave --lora_rank out")
-        known, dev_texts, words = known_texts(config, texts, dev_texts)
+        known, dev_texts, words = known_texts(config, texts, dev_texts, run.note)
         encoder = encoder or starting_encoder(config, config.seed, config.device, config.dtype, words or known)
         if encoder.causal or encoder.config.is_encoder_decoder:
             raise OperantError(
                 f"masked language modelling is for encoders, and {config.model} is a {encoder.config.model_type}; "
                 "leave --objective out"
             )
-        run.takes("texts", len(known), len(dev_texts), "" if texts else held_out_source(config.data, config.dev_data))
+        source = "" if texts else held_out_source(config.data, config.dev_data)
+        run.takes("texts", len(known), len(dev_texts), source, given=texts or ())
         return fit(run, encoder, _masking(encoder, known, dev_texts, config), config)
 
 

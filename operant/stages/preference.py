@@ -174,7 +174,7 @@ def prefer(
             _check_fits(policy, example)
         task = PreferenceTask(policy, config, learned, held_out, _picked(config, learned, drawn))
         source = _source(config, replay) if given is None and from_elsewhere is None else ""
-        run.takes(_counted(config, learned), len(learned), len(held_out), source)
+        run.takes(_counted(config, learned), len(learned), len(held_out), source, given=given or ())
         return fit(run, policy, task, config)
 
 

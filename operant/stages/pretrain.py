@@ -11,7 +11,7 @@ import torch
 from operant.config import PretrainConfig
 from operant.data.batch import microbatches, pack
 from operant.data.prompts import load_texts
-from operant.data.rows import Fields, held_out_source, load_split_rows
+from operant.data.rows import Fields, cell, find_column, held_out_source, is_missing, load_split_rows
 from operant.models.policy import Policy
 from operant.run.run import DataOrder, Quiet, Run, mixed_seed
 from operant.stages.supervised import LikelihoodTask, StageResult, all_texts, fit, starting_policy
@@ -79,7 +79,7 @@ def pretrain(
     objective that the model has not.
     """
     with Run(config, "pretrain", quiet=quiet) as run:
-        known, dev_texts, words = known_texts(config, texts, dev_texts)
+        known, dev_texts, words = known_texts(config, texts, dev_texts, run.note)
         sentinels = SENTINELS if config.arch in ("t5", "mbart") else 0
         policy = policy or starting_policy(config, config, lambda: words or known, sentinels)
         own = ("spans", "infilling") if policy.has_encoder else ("causal",)
@@ -91,15 +91,18 @@ def pretrain(
         documents = policy.codec.encode_batch(known, eos=True)
         held_out = policy.codec.encode_batch(list(dev_texts), eos=True) if dev_texts else []
         block = min(config.block or policy.max_length, policy.max_length)
-        run.takes("texts", len(known), len(dev_texts), "" if texts else held_out_source(config.data, config.dev_data))
+        source = "" if texts else held_out_source(config.data, config.dev_data)
+        run.takes("texts", len(known), len(dev_texts), source, given=texts or ())
         task = _denoising if policy.has_encoder else _causal
         return fit(run, policy, task(policy, documents, held_out, block, config), config)
 
 
 def known_texts(
-    config: PretrainConfig, texts: Sequence[str] | None, dev_texts: Sequence[str]
+    config: PretrainConfig, texts: Sequence[str] | None, dev_texts: Sequence[str], note: Callable[[str], None]
 ) -> tuple[list[str], Sequence[str], list[str]]:
     """(texts, held-out texts, every string of the rows they came from), loaded where none are given.
+
+    note: called with how many rows have no text, if any have none.
 
     Raises OperantError when the data is missing, cannot be read, or holds no text.
     """
@@ -109,6 +112,9 @@ def known_texts(
         fields = Fields(text=config.text_field)
         texts, words = load_texts(rows, fields), all_texts(rows)
         dev_texts = load_texts(dev_rows, fields) if dev_rows else []
+        column = find_column(rows, "text", config.text_field)
+        if bare := sum(is_missing(cell(row, str(column))) for row in (*rows, *dev_rows)):
+            note(f"{bare} of {len(rows) + len(dev_rows)} rows have no text and were left out")
     if not texts:
         raise OperantError("there is no text to learn from; check --data and --limit")
     return list(texts), dev_texts, words

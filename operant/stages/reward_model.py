@@ -14,7 +14,7 @@ from torch import Tensor
 
 from operant.config import RewardModelConfig
 from operant.data.batch import microbatches
-from operant.data.rows import ABSENT, Row, cell, find_column, held_out_source, is_chat, load_split_rows, text_of
+from operant.data.rows import Row, cell, find_column, held_out_source, is_chat, is_missing, load_split_rows, text_of
 from operant.data.text import chars_to_tokens
 from operant.models.adapter import adapt
 from operant.models.reward_model import Reading, RewardFacts, RewardModel, reading_batch, reward_loss, write_facts
@@ -83,7 +83,7 @@ def train_reward_model(
     same, and completions that the model cannot hold.
     """
     with Run(config, "reward-model", quiet=quiet) as run:
-        source = ""
+        source, given = "", rows or ()
         if rows is None:
             source = held_out_source(config.data, config.dev_data) if dev_rows is None and config.data else ""
             rows, loaded = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
@@ -98,7 +98,8 @@ def train_reward_model(
         if config.kind != "comparison":
             values = np.concatenate([j.targets[np.isfinite(j.targets)] for j in known])
             facts.mean, facts.std = float(values.mean()), float(values.std())
-        run.takes("comparisons" if config.kind == "comparison" else "rated rows", len(known), len(held_out), source)
+        what = "comparisons" if config.kind == "comparison" else "rated rows"
+        run.takes(what, len(known), len(held_out), source, given=given)
         fit(run, model, RewardModelTask(model, config, known, held_out), config)
         for note in [*notes, *more]:
             run.note(note)
@@ -251,7 +252,7 @@ def _spans(labelled: _Labelled, config: RewardModelConfig) -> list[tuple[int, in
         raise OperantError(
             f"row {labelled.number} has no list in the column {config.span_field!r}; [] says that nothing is marked"
         )
-    if labelled.row.get("tokens") is None:
+    if is_missing(labelled.row.get("tokens")):
         return _char_spans(labels, labelled.number)
     return _token_spans(labelled.row["tokens"], labels, labelled.number, labelled.completions[0])
 
@@ -308,11 +309,11 @@ def _number_in(row: Row, field: str, number: int) -> float:
     """The number in a column of row `number`."""
     value = cell(row, field)
     try:
-        found = math.nan if value is None or value is ABSENT or isinstance(value, list | dict) else float(value)
+        found = math.nan if is_missing(value) or isinstance(value, list | dict) else float(value)
     except ValueError:
         found = math.nan
     if not math.isfinite(found):
-        shown = "nothing" if value is None or value is ABSENT else repr(value)
+        shown = "nothing" if is_missing(value) else repr(value)
         raise OperantError(f"row {number} has {shown} in the column {field!r}; give a finite number or remove the row")
     return found
 

@@ -39,6 +39,7 @@ def sft(
     """
     with Run(config, "sft", quiet=quiet) as run:
         source = ""
+        from_files = policy is None or pairs is None
         if policy is None or pairs is None:
             rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
             policy = policy or starting_policy(config, config, lambda: all_texts(rows))
@@ -49,7 +50,7 @@ def sft(
                 run.note(note)
         if not pairs:
             raise OperantError("there are no pairs to learn from; check --data and --limit")
-        run.takes("labelled pairs", len(pairs), len(dev_pairs or []), source)
+        run.takes("labelled pairs", len(pairs), len(dev_pairs or []), source, given=() if from_files else pairs)
         return fit(run, policy, FineTuningTask(policy, config, list(pairs), list(dev_pairs or [])), config)
 
 
