@@ -8,8 +8,10 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -201,6 +203,7 @@ def _shown(value: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program. Exit status: 0, 1 for a fault that the user can mend (one line on stderr), 130 for Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _silence_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):  # not every locale can write what a model says
         if sys.stdout.isatty():
             sys.stdout.reconfigure(errors="replace")
@@ -219,6 +222,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+
+
+def _silence_libraries() -> None:
+    """Let nothing but what operant says, and errors of others, reach the terminal. Python's -W shows warnings again,
+    and TRANSFORMERS_VERBOSITY what Transformers says."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported, which a command does later
+    if not sys.warnoptions:
+        warnings.showwarning = _nothing_shown
+    if logging.lastResort is not None:  # where a record goes that no library has set up a place for
+        logging.lastResort.addFilter(_ours_or_an_error)
+
+
+def _nothing_shown(*args: Any, **options: Any) -> None:
+    """In the place of `warnings.showwarning`."""
+
+
+def _ours_or_an_error(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] == "operant" or record.levelno >= logging.ERROR
 
 
 def _going_on(given: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
+from operant.data.hub import reached
 from operant.data.text import looks_like_path
 from operant.types import OperantError
 
@@ -417,7 +418,7 @@ _NO_HUB = "cannot load {} from the hub: give a file, a folder or the id of a dat
 
 def _hub_splits(source: str) -> list[str]:
     name, _, config = source.partition(":")
-    with _quiet(_NO_HUB.format(source)):
+    with _quiet(_NO_HUB.format(source)), reached(source):
         from datasets import get_dataset_split_names
 
         return list(get_dataset_split_names(name, config or None))
@@ -426,7 +427,7 @@ def _hub_splits(source: str) -> list[str]:
 def _read_hub(source: str, split: str, limit: int | None) -> list[Row]:
     name, _, config = source.partition(":")
     available = _hub_splits(source)
-    with _quiet(_NO_HUB.format(source)):
+    with _quiet(_NO_HUB.format(source)), reached(source):
         from datasets import load_dataset
 
         chosen = split if split in available else next((word for word in available if _is_split(word, split)), None)

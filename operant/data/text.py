@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from operant.data.hub import fetched, load_fault
 from operant.types import Ints, OperantError
 
 __all__ = ["Codec", "Incremental", "chars_to_tokens", "tokens_to_chars"]
@@ -271,12 +272,12 @@ class Codec:
         elif folder.exists() or looks_like_path(name):
             raise OperantError(f"{path} is not a model folder: give a folder with a tokenizer, or a hub id")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            with fetched(name):
+                tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OperantError(
                 f"cannot load a tokenizer from {path}: give a folder that save_pretrained wrote, or a hub id"
-                f" that can be reached ({reason})"
+                f" that can be reached ({load_fault(error)})"
             ) from error
         return cls(tokenizer)
 

@@ -108,7 +108,7 @@ class Encoder:
             return None
         origin = find_base(folder) if on_base else None
         there, named = (origin.source, origin.revision) if origin else (source, "")
-        arguments = {"revision": named} if named else {}
+        arguments: dict[str, Any] = {"trust_remote_code": False} | ({"revision": named} if named else {})
         config = AutoConfig.from_pretrained(there, **arguments)
         if not is_masked(config):
             return None
@@ -385,7 +385,7 @@ def is_encoder(source: str | Path) -> bool:
     try:
         if not (Path(source) / "config.json").exists():
             return False
-        return is_masked(AutoConfig.from_pretrained(source))
+        return is_masked(AutoConfig.from_pretrained(source, trust_remote_code=False))
     except (OSError, ValueError):  # loading it says what is wrong
         return False
 

@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from operant.data.hub import reached
 from operant.data.text import looks_like_path
 from operant.types import OperantError
 
@@ -264,7 +265,8 @@ def _cached(name: str, revision: str) -> Path:
     from transformers.utils import cached_file
 
     try:
-        return Path(str(cached_file(name, "config.json", revision=revision or None))).parent
+        with reached(name):
+            return Path(str(cached_file(name, "config.json", revision=revision or None))).parent
     except OSError as error:
         raise OperantError(
             f"the base {name} is not on this machine and the hub does not give it "

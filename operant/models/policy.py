@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from operant.data.batch import Normalisation, from_sequences, from_trajectories
+from operant.data.hub import fetched, load_fault
 from operant.data.text import Codec, looks_like_path
 from operant.models.adapter import add_adapter, freeze_adapter, load_adapter, restore_adapter, save_adapter
 from operant.models.attention import PickedLogprobs, Picks, RowLayout, attending_in_rows, one_kernel_gelu
@@ -183,7 +184,7 @@ class Policy:
         """Load a folder or hub id with all weights. config, codec: in place of those that are there."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-        named = {"revision": revision} if revision else {}
+        named: dict[str, Any] = {"trust_remote_code": False} | ({"revision": revision} if revision else {})
         config = config or AutoConfig.from_pretrained(source, **named)
         if is_masked(config):  # Transformers would load it as a decoder that sees what comes after
             raise OperantError(
@@ -801,15 +802,15 @@ class Policy:
 
 @contextlib.contextmanager
 def told_in_one_line(source: str | Path) -> Iterator[None]:
-    """Inside, whatever goes wrong while a model is loaded becomes an OperantError of one line."""
+    """Inside, a model is loaded as `fetched` says, and whatever goes wrong becomes an OperantError of one line."""
     try:
-        yield
+        with fetched(source):
+            yield
     except OperantError:
         raise
     except Exception as error:  # of many types: Transformers', safetensors', PEFT's, the hub client's
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OperantError(
-            f"cannot load a model from {source} ({first}); give a folder that a stage or Transformers saved"
+            f"cannot load a model from {source} ({load_fault(error)}); give a folder that a stage or Transformers saved"
         ) from error
 
 
