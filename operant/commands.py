@@ -127,7 +127,8 @@ def run_sample(config: configs.SampleConfig) -> None:
 
     if not config.prompt and sys.stdin.isatty():
         print("a prompt a line, Ctrl-D ends:", file=sys.stderr)
-    for prompt, completion in sample_from(config, [config.prompt] if config.prompt else _lines()):
+    texts = [config.prompt] if config.prompt else _lines()
+    for prompt, completion in sample_from(config, texts, lambda line: print(line, file=sys.stderr)):
         if not config.json:
             print(completion.text, flush=True)
             continue

@@ -231,6 +231,8 @@ def describe(hint: Any, *, kinds: bool = True) -> str:
             words.append(f"list of {_KINDS[kind]}s" + (f", each {_in_words(each)}" if each else ""))
         elif get_origin(base) is Literal:
             choices += [str(value) for value in get_args(base)]
+        elif get_origin(base) is dict:
+            words.append("names with values")
         elif base is bool:
             choices += ["true", "false"]
         elif base is NoneType:
@@ -405,6 +407,8 @@ def _fits_one(value: Any, base: Any, limits: tuple[Any, ...]) -> bool:
         return isinstance(value, list | tuple) and all(_fits(one, get_args(base)[0]) for one in value)
     if get_origin(base) is Literal:
         return value in get_args(base) and not isinstance(value, bool)
+    if get_origin(base) is dict:
+        return isinstance(value, Mapping)
     if base not in (int, float):
         return isinstance(value, base) and all(_holds(value, limit) for limit in limits)
     if isinstance(value, bool) or not isinstance(value, Integral if base is int else Real):
@@ -548,22 +552,39 @@ class ModelConfig(LoraConfig, StartConfig):
 
 
 @settings
-class PairFields:
+class FormatFields:
+    """How prompts are written. Null is as the model was trained, which is kept beside it.
+
+    Args:
+        chat: write a text prompt as a user's message in the chat template; auto does so where the model has one and was
+            not trained without.
+        system: system message of chats that have none.
+        template_arguments: more that the chat template takes, such as {enable_thinking: false}.
+        prefix: text put before every text prompt; null is none for a model of which nothing is kept.
+        separator: text between prompt and completion for decoder-only models, where there is no chat; null is a newline
+            for a model of which nothing is kept.
+    """
+
+    chat: Annotated[bool | Literal["auto"], Before(False)] = "auto"
+    system: str | None = None
+    template_arguments: dict[str, Any] | None = None
+    prefix: str | None = None
+    separator: str | None = None
+
+
+@settings
+class PairFields(FormatFields):
     """Where prompts and answers are in the data.
 
     Args:
         prompt_field: column of the prompt; guessed from the usual names when empty.
         reference_field: column of the answer, one string or a list of several.
-        prefix: text put before every prompt.
-        separator: text between prompt and completion for decoder-only models.
         max_prompt_tokens: longest prompt; 0 is the longest that the model can hold.
         too_long: what to do with longer ones.
     """
 
     prompt_field: Common[str | None] = None
     reference_field: Common[str | None] = None
-    prefix: str = ""
-    separator: str = "\n"
     max_prompt_tokens: NonNegativeInt = 0
     too_long: Literal["error", "skip", "truncate"] = "error"
 
@@ -618,6 +639,8 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
         data: pairs, in any of the forms that `operant pretrain --data` takes.
         dev_data: held-out pairs; empty takes the dev split of `data`, or the last tenth of it.
         limit: use only the first rows.
+        train_on: of a chat, the assistant's last message, or all of them, each a pair of its own with what was said
+            before it.
         steps: at most so many optimizer steps.
         batch_size: pairs per optimizer step.
         lr: peak learning rate; auto takes the one for what is trained (docs/real_models.md).
@@ -635,6 +658,7 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
     data: Common[str] = ""
     dev_data: Common[str | None] = None
     limit: PositiveInt | None = None
+    train_on: Literal["last", "all"] = "last"
     out: Common[str] = "runs/sft"
     steps: Common[PositiveInt] = 2000
     batch_size: Common[PositiveInt] = 64
@@ -650,7 +674,7 @@ class SftConfig(RunConfig, ModelConfig, PairFields):
 
 
 @settings
-class PreferConfig(LoraConfig, RunConfig):
+class PreferConfig(LoraConfig, RunConfig, FormatFields):
     """Learn from preferences: pairs (DPO, IPO), edits read as pairs, or single completions that are good or bad (KTO).
 
     Args:
@@ -668,8 +692,6 @@ class PreferConfig(LoraConfig, RunConfig):
         rejected_field: column of the other one.
         completion_field: column of a completion with a label.
         label_field: column of the label, true or false.
-        prefix: text put before every prompt.
-        separator: text between prompt and completion for decoder-only models.
         max_prompt_tokens: longest prompt; 0 is the longest that the model can hold.
         too_long: what to do with longer rows.
         algorithm: dpo, ipo or kto.
@@ -703,8 +725,6 @@ class PreferConfig(LoraConfig, RunConfig):
     rejected_field: Common[str | None] = None
     completion_field: str | None = None
     label_field: str | None = None
-    prefix: str = ""
-    separator: str = "\n"
     max_prompt_tokens: NonNegativeInt = 0
     too_long: Literal["error", "skip", "truncate"] = "error"
     algorithm: Common[str] = "dpo"
@@ -1118,20 +1138,18 @@ class ScoreConfig:
 
 
 @settings
-class SampleConfig:
+class SampleConfig(FormatFields):
     """Write completions.
 
     Args:
         model: a folder, hub id or GGUF file.
         prompt: the prompt to answer; empty reads lines from standard input.
-        chat: a prompt is a user's message, put into the model's chat template.
         n: completions per prompt.
-        temperature: 0 is greedy.
-        top_p: nucleus sampling.
-        top_k: draw only from the k likeliest tokens; 0 is off.
+        temperature: 0 is greedy; auto is what the model's generation_config says, or else 0.7 for a chat and 1 for a
+            text.
+        top_p: nucleus sampling; auto as above, or else 0.9 for a chat of automatic temperature and 1 otherwise.
+        top_k: draw only from the k likeliest tokens; 0 is off; auto as above, or else off.
         max_tokens: longest completion.
-        prefix: text put before every prompt.
-        separator: text between prompt and completion for decoder-only models.
         stop: strings that end a completion.
         seed: of sampling.
         device: auto, cpu, cuda, cuda:1 or mps.
@@ -1141,14 +1159,11 @@ class SampleConfig:
 
     model: str = ""
     prompt: str = ""
-    chat: bool = False
     n: PositiveInt = 1
-    temperature: NonNegativeFloat = 1.0
-    top_p: PositiveShare = 1.0
-    top_k: NonNegativeInt = 0
+    temperature: NonNegativeFloat | Literal["auto"] = "auto"
+    top_p: PositiveShare | Literal["auto"] = "auto"
+    top_k: NonNegativeInt | Literal["auto"] = "auto"
     max_tokens: PositiveInt = 64
-    prefix: str = ""
-    separator: str = "\n"
     stop: Texts = dataclasses.field(default_factory=list)
     seed: Seed = 0
     device: str = "auto"
@@ -1270,7 +1285,7 @@ class LiveConfig:
 
 
 @settings
-class LearnerConfig(LiveConfig):
+class LearnerConfig(LiveConfig, FormatFields):
     """What the live learner works on, whoever starts it.
 
     Args:
@@ -1368,8 +1383,10 @@ class ServeConfig(LearnerConfig, TrialFields):
         max_rows: completions decoded together.
         queue: completions that may wait beside them; more are refused with 429.
         max_tokens: longest answer to a chat that names no limit.
-        prefix: text put before every chat, for models without a chat template.
-        separator: text between such a chat and its answer, for decoder-only models.
+        temperature: of answers to requests that name none; auto is what the model's generation_config says, or else 0.7
+            for a model of chats and 1 for one of texts.
+        top_p: likewise; auto is 0.9 for a chat of automatic temperature and 1 otherwise.
+        top_k: likewise; auto is 0, which is off.
         reward: rate every stored answer with this too, on the scale of scores: a metric, a judge, a model, or
             module:function, as operant train names them. Nobody gives references here.
         implicit: module:function that reads a user's next message as a score of the answer before it, or as nothing.
@@ -1393,8 +1410,9 @@ class ServeConfig(LearnerConfig, TrialFields):
     max_rows: PositiveInt = 64
     queue: PositiveInt = 256
     max_tokens: Common[PositiveInt] = 256
-    prefix: str = ""
-    separator: str = "\n"
+    temperature: Common[NonNegativeFloat | Literal["auto"]] = "auto"
+    top_p: PositiveShare | Literal["auto"] = "auto"
+    top_k: NonNegativeInt | Literal["auto"] = "auto"
     reward: Common[str] = ""
     implicit: str = ""
     max_body: Annotated[int, Ge(1024)] = 1 << 20

@@ -39,7 +39,7 @@ class Prompt:
     id: str
     tokens: Ints
     text: str = ""
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
     references: tuple[str, ...] = ()
     task: str = ""
     inputs: Any = None
@@ -48,7 +48,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a completion is drawn. `temperature=0` is greedy decoding, which has no propensity: its log-probs are 0."""
+    """How a completion is drawn. `temperature=0` is greedy decoding, which has no propensity: its log-probs are 0.
+
+    banned, banned_first: tokens that are not drawn at all, or not as the first one. suppress: nor are those that the
+    model's generation_config suppresses. What is learned from needs False: the gradient is of the whole distribution.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -57,6 +61,8 @@ class Sampling:
     stop: tuple[str, ...] = ()
     banned: tuple[int, ...] = ()
     seed: int = 0
+    banned_first: tuple[int, ...] = ()
+    suppress: bool = True
 
 
 @dataclass(slots=True)
@@ -75,7 +81,8 @@ class Completion:
     turns: [start, end) of the tokens of every turn of an encoder-decoder's episode: its decoder writes each anew, and
         its encoder reads all that stands before it, prompt, answers and observations. None where all is one text.
     policy_version: int64[T], the version whose weights drew token t.
-    stop_reason: "eos", "stop" (a stop string), "length", "reward" (a streaming reward ended it) or "cancelled".
+    stop_reason: "eos" (an end, of `Codec.end_ids`), "stop" (a stop string), "length", "reward" (a streaming reward
+        ended it) or "cancelled".
     truncated: True when the length limit, not the policy, ended the text.
     stream_rewards: float32[T] given by a streaming reward while the text was written, or None.
     """

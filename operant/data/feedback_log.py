@@ -205,7 +205,9 @@ class FeedbackLog:
                 if not text.strip() or text == completion.text:
                     self.left_out["edits that are empty" if not text.strip() else "edits that change nothing"] += 1
                     continue
-                chosen, rejected = codec.encode(text, eos=True, target=encoder), completion.tokens
+                chat = prompt.messages is not None and codec.usual_style.chat
+                chosen = codec.encode_answers([text], chat=chat, target=encoder)[0]
+                rejected = completion.tokens
             else:
                 other = self._found(str(event.value), codec)
                 if other is None:
@@ -248,7 +250,7 @@ class FeedbackLog:
             self.left_out["completions that are not there"] += 1
         elif completion.tokenizer_hash not in ("", codec.hash):
             self.left_out["completions of another tokenizer"] += 1
-        elif completion.sampled is not None and not completion.sampled.all():
+        elif completion.sampled is not None and not completion.sampled[codec.first_id is not None :].all():
             self.left_out["completions with tokens that the policy did not write"] += 1
         else:
             return prompt, completion

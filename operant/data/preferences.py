@@ -9,13 +9,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from operant.data.chat import Message, read_messages
 from operant.data.prompts import Pair, PromptFormat, load_pairs
 from operant.data.rows import Fields, Row, cell, find_column, is_chat, is_missing, no_column, text_of
 from operant.data.text import Codec
 from operant.types import Ints, OperantError, Prompt
 
 __all__ = [
-    "Preference", "Rating", "good_or_bad", "load_preferences", "load_ratings", "reward_of", "share_of", "unpaired",
+    "Preference", "Rating", "continues_texts", "good_or_bad", "load_preferences", "load_ratings", "reward_of",
+    "share_of", "unpaired",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -111,8 +113,8 @@ def load_preferences(
     """
     fields, written = fields or Fields(), dataclasses.replace(prompt_format or PromptFormat(), **options)
     made, implicit = _pair_rows(rows, fields)
-    if implicit:
-        written = dataclasses.replace(written, separator="")
+    if implicit:  # both go on with a text, which is no message
+        written = dataclasses.replace(written, separator="", chat=written.chat is True)
     pairs = load_pairs(made, codec, _made_fields(fields), written)
     out = []
     for chosen, rejected in zip(pairs[::2], pairs[1::2], strict=True):
@@ -160,6 +162,14 @@ def load_ratings(
 
 
 # -- rows
+
+
+def continues_texts(rows: Sequence[Row], fields: Fields) -> bool:
+    """Whether the prompts of pairs are what both completions begin with, so that they go on with a text."""
+    chosen = find_column(rows, "chosen", fields.chosen)
+    if chosen is None or _prompt_column(rows, fields) is not None:
+        return False
+    return any(isinstance(cell(row, chosen), str) for row in rows)
 
 
 def _pair_rows(rows: Sequence[Row], fields: Fields) -> tuple[list[Row], bool]:
@@ -239,16 +249,18 @@ def _asked(row: Row, prompt: str | None, number: int) -> Any:
     return cell(row, prompt)
 
 
-def _answer(value: Any, column: str, number: int) -> tuple[tuple[dict[str, str], ...], str]:
+def _answer(value: Any, column: str, number: int) -> tuple[tuple[Message, ...], str]:
     """(messages before the answer, the answer): of a chat, its last message, which must be the assistant's."""
     if not is_chat(value):
         return (), text_of(value, column, number)
-    turns = [{str(key): said for key, said in turn.items() if not is_missing(said)} for turn in value]
-    if turns[-1].get("role") != "assistant":
+    turns = read_messages(value, f"row {number}, column {column!r}")
+    if turns[-1]["role"] != "assistant":
         raise OperantError(
             f"row {number} has a chat in {column!r} that does not end with the assistant's message: add the answer"
         )
-    return tuple(turns[:-1]), text_of(turns[-1].get("content"), column, number)
+    if turns[-1].get("tool_calls"):
+        raise OperantError(f"row {number} has tool calls as an answer in {column!r}: a preference is of texts")
+    return tuple(turns[:-1]), turns[-1]["content"]
 
 
 def _common_words(left: str, right: str) -> int:

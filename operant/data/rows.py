@@ -24,6 +24,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
+from operant.data.chat import read_messages
 from operant.data.hub import reached
 from operant.data.text import looks_like_path
 from operant.types import OperantError
@@ -52,7 +53,7 @@ GUESSES = {
     "prompt": ("prompt",),
     "completion": ("completion",),
     "references": ("references", "reference"),
-    "messages": ("messages",),
+    "messages": ("messages", "conversations"),
     "text": ("text",),
     "chosen": ("chosen", "edited"),
     "rejected": ("rejected", "original"),
@@ -64,9 +65,10 @@ GUESSES = {
 class Fields:
     """Which column holds what. None takes the usual name where there is such a column.
 
-    The usual names are `prompt`, `completion`, `references` or `reference`, `messages` and `text`; of preferences
-    `chosen` or `edited`, `rejected` or `original`, `label` or `thumb`; `id` or `idx` names a row. A dot reaches into a
-    nested column: `translation.de`. References default to the completion.
+    The usual names are `prompt`, `completion`, `references` or `reference`, `messages` or `conversations` and `text`;
+    of preferences `chosen` or `edited`, `rejected` or `original`, `label` or `thumb`; `id` or `idx` names a row. A dot
+    reaches into a nested column: `translation.de`. References default to the completion. Where there is no `prompt` and
+    no chat, `instruction`, with `input` or `context` below it, is the prompt and `output` or `response` the completion.
     """
 
     prompt: str | None = None
@@ -529,6 +531,29 @@ def text_of(value: Any, column: str, number: int) -> str:
     )
 
 
+def as_instructions(rows: Sequence[Row], fields: Fields) -> list[Row]:
+    """Rows of instruction and output with `prompt` and `completion` in their place, other rows as they are, and all
+    where `fields` names a column.
+
+    Raises OperantError, naming the row, for an instruction or its input that is no text.
+    """
+    given = (fields.prompt, fields.messages, fields.completion, fields.references)
+    if not rows or any(given) or any(name in row for row in rows for name in ("prompt", *GUESSES["messages"])):
+        return list(rows)
+    answer = next((name for name in ("output", "response") if name in rows[0]), None)
+    if "instruction" not in rows[0] or answer is None or any("completion" in row for row in rows):
+        return list(rows)
+    below = next((name for name in ("input", "context") if name in rows[0]), "")
+    made = []
+    for number, row in enumerate(rows, start=1):
+        asked = text_of(row.get("instruction"), "instruction", number)
+        if (more := row.get(below)) and not is_missing(more):
+            asked += f"\n\n{text_of(more, below, number)}"
+        rest = {name: value for name, value in row.items() if name not in ("instruction", below, answer)}
+        made.append({"prompt": asked, "completion": row.get(answer)} | rest)
+    return made
+
+
 def is_chat(value: Any) -> bool:
     """Whether a value is a list of messages."""
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(turn, dict) for turn in value)
@@ -539,7 +564,8 @@ def texts_of(value: Any, column: str, number: int) -> tuple[str, ...]:
     if is_missing(value):
         return ()
     if is_chat(value):
-        return ("\n".join(text_of(turn.get("content"), column, number) for turn in value),)
+        read = read_messages(value, f"row {number}, column {column!r}")
+        return ("\n".join(turn["content"] for turn in read),)
     if isinstance(value, (list, tuple)):
         return tuple(text_of(item, column, number) for item in value if not is_missing(item))
     return (text_of(value, column, number),)

@@ -8,6 +8,7 @@ an emoji; `text_ends` counts whole characters only, and the span functions read 
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import itertools
 import json
@@ -18,6 +19,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from operant.data.chat import (
+    STYLE_FILE,
+    ChatText,
+    ControlTokens,
+    Message,
+    PromptStyle,
+    read_messages,
+    render_chat,
+    with_system,
+)
 from operant.data.hub import fetched, load_fault
 from operant.types import Ints, OperantError
 
@@ -219,12 +230,18 @@ class Codec:
     Byte-level BPE (GPT-2, Llama 3, Qwen, …) and byte-fallback (Llama 2, Gemma) tokenizers are decoded from their token
     bytes; all others through the tokenizer itself, a window at a time. The Transformers tokenizer is `.tokenizer`.
 
+    style: how prompts are written for the model that it belongs to, as that was trained; None where nobody has said.
+    first_id: the token that every text of the model begins with, such as a language's; None for none.
+
     Raises:
         OperantError: the tokenizer has no end-of-text token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.style: PromptStyle | None = None
+        self.first_id: int | None = None
+        self._more_ends: frozenset[int] = frozenset()
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if eos is None:
             raise OperantError(
@@ -265,7 +282,8 @@ class Codec:
             name = str(folder)
             if not _holds_tokenizer(folder):
                 if base := _read_object(folder / "adapter_config.json").get("base_model_name_or_path"):
-                    return cls.load(folder / base if (folder / base).is_dir() else base)
+                    base = folder / base if (folder / base).is_dir() else base
+                    return cls.load(base)._styled_by(folder / STYLE_FILE)
                 raise OperantError(
                     f"{path} holds no tokenizer: copy tokenizer.json and tokenizer_config.json of the model into it"
                 )
@@ -274,12 +292,13 @@ class Codec:
         try:
             with fetched(name):
                 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                style = folder / STYLE_FILE if folder.is_dir() else _fetched(name, STYLE_FILE)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise OperantError(
                 f"cannot load a tokenizer from {path}: give a folder that save_pretrained wrote, or a hub id"
                 f" that can be reached ({load_fault(error)})"
             ) from error
-        return cls(tokenizer)
+        return cls(tokenizer)._styled_by(style)
 
     @classmethod
     def train_bpe(
@@ -320,8 +339,31 @@ class Codec:
         )  # fmt: skip
 
     def save(self, path: str | Path) -> None:
-        """Writes the tokenizer into a folder, in the form that plain Transformers loads."""
+        """Writes the tokenizer into a folder, in the form that plain Transformers loads, with its style beside it."""
         self.tokenizer.save_pretrained(str(path))
+        if self.style is not None:
+            self.style.write(Path(path))
+
+    def in_style(self, style: PromptStyle | None) -> Codec:
+        """The same tokenizer for a model whose prompts are written so."""
+        if style == self.style:
+            return self
+        other = copy.copy(self)
+        other.style = style
+        return other
+
+    def ending_at(self, ends: Iterable[int], first: int | None = None) -> Codec:
+        """The same tokenizer for a model whose texts also end at these tokens, and begin with `first` if it is one."""
+        more = frozenset(ends) - {self.eos_id}
+        if (more, first) == (self._more_ends, self.first_id):
+            return self
+        other = copy.copy(self)
+        other._more_ends, other.first_id = more, first
+        other.__dict__.pop("end_ids", None)
+        return other
+
+    def _styled_by(self, file: Path | None) -> Codec:
+        return self if file is None or not file.is_file() else self.in_style(PromptStyle.read(file))
 
     # -- identity
 
@@ -347,6 +389,34 @@ class Codec:
             return _sha256(own if isinstance(own, str) else json.dumps(own, sort_keys=True))
         rendered = _sha256(json.dumps([self.render(EXAMPLE_CHAT), self.render(EXAMPLE_CHAT, generation_prompt=False)]))
         return FIRST_HASHES.get(rendered, rendered)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template of its own."""
+        return bool(self.tokenizer.chat_template)
+
+    @property
+    def usual_style(self) -> PromptStyle:
+        """How prompts are written where nobody says: as the model was trained, or else by its chat template, if any."""
+        return self.style or PromptStyle(chat=self.has_template)
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens at which a text ends: the end of text, of a turn in a chat, and those that the model names."""
+        return self._more_ends | {self.eos_id, self.turn_end_id}
+
+    @cached_property
+    def turn_end_id(self) -> int:
+        """The token that ends the assistant's turn in the chat template, or the end of text where it has none."""
+        if not self.has_template:
+            return self.eos_id
+        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+        try:
+            rendered = self.chat_text(chat, generation_prompt=False, style=PromptStyle(chat=True)).text
+        except OperantError:
+            return self.eos_id
+        ids = self.encode(rendered.rpartition("answer")[2], parse_special=True).tolist()
+        return next((i for i in ids if i in self.special_ids), self.eos_id)
 
     # -- text to tokens
 
@@ -379,19 +449,86 @@ class Codec:
         tail = [self.eos_id] if eos else []
         return [np.asarray([*row, *tail], dtype=np.int64) for row in rows]
 
+    def encode_answers(self, texts: Sequence[str], *, chat: bool = False, target: bool = False) -> list[Ints]:
+        """Token ids of what a policy answers, int64[T] each: as it writes them itself, its first token and an end.
+
+        Args:
+            texts: any texts. Names of special tokens in them are plain text.
+            chat: they answer chats, whose template ends a turn in its own way.
+            target: as of `encode`.
+        """
+        head = [] if self.first_id is None else [self.first_id]
+        end = self.turn_end_id if chat else self.eos_id
+        return [np.asarray([*head, *row, end], dtype=np.int64) for row in self.encode_batch(texts, target=target)]
+
+    def encode_turn(
+        self,
+        messages: Sequence[Message],
+        answer: Message,
+        style: PromptStyle | None = None,
+        tools: Sequence[Any] | None = None,
+    ) -> Ints:
+        """Token ids of an assistant's message that only the chat template can write, such as tool calls, int64[T].
+
+        They follow what `encode_prompt` gives for the messages before it, and end with the turn.
+
+        Raises:
+            OperantError: the template refuses the messages, or does not write an answer after its own beginning of one.
+        """
+        head = self.chat_text(messages, tools=tools, style=style).text
+        whole = self.chat_text([*messages, answer], generation_prompt=False, tools=tools, style=style)
+        if not whole.text.startswith(head):
+            raise OperantError(
+                "the chat template writes this answer otherwise than it begins one, so it cannot be learned: leave the"
+                " row out, or write the answer as a text"
+            )
+        ids = self._encode_pieces(whole.pieces, len(head))
+        ends = [i for i, token in enumerate(ids) if token in (self.turn_end_id, self.eos_id)]
+        return np.asarray(ids[: ends[0] + 1] if ends else [*ids, self.turn_end_id], dtype=np.int64)
+
+    def encode_reply(self, text: str, style: PromptStyle | None = None, *, ended: bool = True) -> Ints:
+        """Token ids of what stands between an assistant's turn and its next one when the user says `text`, int64[P].
+
+        ended: the turn has written its own end.
+
+        Raises:
+            OperantError: the template refuses a chat of several turns.
+        """
+        answer = "answer" + _sha256(text)
+        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+        pieces = self.chat_text([*chat, {"role": "user", "content": text}], style=style).pieces
+        start = sum(len(piece) for piece, _ in pieces) - len("".join(piece for piece, _ in pieces).partition(answer)[2])
+        ids = self._encode_pieces(pieces, start)
+        return np.asarray(ids[1:] if ended and ids[:1] == [self.turn_end_id] else ids, dtype=np.int64)
+
+    def _encode_pieces(self, pieces: Iterable[tuple[str, bool]], start: int = 0) -> list[int]:
+        """Token ids of a `ChatText` from a character on."""
+        ids: list[int] = []
+        seen = 0
+        for text, special in pieces:
+            rest, seen = text[max(0, start - seen) :], seen + len(text)
+            ids += self.encode(rest, parse_special=special).tolist() if rest else []
+        return ids
+
     def encode_prompt(
         self,
         text: str | None = None,
-        messages: Sequence[dict[str, str]] | None = None,
+        messages: Sequence[Message] | None = None,
         encoder: bool = False,
+        *,
+        style: PromptStyle | None = None,
+        tools: Sequence[Any] | None = None,
     ) -> Ints:
         """Token ids of what a policy is asked, int64[P], with the special tokens that the model expects around it.
 
         Args:
-            text: a plain prompt. The tokenizer's own beginning token is added where it has one (Llama's BOS).
+            text: a plain prompt, exactly as it stands. The tokenizer's own beginning token is added where it has one
+                (Llama's BOS).
             messages: a chat, `[{"role": …, "content": …}, …]`, rendered by the tokenizer's chat template (or a plain
-                readable one) up to where the assistant begins to speak.
+                readable one) up to where the assistant begins to speak. No content becomes a control token.
             encoder: the prompt is an encoder's input and ends with EOS; otherwise it never does.
+            style: of a chat, its system message and what else the template takes; None takes `usual_style`.
+            tools: of a chat, the functions that may be called, as JSON schemas.
 
         Raises:
             OperantError: both or neither of text and messages are given, or the template refuses the messages.
@@ -399,8 +536,7 @@ class Codec:
         if (text is None) == (messages is None):
             raise OperantError("a prompt is either a text or a list of messages: give exactly one of them")
         if messages is not None:
-            rendered = self.render(messages)
-            ids = self.encode(rendered, parse_special=bool(self.tokenizer.chat_template)).tolist()
+            ids = self._encode_pieces(self.chat_text(messages, tools=tools, style=style).pieces)
         else:
             ids = self.tokenizer(text, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
         while ids and ids[-1] == self.eos_id and len(ids) > (ids[0] == self.bos_id):
@@ -412,30 +548,53 @@ class Codec:
             ids = [self.eos_id if self.bos_id is None else self.bos_id]
         return np.asarray(ids, dtype=np.int64)
 
-    def render(self, messages: Sequence[dict[str, str]], generation_prompt: bool = True) -> str:
-        """The text of a chat under the tokenizer's template, or under operant's default when it has none.
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool = True,
+        *,
+        tools: Sequence[Any] | None = None,
+        style: PromptStyle | None = None,
+    ) -> ChatText:
+        """A chat under the tokenizer's template, or operant's default, with what people say kept from being control
+        tokens. style, tools: as of `encode_prompt`.
 
         Raises:
-            OperantError: a message lacks its role or content, its role is no text, or the template refuses the chat.
+            OperantError: a message lacks its role or content or holds what is no text, or the template refuses the chat
+                or knows nothing of its tools.
         """
-        for message in messages:
-            if not isinstance(message, dict) or "role" not in message or "content" not in message:
-                raise OperantError('a message needs "role" and "content", as in {"role": "user", "content": "Hello"}')
-            if not isinstance(message["role"], str):
-                raise OperantError(f'the role {message["role"]!r} of a message is no text: give "user" or "assistant"')
-        if self.tokenizer.chat_template:
-            try:
-                return str(
-                    self.tokenizer.apply_chat_template(
-                        [dict(message) for message in messages],
-                        tokenize=False,
-                        add_generation_prompt=generation_prompt,
-                    )
-                )
-            except Exception as error:  # Templates are programs of others: they raise whatever they like.
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise OperantError(f"the chat template refuses these messages: mend their roles ({reason})") from error
-        return default_template(messages, generation_prompt)
+        style = style or self.usual_style
+        chat = with_system(read_messages(messages), style.system)
+        if not self.has_template:
+            if tools or any(message.get("tool_calls") for message in chat):
+                raise OperantError("a model without a chat template calls no tools: leave the row out")
+            return ChatText(((default_template(chat, generation_prompt), False),))
+        return self._control_tokens.apart(
+            {"messages": chat, "tools": tools},
+            lambda given: render_chat(
+                self.tokenizer, given["messages"], generation_prompt=generation_prompt, tools=given["tools"],
+                arguments=style.template_arguments,
+            ),
+        )  # fmt: skip
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool = True) -> str:
+        """The text of `chat_text`, as a person reads it. Raises OperantError as that does."""
+        return self.chat_text(messages, generation_prompt).text
+
+    @cached_property
+    def _control_tokens(self) -> ControlTokens:
+        tokens = {int(i): token for i, token in self.tokenizer.added_tokens_decoder.items()}
+        names = [str(tokens[i].content) if i in tokens else self.tokenizer.convert_ids_to_tokens(i)
+                 for i in self.special_ids]  # fmt: skip
+        rewritten = any(tokens[i].normalized for i in self.special_ids if i in tokens)
+        return ControlTokens(names, self._hides_special if rewritten else None)
+
+    def _hides_special(self, text: str) -> bool:
+        """Whether the tokenizer finds more special tokens in a text where it may."""
+        found, plain = (
+            sum(int(i) in self.special_ids for i in self.encode(text, parse_special=parse)) for parse in (True, False)
+        )
+        return found > plain
 
     # -- tokens to text
 
@@ -567,7 +726,7 @@ def _trained_bpe(
     return core
 
 
-def default_template(messages: Sequence[dict[str, str]], generation_prompt: bool) -> str:
+def default_template(messages: Sequence[Message], generation_prompt: bool) -> str:
     """A chat as a plain readable text, for tokenizers without a template of their own."""
     turns = [f"### {message['role'].capitalize()}\n{message['content']}\n\n" for message in messages]
     return "".join(turns) + ("### Assistant\n" if generation_prompt else "")
@@ -605,6 +764,17 @@ def _holds_tokenizer(folder: Path) -> bool:
     if any((folder / file).is_file() for file in TOKENIZER_FILES):
         return True
     return _read_object(folder / "tokenizer_config.json").get("tokenizer_class") in CLASSES_WITHOUT_FILES
+
+
+def _fetched(name: str, file: str) -> Path | None:
+    """A file of a model on the hub, None where it has none or is out of reach."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name, file, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return None if found is None else Path(found)
 
 
 def _as_ints(tokens: Iterable[int]) -> list[int]:

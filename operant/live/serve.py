@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from operant.config import LearnerConfig, ServeConfig, WorkerConfig, check_settings, install_line
+from operant.data.prompts import PromptFormat, departures
 from operant.live.serving.access import Keys, Links, check_listening
 from operant.live.storage.versions import Versions
 from operant.run.files import replace_file
@@ -109,6 +110,8 @@ def live(config: ServeConfig) -> Iterator[Live]:
         current = versions.current() if canary is None else versions.get(canary.look()[0])
         policy = Policy.load(Path(current.path) / "model", device=config.device, dtype=config.dtype)
         policy.model.eval()
+        for departure in departures(policy.codec, PromptFormat.of(config)):
+            log.warning("%s", departure)
         if config.heldout:
             heldout_prompts(config, policy)  # read now, so that a fault is not found when the first version waits
         _take_up(store, versions, current.version, config)
@@ -124,7 +127,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
         service = Service(
             engine=engine, codec=policy.codec, encoder=policy.has_encoder,
             max_length=policy.max_length, store=store, versions=versions, supervisor=supervisor, config=config,
-            links=_links(config), keys=_keys(config), canary=canary,
+            links=_links(config), keys=_keys(config), canary=canary, generation=policy.generation,
             listeners=[listener for listener in listeners if listener is not None],
         )  # fmt: skip
         del policy  # the engine alone keeps weights, and lets old ones go

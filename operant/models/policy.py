@@ -36,6 +36,7 @@ from operant.models.folder import (
     name_base,
     open_to_others,
 )  # fmt: skip
+from operant.models.generation import Generation, with_ends
 from operant.models.gguf import load_gguf
 from operant.types import Batch, Ints, OperantError, Trajectory
 
@@ -76,6 +77,9 @@ class LanguagePolicy(Protocol):
 
     @property
     def max_length(self) -> int: ...
+
+    @property
+    def generation(self) -> Generation: ...
 
     def prefill(
         self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None
@@ -127,8 +131,10 @@ class Policy:
         self.device = resolve_device(device)
         self.dtype = dtype
         self.model = one_kernel_gelu(model).to(self.device)
-        self.codec = codec
         self.family: Family = "encoder-decoder" if self.config.is_encoder_decoder else "decoder"
+        settings = getattr(self._base(), "generation_config", None)
+        self.generation = Generation.of(settings, self.vocabulary)
+        self.codec = with_ends(codec, settings, encoder=self.has_encoder)
         self.critic: Critic | None = None
         self._target: nn.ModuleDict | None = None
         self._reference: Any = None  # a frozen model, or the name of a frozen adapter; None: the adapter switched off

@@ -6,6 +6,7 @@ it shares a batch with nor on when it joined (up to the rounding of the logits),
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -199,12 +200,23 @@ class Sampler:
         Raises OperantError when the prompt is empty or leaves no room for a token.
         """
         check_room(self.policy, prompt, sampling.max_tokens)
+        sampling = self._suppressing(sampling)
         if ids is None:
             ids = [f"{prompt.id}#{self._sequence + i}" for i in range(n)]
             self._sequence += n
         share = self.audit_fraction if audit_fraction is None else audit_fraction
         self._queue.append(_Queued(prompt, sampling, list(ids), first_sample, stream, share, alternatives))
         return list(ids)
+
+    def _suppressing(self, sampling: Sampling) -> Sampling:
+        """The settings with the bans of the model's generation_config, if they ask for these."""
+        of = self.policy.generation
+        if not sampling.suppress or not (of.banned or of.banned_first):
+            return sampling
+        return dataclasses.replace(
+            sampling, banned=tuple(sorted({*sampling.banned, *of.banned})),
+            banned_first=tuple(sorted({*sampling.banned_first, *of.banned_first})),
+        )  # fmt: skip
 
     def cancel(self, completion_id: str) -> Completion | None:
         """Drop one completion. Returns what was written of it, or None if it had not begun or is unknown."""
@@ -349,19 +361,20 @@ class Sampler:
         """The next token of every row from logits float32[B, V]; the completions that this finished."""
         rows, device = self._rows, logits.device
         model = torch.log_softmax(logits, -1)
+        bans = [r.sampling.banned if r.tokens else r.sampling.banned + r.sampling.banned_first for r in rows]
         plain = all(
-            r.sampling.temperature == 1 and r.sampling.top_p >= 1 and not r.sampling.top_k and not r.sampling.banned
-            for r in rows
+            r.sampling.temperature == 1 and r.sampling.top_p >= 1 and not r.sampling.top_k and not ban
+            for r, ban in zip(rows, bans, strict=True)
         )
         if plain:
             behavior = model
         else:
             temperature = torch.tensor([r.sampling.temperature for r in rows], device=device)
             banned = None
-            if any(r.sampling.banned for r in rows):
+            if any(bans):
                 banned = torch.zeros(logits.shape, dtype=torch.bool, device=device)
-                for i, r in enumerate(rows):
-                    banned[i, list(r.sampling.banned)] = True
+                for i, ban in enumerate(bans):
+                    banned[i, list(ban)] = True
             behavior = behavior_logprobs(
                 logits,
                 torch.where(temperature > 0, temperature, 1.0),
@@ -372,11 +385,15 @@ class Sampler:
         uniforms = torch.tensor([uniform(r.key, len(r.tokens)) for r in rows], dtype=torch.float64)
         tokens = draw(behavior, uniforms)
         behavior_list = behavior.gather(1, tokens[:, None])[:, 0].tolist()
-        model_list = model.gather(1, tokens[:, None])[:, 0].tolist() if not plain else behavior_list
+        model_list = model.gather(1, tokens[:, None])[:, 0].tolist() if not plain else list(behavior_list)
+        drawn = tokens.tolist()
+        if (first := self.policy.codec.first_id) is not None:
+            for i in (i for i, r in enumerate(rows) if not r.tokens):  # nobody draws it, so it has no propensity
+                drawn[i], behavior_list[i], model_list[i] = first, 0.0, 0.0
         likeliest = self._likeliest(model)
         finished: list[Completion] = []
         kept: list[int] = []
-        for i, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        for i, (row, token) in enumerate(zip(rows, drawn, strict=True)):
             piece = row.text.push(token)
             row.tokens.append(token)
             row.ends.append(len(row.text.text))
@@ -410,7 +427,7 @@ class Sampler:
         stopped = False
         if row.session is not None:
             stopped = self._stream(row, token, piece)
-        if token == self.policy.codec.eos_id:
+        if token in self.policy.codec.end_ids:
             return "eos"
         if stopped:
             return "reward"
@@ -476,7 +493,7 @@ class Sampler:
             text_reach=reach,
             behavior_logprobs=np.array(row.behavior, np.float32) * (0.0 if greedy else 1.0),
             model_logprobs=np.array(row.model, np.float32),
-            sampled=np.ones(len(row.tokens), np.bool_),
+            sampled=np.arange(len(row.tokens)) >= (self.policy.codec.first_id is not None),
             policy_version=np.array(row.versions, np.int64),
             stop_reason=reason,
             truncated=reason == "length",

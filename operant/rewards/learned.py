@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from operant.data.chat import read_messages
 from operant.rewards.metrics import Metric
 from operant.rewards.seam import Missing
 from operant.types import Completion, Doubles, Ints, OperantError, Prompt, Span
@@ -223,7 +224,7 @@ class Similarity(ModelReward):
 def prompt_text(prompt: Prompt) -> str:
     """What a reward model reads of a prompt: its text, or of a chat its messages' texts, a line each."""
     if prompt.messages:
-        return "\n".join(str(message.get("content", "")) for message in prompt.messages)
+        return "\n".join(message["content"] for message in read_messages(prompt.messages))
     return prompt.text
 
 

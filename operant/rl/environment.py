@@ -91,11 +91,11 @@ class TextEnv(gymnasium.Env[Ints, np.int64]):
         `info["text"]`: what was written, at the end. Raises gymnasium's ResetNeeded when the text has ended.
         """
         token = int(action)
-        if len(self._tokens) >= self.max_tokens or (self._tokens and self._tokens[-1] == self.codec.eos_id):
+        if len(self._tokens) >= self.max_tokens or (self._tokens and self._tokens[-1] in self.codec.end_ids):
             raise gymnasium.error.ResetNeeded("the text has ended; call reset()")
         piece = self._text.push(token)
         self._tokens.append(token)
-        terminated = token == self.codec.eos_id
+        terminated = token in self.codec.end_ids
         info: dict[str, Any] = {}
         if self._session is not None:
             try:
@@ -129,7 +129,7 @@ class TextEnv(gymnasium.Env[Ints, np.int64]):
         text, ends = self.codec.text_and_ends(tokens)
         completion = Completion(
             "text", self._prompt.id, text, tokens, ends, text_reach=self.codec.reach(tokens),
-            sampled=np.ones(len(tokens), np.bool_), truncated=ended and tokens[-1] != self.codec.eos_id,
+            sampled=np.ones(len(tokens), np.bool_), truncated=ended and tokens[-1] not in self.codec.end_ids,
         )  # fmt: skip
         (rewarded,) = self.runner.run([(self._prompt, completion)], update=ended)
         if not rewarded.observed.all():

@@ -24,7 +24,7 @@ from operant.rewards import RewardRunner, reward_trajectory
 from operant.rl.heldout import HeldOut, check_measured
 from operant.rl.rollouts import rollout_sampling
 from operant.run.run import Run, mixed_seed
-from operant.types import Batch, Completion, OperantError, Prompt, SamplerProtocol, Sampling, Span, Trajectory
+from operant.types import Batch, Completion, Ints, OperantError, Prompt, SamplerProtocol, Sampling, Span, Trajectory
 
 NAME = "environment"
 
@@ -113,6 +113,7 @@ class Player:
         self.name, self.config, self.policy, self.sampler, self.options = name, config, policy, sampler, options
         self.environments: list[Any] = []
         self.encoder = policy.family == "encoder-decoder"
+        self.written = PromptFormat.fitting(policy, config)
 
     def play(self, games: Sequence[tuple[str, int]], sampling: Sampling) -> list[Trajectory]:
         """One episode for each of (group, seed of the environment); equal groups must have equal seeds.
@@ -157,7 +158,7 @@ class Player:
                 f"environment {self.name!r} cannot be reset ({type(error).__name__}: {error}); mend it"
             ) from error
         codec = self.policy.codec
-        tokens = PromptFormat.fitting(self.policy, self.config).encode(str(observation), codec)
+        tokens = self.written.encode(str(observation), codec)
         prompt = Prompt(group, tokens, text=str(observation), task=self.name)
         if len(tokens) >= self.policy.max_length + self.encoder:
             raise OperantError(
@@ -199,13 +200,19 @@ class Player:
         episode.ended, episode.truncated = bool(terminated or truncated), bool(truncated and not terminated)
         if terminated:
             return
-        ending = "" if self.encoder else self.config.separator
-        said = self.policy.codec.encode(f"\n{observation}{ending}", eos=self.encoder).tolist()
+        said = self._said(str(observation), ended=answer.stop_reason == "eos").tolist()
         room = self.policy.max_length + self.encoder - len(episode.prompt.tokens) - len(episode.tokens)
         if len(said) < room:
             episode.write(said)
         else:
             episode.ended = episode.truncated = True
+
+    def _said(self, observation: str, *, ended: bool) -> Ints:
+        """The ids of what the environment says after a turn, int64[P]; `ended`: the turn has ended itself."""
+        codec, style = self.policy.codec, self.written.style(self.policy.codec)
+        if style.chat:
+            return codec.encode_reply(observation, style, ended=ended)
+        return codec.encode(f"\n{observation}{'' if self.encoder else style.separator}", eos=self.encoder)
 
     def _finish(self, episode: _Episode, sampling: Sampling) -> Trajectory:
         codec = self.policy.codec
@@ -293,7 +300,7 @@ class HeldOutEpisodes(HeldOut):
         return bool(self.games)
 
     def look(self) -> dict[str, float]:
-        greedy = dataclasses.replace(rollout_sampling(self.config, 0), temperature=0.0)
+        greedy = dataclasses.replace(rollout_sampling(self.config, 0), temperature=0.0, suppress=True)
         trajectories = self.player.play(self.games, greedy)
         values = measured(trajectories)
         values["kl_ref"] = self.drift(self.episode_batch(trajectories[:64]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from operant.config import EvalConfig, SampleConfig
-from operant.data.prompts import PromptFormat, load_fitting_prompts
+from operant.data.prompts import PromptFormat, departures, load_fitting_prompts
 from operant.data.rows import first_split, load_rows
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
@@ -73,7 +73,8 @@ def evaluate_from(
 
     Of a folder or hub data set it takes the test split; the dev split where there is no test split. With
     `config.samples` the answers are written there, a row of JSON each. progress: called with (prompts answered, prompts
-    in all). note: called once, before the first answer, with what is measured: rows, split, parameters, device, dtype.
+    in all). note: called before the first answer with what is measured: rows, split, parameters, device, dtype; and
+    before that where prompts are written otherwise than the model was trained.
 
     Raises OperantError when no model or data is named, for what cannot be loaded or written, and for metrics that need
     references where no row has any.
@@ -89,6 +90,9 @@ def evaluate_from(
     rows = load_rows(config.data, split=split or "test", limit=config.limit)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()
+    for departure in departures(policy.codec, PromptFormat.of(config)):
+        if note is not None:
+            note(departure)
     prompts = load_fitting_prompts(rows, policy, config, room=config.max_tokens)
     if config.metrics and not any(prompt.references for prompt in prompts):
         raise OperantError(
@@ -129,8 +133,12 @@ def _write_samples(path: str, prompts: Sequence[Prompt], completions: Sequence[C
         raise OperantError(f"cannot write {path} ({error.strerror}); choose another --samples") from error
 
 
-def sample_from(config: SampleConfig, texts: Iterable[str]) -> Iterator[tuple[Prompt, Completion]]:
+def sample_from(
+    config: SampleConfig, texts: Iterable[str], note: Callable[[str], None] | None = None
+) -> Iterator[tuple[Prompt, Completion]]:
     """Each text as a prompt, with each of its `n` completions, as `config` says; a text is answered as it comes.
+
+    note: called where prompts are written otherwise than the model was trained.
 
     Raises OperantError when no model is named, and for a model or prompt that cannot be read.
     """
@@ -138,18 +146,19 @@ def sample_from(config: SampleConfig, texts: Iterable[str]) -> Iterator[tuple[Pr
         raise OperantError("--model is missing; give a model folder or hub id")
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()
-    written = PromptFormat(prefix=config.prefix, separator=config.separator, encoder=policy.has_encoder)
+    written = PromptFormat.of(config, encoder=policy.has_encoder)
+    for departure in departures(policy.codec, written):
+        if note is not None:
+            note(departure)
+    temperature, top_p, top_k = policy.generation.settings(
+        config.temperature, config.top_p, config.top_k, chat=written.style(policy.codec).chat
+    )
     sampling = Sampling(
-        temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
-        stop=tuple(config.stop), seed=config.seed,
+        temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=config.max_tokens, stop=tuple(config.stop),
+        seed=config.seed,
     )  # fmt: skip
     for number, text in enumerate(texts):
-        if config.chat:
-            messages = [{"role": "user", "content": text}]
-            tokens = policy.codec.encode_prompt(messages=messages, encoder=policy.has_encoder)
-        else:
-            tokens = written.encode(text, policy.codec)
-        prompt = Prompt(id=str(number), text=text, tokens=tokens)
+        prompt = Prompt(id=str(number), text=text, tokens=written.encode(text, policy.codec))
         for completion in Sampler(policy).sample([prompt], sampling, config.n)[0]:
             yield prompt, completion
 

@@ -80,7 +80,8 @@ def read_logged(
         if _given(row, "tokens"):
             tokens = _token_ids(row["tokens"], known, f"{name}: tokens")
         elif isinstance(row.get("completion"), str):
-            tokens = codec.encode(row["completion"], eos=True, target=True)
+            chat = prompt.messages is not None or codec.usual_style.chat
+            tokens = codec.encode_answers([row["completion"]], chat=chat, target=True)[0]
         else:
             raise OperantError(f"{name} has no completion; give a column completion, or tokens")
         behavior = None
@@ -93,7 +94,7 @@ def read_logged(
         completion = Completion(
             id=f"logged-{place + 1}", prompt_id=prompt.id, text=text, tokens=tokens, text_ends=ends,
             text_reach=codec.reach(tokens), sampled=np.ones(len(tokens), np.bool_), behavior_logprobs=behavior,
-            policy_version=np.full(len(tokens), -1), truncated=bool(len(tokens)) and tokens[-1] != codec.eos_id,
+            policy_version=np.full(len(tokens), -1), truncated=bool(len(tokens)) and tokens[-1] not in codec.end_ids,
         )  # fmt: skip
         out.append((prompt, completion, _reward(row.get("reward"), name)))
     return out

@@ -24,7 +24,7 @@ from operant.algorithms.table import AlgorithmSettings, in_force, places_tokens,
 from operant.algorithms.trust_region import TrustRegion
 from operant.config import TrainConfig, current_names
 from operant.data.batch import drawn, microbatches, select_rows
-from operant.data.prompts import Pair
+from operant.data.prompts import Pair, PromptFormat
 from operant.data.rows import held_out_source
 from operant.models.policy import Policy, is_pretrained
 from operant.models.sampler import Sampler
@@ -184,6 +184,7 @@ def check_request(
         raise OperantError("sft_coef is set but there are no labelled pairs; give --sft_data, or --sft_coef 0")
     check_measures(config, dev_prompts)
     kept = in_force(config, settings, dense=reward.dense)
+    kept |= dataclasses.asdict(PromptFormat.of(config).style(policy.codec))
     return TrainRequest(config, settings, kept, reward, prompts, dev_prompts, pairs, usable, notes)
 
 

@@ -127,10 +127,10 @@ def tied_share(trajectories: list[Trajectory]) -> float | None:
 
 
 def rollout_sampling(config: TrainConfig, seed: int) -> Sampling:
-    """How a run draws what it learns from."""
+    """How a run draws what it learns from: from all that its policy would say, whatever its makers suppress."""
     return Sampling(
         temperature=config.temperature, top_p=config.top_p, top_k=config.top_k, max_tokens=config.max_tokens,
-        stop=tuple(config.stop), seed=seed,
+        stop=tuple(config.stop), seed=seed, suppress=False,
     )  # fmt: skip
 
 

@@ -60,17 +60,23 @@ def model_in_words(model: Trainable, dtype: str, learned: Sequence[nn.Parameter]
 C = TypeVar("C", bound=RunConfig)
 
 
+#: Settings that may be `auto` or null, which a resumed run takes from what it began with.
+BEGUN_WITH = ("lr", "chat", "system", "template_arguments", "prefix", "separator")
+
+
 def as_begun(config: C) -> C:
-    """A configuration whose learning rate, where it is `auto` and a run is resumed, is the one that the run has: what
-    `auto` means may have changed since. Everything else is as asked."""
-    if not config.resume or getattr(config, "lr", None) != "auto":
+    """A configuration whose learning rate and format of prompts, where they are `auto` or null and a run is resumed,
+    are those that the run has: what `auto` means may have changed since. Everything else is as asked."""
+    if not config.resume:
         return config
+    open_ones = [name for name in BEGUN_WITH if getattr(config, name, 0) in ("auto", None)]
     try:
         kept = yaml.safe_load((Path(config.out) / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        stored = completed(type(config), kept)
+    except (OSError, yaml.YAMLError, AttributeError, OperantError):
         return config  # `Run` says what is wrong with the folder
-    rate = kept.get("lr") if isinstance(kept, dict) else None
-    return dataclasses.replace(config, lr=rate) if isinstance(rate, float) else config  # type: ignore[call-arg]
+    begun = {name: stored[name] for name in open_ones if stored.get(name) not in ("auto", None)}
+    return dataclasses.replace(config, **begun)
 
 
 class DataOrder:

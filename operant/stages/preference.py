@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,19 @@ from operant.algorithms.table import ALGORITHMS, nearest
 from operant.config import PreferConfig
 from operant.data.batch import microbatches, to_device
 from operant.data.feedback_log import FeedbackLog, draw_examples
-from operant.data.preferences import Preference, Rating, load_preferences, load_ratings, unpaired
-from operant.data.prompts import PromptFormat
-from operant.data.rows import Fields, held_out_source, load_rows, load_split_rows, split_rows
+from operant.data.preferences import (
+    Preference,
+    Rating,
+    continues_texts,
+    load_preferences,
+    load_ratings,
+    unpaired,
+)
+from operant.data.prompts import PromptFormat, settle_style
+from operant.data.rows import Fields, Row, held_out_source, load_rows, load_split_rows, split_rows
 from operant.models.adapter import adapt
 from operant.models.policy import Policy
-from operant.run.run import DataOrder, Quiet, Run, mixed_seed
+from operant.run.run import DataOrder, Quiet, Run, as_begun, mixed_seed
 from operant.stages.supervised import Measures, StageResult, StageTask, fit
 from operant.types import Batch, Floats, Ints, OperantError, Prompt
 
@@ -153,18 +161,26 @@ def prefer(
     feedback log, and ratings where pairs are needed.
     """
     _check_algorithm(config)
+    config = as_begun(config)
     kept = {"logprob": "mean" if loss_settings(config)["mean"] else "sum"}
+    if policy is None:
+        if not config.model:
+            raise OperantError("--model is missing; give a model folder or hub id to start from")
+        policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
+        adapt(policy, config, config.seed)
+    rows, dev_rows = _rows(config, replay) if examples is None else ([], [])
+    if config.chat == "auto" and continues_texts(rows, _fields(config)):
+        config = dataclasses.replace(config, chat=False, separator=config.separator or "")
+    notes = settle_style(policy, config) if examples is None else []
+    kept |= dataclasses.asdict(PromptFormat.of(config).style(policy.codec))
     with Run(config, "prefer", in_force=kept, quiet=quiet) as run:
-        if policy is None:
-            if not config.model:
-                raise OperantError("--model is missing; give a model folder or hub id to start from")
-            policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
-            adapt(policy, config, config.seed)
+        for note in notes:
+            run.note(note)
         policy.model.eval()
         drawn = examples is None and (replay is not None or config.replay is not None)
         given, from_elsewhere = examples, dev_examples
         if examples is None:
-            examples, loaded = _loaded(config, policy, replay)
+            examples, loaded = _loaded(config, policy, replay, rows, dev_rows)
             dev_examples = loaded if dev_examples is None else dev_examples
         learned = _as_needed(config, examples)
         if not learned:
@@ -331,27 +347,38 @@ def _as_needed(config: PreferConfig, examples: Examples) -> Examples:
     return unpaired(pairs) + [e for e in examples if isinstance(e, Rating)]
 
 
-def _loaded(config: PreferConfig, policy: Policy, replay: FeedbackLog | None) -> tuple[Examples, Examples]:
-    """(what to learn from, what is held out)."""
-    fields = Fields(
+def _fields(config: PreferConfig) -> Fields:
+    return Fields(
         prompt=config.prompt_field, completion=config.completion_field, chosen=config.chosen_field,
         rejected=config.rejected_field, label=config.label_field,
     )  # fmt: skip
 
-    def read(rows: list[dict[str, object]]) -> Examples:
+
+def _rows(config: PreferConfig, replay: FeedbackLog | None) -> tuple[list[Row], list[Row]]:
+    """(rows to learn from, none with a feedback log, and held-out rows)."""
+    if replay is not None or config.replay is not None:
+        return [], load_rows(config.dev_data, split="dev", limit=500) if config.dev_data else []
+    if not config.data:
+        raise OperantError("--data is missing; give pairs, edits or ratings, or --replay with a file of feedback")
+    return load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
+
+
+def _loaded(
+    config: PreferConfig, policy: Policy, replay: FeedbackLog | None, rows: list[Row], dev_rows: list[Row]
+) -> tuple[Examples, Examples]:
+    """(what to learn from, what is held out), of the rows and, if there is one, of the feedback log."""
+
+    def read(rows: list[Row]) -> Examples:
         load = load_ratings if config.algorithm == "kto" else load_preferences
         return load(
-            rows, policy.codec, fields, PromptFormat.fitting(policy, config), max_tokens=policy.max_length
+            rows, policy.codec, _fields(config), PromptFormat.fitting(policy, config), max_tokens=policy.max_length
         ) if rows else []  # fmt: skip
 
     if replay is None and config.replay is None:
-        if not config.data:
-            raise OperantError("--data is missing; give pairs, edits or ratings, or --replay with a file of feedback")
-        rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
         return read(rows), read(dev_rows)
     found = _from_log(config, policy, replay if replay is not None else read_feedback_log(str(config.replay)))
     if config.dev_data:
-        return found, read(load_rows(config.dev_data, split="dev", limit=500))
+        return found, read(dev_rows)
     # the newest are held out: they say whether what was learned from the past foretells the future
     return split_rows(found, 0.1, 500)  # type: ignore[return-value]
 

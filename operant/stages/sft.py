@@ -10,12 +10,12 @@ from torch import Tensor
 from operant.algorithms.objectives import label_smoothed
 from operant.config import SftConfig
 from operant.data.batch import microbatches
-from operant.data.prompts import Pair, load_fitting_pairs
+from operant.data.prompts import Pair, PromptFormat, load_fitting_pairs, settle_style
 from operant.data.rows import held_out_source, load_split_rows
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.rl.evaluate import evaluate
-from operant.run.run import DataOrder, Quiet, Run
+from operant.run.run import DataOrder, Quiet, Run, as_begun
 from operant.stages.supervised import LikelihoodTask, Measures, StageResult, all_texts, fit, starting_policy
 from operant.types import Batch, OperantError, Prompt, Sampling
 
@@ -37,17 +37,22 @@ def sft(
 
     Raises OperantError for missing or empty data, unknown fields, and answers or prompts that the model cannot hold.
     """
-    with Run(config, "sft", quiet=quiet) as run:
-        source = ""
-        from_files = policy is None or pairs is None
-        if policy is None or pairs is None:
-            rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
-            policy = policy or starting_policy(config, config, lambda: all_texts(rows))
-            pairs, notes = load_fitting_pairs(rows, policy, config, "training")
-            dev_pairs, more = load_fitting_pairs(dev_rows, policy, config, "held-out")
-            source = held_out_source(config.data, config.dev_data)
-            for note in [*notes, *more]:
-                run.note(note)
+    config = as_begun(config)
+    notes: list[str] = []
+    source = ""
+    from_files = policy is None or pairs is None
+    if policy is None or pairs is None:
+        rows, dev_rows = load_split_rows(config.data, config.dev_data, config.limit, 0.1, 500)
+        policy = policy or starting_policy(config, config, lambda: all_texts(rows))
+        notes += settle_style(policy, config)
+        pairs, more = load_fitting_pairs(rows, policy, config, "training", train_on=config.train_on)
+        dev_pairs, others = load_fitting_pairs(dev_rows, policy, config, "held-out", train_on=config.train_on)
+        source = held_out_source(config.data, config.dev_data)
+        notes += [*more, *others]
+    style = PromptFormat.of(config).style(policy.codec)
+    with Run(config, "sft", in_force=dataclasses.asdict(style), quiet=quiet) as run:
+        for note in notes:
+            run.note(note)
         if not pairs:
             raise OperantError("there are no pairs to learn from; check --data and --limit")
         run.takes("labelled pairs", len(pairs), len(dev_pairs or []), source, given=() if from_files else pairs)

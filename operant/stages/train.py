@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from operant.config import TrainConfig, check_settings
-from operant.data.prompts import Pair, load_fitting_pairs, load_fitting_prompts, row_ids
+from operant.data.prompts import Pair, load_fitting_pairs, load_fitting_prompts, row_ids, settle_style
 from operant.data.rows import Fields, Row, load_rows, load_split_rows
 from operant.models.adapter import adapt
 from operant.models.policy import Policy
 from operant.rl.logged import read_logged
 from operant.rl.loop import Callback, TrainResult, train
-from operant.run.run import Quiet
+from operant.run.run import Quiet, as_begun
 from operant.types import Completion, OperantError, Prompt
 
 
@@ -30,11 +30,15 @@ def train_from(config: TrainConfig, *, callbacks: Sequence[Callback] = (), quiet
     is named cannot be loaded.
     """
     check_settings(config)
+    config = as_begun(config)
     if not config.model:
         raise OperantError("--model is missing; give a model folder or hub id to start from")
     rows, dev_rows = _rows(config)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     adapt(policy, config, config.seed)
+    departures = settle_style(policy, config)
+    for note in departures if quiet is not True else ():
+        print(note, file=sys.stderr)
     prompts, dev_prompts = (
         load_fitting_prompts(part, policy, config, room=config.max_tokens) for part in (rows, dev_rows)
     )

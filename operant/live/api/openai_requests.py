@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from operant.data.prompts import PromptFormat
 from operant.data.text import Codec
-from operant.live.api.service import ApiError, RequestBody, StrictModel
+from operant.live.api.service import ApiError, RequestBody, Service, StrictModel
 from operant.types import Ints, OperantError, Prompt, Sampling
 
 __all__ = [
@@ -215,8 +216,9 @@ def rating_bodies(completion_id: str, metadata: dict[str, str]) -> list[dict[str
 # --- what the sampler is asked ----------------------------------------------------------------------------------------
 
 
-def parse_sampling(request: CompletionRequest, default_max: int, vocab_size: int) -> Sampling:
-    """The request's settings. Without a seed one is drawn, so that what was sampled can always be sampled again.
+def parse_sampling(request: CompletionRequest, service: Service, default_max: int) -> Sampling:
+    """The request's settings, and where it says nothing the server's, or else the model's own (`Generation.settings`).
+    Without a seed one is drawn, so that what was sampled can always be sampled again.
 
     default_max: tokens of an answer when the request does not say.
     Raises ApiError 400 for stop strings or a logit_bias that cannot be honoured.
@@ -226,15 +228,18 @@ def parse_sampling(request: CompletionRequest, default_max: int, vocab_size: int
         raise ApiError(
             400, f"stop is at most {MAX_STOPS} strings of 1 to 256 characters", param="stop", code="invalid_value"
         )
-    temperature = 1.0 if request.temperature is None else request.temperature
+    config = service.config
+    asked = (("temperature", request.temperature), ("top_p", request.top_p), ("top_k", request.top_k))
+    given: Any = [getattr(config, name) if value is None else value for name, value in asked]
+    temperature, top_p, top_k = service.generation.settings(*given, chat=service.written.style(service.codec).chat)
     limit = getattr(request, "max_completion_tokens", None) or request.max_tokens or default_max
     return Sampling(
         temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
-        top_p=1.0 if request.top_p is None else request.top_p,
-        top_k=request.top_k or 0,
+        top_p=top_p,
+        top_k=top_k,
         max_tokens=limit,
         stop=tuple(dict.fromkeys(stops)),
-        banned=_banned(request.logit_bias or {}, vocab_size),
+        banned=_banned(request.logit_bias or {}, service.codec.vocab_size),
         seed=secrets.randbits(53) if request.seed is None else request.seed,
     )
 
@@ -260,22 +265,22 @@ def _banned(bias: dict[str, float], vocab_size: int) -> tuple[int, ...]:
     return tuple(sorted(banned))
 
 
-def chat_prompt(
-    messages: Sequence[Message], codec: Codec, *, encoder: bool, prefix: str, separator: str, route: str = ""
-) -> Prompt:
-    """The prompt of a chat: through the tokenizer's template, or, where it has none, the contents joined by newlines
-    between `prefix` and `separator` as fine-tuning saw prompts. Raises ApiError 400 for a chat that the template
-    refuses."""
+def chat_prompt(messages: Sequence[Message], codec: Codec, written: PromptFormat, *, route: str = "") -> Prompt:
+    """The prompt of a chat, written as fine-tuning saw prompts: through the chat template, or, where there is none, the
+    contents joined by newlines between prefix and separator. Raises ApiError 400 for a chat that the template refuses.
+    """
     chat = [
         {"role": "system" if message.role == "developer" else message.role, "content": message.content}
         for message in messages
     ]
     try:
-        if codec.tokenizer.chat_template:
-            tokens, text = codec.encode_prompt(messages=chat, encoder=encoder), codec.render(chat)
+        style = written.style(codec)
+        if style.chat:
+            tokens, text = written.encode_chat(chat, codec), codec.chat_text(chat, style=style).text
         else:
-            text = f"{prefix}{chr(10).join(message['content'] for message in chat)}{'' if encoder else separator}"
-            tokens = codec.encode_prompt(text, encoder=encoder)
+            contents = "\n".join(message["content"] for message in chat)
+            tokens = written.encode(contents, codec)
+            text = f"{style.prefix}{contents}{'' if written.encoder else style.separator}"
     except OperantError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error
     return Prompt(id=content_id(chat), tokens=tokens, text=text, messages=tuple(chat), task=route)

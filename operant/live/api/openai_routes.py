@@ -49,14 +49,11 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a chat. Choices carry `completion_id`, by which they are rated."""
     service, caller = service_of(request), caller_of(request, "chat")
     metadata = _check_request(service, caller, body)
-    config, codec = service.config, service.codec
+    codec = service.codec
     _admit(service, caller, body, body.n or 1)
-    prompt = chat_prompt(
-        body.messages, codec, encoder=service.encoder, prefix=config.prefix, separator=config.separator,
-        route=metadata.get("route", ""),
-    )  # fmt: skip
+    prompt = chat_prompt(body.messages, codec, service.written, route=metadata.get("route", ""))
     wanted = GenerationRequest(
-        parse_sampling(body, config.max_tokens, codec.vocab_size), caller.name, body.user or caller.name, "chat",
+        parse_sampling(body, service, service.config.max_tokens), caller.name, body.user or caller.name, "chat",
         body.model, body.n or 1, metadata, stored=body.store is not False, streamed=bool(body.stream),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )  # fmt: skip
@@ -74,7 +71,7 @@ async def text_completions(request: Request, body: TextRequest) -> Response:
     prompts = text_prompts(body, codec, encoder=service.encoder, route=metadata.get("route", ""))
     _admit(service, caller, body, len(prompts) * (body.n or 1))
     wanted = GenerationRequest(
-        parse_sampling(body, TEXT_MAX_TOKENS, codec.vocab_size), caller.name, body.user or caller.name, "text",
+        parse_sampling(body, service, TEXT_MAX_TOKENS), caller.name, body.user or caller.name, "text",
         body.model, body.n or 1, metadata, stored=body.store is not False, streamed=bool(body.stream),
         top_logprobs=body.logprobs,
     )  # fmt: skip

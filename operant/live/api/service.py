@@ -17,6 +17,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from operant.config import ServeConfig
+from operant.data.prompts import PromptFormat
 from operant.data.text import Codec
 from operant.live.serving.access import OWNER, Caller, Keys, Links, Role
 from operant.live.serving.canary import Canary
@@ -26,6 +27,7 @@ from operant.live.serving.metrics import Metrics
 from operant.live.serving.supervisor import Supervisor
 from operant.live.storage.store import Conflict, Store, StoredCompletion, UnknownCompletion
 from operant.live.storage.versions import Versions
+from operant.models.generation import Generation
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
 __all__ = [
@@ -145,6 +147,7 @@ class Service:
 
     codec, encoder, max_length: the policy's tokens, whether it reads prompts with an encoder, and how many tokens it
     holds. They are the same for every version, since all are of one family.
+    generation: how the model is meant to be sampled. written: how prompts are written for it.
     keys: without any, nobody is asked for one. canary: None where versions serve everybody without a trial.
     listeners: hear of every prompt, answer and rating, all at once.
     """
@@ -158,6 +161,8 @@ class Service:
     supervisor: Supervisor | None
     config: ServeConfig
     links: Links
+    generation: Generation = dataclasses.field(default_factory=Generation)
+    written: PromptFormat = dataclasses.field(init=False)
     keys: Keys = dataclasses.field(default_factory=lambda: Keys(None))
     canary: Canary | None = None
     listeners: list[Listener] = dataclasses.field(default_factory=list)
@@ -173,6 +178,7 @@ class Service:
 
     def __post_init__(self) -> None:
         config = self.config
+        self.written = PromptFormat.of(config, encoder=self.encoder)
         counted = config.mode == "shared"  # nobody's own server counts what they say
         self.limits = RateLimits(config.chat_rate if counted else 0.0, config.feedback_rate if counted else 0.0)
 

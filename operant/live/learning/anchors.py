@@ -13,7 +13,7 @@ from torch import Tensor
 from operant.config import LearnerConfig
 from operant.data.batch import microbatches, to_device
 from operant.data.feedback_log import FeedbackLog, line_of
-from operant.data.prompts import load_fitting_prompts
+from operant.data.prompts import given_style, load_fitting_prompts
 from operant.data.rows import Fields, load_rows
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
@@ -90,7 +90,7 @@ def anchor_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
     rows = load_rows(config.anchors, split="train", limit=config.anchor_rows)
     return load_fitting_prompts(
         rows, policy, fields=Fields(prompt=config.prompt_field, references=config.reference_field),
-        room=config.anchor_tokens, too_long="skip",
+        room=config.anchor_tokens, too_long="skip", **given_style(config),
     )  # fmt: skip
 
 

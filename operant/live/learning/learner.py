@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from operant.config import LiveConfig, WorkerConfig, check_settings
+from operant.data.prompts import settle_style
 from operant.live.learning.anchors import Anchors, anchor_prompts
 from operant.live.learning.events import EventSource
 from operant.live.learning.execution import LoadedVersion, lesson_of, load_version, make_step
@@ -50,6 +51,7 @@ class LiveLearner:
                 raise OperantError(f"{self.config.root} holds no version yet; give --model to begin with")
             policy = Policy.load(self.config.model, device=self.config.device, dtype=self.config.dtype)
             policy.model.eval()
+            settle_style(policy, self.config)  # every version is asked as this one
             asked = anchor_prompts(self.config, policy)
             Anchors.of(policy, asked, max_tokens=self.config.anchor_tokens, seed=self.config.seed).save(
                 self.versions.root

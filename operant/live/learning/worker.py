@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from operant.config import LearnerConfig, LiveConfig, WorkerConfig
-from operant.data.prompts import load_fitting_prompts
+from operant.data.prompts import given_style, load_fitting_prompts
 from operant.data.rows import Fields, load_rows
 from operant.live.learning.events import EventSource, open_store
 from operant.live.learning.execution import load_version
@@ -213,7 +213,7 @@ def heldout_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
     prompts = load_fitting_prompts(
         load_rows(config.heldout, split="dev", limit=config.heldout_rows), policy,
         fields=Fields(prompt=config.prompt_field, references=config.reference_field),
-        max_prompt_tokens=policy.max_length // 2, too_long="skip",
+        max_prompt_tokens=policy.max_length // 2, too_long="skip", **given_style(config),
     )  # fmt: skip
     if not prompts:
         raise OperantError(f"no prompt of {config.heldout} is short enough to be asked; give another --heldout")

@@ -62,7 +62,7 @@ def arguments_of(config: WorkerConfig) -> list[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default and value is not None and field.name != "store":
-            found.append(f"--{field.name}={str(value).lower() if isinstance(value, bool) else value}")
+            found.append(f"--{field.name}={json.dumps(value) if isinstance(value, bool | dict) else value}")
     return found
 
 
