@@ -319,7 +319,7 @@ def test_what_is_no_text_is_refused_by_its_row_and_never_printed(chatml: Codec) 
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
     for row, fault in (
         ([picture], "row 2, column 'messages', message 1 has a part of type 'image_url'"),
-        ([user, {"role": "assistant", "content": None}], "row 2, column 'messages', message 2 needs"),
+        ([user, {"role": "assistant", "content": None}], "row 2, column 'messages', message 2 has nothing as its"),
         ([{"role": "user", "content": {"a": 1}}], "message 1 has a dict as its content"),
         ([user, call, user], "row 2: the chat template of this model has no tool calls"),
     ):  # fmt: skip

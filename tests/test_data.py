@@ -403,7 +403,7 @@ def test_a_cell_that_is_not_a_number_is_missing_and_no_text(codec: Codec, tmp_pa
         with pytest.raises(OperantError, match="row 2 has nothing in the column 'label'"):
             load_ratings(labels, codec)
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": rows[1]["reference"]}]
-        with pytest.raises(OperantError, match="row 1 has nothing in the column 'messages'"):
+        with pytest.raises(OperantError, match="row 1, column 'messages', message 2 has nothing"):
             load_pairs([{"messages": talk}], codec)
     text = [{"prompt": "the word", "completion": "nan"}]  # a text that says so is one
     assert load_pairs(text, codec)[0].completion_text == "nan"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,16 @@ def read_messages(turns: Sequence[Any], place: str = "") -> list[Message]:
         where = f"{place}, message {number}" if place else f"message {number}"
         if not isinstance(turn, Mapping):
             raise OperantError(f'{where} is no message: it needs "role" and "content"')
-        message = {str(key): value for key, value in turn.items() if not _is_nothing(value)}
+        message = {str(key): value for key, value in turn.items() if not is_nothing(value)}
         if "role" not in message and "from" in message:
             speaker = str(message.pop("from"))
             message["role"] = SPEAKERS.get(speaker, speaker)
             if "value" in message:
                 message["content"] = message.pop("value")
         calls = message.get("tool_calls")
-        if "role" not in message or not ("content" in message or calls):
+        if "role" in message and not ("content" in message or calls):
+            raise OperantError(f'{where} has nothing as its "content": give a text, or leave the row out')
+        if "role" not in message:
             raise OperantError(
                 f'{where} needs "role" and "content", as in {{"role": "user", "content": "Hello"}}, and has '
                 f"{', '.join(message) or 'nothing'}"
@@ -139,9 +141,11 @@ def read_messages(turns: Sequence[Any], place: str = "") -> list[Message]:
     return read
 
 
-def _is_nothing(value: Any) -> bool:
-    """None, or the NaN that tables have in its place."""
-    return value is None or (isinstance(value, float) and math.isnan(value))
+def is_nothing(value: Any) -> bool:
+    """Whether it is null, or what tables have in its place: NaN, and the NA and NaT of pandas."""
+    if isinstance(value, Real):
+        return bool(value != value)
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:

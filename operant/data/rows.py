@@ -20,11 +20,10 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
-from operant.data.chat import read_messages
+from operant.data.chat import is_nothing, read_messages
 from operant.data.hub import reached
 from operant.data.text import looks_like_path
 from operant.types import OperantError
@@ -479,10 +478,8 @@ def cell(row: Row, column: str) -> Any:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell holds no value: null, or what tables have in its place, NaN and the NA and NaT of pandas."""
-    if isinstance(value, Real):
-        return bool(value != value)
-    return value is None or value is ABSENT or type(value).__name__ in ("NAType", "NaTType")
+    """Whether a cell holds no value: there is none, or `chat.is_nothing`."""
+    return value is ABSENT or is_nothing(value)
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
