@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from forks import Forked
 from program import ON_CPU, QUIET_RUN, Program, pairs, read_rows, write_rows
 
 from operant import config as configs
@@ -475,13 +476,14 @@ def test_odd_rows_that_are_fine(rows: list[dict[str, Any]], program: Program, mo
 
 
 def test_the_process_ends_with_a_status_and_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(
+    with Forked(
         [sys.executable, "-m", "operant.cli", "train", "--model", str(tmp_path / "gone"), "--data", "gone.jsonl"],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stdout == ""
-    assert re.fullmatch(r"operant: [^\n]+\n", done.stderr)
+    ) as process:  # fmt: skip
+        out, err = process.communicate()
+    assert process.returncode == 1 and out == ""
+    assert re.fullmatch(r"operant: [^\n]+\n", err)
     assert not list(tmp_path.iterdir())
 
 
