@@ -778,12 +778,15 @@ import sys
 sys.path[:0] = {paths!r}
 import numpy as np, torch
 torch.set_num_threads(1)
-from conftest import TEXTS, tiny_model
+from conftest import TEXTS, sketch, tiny_model
 from runs import PROMPTS, quick, settings, share_of_even
 from operant.rl.loop import train
 from operant.models.policy import Policy
 from operant.data.text import Codec
+from operant.run import report
 from pathlib import Path
+
+report._figure = sketch  # as in every test
 
 def hold(step, metrics):
     if step == {hold}:

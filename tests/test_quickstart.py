@@ -80,11 +80,9 @@ def test_it_writes_and_prints_what_it_promises(program: Program, tmp_path: Path)
 def test_ctrl_c_ends_the_whole_of_it_and_the_same_command_goes_on(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No stage is interrupted in both, so that each shows what the other should have come to."""
     command = ("quickstart", *SIZES, "--out")
-    assert program(*command, tmp_path / "whole").status == 0
-
-    whole = json.loads((tmp_path / "whole" / "results.json").read_text())
-    record = Run.record
+    record, results = Run.record, []
     for moment, rows in (("finetuned", 1), ("rewarded", 3)):
         out = tmp_path / moment
 
@@ -100,7 +98,8 @@ def test_ctrl_c_ends_the_whole_of_it_and_the_same_command_goes_on(
         assert len(json.loads((out / "results.json").read_text())) == rows
         went_on = program(*command, out)
         assert went_on.status == 0, went_on
-        assert json.loads((out / "results.json").read_text()) == whole
+        results.append(json.loads((out / "results.json").read_text()))
+    assert results[0] == results[1] and len(results[0]) == 4
 
 
 def test_a_stage_that_was_cut_short_says_so(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
