@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Forked
 
 import operant
 from operant.run import checkpoint
@@ -84,7 +85,7 @@ def assert_whole(folder: Path, at_least: int) -> int:
 def run_child(folder: Path, first: int, fatal: int) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", CHILD, str(folder), str(first), str(fatal)]
     environment = {**os.environ, "PYTHONPATH": str(Path(operant.__file__).parents[1])}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    return Forked(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def test_saves_files_manifest_pointer_and_lineage(tmp_path: Path) -> None:
