@@ -13,8 +13,6 @@ from operant.run.report import hacking_checks, load_run, terminal_curve, write_r
 from operant.run.runlog import RunFolder, RunLog
 from operant.types import OperantError
 
-pytestmark = pytest.mark.draws
-
 CONFIG = "reward: chrf\nseed: 3\ntarget: chrf>=61.5\n"
 
 
@@ -91,9 +89,16 @@ def states(folder: Path, optimised: set[str] | None = None) -> dict[str, str]:
     return {c.name: c.state for c in hacking_checks(load_run(folder), optimised or {"chrf"})}
 
 
-def test_the_page_is_whole_and_needs_nothing_from_outside(tmp_path: Path) -> None:
-    assert write_report(make_run(tmp_path / "run")) == tmp_path / "run" / "report.html"
-    text, page = read_page(tmp_path / "run")
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with its report, of which the curves are drawn."""
+    run = make_run(tmp_path_factory.mktemp("drawn") / "run")
+    assert write_report(run) == run / "report.html"
+    return run
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(drawn: Path) -> None:
+    text, page = read_page(drawn)
     assert not page.tags & {"script", "link", "img", "iframe"}
     assert all(target.startswith("#") for target in page.targets)
     assert set(re.findall(r"https?://[^\"' ]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
@@ -104,26 +109,25 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(tmp_path: Path) -> Non
     assert set(re.findall(r"url\(#([\w.-]+)\)", text)) <= set(page.ids)
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
-    assert str(tmp_path) not in text
-    assert not list((tmp_path / "run").glob(".report*"))
+    assert str(drawn.parent) not in text
+    assert not list(drawn.glob(".report*"))
 
 
-def test_no_colour_of_the_drawing_is_fixed(tmp_path: Path) -> None:
-    write_report(make_run(tmp_path / "run"))
-    text, _ = read_page(tmp_path / "run")
+def test_no_colour_of_the_drawing_is_fixed(drawn: Path) -> None:
+    text, _ = read_page(drawn)
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.S))
     assert "var(--c0" in drawings
     assert not re.findall(r"#[0-9a-f]{6}\b", drawings)
 
 
-def test_curves_are_png(tmp_path: Path) -> None:
-    write_report(make_run(tmp_path / "run"))
-    curves = {p.name for p in (tmp_path / "run" / "curves").iterdir()}
+def test_curves_are_png(drawn: Path) -> None:
+    curves = {p.name for p in (drawn / "curves").iterdir()}
     assert {"loss.png", "reward.png", "eval_bleu.png", "eval_chrf.png", "kl.png", "entropy.png"} <= curves
     for name in curves:
-        assert (tmp_path / "run" / "curves" / name).read_bytes().startswith(b"\x89PNG\r\n")
+        assert (drawn / "curves" / name).read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.draws
 def test_the_page_says_what_happened(tmp_path: Path) -> None:
     write_report(make_run(tmp_path / "run"), title="My <run>")
     text, page = read_page(tmp_path / "run")
@@ -198,6 +202,7 @@ def test_what_the_reward_names_is_optimised(tmp_path: Path) -> None:
     assert report._optimised(run) == {"chrf", "distinct2"}
 
 
+@pytest.mark.draws
 def test_missing_rewards_by_reason_and_steps_that_were_not_finite(tmp_path: Path) -> None:
     with RunLog(tmp_path, tensorboard=False) as log:
         for step in range(1, 6):
@@ -211,6 +216,7 @@ def test_missing_rewards_by_reason_and_steps_that_were_not_finite(tmp_path: Path
     assert re.search(r"Skipped steps\s+1", page.text)
 
 
+@pytest.mark.draws
 def test_the_potential_panel(tmp_path: Path) -> None:
     with RunLog(tmp_path, tensorboard=False) as log:
         for step in range(1, 9):
@@ -232,6 +238,7 @@ def test_results_of_several_stages_are_compared(tmp_path: Path) -> None:
     assert re.findall(r'class="num best">([\d.]+)', text) == ["50.00", "30.00"]
 
 
+@pytest.mark.draws
 def test_a_run_without_rewards(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, "stage: pretrain\n") as run, RunLog(run, tensorboard=False) as log:
         for step in range(1, 4):
@@ -257,6 +264,7 @@ def test_no_run_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.draws
 def test_any_metric_name_and_damaged_files_are_survived(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [unclosed")
     (tmp_path / "run.json").write_text("{")
@@ -283,6 +291,7 @@ def test_of_two_values_at_one_step_the_later_counts_and_order_is_by_step(tmp_pat
     assert load_run(tmp_path).series["train/loss"] == [(1, 2.0), (3, 4.0)]
 
 
+@pytest.mark.draws
 def test_a_long_run_makes_a_small_page(tmp_path: Path) -> None:
     rows = "".join(json.dumps({"step": s, "train/loss": math.sin(s)}) + "\n" for s in range(20_000))
     (tmp_path / "metrics.jsonl").write_text(rows)
@@ -307,6 +316,7 @@ def test_smoothing_does_not_lag_and_passes_over_nan() -> None:
     assert report._smooth([1.0, 2.0, 6.0]) == pytest.approx([1.5, 3.0, 4.0])
 
 
+@pytest.mark.draws
 def test_a_full_disk_while_reporting_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "run", steps=10)
 
@@ -382,8 +392,8 @@ def test_tile_and_table_show_the_same_number_and_say_which(tmp_path: Path) -> No
     assert "<p>step 39, the last</p>" in page and "<th>Last</th><th>First to last</th>" in page
 
 
-def test_axes_are_named_and_curves_are_large(tmp_path: Path) -> None:
-    page = write_report(make_run(tmp_path)).read_text(encoding="utf-8")
+def test_axes_are_named_and_curves_are_large(drawn: Path) -> None:
+    page = (drawn / "report.html").read_text(encoding="utf-8")
     figures = re.findall(r"<figure>.*?</figure>", page, flags=re.S)
     assert len(figures) > 5
     for figure in figures:
