@@ -29,8 +29,8 @@ FAMILIES = ("gpt2", "llama", "t5", "bart", "marian")
 
 # The files that take longest, the longest first: they begin first, so that no worker is left alone with one at the end.
 LONGEST = """
-    loop live_worker environment stages serve server page forget_serving canary old_data quickstart real_models
-    live_learning supervisor store recipes
+    recipes loop live_worker stages page serve environment old_data quickstart trust_region forget_serving q_learning
+    forget preference_stage real_models cli engine encoder reward_model canary store influence supervisor server
 """.split()
 
 

@@ -213,6 +213,7 @@ def test_what_the_gate_refuses_is_not_served_and_the_click_is_told_why(policy: P
 # --- begin, stop, begin again -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)
 def test_the_program_serves_stops_at_once_and_loses_nothing_to_kill_9(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
