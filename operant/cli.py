@@ -219,6 +219,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print(f"operant: interrupted{_going_on(given)}", file=sys.stderr)
         raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        from operant.models.memory import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(
+            "operant: out of memory; use a smaller --model, fewer or shorter texts at once (--max_rows, --max_tokens), "
+            "or free some",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None

@@ -470,7 +470,10 @@ class RunConfig:
         wandb: Weights & Biases project to log to as well (needs the extra wandb).
         max_grad_norm: gradients are scaled down to this norm.
         weight_decay: AdamW's, on matrices only.
-        tokens_per_microbatch: padded tokens that go through the model at once; more needs more memory.
+        tokens_per_microbatch: padded tokens that go through the model at once, at most; fewer where a model is large or
+            memory short.
+        activation_checkpointing: compute layers again in the backward pass instead of keeping what they computed: a
+            fraction of the memory, a third more time.
         max_nonfinite_steps: steps in a row with a non-finite loss or gradient before rolling back and stopping.
     """
 
@@ -491,6 +494,7 @@ class RunConfig:
     max_grad_norm: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 0.01
     tokens_per_microbatch: PositiveInt = 16384
+    activation_checkpointing: bool = False
     max_nonfinite_steps: PositiveInt = 3
 
 

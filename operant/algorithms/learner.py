@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import time
 import warnings
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from operant.data.batch import microbatches, to_device
+from operant.models.memory import ENOUGH_ON_CPU, SHARE, bytes_kept, free_memory, is_out_of_memory
 from operant.types import Batch, OperantError, StepStats
 
 Schedule = Literal["constant", "cosine", "linear"]
@@ -27,6 +29,8 @@ TokenLoss = Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]]
 
 class Trainable(Protocol):
     """What a Learner and a Run need of a policy, an encoder or a reward model."""
+
+    recomputes: bool
 
     @property
     def device(self) -> torch.device: ...
@@ -61,20 +65,70 @@ class ClosureResult:
     refused: bool = False
 
 
+@dataclass(slots=True)
+class Room:
+    """How many padded tokens fit into a model at once; None until something says so."""
+
+    tokens: int | None = None
+
+    def pieces(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches, cut where they are larger."""
+        if self.tokens is None:
+            return list(batches)
+        return [piece for batch in batches for piece in microbatches(batch, self.tokens)]
+
+    def halve(self, batches: Sequence[Batch]) -> None:
+        """Let the largest of these batches be too large by half. Raises OperantError where it cannot be parted."""
+        pieces = self.pieces(batches)
+        largest = max(pieces, key=_padded)
+        self.tokens = _padded(largest) // 2
+        if len(self.pieces(batches)) == len(pieces):
+            raise OperantError(
+                f"out of memory with {len(largest.tokens)} rows of {largest.tokens.shape[1]} tokens, which cannot be "
+                "parted; use --activation_checkpointing true, --lora_rank 8, shorter texts, or a smaller model"
+            )
+
+
+def _padded(batch: Batch) -> int:
+    """Tokens that go through the model, padding among them."""
+    return len(batch.tokens) * (batch.tokens.shape[1] + (batch.context.tokens.shape[1] if batch.context else 0))
+
+
 @dataclass(frozen=True, slots=True)
 class StepLoss:
-    """The loss of one optimizer step, Σ weights · loss / denominator over micro-batches that share one denominator."""
+    """The loss of one optimizer step, Σ weights · loss / denominator over micro-batches that share one denominator.
+
+    Where memory runs out, `room` is halved, and the sum begins anew in smaller micro-batches.
+    """
 
     policy: Trainable
     batches: Sequence[Batch]
     loss_of: TokenLoss
+    room: Room = field(default_factory=Room)
 
     def __call__(self, gradient: bool = True) -> ClosureResult:
-        """The loss as the weights are now; its gradient is added to theirs unless `gradient` is False."""
+        """The loss as the weights are now; its gradient, unless `gradient` is False, becomes theirs, which had none.
+
+        Raises OperantError when one completion alone is more than memory holds.
+        """
+        while True:
+            try:
+                return self._sum(gradient)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # here, where the error and all the tensors that it holds are gone
+            self.room.halve(self.batches)
+            if gradient:
+                for parameter in [*self.policy.trainable_parameters(), *self.policy.critic_parameters()]:
+                    parameter.grad = None
+            _let_go(self.policy.device)
+
+    def _sum(self, gradient: bool) -> ClosureResult:
         total, tokens, counted = 0.0, 0, 0
         sums: dict[str, float] = {}
         with torch.set_grad_enabled(gradient):
-            for batch in self.batches:
+            for batch in self.room.pieces(self.batches):
                 micro = to_device(batch, self.policy.device)
                 token_loss, stats = self.loss_of(self.policy, micro)
                 loss = (token_loss * micro.weights).sum() / micro.denominator
@@ -252,7 +306,9 @@ def same_bits(device: torch.device) -> Iterator[None]:
 class Learner:
     """Applies an `UpdateRule` to a policy.
 
-    `steps` counts every attempt, `skipped_in_row` the non-finite ones since the last that was taken.
+    `steps` counts every attempt, `skipped_in_row` the non-finite ones since the last that was taken. `room` is how much
+    fits into memory: with `sized` it is measured before the first step, and it is halved where memory runs out all the
+    same. `say` gets a line of what comes of that.
     """
 
     def __init__(
@@ -267,8 +323,11 @@ class Learner:
         schedule: Schedule = "constant",
         critic_lr: float | None = None,
         rule: UpdateRule | None = None,
+        sized: bool = False,
     ) -> None:
         self.policy = policy
+        self.room, self._sized = Room(), sized
+        self.say: Callable[[str], None] = lambda text: None
         self.critic_lr = lr if critic_lr is None else critic_lr
         self.lr, self.warmup_steps, self.total_steps, self.schedule = lr, warmup_steps, total_steps, schedule
         self.rule: UpdateRule = rule or Adam(
@@ -279,6 +338,7 @@ class Learner:
         self.skipped = 0
         self.skipped_in_row = 0
         self._repeatable = True  # until the model shows otherwise
+        self._ran_out = False
 
     def step(self, batches: Iterable[Batch], loss_of: TokenLoss) -> StepStats:
         """One optimizer step over micro-batches that share one denominator: Σ weights · loss / denominator.
@@ -295,7 +355,14 @@ class Learner:
             critic_lr = learning_rate(self.steps, self.critic_lr, self.warmup_steps, self.total_steps, self.schedule)
             self.rule.set_lr(lr, critic_lr)
 
-        result, norm, reason = self._apply(StepLoss(self.policy, list(batches), loss_of))
+        closure = StepLoss(self.policy, list(batches), loss_of, self.room)
+        if self._sized:
+            self._measure(closure)
+        fitted = self.room.tokens
+        result, norm, reason = self._apply(closure)
+        if self.room.tokens != fitted and not self._ran_out:
+            self._ran_out = True
+            self.say(f"out of memory: micro-batches are smaller from here on, {self.room.tokens:,} tokens at most")
         self.steps += 1
         if reason:
             self.skipped += 1
@@ -318,6 +385,28 @@ class Learner:
             extra=means | result.notes,
         )
 
+    def _measure(self, closure: StepLoss) -> None:
+        """Find out how many tokens fit, from what the shortest row of the step keeps for its backward pass."""
+        self._sized = False
+        device, learned = self.policy.device, self.policy.trainable_parameters()
+        free = free_memory(device)
+        if free is None or not closure.batches:
+            return
+        probe = to_device(next(iter(microbatches(closure.batches[0], 1))), device)
+        with torch.random.fork_rng():  # dropout: what the step draws must not depend on this
+            kept = bytes_kept(lambda: closure.loss_of(self.policy, probe), self.policy.model.parameters())
+        each = max(1.0, kept / _padded(probe))
+        # a gradient and Adam's two moments of every weight that learns are still to come
+        left = SHARE * (free - sum(4 * p.numel() * p.element_size() for p in learned))
+        budget = min(left, ENOUGH_ON_CPU) if device.type == "cpu" else left
+        # in powers of two, so that a little more or less that is free changes nothing
+        self.room.tokens = 2 ** max(0, math.floor(math.log2(max(1.0, budget / each))))
+        if any(_padded(batch) > self.room.tokens for batch in closure.batches):
+            self.say(
+                f"micro-batches of at most {self.room.tokens:,} tokens: each keeps {each / 1e6:.2f} MB, and "
+                f"{free / 1e9:.1f} GB are free ({device})"
+            )
+
     def _apply(self, closure: StepLoss) -> tuple[ClosureResult, float, str]:
         if self._repeatable:
             try:
@@ -338,12 +427,21 @@ class Learner:
             "skipped": self.skipped,
             "skipped_in_row": self.skipped_in_row,
             "rule": self.rule.state_dict(),
-        }
+        } | ({} if self.room.tokens is None else {"room": self.room.tokens})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.skipped = state["steps"], state["skipped"]
         self.skipped_in_row = state["skipped_in_row"]
+        self.room.tokens = state.get("room")  # a run that began without has none, and keeps its bits
+        self._sized = self._sized and not self.steps
         self.rule.load_state_dict(state["rule"])
+
+
+def _let_go(device: torch.device) -> None:
+    """Give back what is cached of a failed pass."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -351,17 +449,36 @@ def whole_batch(policy: Trainable, batch: Batch, compute: Callable[[Any, Batch],
     """A column of the whole batch, float32[B, …] on the CPU, computed in micro-batches without gradient.
 
     compute: (policy, micro-batch on its device) → float[b, s] or wider, or several columns, float[b, s, n]; what a
-    narrower micro-batch leaves out is zero.
+    narrower micro-batch leaves out is zero. Where memory runs out, the micro-batches are halved.
+    Raises OperantError when one row alone is more than memory holds.
     """
     numbers = torch.arange(batch.tokens.shape[0])
-    pieces: list[tuple[Tensor, Tensor]] = []
-    for micro in microbatches(dataclasses.replace(batch, row_ids=numbers), max_tokens, by_length=True):
-        assert micro.row_ids is not None
-        pieces.append((micro.row_ids.cpu(), compute(policy, to_device(micro, policy.device)).float().cpu()))
+    numbered, room = dataclasses.replace(batch, row_ids=numbers), Room(max_tokens)
+    while True:
+        try:
+            pieces = _columns(policy, numbered, compute, room)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        room.halve([numbered])
+        _let_go(policy.device)
     out = torch.zeros(len(numbers), max(values.shape[1] for _, values in pieces), *pieces[0][1].shape[2:])
     for rows, values in pieces:
         out[rows, : values.shape[1]] = values
     return out
+
+
+def _columns(
+    policy: Trainable, batch: Batch, compute: Callable[[Any, Batch], Tensor], room: Room
+) -> list[tuple[Tensor, Tensor]]:
+    """(row numbers int64[b], what `compute` says of them) of each micro-batch."""
+    assert room.tokens is not None
+    pieces: list[tuple[Tensor, Tensor]] = []
+    for micro in microbatches(batch, room.tokens, by_length=True):
+        assert micro.row_ids is not None
+        pieces.append((micro.row_ids.cpu(), compute(policy, to_device(micro, policy.device)).float().cpu()))
+    return pieces
 
 
 def logprobs_of(policy: Trainable, batch: Batch, max_tokens: int) -> Tensor:

@@ -22,6 +22,7 @@ from operant.data.batch import (
     scatter,
     turn_discounts,
 )
+from operant.models.head import of_rows
 from operant.models.policy import Policy
 from operant.types import Batch, Completion, OperantError, Prompt, Sampling, Trajectory
 
@@ -185,19 +186,26 @@ class QEstimator:
             where = micro.action_mask.nonzero(as_tuple=True)
             token = micro.tokens[where][:, None]
 
-            def now() -> tuple[Tensor, Tensor]:
-                """(V float[K, 1], log π float[K, V]) before the K acting tokens."""
-                return policy.values(micro)[:, :-1][where][:, None], policy.acting_logits(micro).log_softmax(-1)
+            def values() -> Tensor:
+                """V of the states before the K acting tokens, float[K, 1]."""
+                return policy.values(micro)[:, :-1][where][:, None]
 
             with policy.as_reference():
-                reference = policy.acting_logits(micro).log_softmax(-1)
-            online = objectives.action_value(*now(), reference, beta)
+                reference = policy.acting(micro)
+            online, v_online = policy.acting(micro), values()
             with policy.as_target_network():
-                judge = objectives.action_value(*now(), reference, beta)
-            allowed = objectives.supported(reference, share).scatter(-1, token, True)
-            found = [objectives.double_q_value(online, judge, allowed)]
-            found += [table.gather(-1, token)[:, 0] for table in (online, reference)]
-            out = torch.zeros(*micro.tokens.shape, 3, dtype=online.dtype, device=online.device)
-            return out.index_put(where, torch.stack(found, -1))
+                judge, v_judge = policy.acting(micro), values()
+
+            def found(online: Tensor, reference: Tensor, judge: Tensor, part: slice) -> tuple[Tensor, ...]:
+                given = reference.log_softmax(-1)
+                q = objectives.action_value(v_online[part], online.log_softmax(-1), given, beta)
+                judged = objectives.action_value(v_judge[part], judge.log_softmax(-1), given, beta)
+                allowed = objectives.supported(given, share).scatter(-1, token[part], True)
+                value = objectives.double_q_value(q, judged, allowed)
+                return value, *(table.gather(-1, token[part])[:, 0] for table in (q, given))
+
+            columns = torch.stack(of_rows(found, online, reference, judge), -1)
+            out = torch.zeros(*micro.tokens.shape, 3, dtype=columns.dtype, device=columns.device)
+            return out.index_put(where, columns)
 
         return whole_batch(self.policy, batch, compute, self.config.tokens_per_microbatch)

@@ -9,8 +9,15 @@ from torch import Tensor
 from operant.algorithms import objectives
 from operant.algorithms.table import AlgorithmSettings
 from operant.config import TrainConfig
-from operant.models.policy import Policy
+from operant.models.head import Distributions, of_rows
+from operant.models.policy import Policy, placed
 from operant.types import Batch
+
+
+def full_kl_of(acting: Distributions, reference: Distributions) -> Tensor:
+    """`objectives.full_kl` of K tokens, float[K], in chunks where the logits are not at hand. The reference has no
+    gradient."""
+    return of_rows(lambda logits, given, part: (objectives.full_kl(logits, given),), acting, reference)[0]
 
 
 class Surrogate:
@@ -30,7 +37,9 @@ class Surrogate:
             return config.sft_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
         if self.settings.algorithm.loss == "double_q":
             return self.value_loss(policy, batch)
-        out = policy.logprobs(batch, entropy="differentiable" if config.entropy_coef else "measured")
+        whole = batch.ref_logprobs is not None and config.kl_in == "loss" and config.kl_estimator == "full"
+        acting = policy.acting(batch) if whole else None
+        out = policy.logprobs(batch, "differentiable" if config.entropy_coef else "measured", acting)
         old = out.logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         stats: dict[str, Tensor] = {"approx_kl": (objectives.kl_k3(old, out.logprobs) * mask).sum()}
         loss, clipped = self.policy_loss(batch, out.logprobs, old)
@@ -47,7 +56,7 @@ class Surrogate:
         if batch.ref_logprobs is not None:
             stats["kl_ref"] = (objectives.kl_k1(out.logprobs, batch.ref_logprobs) * mask).sum()
             if config.kl_in == "loss":
-                loss = loss + self.state["kl_coef"] * self.divergence(policy, batch, out.logprobs)
+                loss = loss + self.state["kl_coef"] * self.divergence(policy, batch, out.logprobs, acting)
         if batch.values is not None and batch.returns is not None:
             values = policy.values(batch)[:, :-1]
             value_loss = objectives.value_loss(values, batch.values, batch.returns, config.vf_clip)
@@ -97,15 +106,14 @@ class Surrogate:
             stats["correction"] = (weight * batch.action_mask).sum()
         return weight
 
-    def divergence(self, policy: Policy, batch: Batch, logprobs: Tensor) -> Tensor:
-        """The KL to the reference per token, float32[B, S], as `kl_estimator` says."""
+    def divergence(self, policy: Policy, batch: Batch, logprobs: Tensor, acting: Distributions | None = None) -> Tensor:
+        """The KL to the reference per token, float32[B, S], as `kl_estimator` says; acting: of `policy`, for "full"."""
         assert batch.ref_logprobs is not None
         if self.config.kl_estimator == "k2":
             return objectives.kl_k2(logprobs, batch.ref_logprobs)
         if self.config.kl_estimator == "k3":
             return objectives.kl_k3(logprobs, batch.ref_logprobs)
-        assert batch.temperature is not None
-        temperature = batch.temperature[batch.segment_ids.clamp(min=0)][..., None]
+        assert acting is not None
         with policy.as_reference():
-            reference = policy.logits(batch) / temperature
-        return objectives.full_kl(policy.logits(batch) / temperature, reference) * batch.action_mask
+            reference = policy.acting(batch)
+        return placed(batch, full_kl_of(acting, reference))

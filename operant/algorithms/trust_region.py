@@ -62,7 +62,8 @@ class TrustRegion:
     delta: δ, nats per token. damping: λ, which bounds the step where F is nearly singular. cg_steps: Fisher-vector
     products a step; each costs about two forward and two backward passes over the share. backtracks: tries of the line
     search. fisher_share: of the completions that F is taken from, evenly spaced, and at least FEWEST of them.
-    Raises OperantError when the policy has no trainable weights, or a critic, which has no place in the region.
+    Raises OperantError when the policy has no trainable weights, a critic, which has no place in the region, or
+    recomputed layers.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class TrustRegion:
             raise OperantError("the policy has no trainable weights; unfreeze some or add LoRA with --lora_rank 8")
         if policy.critic_parameters():
             raise OperantError("a trust region moves the policy alone, and this one has a critic; use --algorithm ppo")
+        if policy.recomputes:
+            raise OperantError("a trust region differentiates twice; leave --activation_checkpointing out")
         self.delta, self.damping, self.cg_steps, self.backtracks = delta, damping, cg_steps, backtracks
         self.fisher_share = fisher_share
         self.accepted = self.refused = 0

@@ -30,12 +30,15 @@ from operant.models.folder import (
     name_base,
     open_to_others,
 )  # fmt: skip
+from operant.models.head import WHOLE, Distributions, of_rows
+from operant.models.memory import computed_again
 from operant.models.policy import (
     MADE_HERE,
     EntropyMode,
     Policy,
     TokenLogprobs,
     is_masked,
+    placed,
     resolve_device,
     told_in_one_line,
 )
@@ -65,6 +68,7 @@ class Encoder:
         self.device, self.dtype = resolve_device(device), dtype
         self.model = model.to(self.device)
         self.codec = codec
+        self.recomputes = False  # layers are computed again in the backward pass (`memory.computed_again`)
         self.config = model.config
         self._origin: Base | None = None  # where its weights, or those that its adapter is on, lie
         self.body: Any = model.get_encoder() if self.config.is_encoder_decoder else model.base_model
@@ -332,7 +336,11 @@ class Encoder:
 
     def hidden(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """The last layer's vectors float32[B, S, width] of right-padded tokens int64[B, S], mask bool[B, S]."""
-        with self.autocast():
+        again = self.recomputes and torch.is_grad_enabled()
+        with (
+            self.autocast(),
+            computed_again(self.body, contextlib.nullcontext) if again else contextlib.nullcontext(),
+        ):
             return self.body(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
 
     def logprobs(self, batch: Batch, entropy: EntropyMode = "none") -> TokenLogprobs:
@@ -343,18 +351,31 @@ class Encoder:
         """
         assert batch.context is not None
         rows, columns = batch.action_mask.nonzero(as_tuple=True)
-        source = batch.context.row[rows]
+        source, tokens = batch.context.row[rows], batch.tokens[rows, columns]
         head = getattr(self.model, "cls", None) or getattr(self.model, "lm_head", None)
         if head is not None:  # the vocabulary is wide: only where a token is asked for
-            with self.autocast():
-                logits = head(self.hidden(batch.context.tokens, batch.context.mask)[source, columns]).float()
+            acting = self._distributions(head, self.hidden(batch.context.tokens, batch.context.mask)[source, columns])
         else:
             with self.autocast():
                 output = self.model(input_ids=batch.context.tokens, attention_mask=batch.context.mask.long())
-            logits = output.logits[source, columns].float()
-        picked = logits.log_softmax(-1).gather(-1, batch.tokens[rows, columns][:, None])[:, 0]
-        out = torch.zeros(batch.tokens.shape, dtype=picked.dtype, device=picked.device)
-        return TokenLogprobs(out.index_put((rows, columns), picked))
+            acting = Distributions(output.logits[source, columns].float())
+
+        def picked(logits: Tensor, part: slice) -> tuple[Tensor]:
+            return (logits.log_softmax(-1).gather(-1, tokens[part, None])[:, 0],)
+
+        return TokenLogprobs(placed(batch, *of_rows(picked, acting)))
+
+    def _distributions(self, head: Any, states: Tensor) -> Distributions:
+        """What the head says of states float[K, width]: in chunks, where it is more than WHOLE logits."""
+
+        def logits_of(rows: Tensor, part: slice) -> Tensor:
+            with self.autocast():
+                return head(rows).float()
+
+        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])
+        if len(states) * vocabulary <= WHOLE:
+            return Distributions(logits_of(states, slice(None)))
+        return Distributions(None, states, logits_of, not self.trainable_parameters(), vocabulary)
 
     @torch.no_grad()
     def vectors(self, texts: Sequence[str], max_tokens: int = 8192) -> list[tuple[Ints, np.ndarray]]:

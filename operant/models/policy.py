@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -38,10 +38,13 @@ from operant.models.folder import (
 )  # fmt: skip
 from operant.models.generation import Generation, with_ends
 from operant.models.gguf import load_gguf
+from operant.models.head import WHOLE, Distributions, Tail, of_rows
+from operant.models.memory import computed_again
 from operant.types import Batch, Ints, OperantError, Trajectory
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint would bury our own
 
+T = TypeVar("T")
 Family = Literal["decoder", "encoder-decoder"]
 EntropyMode = Literal["none", "measured", "differentiable"]
 TARGET_FILE = "lagging.safetensors"  # the name that older checkpoints have too
@@ -143,10 +146,13 @@ class Policy:
                 f"the tokenizer has {codec.vocab_size} tokens but the model only {self.vocabulary}; "
                 "load the tokenizer that belongs to this model"
             )
+        self.recomputes = False  # layers are computed again in the backward pass (`memory.computed_again`)
         self._full_precision = False
         self._folder: Path | None = None  # where it was loaded from
         self._origin: Base | None = None  # where its weights, or those that its adapter is on, lie
         self._attends_in_rows = True  # until a forward pass shows otherwise
+        self._splits_head = True  # the same
+        self._is_reference = False  # inside `as_reference`
         forward = inspect.signature(self._base().forward).parameters
         self._keeps_logits = "logits_to_keep" in forward
         self._takes_positions = "position_ids" in forward
@@ -444,7 +450,7 @@ class Policy:
         Raises OperantError when no reference was frozen.
         """
         current = self.model
-        with torch.no_grad():
+        with torch.no_grad(), self._noted_as_reference():
             if self.is_lora and self._reference is None:
                 with current.disable_adapter():
                     yield
@@ -462,6 +468,14 @@ class Policy:
                     yield
                 finally:
                     self.model = current
+
+    @contextlib.contextmanager
+    def _noted_as_reference(self) -> Iterator[None]:
+        self._is_reference = True
+        try:
+            yield
+        finally:
+            self._is_reference = False
 
     # --- the target network --------------------------------------------------------------------------------------
 
@@ -521,7 +535,7 @@ class Policy:
         if self.critic is None:
             raise OperantError("this policy has no critic; call add_critic(), or use --algorithm ppo")
         start = self._decoder_start() if batch.context is not None else 0
-        with self.autocast():
+        with self.autocast(), self._recomputing(self.critic.trunk):
             return _upcast(self.critic(self.model, batch, start, self._takes_positions))
 
     # --- batches -------------------------------------------------------------------------------------------------
@@ -584,25 +598,47 @@ class Policy:
             arguments["position_ids"] = batch.position_ids
         return self.model(input_ids=batch.tokens, attention_mask=self._attention(batch), use_cache=False, **arguments)
 
-    def logprobs(self, batch: Batch, entropy: EntropyMode = "none", logits: Tensor | None = None) -> TokenLogprobs:
+    def logprobs(
+        self, batch: Batch, entropy: EntropyMode = "none", acting: Distributions | None = None
+    ) -> TokenLogprobs:
         """log π(token_t | tokens before it in its segment, context), at the segment's temperature.
 
-        logits: of `acting_logits`, where they are known already.
+        acting: of `acting`, where it is known already.
         Returns float32[B, S], zero outside `action_mask`; and the entropy of the same distributions if asked,
         "measured" without a gradient, which saves two tensors of the vocabulary's size.
         """
+        acted = batch.tokens[batch.action_mask]
+
+        def picked(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            if entropy == "differentiable":
+                normalised = torch.log_softmax(logits, -1)
+                spread = -(normalised.exp() * normalised).sum(-1)
+                return normalised.gather(-1, acted[part, None])[:, 0], spread
+            return PickedLogprobs.apply(logits, acted[part], entropy != "none")
+
+        logprobs, spread = of_rows(picked, self.acting(batch) if acting is None else acting)
+        return TokenLogprobs(placed(batch, logprobs), None if entropy == "none" else placed(batch, spread))
+
+    def acting(self, batch: Batch) -> Distributions:
+        """The distributions of the K action tokens, row by row, at their segment's temperature.
+
+        Where there are more than WHOLE logits they are not computed here, but chunk by chunk in `head.of_rows`. A model
+        whose logits are not a function of its decoder's last states alone has no chunks, and is warned of once
+        (RuntimeWarning).
+        """
         rows, columns = batch.action_mask.nonzero(as_tuple=True)
-        chosen = self.acting_logits(batch) if logits is None else logits
-        acted = batch.tokens[rows, columns]
-        out = torch.zeros(batch.tokens.shape, dtype=chosen.dtype, device=chosen.device)
-        if entropy == "differentiable":
-            normalised = torch.log_softmax(chosen, -1)
-            picked = normalised.gather(-1, acted[:, None])[:, 0]
-            spread = -(normalised.exp() * normalised).sum(-1)
-        else:
-            picked, spread = PickedLogprobs.apply(chosen, acted, entropy != "none")
-        logprobs = out.index_put((rows, columns), picked)
-        return TokenLogprobs(logprobs, None if entropy == "none" else out.index_put((rows, columns), spread))
+        if len(rows) * self.vocabulary > WHOLE and self._splits_head:
+            tail = Tail(self._base())
+            states = self._read_at(batch, rows, columns, lambda places, run: self._states_at(tail, places, run))
+            if states is not None:
+                return self._distributions(states, tail, self._temperatures(batch, rows, columns))
+            self._splits_head = False
+            size = 4 * len(rows) * self.vocabulary / 1e9
+            warnings.warn(
+                f"the logits of a {self.config.model_type} cannot be computed in parts: {size:.1f} GB at once; if that "
+                "is too much, lower --tokens_per_microbatch", RuntimeWarning, 2,
+            )  # fmt: skip
+        return Distributions(self.acting_logits(batch))
 
     def acting_logits(self, batch: Batch) -> Tensor:
         """Logits float32[K, V] that predict the K action tokens, row by row, at their segment's temperature.
@@ -610,20 +646,58 @@ class Policy:
         Only the tokens that act: the rest of a batch costs nothing from the last hidden state on.
         """
         rows, columns = batch.action_mask.nonzero(as_tuple=True)
-        chosen = self._logits_at(batch, rows, columns)
-        if batch.temperature is not None and bool((batch.temperature != 1.0).any()):
-            chosen = chosen / batch.temperature[batch.segment_ids[rows, columns]].clamp(min=1e-6)[:, None]
-        return chosen
+        chosen = self._read_at(batch, rows, columns, self._head_at)
+        temperatures = self._temperatures(batch, rows, columns)
+        return chosen if temperatures is None else chosen / temperatures
 
-    def _logits_at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
-        """Logits float32[K, V] that predict tokens (rows, columns).
+    def _temperatures(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor | None:
+        """Of the segments of tokens (rows, columns), float32[K, 1]; None where all are 1."""
+        if batch.temperature is None or not bool((batch.temperature != 1.0).any()):
+            return None
+        return batch.temperature[batch.segment_ids[rows, columns]].clamp(min=1e-6)[:, None]
+
+    def _distributions(self, states: Tensor, tail: Tail, temperatures: Tensor | None) -> Distributions:
+        """With the logits of states float[K, D] as the policy, or the reference that it is at present, has them."""
+        reference = self._is_reference
+
+        def logits_of(rows: Tensor, part: slice) -> Tensor:
+            # chunks are computed again in the backward pass, when no reference is in force
+            again = reference and not self._is_reference
+            with self.as_reference() if again else contextlib.nullcontext(), self.autocast():
+                logits = _upcast(tail(rows))
+            return logits if temperatures is None else logits / temperatures[part]
+
+        return Distributions(None, states, logits_of, tail.frozen, self.vocabulary)
+
+    def _states_at(self, tail: Tail, places: Tensor, forward: Callable[[], Any]) -> Tensor | None:
+        """Hidden states float[K, D] at flat places int64[K] of the (rows, columns) that `forward` computes; None where
+        the model's own logits of the first of them are not those that `tail` gives."""
+
+        def pick(states: Tensor) -> Tensor:
+            flat = states.reshape(-1, states.shape[-1])
+            return Picks(places, len(flat)).take(flat)
+
+        with self.autocast():
+            found = tail.states_at(pick, forward)
+            if found is None:
+                return None
+            states, logits = found
+            with torch.no_grad():
+                fits = torch.equal(logits, tail(states[: len(logits)]))
+        return states if fits else None
+
+    def _read_at(
+        self, batch: Batch, rows: Tensor, columns: Tensor, read: Callable[[Tensor, Callable[[], Any]], T]
+    ) -> T:
+        """`read` of a forward pass, and of the flat places in it that predict tokens (rows, columns).
 
         A decoder computes each distinct prompt once and no padding: all tokens stand in one row, and attention alone
         puts them back into rows.
         """
         width = batch.tokens.shape[1]
         if batch.context is not None:
-            return self._head_at(rows * width + columns, lambda: self._forward(batch))
+            with self._recomputing():
+                return read(rows * width + columns, lambda: self._forward(batch))
         layout = self._layout(batch)
         if layout is not None:
             source, expand = layout
@@ -637,12 +711,29 @@ class Policy:
                 "position_ids": batch.position_ids.reshape(-1)[source][None],
                 "use_cache": False,
             }
-            with attending_in_rows(self._base().config, picked) as used:
-                chosen = self._head_at(expand[rows, columns - 1], lambda: self.model(**arguments))
+            config = self._base().config
+            with attending_in_rows(config, picked) as used, self._recomputing(None, picked):
+                chosen = read(expand[rows, columns - 1], lambda: self.model(**arguments))
             if used.calls == self._decoder_layers():
                 return chosen
             self._attends_in_rows = False  # a model with attention of its own, which let the rows see each other
-        return self._head_at(rows * width + columns - 1, lambda: self._forward(batch))
+        with self._recomputing():
+            return read(rows * width + columns - 1, lambda: self._forward(batch))
+
+    @contextlib.contextmanager
+    def _recomputing(self, trunk: Any = None, layout: RowLayout | None = None) -> Iterator[None]:
+        """Inside, the layers of `trunk`, or of the policy's model, are computed again in the backward pass if
+        `recomputes` says so, by the layout that was in force."""
+        if not (self.recomputes and torch.is_grad_enabled()):
+            yield
+            return
+        config = self._base().config
+
+        def inside() -> contextlib.AbstractContextManager[Any]:
+            return contextlib.nullcontext() if layout is None else attending_in_rows(config, layout)
+
+        with computed_again(self.model if trunk is None else trunk, inside):
+            yield
 
     def _layout(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Where the tokens of a decoder's batch stand when no prompt is repeated and nothing is padded: their places
@@ -839,6 +930,12 @@ def is_masked(config: Any) -> bool:
     kind = config.model_type
     decodes = kind in CAUSAL and (kind not in MASKED or bool(getattr(config, "is_decoder", False)))
     return kind in MASKED and not config.is_encoder_decoder and not decodes
+
+
+def placed(batch: Batch, values: Tensor) -> Tensor:
+    """Values float[K] of the action tokens, row by row, on the batch's columns: float[B, S], zero elsewhere."""
+    out = torch.zeros(batch.tokens.shape, dtype=values.dtype, device=values.device)
+    return out.index_put(batch.action_mask.nonzero(as_tuple=True), values)
 
 
 def _upcast(logits: Tensor) -> Tensor:

@@ -82,6 +82,14 @@ class RewardModel:
     def device(self) -> torch.device:
         return self.encoder.device
 
+    @property
+    def recomputes(self) -> bool:
+        return self.encoder.recomputes
+
+    @recomputes.setter
+    def recomputes(self, value: bool) -> None:
+        self.encoder.recomputes = value
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         used = [p for p in self.encoder.body.parameters() if p.requires_grad]
         return [*used, *self.head.parameters()]

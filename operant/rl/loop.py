@@ -215,6 +215,7 @@ class _Loop:
         self.pairs = request.pairs
         logged = judged(request.logged, runner)
         policy.model.eval()  # dropout off: the sampler and the learner must be the same policy
+        policy.recomputes = config.activation_checkpointing
         learns_values = settings.algorithm.loss == "double_q"
         # the held-out drift is against the reference
         if config.kl_coef > 0 or request.dev_prompts or config.environment or learns_values:
@@ -228,6 +229,7 @@ class _Loop:
             policy, lr=settings.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
             warmup_steps=config.warmup_steps * passes, total_steps=config.steps * passes, schedule=config.schedule,
             critic_lr=config.critic_lr or CRITIC_RATE * settings.lr, rule=update_rule(policy, config, settings),
+            sized=True,
         )  # fmt: skip
         self.state: dict[str, Any] = {"rewards": {}}
         paid = module_hashes(config.environment) if config.environment else reward_hashes(request.reward)

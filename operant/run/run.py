@@ -250,6 +250,7 @@ class Run:
         Raises OperantError when a resumed run began with another chat template, reward or rows.
         """
         self.policy, self.learner, self.state = policy, learner, state
+        learner.say = self.note
         if codec := getattr(policy, "codec", None):
             self._sources["template"] = {"chat": {"sha256": codec.template_hash, "of": "its text"}}
         self.folder.rests_on(self._sources)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant.algorithms.objectives import full_kl, kto_reference_point, preference_loss
+from operant.algorithms.objectives import kto_reference_point, preference_loss
+from operant.algorithms.surrogate import full_kl_of
 from operant.algorithms.table import ALGORITHMS, nearest
 from operant.config import PreferConfig
 from operant.data.batch import microbatches, to_device
@@ -327,9 +328,10 @@ class PreferenceTask(StageTask):
             "tokens_good": micro.action_mask[micro.is_chosen].sum(),
         }
         if self.config.measure_kl:
-            logits = self.policy.logits(micro)
+            acting = self.policy.acting(micro)
             with self.policy.as_reference():
-                sums["kl_ref"] = full_kl(logits, self.policy.logits(micro))[micro.action_mask].sum()
+                reference = self.policy.acting(micro)
+            sums["kl_ref"] = full_kl_of(acting, reference).sum()
             sums["tokens"] = micro.action_mask.sum()
         return sums
 

@@ -12,7 +12,8 @@ from operant.config import SftConfig
 from operant.data.batch import microbatches
 from operant.data.prompts import Pair, PromptFormat, load_fitting_pairs, settle_style
 from operant.data.rows import held_out_source, load_split_rows
-from operant.models.policy import Policy
+from operant.models.head import of_rows
+from operant.models.policy import Policy, placed
 from operant.models.sampler import Sampler
 from operant.rl.evaluate import evaluate
 from operant.run.run import DataOrder, Quiet, Run, as_begun
@@ -87,9 +88,14 @@ class FineTuningTask(LikelihoodTask):
     def loss(self, model: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.config.label_smoothing:
             return super().loss(model, batch)
-        every = model.logits(batch).log_softmax(-1)
-        picked = every.gather(-1, batch.tokens[..., None])[..., 0] * batch.action_mask
-        return label_smoothed(picked, every.mean(-1) * batch.action_mask, self.config.label_smoothing), {}
+        tokens = batch.tokens[batch.action_mask]
+
+        def picked(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            every = logits.log_softmax(-1)
+            return every.gather(-1, tokens[part, None])[:, 0], every.mean(-1)
+
+        logprobs, means = (placed(batch, column) for column in of_rows(picked, model.acting(batch)))
+        return label_smoothed(logprobs, means, self.config.label_smoothing), {}
 
     def measure(self) -> Measures:
         measures = super().measure()

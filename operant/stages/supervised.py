@@ -170,7 +170,9 @@ def fit(run: Run, model: M, task: StageTask, config: FitConfig) -> StageResult[M
     learner = Learner(
         model, lr=rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         warmup_steps=config.warmup_steps, total_steps=config.steps, schedule=config.schedule,
+        sized=True,
     )  # fmt: skip
+    model.recomputes = config.activation_checkpointing
     state: dict[str, float] = {"stale": 0, "dev_loss": math.inf}
     run.attach(model, learner, state)
     if told:

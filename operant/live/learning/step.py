@@ -27,6 +27,7 @@ from torch import Tensor
 
 from operant.algorithms import objectives
 from operant.algorithms.learner import Learner, Sgd, logprobs_of
+from operant.algorithms.surrogate import full_kl_of
 from operant.config import LiveConfig
 from operant.data.batch import drawn, microbatches, scatter
 from operant.live.learning.anchors import Anchors
@@ -34,7 +35,7 @@ from operant.live.learning.events import LessonRow, Paired, Rated
 from operant.live.learning.gate import divergence
 from operant.live.learning.lesson import Lesson, weight_of
 from operant.live.storage.versions import Outcome
-from operant.models.policy import Policy
+from operant.models.policy import Policy, placed
 from operant.types import Batch, StepStats, Trajectory
 
 __all__ = ["ARITHMETIC", "StepResult", "fingerprint", "new_learner", "rating_loss", "take_step"]
@@ -316,14 +317,14 @@ def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Bat
             return config.anchor_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
         if origin is None or not config.kl_coef:
             return _loss_of_rows(policy.logprobs(batch).logprobs, batch, config), {}
-        logits = policy.acting_logits(batch)
-        logprobs = policy.logprobs(batch, logits=logits).logprobs
+        acting = policy.acting(batch)
+        logprobs = policy.logprobs(batch, acting=acting).logprobs
         with torch.no_grad():
-            theirs = origin.acting_logits(batch)
-        pull = torch.zeros_like(logprobs).masked_scatter(batch.action_mask, objectives.full_kl(logits, theirs))
+            theirs = origin.acting(batch)
+        pull = placed(batch, full_kl_of(acting, theirs))
         extra = {}
         if batch.kind == "completions":  # texts that the policy wrote itself
-            given = origin.logprobs(batch, logits=theirs).logprobs
+            given = origin.logprobs(batch, acting=theirs).logprobs
             extra = {"kl_anchor": pull.detach().sum(), "unlikely": (given < math.log(UNLIKELY)).sum()}
         return _loss_of_rows(logprobs, batch, config) + config.kl_coef * pull, extra
 

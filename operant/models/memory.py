@@ -1,0 +1,113 @@
+"""How much of a batch fits into memory: what is free, what a token of a model needs, and how a layer is computed anew
+in the backward pass instead of being kept."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from operant.types import OperantError
+
+# Bytes that the activations of a micro-batch may take: of what is free, and on a processor of all, since there more
+# rows at once make a real model no faster.
+SHARE = 0.4
+ENOUGH_ON_CPU = 2**30
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be taken on a device; None where nobody says.
+
+    On a CPU the least of what the machine has to give and what this process's control group may take.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu":
+        return None
+    found = [_available(), _left_in_group()]
+    return min((bytes for bytes in found if bytes is not None), default=None)
+
+
+def _available() -> int | None:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+def _left_in_group() -> int | None:
+    """What a container may still take (control groups, version 2 and 1). Its cached files do not count: they go."""
+    for folder, limit, used in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            cached = 0
+            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines():
+                name, _, value = line.partition(" ")
+                cached += int(value) if name == "inactive_file" else 0
+            return int((folder / limit).read_text()) - int((folder / used).read_text()) + cached
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in RAM or on a GPU."""
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError)
+        and any(words in text for words in ("can't allocate memory", "not enough memory", "out of memory"))
+    )
+
+
+def bytes_kept(compute: Callable[[], Any], weights: Iterator[nn.Parameter]) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass of `compute`, the weights left out."""
+    own = {p.untyped_storage().data_ptr() for p in weights}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        graph = compute()
+    total = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    del graph
+    return total
+
+
+@contextlib.contextmanager
+def computed_again(model: Any, inside: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Inside, a layer keeps nothing but its input for the backward pass, which computes the layer again (Chen et al.
+    2016), in the context that `inside` makes.
+
+    Transformers' own way needs a model in training mode, with its dropout, and knows of no such context.
+    Raises OperantError for a model whose layers are not known.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise OperantError(
+            f"the layers of a {model.config.model_type} cannot be computed again; leave --activation_checkpointing out"
+        )
+    for layer in layers:
+        layer.forward = _again(layer.forward, inside)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _again(forward: Any, inside: Callable[[], contextlib.AbstractContextManager[Any]]) -> Any:
+    def run(*arguments: Any, **named: Any) -> Any:
+        contexts = lambda: (contextlib.nullcontext(), inside())  # noqa: E731
+        return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **named)
+
+    return run
