@@ -74,6 +74,7 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Seed = Annotated[int, Interval(ge=0, le=2**63 - 1)]
 Texts = list[Annotated[str, MinLen(1)]]
+Precision = Literal["float32", "bf16", "bf16-true"]
 
 _COMMON = "common"
 #: The type of a setting that most people need: `--help` shows these, `--help all` shows every one.
@@ -459,7 +460,8 @@ class RunConfig:
         overwrite: throw the run in `out` away first.
         accept_changes: resume although the data, the chat template or the source of the reward has changed since.
         device: auto, cpu, cuda, cuda:1 or mps.
-        dtype: float32, or bf16 for autocast where the processor or GPU has it.
+        dtype: float32; bf16 for autocast over float32 weights; bf16-true for weights in bf16 too, half the memory,
+            beside which an adapter stays float32.
         threads: CPU threads for the matrix work; 0 leaves torch's default.
         max_minutes: stop after this many minutes; 0 for no limit.
         clock: what these minutes are of: wall time, or cpu: time for which the processor worked for this process, which
@@ -483,7 +485,7 @@ class RunConfig:
     overwrite: Common[bool] = False
     accept_changes: bool = False
     device: Common[str] = "auto"
-    dtype: Literal["float32", "bf16"] = "float32"
+    dtype: Precision = "float32"
     threads: NonNegativeInt = 0
     max_minutes: Common[NonNegativeFloat] = 0.0
     clock: Literal["wall", "cpu"] = "wall"
@@ -1088,7 +1090,8 @@ class EvalConfig(PairFields):
         max_rows: completions decoded together.
         seed: of sampling.
         device: auto, cpu, cuda, cuda:1 or mps.
-        dtype: float32, or bf16 for autocast where the processor or GPU has it.
+        dtype: float32; bf16 for autocast over float32 weights; bf16-true for weights in bf16 too, half the memory,
+            beside which an adapter stays float32.
         samples: write the completions to this JSON Lines file.
         json: print one JSON object.
     """
@@ -1103,7 +1106,7 @@ class EvalConfig(PairFields):
     max_rows: PositiveInt = 256
     seed: Seed = 0
     device: str = "auto"
-    dtype: Literal["float32", "bf16"] = "float32"
+    dtype: Precision = "float32"
     samples: str | None = None
     json: bool = False
 
@@ -1157,7 +1160,8 @@ class SampleConfig(FormatFields):
         stop: strings that end a completion.
         seed: of sampling.
         device: auto, cpu, cuda, cuda:1 or mps.
-        dtype: float32, or bf16 for autocast where the processor or GPU has it.
+        dtype: float32; bf16 for autocast over float32 weights; bf16-true for weights in bf16 too, half the memory,
+            beside which an adapter stays float32.
         json: print one JSON object a completion, with its tokens and log-probabilities: a row for train --logged.
     """
 
@@ -1171,7 +1175,7 @@ class SampleConfig(FormatFields):
     stop: Texts = dataclasses.field(default_factory=list)
     seed: Seed = 0
     device: str = "auto"
-    dtype: Literal["float32", "bf16"] = "float32"
+    dtype: Precision = "float32"
     json: bool = False
 
 

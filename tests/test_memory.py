@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from operant.algorithms.objectives import negative_log_likelihood
 from operant.algorithms.trust_region import TrustRegion
 from operant.models.memory import bytes_kept, free_memory, is_out_of_memory
 from operant.models.policy import Policy
-from operant.types import Batch, OperantError
+from operant.models.sampler import Sampler
+from operant.types import Batch, OperantError, Prompt, Sampling
 
 ANSWERS = [np.array([4, 5, 6, 8]), np.array([7, 5]), np.array([9, 11, 10, 12, 4]), np.array([8]), np.array([4, 9])]
 PROMPTS = [np.array([5, 6, 7]), np.array([5, 6, 7]), np.array([9, 4]), np.array([9, 4]), np.array([12])]
@@ -201,3 +203,65 @@ def test_the_program_says_in_one_line_that_memory_ran_out(
         cli.main(["sample", "--model", "nothing"])
     line = capsys.readouterr().err
     assert line.startswith("operant: out of memory; ") and line.count("\n") == 1
+
+
+# --- weights in bf16 ---------------------------------------------------------------------------------------------
+
+
+def half(make_policy: Callable[..., Policy], family: str, folder: Path, rank: int = 0) -> Policy:
+    make_policy(family).save(folder)
+    policy = Policy.load(folder, device="cpu", dtype="bf16-true")
+    if rank:
+        policy.add_lora(rank)
+    policy.model.eval()
+    return policy
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_weights_are_really_in_bf16_and_say_what_those_in_float32_say_as_nearly_as_they_can(
+    family: str, make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy, exact = half(make_policy, family, tmp_path), make_policy(family)
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+    batch = batch_for(exact)
+    found, expected = policy.logprobs(batch).logprobs, exact.logprobs(batch).logprobs
+    assert found.dtype == torch.float32
+    assert 0 < float((found - expected).abs().max().detach()) < 0.5
+    # the sampler draws from what the learner learns
+    sampling = Sampling(temperature=1.0, max_tokens=6, seed=3)
+    completion = Sampler(policy).sample([Prompt("a", PROMPTS[0])], sampling)[0][0]
+    with torch.no_grad():
+        own = policy.logprobs(policy.batch_of_sequences([PROMPTS[0]], [completion.tokens])).logprobs[0]
+    assert completion.behavior_logprobs is not None
+    drawn = torch.from_numpy(completion.behavior_logprobs)
+    torch.testing.assert_close(own[-len(drawn) :], drawn, rtol=0.05, atol=0.05)
+
+
+def test_an_adapter_beside_weights_in_bf16_is_float32_learns_and_comes_back(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    policy = half(make_policy, "llama", tmp_path / "base", rank=2)
+    learned = policy.trainable_parameters()
+    frozen = {name: p.clone() for name, p in policy.model.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in learned} == {torch.float32} and {p.dtype for p in frozen.values()} == {torch.bfloat16}
+    before = [p.detach().clone() for p in learned]
+    batch = batch_for(policy)
+    own = Learner(policy, lr=1e-2)
+    losses = [own.step([batch], likelihood).loss for _ in range(3)]
+    assert losses[2] < losses[0]
+    assert any(not torch.equal(p, b) for p, b in zip(learned, before, strict=True))
+    assert all(torch.equal(p, frozen[name]) for name, p in policy.model.named_parameters() if name in frozen)
+    policy.save(tmp_path / "adapter")
+    again = Policy.load(tmp_path / "adapter", device="cpu", dtype="bf16-true")
+    again.model.eval()
+    assert {p.dtype for p in again.trainable_parameters()} == {torch.float32}
+    assert torch.equal(again.logprobs(batch).logprobs, policy.logprobs(batch).logprobs)
+    assert not (tmp_path / "adapter" / "base").exists(), "the base was copied"
+
+
+def test_what_needs_float32_weights_refuses_bf16_by_name(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy = half(make_policy, "llama", tmp_path)
+    with pytest.raises(OperantError, match="too coarse to learn by small steps; add --lora_rank 8"):
+        Learner(policy, lr=1e-2)
+    with pytest.raises(OperantError, match="leave --dtype bf16-true out"), policy.full_precision():
+        pass

@@ -170,7 +170,7 @@ class Adam:
 
     Weight decay touches matrices only, as is customary. A critic's weights have their own rate and are clipped on their
     own: the size of a value's error must not decide how far the policy moves.
-    Raises OperantError when there is no weight to train.
+    Raises OperantError when there is no weight to train, or one in bf16.
     """
 
     def __init__(
@@ -186,6 +186,10 @@ class Adam:
         self.parameters, self.critic = list(parameters), list(critic)
         if not self.parameters:
             raise OperantError("the policy has no trainable weights; unfreeze some or add LoRA with --lora_rank 8")
+        if any(p.dtype == torch.bfloat16 for p in self.parameters):
+            raise OperantError(
+                "weights in bf16 are too coarse to learn by small steps; add --lora_rank 8, or use --dtype bf16"
+            )
         self.max_grad_norm, self.momentum = max_grad_norm, betas[0] > 0
         groups = [
             {

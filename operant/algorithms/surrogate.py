@@ -96,7 +96,7 @@ class Surrogate:
         """The weight float32[B, S] of what another distribution than the trainer's drew, by rounding or age; or 1."""
         weight: Tensor | float = 1.0
         assert batch.behavior_logprobs is not None
-        if policy.dtype == "bf16" and self.config.correction_cap > 0:
+        if policy.dtype != "float32" and self.config.correction_cap > 0:
             weight = objectives.behavior_correction(old, batch.behavior_logprobs, self.config.correction_cap)
         if self.config.correction_band > 0:
             weight = weight * objectives.sequence_mask(

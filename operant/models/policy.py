@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint 
 
 T = TypeVar("T")
 Family = Literal["decoder", "encoder-decoder"]
+DTYPES = ("float32", "bf16", "bf16-true")
 EntropyMode = Literal["none", "measured", "differentiable"]
 TARGET_FILE = "lagging.safetensors"  # the name that older checkpoints have too
 # read when CUDA's matrix library starts: with it a product has the same bits every time
@@ -123,17 +125,18 @@ def resolve_device(name: str) -> torch.device:
 class Policy:
     """A Transformers model with its tokenizer.
 
-    `dtype` is the precision of the matrix work: "float32", or "bf16" for autocast over float32 weights.
+    `dtype` is the precision of the matrix work: "float32", or "bf16" for autocast over float32 weights. With
+    "bf16-true" the weights are bf16 themselves; those of an adapter stay float32.
     Raises OperantError for another dtype, for a device that is not there, and when the tokenizer has more tokens than
     the model.
     """
 
     def __init__(self, model: Any, codec: Codec, *, device: str = "auto", dtype: str = "float32") -> None:
-        if dtype not in ("float32", "bf16"):
-            raise OperantError(f"dtype {dtype!r} is not known; choose float32 or bf16")
+        if dtype not in DTYPES:
+            raise OperantError(f"dtype {dtype!r} is not known; choose {', '.join(DTYPES)}")
         self.device = resolve_device(device)
         self.dtype = dtype
-        self.model = one_kernel_gelu(model).to(self.device)
+        self.model = one_kernel_gelu(_halved(model) if dtype == "bf16-true" else model).to(self.device)
         self.family: Family = "encoder-decoder" if self.config.is_encoder_decoder else "decoder"
         settings = getattr(self._base(), "generation_config", None)
         self.generation = Generation.of(settings, self.vocabulary)
@@ -205,7 +208,8 @@ class Policy:
             )
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, told = auto.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True, **named
+            source, config=config, dtype=torch.bfloat16 if dtype == "bf16-true" else torch.float32,
+            output_loading_info=True, **named,
         )  # fmt: skip
         expect_all_weights(source, told)
         policy = cls(model, codec or Codec.load(source), device=device, dtype=dtype)
@@ -415,7 +419,9 @@ class Policy:
 
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Inside, nothing is computed in half precision."""
+        """Inside, nothing is computed in half precision. Raises OperantError where the weights are in it."""
+        if self.dtype == "bf16-true":
+            raise OperantError("a trust region computes in float32; leave --dtype bf16-true out")
         self._full_precision = True
         try:
             yield
@@ -930,6 +936,15 @@ def is_masked(config: Any) -> bool:
     kind = config.model_type
     decodes = kind in CAUSAL and (kind not in MASKED or bool(getattr(config, "is_decoder", False)))
     return kind in MASKED and not config.is_encoder_decoder and not decodes
+
+
+def _halved(model: Any) -> Any:
+    """The weights in bf16, those of an adapter left out. What a model computes with beside them, such as the angles of
+    its positions, keeps its precision."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and "lora_" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def placed(batch: Batch, values: Tensor) -> Tensor:
