@@ -183,8 +183,8 @@ def test_a_base_that_was_changed_in_memory_is_not_named(base: Path, tmp_path: Pa
 
 
 def test_a_new_adapter_on_an_adapter_stands_on_the_sum(base: Path, tmp_path: Path) -> None:
-    adapted(base).save(tmp_path / "first")
-    policy = Policy.load(tmp_path / "first", device="cpu")
+    policy = adapted(base)
+    policy.save(tmp_path / "first")
     before = logprobs(policy)
     policy.add_lora(rank=3)
     assert torch.allclose(logprobs(policy), before, atol=1e-5)

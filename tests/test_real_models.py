@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from program import write_rows
 
+import operant
+from operant.config import SftConfig
 from operant.data.batch import from_sequences
 from operant.models.encoder import Encoder, is_encoder
 from operant.models.policy import Policy
@@ -101,6 +105,27 @@ def test_the_encoder_reads_like_plain_transformers_and_carries_a_reward_model(
     loaded = RewardModel.load(tmp_path, device="cpu")
     pairs = [("What is it?", "It rained."), ("What is it?", "Paris.")]
     assert loaded.predict(loaded.read_all(pairs)) == made.predict(made.read_all(pairs))
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(("rank", "megabytes"), [(8, 60), (0, 1700)], ids=["lora", "all weights"])
+def test_two_steps_leave_little_on_the_disk(
+    rank: int, megabytes: int, real_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{i} and one", "completion": f"{i + 1}"} for i in range(8)]
+    run = tmp_path / "run"
+    operant.sft(
+        SftConfig(
+            model=str(real_model(CHAT)), data=str(write_rows(tmp_path / "rows.jsonl", rows)), out=str(run), steps=2,
+            batch_size=2, eval_every=2, lora_rank=rank, device="cpu", tensorboard=False,
+        ),
+        quiet=True,
+    )  # fmt: skip
+    files = {(file.stat().st_dev, file.stat().st_ino): file.stat().st_size for file in run.rglob("*") if file.is_file()}
+    assert sum(files.values()) <= megabytes * 10**6
+    assert Policy.load(run / "model", device="cpu").is_lora == bool(rank)
+    shutil.rmtree(tmp_path)
 
 
 # --- fetching them ---------------------------------------------------------------------------------------------------

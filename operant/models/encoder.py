@@ -169,10 +169,12 @@ class Encoder:
     def add_lora(
         self, rank: int, *, alpha: float = 0.0, targets: Sequence[str] = (), dropout: float = 0.0, seed: int = 0
     ) -> None:
-        """Train a low-rank adapter instead of the weights (`adapter.add_adapter`).
+        """Train a low-rank adapter instead of the weights (`adapter.add_adapter`), on top of one that is there.
 
         Raises OperantError when no layer is named as one of `targets`.
         """
+        if self.is_lora:
+            self.model, self._origin = self.model.merge_and_unload(), None
         self.model = add_adapter(self.model, rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
 
     @property

@@ -223,7 +223,9 @@ def expect_base(folder: Path, base: Base) -> None:
         else facts["sha256"] == hash_weights(base.place)
     )
     if not same:
-        raise OperantError(f"{folder} stands on another base than {base.source}; load it anew")
+        raise OperantError(
+            f"{folder} stands on another base than {base.source}, or that has changed since; give the one it began with"
+        )
 
 
 def _find_base_of_peft(folder: Path) -> Base:

@@ -321,7 +321,7 @@ class Policy:
         Raises OperantError when no layer is named as one of `targets`.
         """
         if self.is_lora:
-            self.model = self.model.merge_and_unload()
+            self.model, self._origin = self.model.merge_and_unload(), None
         self.model = add_adapter(
             self.model, rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed,
             task="SEQ_2_SEQ_LM" if self.has_encoder else "CAUSAL_LM",
