@@ -82,7 +82,8 @@ def rows_of(task: str, split: str) -> list[dict[str, Any]]:
     if task == "sentiment":
         return rows
     if task == "brief":
-        return [asking(r["instruction"]) for r in rows if not r["input"] and len(r["instruction"]) < 120]
+        asked = dict.fromkeys(r["instruction"] for r in rows if not r["input"] and len(r["instruction"]) < 120)
+        return [asking(text) for text in asked]
     return [
         asking(
             f"{r['instruction']}\n{r['input'] or ''}".strip(),

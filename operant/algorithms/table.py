@@ -191,17 +191,17 @@ ALGORITHMS = {
         ),
         Algorithm(
             "dpo", "Rafailov et al. 2023", "dpo", "none", "none", "per_completion", pairs=True, reference=True,
-            rates=Rates(2e-5, 5e-6, 1e-4),
+            rates=Rates(2e-5, 5e-6, 5e-5),
             honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "ipo", "Azar et al. 2023", "ipo", "none", "none", "per_completion", pairs=True, reference=True,
-            rates=Rates(1e-5, 2.5e-6, 5e-5),
+            rates=Rates(1e-5, 2.5e-6, 2.5e-5),
             honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
         Algorithm(
             "kto", "Ethayarajh et al. 2024", "kto", "none", "none", "per_completion", reference=True,
-            rates=Rates(5e-5, 1.25e-5, 2.5e-4),
+            rates=Rates(5e-5, 1.25e-5, 1.25e-4),
             honours_dense=False, honours_gamma=False, honours_stale=True, honours_greedy=True,
         ),
     )
