@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import dataclasses
 import datetime
+import io
 import json
 import math
+import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -127,7 +131,7 @@ def run_sample(config: configs.SampleConfig) -> None:
 
     if not config.prompt and sys.stdin.isatty():
         print("a prompt a line, Ctrl-D ends:", file=sys.stderr)
-    texts = [config.prompt] if config.prompt else _lines()
+    texts = [config.prompt] if config.prompt else _Lines()
     for prompt, completion in sample_from(config, texts, lambda line: print(line, file=sys.stderr)):
         if not config.json:
             print(completion.text, flush=True)
@@ -142,13 +146,39 @@ def run_sample(config: configs.SampleConfig) -> None:
         print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
-def _lines() -> Iterator[str]:
-    try:
-        for line in sys.stdin:
-            line.encode()  # without a locale Python lets bytes through that are no text
-            yield line.rstrip("\n")
-    except UnicodeError as error:
-        raise OperantError(f"standard input is not UTF-8: convert it, as by iconv -f latin1 ({error})") from error
+class _Lines:
+    """The lines of standard input, which say whether the next one is there already."""
+
+    def __init__(self) -> None:
+        self._decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+        self._text, self._ended = "", False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while "\n" not in self._text and not self._ended:
+            self._read()
+        if not self._text:
+            raise StopIteration
+        line, _, self._text = self._text.partition("\n")
+        return line
+
+    def ready(self) -> bool:
+        """Whether the next line, or the end, can be had without waiting."""
+        while "\n" not in self._text and not self._ended:
+            if not select.select([sys.stdin], [], [], 0)[0]:
+                return False
+            self._read()
+        return True
+
+    def _read(self) -> None:
+        data = os.read(sys.stdin.fileno(), 1 << 16)
+        self._ended = not data
+        try:
+            self._text += self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise OperantError(f"standard input is not UTF-8: convert it, as by iconv -f latin1 ({error})") from error
 
 
 def run_merge(config: configs.MergeConfig) -> None:

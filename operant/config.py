@@ -1158,6 +1158,7 @@ class SampleConfig(FormatFields):
         top_k: draw only from the k likeliest tokens; 0 is off; auto as above, or else off.
         max_tokens: longest completion.
         stop: strings that end a completion.
+        max_rows: completions decoded together, of as many lines as are there.
         seed: of sampling.
         device: auto, cpu, cuda, cuda:1 or mps.
         dtype: float32; bf16 for autocast over float32 weights; bf16-true for weights in bf16 too, half the memory,
@@ -1173,6 +1174,7 @@ class SampleConfig(FormatFields):
     top_k: NonNegativeInt | Literal["auto"] = "auto"
     max_tokens: PositiveInt = 64
     stop: Texts = dataclasses.field(default_factory=list)
+    max_rows: PositiveInt = 32
     seed: Seed = 0
     device: str = "auto"
     dtype: Precision = "float32"

@@ -175,9 +175,11 @@ def test_words_that_yaml_would_drop(command: str, setting: str, word: str, monke
 def test_bytes_that_are_no_text_and_a_locale_without_the_letters(
     program: Program, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     for errors in ("strict", "surrogateescape"):  # the latter without a locale
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
-        assert "standard input is not UTF-8: convert it" in program.fault("sample", "--model", model, *ON_CPU)
+        with (tmp_path / "latin.txt").open(encoding="utf-8", errors=errors) as lines:
+            monkeypatch.setattr(sys, "stdin", lines)
+            assert "standard input is not UTF-8: convert it" in program.fault("sample", "--model", model, *ON_CPU)
     data = write_rows(tmp_path / "rows.jsonl", [{"completion": "你好"}])
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "cp1252"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.rl.evaluate import sample_from
 from operant.rl.rollouts import rollout_sampling
-from operant.types import Prompt, Sampling
+from operant.types import OperantError, Prompt, Sampling
 
 PROMPT = Prompt("a", np.array([41, 52, 63, 74, 85], np.int64))
 GREEDY = Sampling(temperature=0.0, max_tokens=10)
@@ -100,6 +101,62 @@ def test_what_is_learned_from_is_drawn_from_the_whole_distribution(codec: Codec)
     allowed = ours(policy, dataclasses.replace(sampling, suppress=True), n=4)
     assert all(set(a.tokens.tolist()) <= {*range(3), *range(280, codec.vocab_size)} for a in allowed)
     assert all((a.behavior_logprobs >= a.model_logprobs - 1e-6).all() for a in allowed)
+
+
+class Typed:
+    """Lines that somebody types: the next one comes once the one before it is answered."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines, self.taken, self.answered = lines, 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.lines:
+            self.taken += 1
+            yield line
+
+    def ready(self) -> bool:
+        return self.answered == self.taken
+
+
+def test_lines_are_answered_together_in_their_order_and_as_they_come(
+    codec: Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy_with("llama", codec).save(tmp_path)
+    lines = ["the cat", "a dog", "one two three", "x", "the red house"]
+    rows: list[int] = []
+    prefill = Policy.prefill
+
+    def counted(self: Policy, prompts: Any, *others: Any) -> Any:
+        rows.append(len(prompts))
+        return prefill(self, prompts, *others)
+
+    monkeypatch.setattr(Policy, "prefill", counted)
+
+    def answers(texts: Any, **options: Any) -> Iterator[tuple[str, list[int]]]:
+        config = SampleConfig(model=str(tmp_path), max_tokens=9, device="cpu", seed=3, **options)
+        return ((prompt.text, answer.tokens.tolist()) for prompt, answer in sample_from(config, texts))
+
+    whole = list(answers(lines, n=2))
+    assert rows == [5] and [text for text, _ in whole] == [line for line in lines for _ in range(2)]
+    rows.clear()
+    typed = Typed(lines)
+    got = []
+    for number, answer in enumerate(answers(typed, n=2), start=1):
+        typed.answered = number // 2
+        assert typed.taken == (number + 1) // 2  # nobody waits for a line while another is to be answered
+        got.append(answer)
+    assert got == whole and rows == [1] * 5
+    rows.clear()
+    assert list(answers(lines, n=2, max_rows=3)) == whole and max(rows) <= 3
+
+
+def test_what_was_asked_before_a_fault_is_answered(codec: Codec, tmp_path: Path) -> None:
+    policy_with("llama", codec).save(tmp_path)
+    config = SampleConfig(model=str(tmp_path), max_tokens=4, device="cpu")
+    answers = sample_from(config, ["the cat", "a dog", "long " * 60, "x"])
+    assert [next(answers)[0].text, next(answers)[0].text] == ["the cat", "a dog"]
+    with pytest.raises(OperantError, match="48"):
+        next(answers)
 
 
 def test_flags_come_before_the_makers_word_and_that_before_ours() -> None:

@@ -19,6 +19,7 @@ from program import write_rows
 import operant
 from operant.config import SftConfig
 from operant.data.batch import from_sequences
+from operant.data.prompts import load_prompts
 from operant.models.encoder import Encoder, is_encoder
 from operant.models.policy import Policy
 from operant.models.reward_model import RewardFacts, RewardModel
@@ -69,6 +70,11 @@ def test_greedy_text_is_that_of_generate_and_knows_the_capital_of_france(chat: P
         out = plain.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=24, do_sample=False)
         assert out[0, row.shape[1] :].tolist() == completion.tokens.tolist()
     assert mine[0].text == "The capital of France is Paris."
+    read = load_prompts([{"prompt": question} for question in QUESTIONS], chat.codec)  # the same, of texts
+    assert [prompt.tokens.tolist() for prompt in read] == [prompt.tokens.tolist() for prompt in prompts]
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    whole = chat.codec.tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+    assert [prompt.tokens.tolist() for prompt in prompts] == whole
 
 
 @pytest.mark.real

@@ -459,11 +459,12 @@ def test_runs_with_lora_leave_adapters_alone_in_stage_after_stage(
 def test_sample_reads_lines_and_eval_writes_them(
     program: Program, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-
-    monkeypatch.setattr(sys, "stdin", io.StringIO("red cat\nblue dog\n"))
-    told = program("sample", "--model", model, "--max_tokens", 3, "--temperature", 0, "--json", *ON_CPU)
-    assert [json.loads(line)["prompt"] for line in told.out.splitlines()] == ["red cat", "blue dog"]
+    lines = tmp_path / "lines.txt"
+    lines.write_bytes("red cat\r\nblué dog\n\nlast".encode())
+    with lines.open() as stream:
+        monkeypatch.setattr(sys, "stdin", stream)
+        told = program("sample", "--model", model, "--max_tokens", 3, "--temperature", 0, "--json", *ON_CPU)
+    assert [json.loads(line)["prompt"] for line in told.out.splitlines()] == ["red cat", "blué dog", "", "last"]
     kept = tmp_path / "answers.jsonl"
     told = program(
         "eval", "--model", model, "--data", data, "--limit", 3, "--max_tokens", 3, "--samples", kept, *ON_CPU

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -136,8 +137,10 @@ def _write_samples(path: str, prompts: Sequence[Prompt], completions: Sequence[C
 def sample_from(
     config: SampleConfig, texts: Iterable[str], note: Callable[[str], None] | None = None
 ) -> Iterator[tuple[Prompt, Completion]]:
-    """Each text as a prompt, with each of its `n` completions, as `config` says; a text is answered as it comes.
+    """Each text as a prompt, with each of its `n` completions, as `config` says, in the texts' order.
 
+    texts: read as rows become free; many are answered together. Where `texts.ready()` is there and False, the next one
+        would have to be waited for, and what is under way is answered first.
     note: called where prompts are written otherwise than the model was trained.
 
     Raises OperantError when no model is named, and for a model or prompt that cannot be read.
@@ -157,10 +160,39 @@ def sample_from(
         temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=config.max_tokens, stop=tuple(config.stop),
         seed=config.seed,
     )  # fmt: skip
-    for number, text in enumerate(texts):
-        prompt = Prompt(id=str(number), text=text, tokens=written.encode(text, policy.codec))
-        for completion in Sampler(policy).sample([prompt], sampling, config.n)[0]:
-            yield prompt, completion
+    prompts = (Prompt(id=str(i), text=t, tokens=written.encode(t, policy.codec)) for i, t in enumerate(texts))
+    ready = getattr(texts, "ready", lambda: True)
+    yield from _answered_in_order(Sampler(policy, max_rows=config.max_rows), prompts, sampling, config.n, ready)
+
+
+def _answered_in_order(
+    sampler: Sampler, prompts: Iterator[Prompt], sampling: Sampling, n: int, ready: Callable[[], bool]
+) -> Iterator[tuple[Prompt, Completion]]:
+    """Each prompt with each of its n completions, in order, each as soon as it is there and those before it are.
+
+    Raises what `prompts` raises, after all that was asked before it.
+    """
+    waiting: deque[tuple[Prompt, str]] = deque()
+    done: dict[str, Completion] = {}
+    fault: OperantError | None = None
+    left = True
+    while left or waiting:
+        while left and len(waiting) < 4 * sampler.max_rows and (not sampler.pending or ready()):
+            try:
+                prompt = next(prompts, None)
+                ids = [] if prompt is None else sampler.submit(prompt, sampling, n)
+            except OperantError as error:
+                prompt, fault = None, error
+            if prompt is None:
+                left = False
+            else:
+                waiting.extend((prompt, name) for name in ids)
+        done |= {completion.id: completion for completion in (sampler.step() if sampler.pending else ())}
+        while waiting and waiting[0][1] in done:
+            asked, name = waiting.popleft()
+            yield asked, done.pop(name)
+    if fault is not None:
+        raise fault
 
 
 def bleu_tokenizer(references: Sequence[Sequence[str]]) -> str:
