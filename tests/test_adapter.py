@@ -23,7 +23,7 @@ from operant.config import MergeConfig, PreferConfig, SftConfig, TrainConfig
 from operant.data.batch import from_sequences
 from operant.data.text import Codec
 from operant.models.encoder import Encoder
-from operant.models.folder import hash_weights
+from operant.models.folder import copy_linked, hash_weights, settle
 from operant.models.policy import Policy
 from operant.models.reward_model import RewardFacts, RewardModel
 from operant.run.merge import merge
@@ -126,7 +126,15 @@ def test_a_hub_id_names_the_base(base: Path, tmp_path: Path, monkeypatch: pytest
     assert json.loads((tmp_path / "adapter" / "base.json").read_text()) == {"hub": "someone/tiny", "revision": revision}
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("someone/tiny", revision)
-    (there / "refs" / "main").write_text("f" * 40)  # the hub has moved on; the adapter's base has not
+    Policy.load("someone/tiny", device="cpu").save(tmp_path / "first", by_name=True)
+    (there / "refs" / "main").write_text("f" * 40)  # the hub has moved on; what was named has not
+    assert not [*(tmp_path / "first").glob("*.safetensors")]
+    unchanged = logprobs(Policy.load(base, device="cpu"))
+    assert torch.equal(logprobs(Policy.load(tmp_path / "first", device="cpu")), unchanged)
+    copy_linked(tmp_path / "first", tmp_path / "model")
+    settle(tmp_path / "model", tmp_path / "first", tmp_path / "model")
+    assert not (tmp_path / "model" / "base.json").exists()
+    assert torch.equal(logprobs(Policy.load(tmp_path / "model", device="cpu")), unchanged)
     assert torch.equal(logprobs(Policy.load(tmp_path / "adapter", device="cpu")), logprobs(policy))
     shutil.rmtree(there)
     with pytest.raises(OperantError, match="someone/tiny"):
