@@ -128,6 +128,7 @@ def nan(prompt, completion): return math.nan
 def short(prompt, completion): return [1.0] * (len(completion.tokens) + 1)
 def raises(prompt, completion): raise ValueError("two\\nlines")
 def nothing(prompt, completion): return None
+def asked(prompt, completion): return float((prompt.text, len(prompt.messages)) == ("you", 2))
 def word(prompt, completion): return "good"
 number = 3
 """
@@ -139,6 +140,15 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / f"{name}.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     return name
+
+
+def test_a_chat_reaches_the_reward_as_a_chat(module: str, program: Program, tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "yo"}, {"type": "text", "text": "u"}]
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": parts}]
+    data = write_rows(tmp_path / "chats.jsonl", [{"prompt": chat, "completion": "hi"}])
+    assert [row["reward"] for row in scored(program, "--reward", f"{module}:asked", "--data", data)] == [1.0]
+    data = write_rows(tmp_path / "odd.jsonl", [{"prompt": {"a": 1}, "completion": "hi"}])
+    assert "row 1 has a dict in the column 'prompt'" in program.fault("score", "--reward", "length", "--data", data)
 
 
 def test_a_function_of_ones_own_and_its_missing_rewards(module: str, program: Program, answers: Path) -> None:

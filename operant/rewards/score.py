@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from operant.config import ScoreConfig
-from operant.data.rows import cell, first_split, is_missing, load_rows, texts_of
+from operant.data.chat import read_messages
+from operant.data.rows import cell, first_split, is_chat, is_missing, load_rows, text_of, texts_of
 from operant.data.text import Codec
 from operant.rewards.names import check_references, reward_by_name
 from operant.rewards.runner import RewardRunner
@@ -99,13 +100,11 @@ def _read_row(
         tokens, ends = np.arange(len(pieces), dtype=np.int64), _ends(pieces)
     if not len(tokens):  # an empty answer has a reward too; it stands on the end-of-text token
         tokens, ends, pieces = np.zeros(1, np.int64), np.zeros(1, np.int64), [""]
+    chat = tuple(read_messages(question, f"row {number + 1}")) if is_chat(question) else None
+    asked = "" if is_missing(question) else chat[-1]["content"] if chat else text_of(question, "prompt", number + 1)
     prompt = Prompt(
-        id=name,
-        text="" if is_missing(question) else str(question),
-        tokens=np.zeros(0, np.int64),
-        references=references,
-        meta=row,
-    )
+        id=name, text=asked, messages=chat, tokens=np.zeros(0, np.int64), references=references, meta=row
+    )  # fmt: skip
     return prompt, Completion(id=name, prompt_id=name, text=text, tokens=tokens, text_ends=ends), pieces
 
 
