@@ -262,6 +262,6 @@ def render_model(service: Service, name: str) -> dict[str, Any]:
         "operant": {
             "version": service.version, "max_length": service.max_length,
             "scores": [service.config.score_low, service.config.score_high],
-            "conversation": bool(service.codec.tokenizer.chat_template),  # without: every question stands alone
+            "conversation": service.written.style(service.codec).chat,  # without: every question stands alone
         },
     }  # fmt: skip
