@@ -42,10 +42,23 @@ def test_temperature_is_the_best_on_a_grid() -> None:
     margins = 5 * true * signs  # five times too sure
     best = fit_temperature(margins)
     grid = np.geomspace(0.1, 50, 400)
-    assert best == pytest.approx(grid[np.argmin([log_loss(margins / t) for t in grid])], rel=0.03)
+    # as if one more comparison of 402 had been judged either way, at every margin
+    losses = [401 / 402 * log_loss(margins / t) + 1 / 402 * log_loss(-margins / t) for t in grid]
+    assert best == pytest.approx(grid[np.argmin(losses)], rel=0.03)
     assert 3 < best < 8
-    assert fit_temperature([1.0, 2.0]) == pytest.approx(0.01)  # nothing is ever wrong
+    assert best == pytest.approx(grid[np.argmin([log_loss(margins / t) for t in grid])], rel=0.1)
     assert fit_temperature([-1.0, -2.0, 0.5]) == pytest.approx(100.0)  # worse than chance
+
+
+@pytest.mark.parametrize("count", [1, 20, 500])
+def test_comparisons_that_are_all_right_allow_no_certainty(count: int) -> None:
+    """Nothing in them says how sure a reward may be; their number does."""
+    for size in (0.3, 4.0):
+        assert size / fit_temperature(np.full(count, size)) == pytest.approx(np.log(count + 1))
+    spread = np.random.default_rng(3).exponential(size=count) + 0.01
+    scaled = spread / fit_temperature(spread)
+    assert log_loss(scaled) < np.log(2)
+    assert scaled.mean() < 4 * np.log(count + 1)
 
 
 def test_affine_is_least_squares_and_never_turns_round() -> None:

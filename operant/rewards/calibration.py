@@ -66,17 +66,21 @@ def calibration_error(probabilities: Doubles, outcomes: Doubles, bins: int = 10)
 
 
 def fit_temperature(margins: Doubles) -> float:
-    """τ that minimises the mean −log σ(m/τ) over margins float[N] (temperature scaling, Guo et al. 2017).
+    """τ of temperature scaling (Guo et al. 2017) over margins float[N], with Platt's targets (1999, §2.2): it minimises
 
-    Kept within [0.01, 100]: where every margin is positive the best τ is 0, and where the mean margin is not positive
-    it is infinite.
+        −Σ t log σ(m/τ) + (1 − t) log σ(−m/τ),   t = (N + 1) / (N + 2)
+
+    that is, as if beside the N comparisons one more had been judged either way. Without that nothing bounds 1/τ where
+    every margin is positive; with it N comparisons that are all right allow log-odds of about log(N + 1), and no
+    certainty. Kept within [0.01, 100]: where the mean margin is not positive the best τ is infinite.
     """
     m = np.asarray(margins, np.float64)
+    target = (len(m) + 1) / (len(m) + 2)
     low, high = np.log(0.01), np.log(100.0)
-    for _ in range(60):  # the loss is convex in 1/τ: its derivative there, −Σ m σ(−m/τ), changes sign once
+    for _ in range(60):  # the loss is convex in 1/τ: its derivative there, Σ m (σ(m/τ) − t), changes sign once
         middle = (low + high) / 2
-        slope = float(np.sum(m / (1.0 + np.exp(np.clip(m / np.exp(middle), -500, 500)))))
-        low, high = (low, middle) if slope > 0 else (middle, high)
+        right = 1.0 / (1.0 + np.exp(-np.clip(m / np.exp(middle), -500, 500)))
+        low, high = (low, middle) if np.sum(m * (target - right)) > 0 else (middle, high)
     return float(np.exp((low + high) / 2))
 
 

@@ -108,6 +108,11 @@ def train_reward_model(
             measured = measure_and_calibrate(model, held_out, known)
             replace_file(run.folder.path / "results.json", json.dumps(measured, indent=1))
             run.log.samples(run.step, _sample_rows(model, held_out))
+            if config.kind == "comparison" and measured["reward model"]["accuracy"] == 1.0:
+                run.note(
+                    f"all {len(held_out)} held-out comparisons come out right, so none says how sure a reward may be: "
+                    f"its scale is bounded by their number, log-odds of about {math.log(len(held_out) + 1):.2g}"
+                )
         facts.measured = measured
         result = RewardModelResult(model, run.folder.path, run.step, run.seconds, run.stop_reason, measured)
     # the run has put the best checkpoint's weights there; what was fitted after it belongs beside them
