@@ -715,6 +715,8 @@ class PreferConfig(LoraConfig, RunConfig, FormatFields):
         schedule: learning rate after the warm-up.
         measure_kl: measure the KL to the reference on held-out rows, which keeps a second copy of full weights.
         eval_every: steps between measurements of the held-out loss.
+        eval_prompts: how many held-out prompts are answered then, to see that the texts are sound; 0 answers none.
+        max_tokens: their longest completion.
         patience: stop when it has not improved for so many measurements; 0 never stops early.
     """
 
@@ -748,6 +750,8 @@ class PreferConfig(LoraConfig, RunConfig, FormatFields):
     weight_decay: NonNegativeFloat = 0.0
     measure_kl: bool = True
     eval_every: Common[PositiveInt] = 25
+    eval_prompts: NonNegativeInt = 16
+    max_tokens: PositiveInt = 64
     patience: Common[NonNegativeInt] = 4
 
 

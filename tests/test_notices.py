@@ -46,6 +46,22 @@ def test_each_sign_of_collapse_has_its_bound(name: str, kept: Series, lost: Seri
     assert found.kind == "collapse"
 
 
+@pytest.mark.parametrize(
+    ("margin", "nll_good", "holds"),
+    [
+        (line(0.0, 10.0), line(2.0, 2.6), True),
+        (line(0.0, 10.0), line(2.0, 2.4), False),  # DPO lowers both likelihoods a little
+        (line(0.0, 10.0), line(2.0, 1.0), False),
+        (line(0.0, 4.9), line(2.0, 2.6), False),
+    ],
+)
+def test_a_margin_that_explodes_is_a_sign_where_the_likelihood_falls(
+    margin: Series, nll_good: Series, holds: bool
+) -> None:
+    found = notices({"eval/margin": margin, "eval/nll_good": nll_good})
+    assert [notice.name for notice in found] == ["margin"] * holds
+
+
 def test_a_metric_that_is_not_optimised_may_fall() -> None:
     assert notices({"eval/chrf": line(60.0, 10.0)}, {"bleu"}) == []
 

@@ -39,6 +39,7 @@ def settings(tmp_path: Path, **options: Any) -> PreferConfig:
         **{
             "out": str(tmp_path / "run"), "device": "cpu", "tensorboard": False, "steps": 30, "batch_size": 8,
             "lr": 0.01, "warmup_steps": 0, "eval_every": 10, "tokens_per_microbatch": 4096, "patience": 0,
+            "eval_prompts": 0,
         }
         | options
     )  # fmt: skip
@@ -180,7 +181,7 @@ def learned(tmp_path: Path, make_policy: Callable[..., Policy], name: str, **opt
                 for key, value in policy.model.named_parameters():
                     if "lora_B" in key:
                         value.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
-    config = settings(tmp_path, steps=6, eval_every=2, save_every=1, **options)
+    config = settings(tmp_path, steps=6, eval_every=2, save_every=1, eval_prompts=2, max_tokens=4, **options)
     config.out = str(tmp_path / name)
     load = load_ratings if config.algorithm == "kto" else load_preferences
     made = load(rows(16), policy.codec)
@@ -231,6 +232,30 @@ def test_an_adapter_that_was_trained_before_is_its_own_reference(
     seen = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval/loss" in row]
     assert seen[0]["eval/loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert seen[0]["eval/kl_ref"] == pytest.approx(0, abs=1e-6) and seen[-1]["eval/kl_ref"] > 1e-5
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_policy_whose_texts_fall_apart_is_never_the_best(
+    make_policy: Callable[..., Policy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held-out pairs are told apart better at every look, by a policy that repeats itself."""
+    policy = make_policy("gpt2")
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    made = load_preferences(rows(40), policy.codec)
+    config = settings(tmp_path, beta=0.2, eval_prompts=16, patience=2)
+    result = prefer(config, policy=policy, examples=made[:32], dev_examples=made[32:], quiet="settings")
+    told = capsys.readouterr().err
+    seen = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "eval/loss" in row]
+    losses, distinct = ([row[f"eval/{name}"] for row in seen] for name in ("loss", "distinct2"))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.01
+    assert all(later < 0.5 * distinct[0] for later in distinct[1:])
+    assert result.stop_reason == "the dev loss of a sound policy has not improved for 2 measurements"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["best_step"] == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in result.policy.model.state_dict().items())
+    assert "signs of collapse: completions repeat themselves" in told
+    assert told.count("(no longer sound: not kept)") == 2 and told.count("(best)") == 1
+    texts = read_rows(tmp_path / "run" / "samples.jsonl")
+    assert {row["step"] for row in texts} == {0, 10, 20} and all(row["text"] for row in texts)
 
 
 # --- KTO's reference point -------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from operant.models.sampler import Sampler
 from operant.rewards import RewardRunner, corpus_metrics
 from operant.run.run import model_in_words
 from operant.types import Completion, Ints, OperantError, Prompt, SamplerProtocol, Sampling
+
+FEWEST_PROMPTS = 5  # different ones, of which the share of the commonest answer says something
 
 
 def evaluate(
@@ -193,6 +195,14 @@ def _answered_in_order(
             yield asked, done.pop(name)
     if fault is not None:
         raise fault
+
+
+def commonest_share(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> float | None:
+    """The share of prompts that get the commonest answer; None where fewer than `FEWEST_PROMPTS` are different."""
+    if len({prompt.tokens.tobytes() for prompt in prompts}) < FEWEST_PROMPTS:
+        return None
+    said = Counter(completion.tokens.tobytes() for completion in completions)
+    return max(said.values()) / len(completions)
 
 
 def bleu_tokenizer(references: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +13,9 @@ from operant.algorithms.table import nearest
 from operant.config import TrainConfig
 from operant.models.policy import Policy
 from operant.rewards import RewardRunner
-from operant.rl.evaluate import evaluate
+from operant.rl.evaluate import commonest_share, evaluate
 from operant.run.run import Run
 from operant.types import Batch, Completion, OperantError, Prompt, SamplerProtocol, Sampling
-
-FEWEST_PROMPTS = 5  # different ones, of which the share of the commonest answer says something
 
 
 class HeldOut:
@@ -82,9 +79,8 @@ class HeldOut:
         before = self.runner.state_dict()
         values, completions = evaluate(self.sampler, self.prompts, sampling=sampling, runner=self.runner)
         values["kl_ref"] = self.drift(self.first_batch(completions))
-        if len({p.tokens.tobytes() for p in self.prompts}) >= FEWEST_PROMPTS:
-            said = Counter(c.tokens.tobytes() for c in completions)
-            values["commonest"] = max(said.values()) / len(completions)
+        if (share := commonest_share(self.prompts, completions)) is not None:
+            values["commonest"] = share
         self.run.log.log(self.run.step, {f"eval/{name}": value for name, value in values.items()})
         self.keep_samples(completions)
         self.runner.load_state_dict(before)  # held-out rewards that are missing are logged as eval/reward_missing

@@ -20,6 +20,8 @@ Series = list[tuple[int, float]]
 #: those whose learning rate ruins them pass 1.
 KL_BOUND = 1.0
 DISTINCT_HALVED = 0.5  # of the distinct-2 that the run began with
+MARGIN = 5.0  # log-odds of a pair, of a probability of 0.993: what lies beyond teaches no preference
+LOST = 0.5  # nats per token by which preferred completions become less likely while the margin is beyond that
 ENTROPY_GONE = 0.25  # of the entropy that the run began with; runs that learn keep a third and more
 ONE_ANSWER = 0.9  # share of the held-out prompts that get the commonest answer
 FELL = 0.05  # of what the optimised metric was at the beginning
@@ -93,6 +95,12 @@ def _collapse(series: Mapping[str, Series], optimised: Collection[str]) -> Itera
     good = levels(series.get("eval/nll_good"))
     if good and good[1] - good[0] > KL_BOUND:
         yield Notice("collapse", "nll_good", f"preferred completions became unlikely, {_change(good)} nats/token")
+    margin = levels(series.get("eval/margin"))
+    if margin and good and margin[1] > MARGIN and good[1] - good[0] > LOST:
+        text = (
+            f"pairs are learned by heart, margin {_change(margin)} while the preferred completion becomes less likely"
+        )
+        yield Notice("collapse", "margin", f"{text}, {_change(good)} nats/token")
     for name in dict.fromkeys(["reward", *sorted(optimised)]):
         value = levels(series.get(f"eval/{name}"))
         if value and value[0] - value[1] > FELL * abs(value[0]):

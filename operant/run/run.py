@@ -409,6 +409,15 @@ class Run:
             if notice.kind == "idle":
                 self.note(f"step {self.step}: {notice.text}, which teaches nothing; check the reward")
 
+    @property
+    def collapsed(self) -> bool:
+        """Whether the texts or the likelihoods of this step show a collapse: its weights are not to be kept as best.
+
+        The distance from the beginning alone does not: a policy that leaves what it was taught to leave is far too.
+        """
+        found = notices(self.log.series, self.facts.get("optimises", ()))
+        return any(notice.kind == "collapse" and notice.name != "kl_ref" for notice in found)
+
     def measured(self, value: float) -> bool:
         """Note a held-out measurement (higher is better); True when it is the best so far, which is then kept."""
         if not value > self.best_value:

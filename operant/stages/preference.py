@@ -30,9 +30,11 @@ from operant.data.prompts import PromptFormat, settle_style
 from operant.data.rows import Fields, Row, held_out_source, load_rows, load_split_rows, split_rows
 from operant.models.adapter import adapt
 from operant.models.policy import Policy
+from operant.models.sampler import Sampler
+from operant.rl.evaluate import commonest_share, evaluate
 from operant.run.run import DataOrder, Quiet, Run, as_begun, mixed_seed
 from operant.stages.supervised import Measures, StageResult, StageTask, fit
-from operant.types import Batch, Floats, Ints, OperantError, Prompt
+from operant.types import Batch, Completion, Floats, Ints, OperantError, Prompt, Sampling
 
 Examples = Sequence[Preference] | Sequence[Rating]  # pairs, or single completions that are good or bad
 METHODS = tuple(a.name for a in ALGORITHMS.values() if a.learns_from == "preferences")
@@ -237,6 +239,7 @@ class PreferenceTask(StageTask):
     """
 
     dropout = False
+    only_sound = True  # pairs can be told apart, and held-out ones too, by a policy whose texts are garbage
 
     def __init__(
         self,
@@ -255,6 +258,8 @@ class PreferenceTask(StageTask):
         self._score(self.answers, self.answers.rows(needed))
         self._score(self.mismatched, needed)
         self.held_out = Answers.of(held_out) if held_out else None
+        self.asked = answerable(policy, self.held_out.prompts)[: config.eval_prompts] if self.held_out else []
+        self.said: list[Completion] = []
         self.held_out_mismatched = None
         if self.held_out is not None:
             if kto and self.held_out.has_several_prompts:
@@ -301,7 +306,10 @@ class PreferenceTask(StageTask):
 
     @torch.no_grad()
     def measure(self) -> Measures:
-        """loss, accuracy and margin per example; nll_good and kl_ref, the KL to the reference, in nats per token."""
+        """loss, accuracy and margin per example; nll_good and kl_ref, the KL to the reference, in nats per token.
+
+        Of greedy completions of `eval_prompts` prompts distinct2, length and the share of the commonest answer.
+        """
         if self.held_out is None:
             return {}
         self.policy.model.eval()
@@ -316,7 +324,23 @@ class PreferenceTask(StageTask):
             measures["nll_good"] = sums["nll_good"] / sums["tokens_good"]
         if self.config.measure_kl:
             measures["kl_ref"] = sums["kl_ref"] / sums["tokens"]
-        return measures
+        return measures | self._texts()
+
+    def _texts(self) -> Measures:
+        """What greedy completions of held-out prompts are like; they are kept for `samples`."""
+        if not self.asked:
+            return {}
+        sampling = Sampling(temperature=0.0, max_tokens=self.config.max_tokens)
+        measured, self.said = evaluate(Sampler(self.policy, max_rows=256), self.asked, sampling=sampling)
+        found = {name: measured[name] for name in ("distinct2", "length")}
+        share = commonest_share(self.asked, self.said)
+        return found if share is None else found | {"commonest": share}
+
+    def samples(self) -> list[dict[str, Any]]:
+        return [
+            {"prompt": prompt.text, "text": completion.text, "stop_reason": completion.stop_reason}
+            for prompt, completion in zip(self.asked, self.said)
+        ][:4]
 
     def _sums(self, micro: Batch, point: float) -> dict[str, Tensor]:
         assert micro.is_chosen is not None
@@ -337,6 +361,13 @@ class PreferenceTask(StageTask):
 
 
 # -- examples
+
+
+def answerable(policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each of the prompts once, without those that leave no token for an answer."""
+    longest = policy.max_length if policy.has_encoder else policy.max_length - 1
+    each = {prompt.tokens.tobytes(): prompt for prompt in prompts}
+    return [prompt for prompt in each.values() if 0 < len(prompt.tokens) <= longest]
 
 
 def _as_needed(config: PreferConfig, examples: Examples) -> Examples:

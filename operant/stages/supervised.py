@@ -48,12 +48,14 @@ class StageTask(ABC):
     best_metric: what the best weights are kept by: "loss", the least, or another measured name, the most.
     patience: measurements without improvement after which the stage ends; 0 never ends it.
     dropout: whether the model's is on while it learns. unit: of the held-out loss, as it is shown.
+    only_sound: weights that show a sign of collapse (`notices`) are not the best, whatever they measure.
     """
 
     best_metric: str = "loss"
     patience: int = 0
     dropout: bool = True
     unit: str = ""
+    only_sound: bool = False
 
     @abstractmethod
     def batches(self, step: int) -> list[Batch]:
@@ -69,6 +71,10 @@ class StageTask(ABC):
     def measure(self) -> Measures:
         """Held-out measures of the model as it is now, `loss` among them; empty where nothing is held out."""
         return {}
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Completions of the last measurement to be read, as samples.jsonl keeps them."""
+        return []
 
     def shown(self, measures: Measures) -> list[str]:
         """Which measures stand beside the loss in the line of a measurement."""
@@ -130,7 +136,8 @@ class EarlyStopping:
         self.state["stale"] = 0 if improved else self.state["stale"] + 1
         if task.patience and self.state["stale"] >= task.patience:
             name = "dev loss" if task.best_metric == "loss" else f"dev {task.best_metric}"
-            run.stop(f"the {name} has not improved for {task.patience} measurements", decided=True)
+            sound = " of a sound policy" if task.only_sound and run.collapsed else ""
+            run.stop(f"the {name}{sound} has not improved for {task.patience} measurements", decided=True)
         if improved:
             run.measured(value)
 
@@ -150,12 +157,14 @@ class EarlyStopping:
             return None
         self.state["dev_loss"] = min(measures["loss"], self.state["dev_loss"])
         run.log.log(run.step, {f"eval/{name}": value for name, value in measures.items()})
+        run.log.samples(run.step, task.samples())
         value = -measures["loss"] if task.best_metric == "loss" else measures[task.best_metric]
+        broken = task.only_sound and run.collapsed
         beside = "".join(f", {name} {measures[name]:.4g}" for name in task.shown(measures))
-        best = " (best)" if value > run.best_value else ""
+        best = " (no longer sound: not kept)" if broken else " (best)" if value > run.best_value else ""
         run.note(f"step {run.step}: dev loss {measures['loss']:.4f}{task.unit}{beside}{best}")
         run.watch()
-        return value
+        return -math.inf if broken else value
 
 
 def fit(run: Run, model: M, task: StageTask, config: FitConfig) -> StageResult[M]:
