@@ -475,7 +475,7 @@ class RunConfig:
         tokens_per_microbatch: padded tokens that go through the model at once, at most; fewer where a model is large or
             memory short.
         activation_checkpointing: compute layers again in the backward pass instead of keeping what they computed: a
-            fraction of the memory, a third more time.
+            fraction of the memory for one more forward pass.
         max_nonfinite_steps: steps in a row with a non-finite loss or gradient before rolling back and stopping.
     """
 

@@ -15,8 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from operant.types import OperantError
 
-# Bytes that the activations of a micro-batch may take: of what is free, and on a processor of all, since there more
-# rows at once make a real model no faster.
+# Bytes that the activations of a micro-batch may take: of what is free, and on a CPU at most, so that a model of 0.1
+# billion weights learns in 3 GB.
 SHARE = 0.4
 ENOUGH_ON_CPU = 2**30
 
