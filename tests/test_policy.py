@@ -305,5 +305,5 @@ def test_faults_are_one_line_with_the_fix(codec: Codec, tmp_path: Path) -> None:
         Policy(model, large, device="cpu")
     with pytest.raises(OperantError, match="--device auto"):
         resolve_device("cuda:77")
-    with pytest.raises(OperantError, match="choose float32 or bf16"):
+    with pytest.raises(OperantError, match="choose float32, bf16"):
         Policy(tiny_model("gpt2", codec), codec, device="cpu", dtype="fp8")

@@ -334,7 +334,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(make_policy: Callable[..., 
 
 
 def test_steps_that_are_all_refused_do_not_end_the_run(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
-    config = settings(tmp_path / "run", algorithm="trpo", steps=5)
-    result = train(make_policy("gpt2"), PROMPTS, quick(lambda prompt, completion: 1.0), config, quiet=True)
+    config = settings(tmp_path / "run", algorithm="trpo", steps=5, delta=1e-30)
+    result = train(make_policy("gpt2"), PROMPTS, quick(share_of_even), config, quiet=True)
     assert result.steps == 5 and logged(tmp_path / "run", "train/accepted") == [0.0] * 5
     assert logged(tmp_path / "run", "train/skipped")[-1] == 5
