@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TEXTS
 from program import QUIET_RUN, Program, pairs, read_rows, write_rows
+from transformers import AutoTokenizer
 
 from operant.data.text import Codec
 from operant.models.encoder import Encoder, masked_tokenizer
@@ -73,7 +74,8 @@ def test_a_reward_model_is_a_reward_by_name(folder: Folder, codec: Codec) -> Non
 
 def test_a_chat_is_read_message_by_message(folder: Folder, codec: Codec) -> None:
     reward = Learned(path=str(folder("regression")), device="cpu")
-    chat = Prompt("p", np.zeros(1, np.int64), text="b", messages=({"role": "system", "content": "a"}, {"content": "b"}))
+    messages = ({"role": "system", "content": "a"}, {"role": "user", "content": "b"})
+    chat = Prompt("p", np.zeros(1, np.int64), text="b", messages=messages)
     answer = completion(codec, "red")
     assert reward([chat], [answer]) == pytest.approx(reward([asked("a\nb")], [answer]))
     assert reward([chat], [answer]) != pytest.approx(reward([asked("b")], [answer]))
@@ -244,3 +246,100 @@ def test_a_policy_learns_from_a_reward_model_through_the_program(
         write_rows(tmp_path / "answers.jsonl", [{"prompt": "red", "completion": "cat dog"}]), "--json",
     )  # fmt: skip
     assert scored.status == 0 and '"reward": ' in scored.out
+
+
+# --- ordinary classifiers --------------------------------------------------------------------------------------------
+
+
+def classifier(folder: Path, codec: Codec, family: str, labels: int) -> Any:
+    import transformers as hf
+
+    torch.manual_seed(5)
+    sizes = {"vocab_size": codec.vocab_size, "num_labels": labels, "pad_token_id": codec.pad_id}
+    if family == "bert":
+        config: Any = hf.BertConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, initializer_range=0.5,
+            max_position_embeddings=40, **sizes,
+        )  # fmt: skip
+        model: Any = hf.BertForSequenceClassification(config)
+    else:
+        config = hf.LlamaConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, intermediate_size=16,
+            initializer_range=0.5, max_position_embeddings=80, **sizes,
+        )  # fmt: skip
+        model = hf.LlamaForSequenceClassification(config)
+    model.eval().save_pretrained(folder)
+    codec.save(folder)
+    if family == "bert":  # saving leaves out which inputs its model takes
+        file = folder / "tokenizer_config.json"
+        names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+        file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    return model
+
+
+def pair_codec() -> Codec:
+    codec = masked_tokenizer(TEXTS * 3, 300)
+    codec.tokenizer.add_special_tokens({"sep_token": "<|eos|>", "cls_token": "<|bos|>"})
+    from tokenizers.processors import TemplateProcessing
+
+    codec.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A <|eos|>", pair="<|bos|> $A <|eos|> $B:1 <|eos|>:1",
+        special_tokens=[("<|bos|>", codec.bos_id), ("<|eos|>", codec.eos_id)],
+    )  # fmt: skip
+    return Codec(codec.tokenizer)
+
+
+def test_a_classifier_of_one_label_pays_its_logit_of_the_pair(codec: Codec, tmp_path: Path) -> None:
+    model = classifier(tmp_path / "rm", pair_codec(), "bert", 1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    assert "token_type_ids" in tokenizer("a", "b")
+    rows = [asked()] * 3 + [asked("")], [completion(codec, text) for text in ("a dog", "a dog ran to the", "", "red")]
+    reward = reward_by_name(f"model({tmp_path / 'rm'}, device=cpu, max_tokens=20)")
+    found = reward(*rows)
+    for prompt, answer, value in zip(*rows, found, strict=True):
+        texts = (prompt.text, answer.text) if prompt.text else (answer.text,)
+        with torch.no_grad():
+            want = model(**tokenizer(*texts, return_tensors="pt")).logits[0, 0]
+        assert value == pytest.approx(float(want), abs=1e-5)
+    assert len({round(value, 4) for value in found}) == 4
+    with RewardRunner(reward) as runner:
+        (long,) = runner.run([(asked(), completion(codec, "a dog ran " * 30))])
+    assert long.missing is not None and long.missing.startswith("too_long")
+
+
+def test_a_classifier_of_several_labels_pays_the_log_odds_of_the_named_one(codec: Codec, tmp_path: Path) -> None:
+    model = classifier(tmp_path / "rm", pair_codec(), "bert", 3)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    answer = completion(codec, "a dog")
+    with torch.no_grad():
+        shares = model(**tokenizer("the cat", "a dog", return_tensors="pt")).logits.double().softmax(-1)[0]
+    for label in ("LABEL_1", "1"):
+        (value,) = reward_by_name(f'model({tmp_path / "rm"}, label="{label}", device=cpu)')([asked()], [answer])
+        assert value == pytest.approx(float((shares[1] / (1 - shares[1])).log()), abs=1e-4)
+    for option, told in (("", "several labels"), (", label=good", "no label 'good'")):
+        with pytest.raises(OperantError, match=f"{told}.*LABEL_0, LABEL_1, LABEL_2"):
+            reward_by_name(f"model({tmp_path / 'rm'}{option})")
+
+
+def test_a_classifier_with_a_template_reads_the_answer_as_the_end_of_the_chat(codec: Codec, tmp_path: Path) -> None:
+    own = Codec.train_bpe(TEXTS * 3, vocab_size=288)
+    own.tokenizer.chat_template = (
+        "{% for m in messages %}<|bos|>{{ m['role'] }}: {{ m['content'] }}<|eos|>{% endfor %}"
+        "{% if add_generation_prompt %}<|bos|>{% endif %}"
+    )
+    model = classifier(tmp_path / "rm", own, "llama", 1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
+    chat = ({"role": "system", "content": "red"}, {"role": "user", "content": "the cat"})
+    prompts = [asked(), Prompt("p", np.zeros(1, np.int64), text="the cat", messages=chat)]
+    answers = [completion(codec, "a dog"), completion(codec, "a dog ran")]
+    reward = reward_by_name(f"model({tmp_path / 'rm'}, device=cpu)")
+    before = [[{"role": "user", "content": "the cat"}], list(chat)]
+    for turns, answer, value in zip(before, answers, reward(prompts, answers), strict=True):
+        whole = tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": answer.text}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            assert value == pytest.approx(float(model(input_ids=whole["input_ids"]).logits[0, 0]), abs=1e-5)

@@ -306,6 +306,11 @@ def reading_batch(
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
+def holds_reward_model(path: str | Path) -> bool:
+    """Whether a folder holds a model that `operant reward-model` trained."""
+    return (Path(path) / FACTS).is_file()
+
+
 def read_facts(path: str | Path) -> RewardFacts:
     """What a folder says of its reward model; loads no weights.
 

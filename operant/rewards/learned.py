@@ -22,6 +22,7 @@ from operant.rewards.seam import Missing
 from operant.types import Completion, Doubles, Ints, OperantError, Prompt, Span
 
 if TYPE_CHECKING:
+    from operant.models.classifier import Classifier
     from operant.models.encoder import Encoder
     from operant.models.reward_model import RewardModel
 
@@ -74,20 +75,30 @@ class Learned(ModelReward):
     path: its folder, or several separated by commas: an ensemble, whose reward is mean − k · std over its members
     (Coste et al. 2023), which trusts less what they do not agree on. k: 0 takes the mean. A `token` model pays every
     token; the others pay the whole completion. A completion that the model cannot hold has no reward (`too_long`).
+    A folder or hub id with an ordinary sequence-classification checkpoint serves as well (`Classifier`); label: which
+    of its labels pays, where it has several.
 
     Raises OperantError when a folder is missing or holds no reward model, or the members are of different kinds.
     """
 
     k: float = 0.0
+    label: str = ""
 
     name: ClassVar[str] = "model"
     answers_dense: ClassVar[bool] = True
+    classifies: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from operant.models.reward_model import read_facts
+        from operant.models.classifier import is_classifier
+        from operant.models.reward_model import holds_reward_model, read_facts
 
-        kinds = {path: read_facts(path).kind for path in self.paths}
+        kinds: dict[str, str] = {}
+        for path in self.paths:
+            other = not holds_reward_model(path) and is_classifier(path)
+            kinds[path] = "classifier" if other else read_facts(path).kind
+        if self.label and "classifier" not in kinds.values():
+            raise OperantError(f"reward 'model' of {self.path} has no labels; leave label out")
         if (self.dense and "token" not in kinds.values()) or self.potential is not None:
             raise OperantError(
                 f"reward 'model' of {self.path} pays whole completions; leave dense and potential out, "
@@ -100,10 +111,19 @@ class Learned(ModelReward):
             raise OperantError(f"k of reward 'model' is {self.k}; give a finite number")
         # what the folders hold, so that nothing is asked for that they are not
         object.__setattr__(self, "dense", "token" in kinds.values())
+        object.__setattr__(self, "classifies", "classifier" in kinds.values())
+        if self.classifies:  # a hub id that is none, or a label that is not there, is told before a run begins
+            _ = self.classifiers
 
     @property
     def paths(self) -> list[str]:
         return [os.path.expanduser(path.strip()) for path in self.path.split(",") if path.strip()]
+
+    @cached_property
+    def classifiers(self) -> list[Classifier]:
+        from operant.models.classifier import Classifier
+
+        return [Classifier.load(path, self.label, device=self.device) for path in self.paths]
 
     @cached_property
     def models(self) -> list[RewardModel]:
@@ -114,6 +134,9 @@ class Learned(ModelReward):
     def reward_batch(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:
         from operant.models.reward_model import Reading
 
+        if self.classifies:
+            rows = [self._classified(one, prompts, completions) for one in self.classifiers]
+            return [self._together(own) for own in zip(*rows, strict=True)]
         pairs = [(prompt_text(p), c.text) for p, c in zip(prompts, completions, strict=True)]
         values: list[list[Any]] = []
         for model in self.models:
@@ -128,6 +151,20 @@ class Learned(ModelReward):
                     own[i] = float(value.sum())
             values.append(own)
         return [self._together(own) for own in zip(*values, strict=True)]
+
+    def _classified(
+        self, classifier: Classifier, prompts: Sequence[Prompt], completions: Sequence[Completion]
+    ) -> list[Any]:
+        readings = [
+            classifier.read(read_messages(p.messages) if p.messages else (), p.text, c.text)
+            for p, c in zip(prompts, completions, strict=True)
+        ]
+        fits = [i for i, one in enumerate(readings) if len(one["input_ids"]) <= classifier.max_length]
+        out: list[Any] = [Missing(f"too_long: more tokens than the classifier holds ({classifier.max_length})")]
+        out *= len(readings)
+        for i, value in zip(fits, classifier.predict([readings[i] for i in fits], self.max_tokens), strict=True):
+            out[i] = value
+        return out
 
     def _together(self, own: Sequence[Any]) -> Any:
         missing = next((value for value in own if isinstance(value, Missing)), None)
