@@ -122,14 +122,20 @@ def freeze_adapter(model: Any) -> str | None:
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
-    """The weights of the adapter that learns, by the names that PEFT saves them under."""
+    """The weights of the adapter that learns, by the names that PEFT saves them under.
+
+    A is float[rank, inputs], B is float[outputs, rank].
+    """
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
 
 
 def base_weights(model: Any) -> dict[str, Tensor]:
-    """The weights of the model that an adapter is on, as they are now, by the names that they have without it."""
+    """The weights of the model that an adapter is on, as they are now, by the names that they have without it.
+
+    Each is float[…] in the model's own shape.
+    """
     found = {}
     for name, tensor in model.get_base_model().state_dict().items():
         parts = name.split(".")
@@ -148,7 +154,8 @@ def save_adapter(
     """Write the adapter alone and the name of its base; a base that lies nowhere else goes into the folder too.
 
     base: what the model is thought to be on; it is compared once, in the weights whose names begin with `needed`, which
-    may be left out of the names there. save_base: writes a folder with the weights given. Returns what was named.
+    may be left out of the names there. save_base: writes a folder with the weights given, float[…] by name.
+    Returns what was named.
     """
     if base is not None and not base.sure:
         frozen = {name: tensor for name, tensor in _frozen(model).items() if name.startswith(needed)}

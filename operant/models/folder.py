@@ -107,8 +107,8 @@ def _hash(file: Path) -> str:
 def holds(place: Path, weights: Mapping[str, Tensor], prefix: str = "") -> bool:
     """Whether the safetensors files of a folder hold exactly these weights, each in its own precision.
 
-    prefix: which the names in the files may lack. Of weights that share their memory one has to be there. Ends at the
-    first weight that differs.
+    weights: float[…] of any shape, by name. prefix: which the names in the files may lack. Of weights that share their
+    memory one has to be there. Ends at the first weight that differs.
     """
     files = weight_files(place)
     if not files or any(file.suffix != ".safetensors" or not file.exists() for file in files):
@@ -215,7 +215,10 @@ def find_base(folder: Path) -> Base:
 
 
 def expect_base(folder: Path, base: Base) -> None:
-    """Refuse an adapter's folder that stands on another base than this one, where both are known."""
+    """Refuse an adapter's folder that stands on another base than this one, where both are known.
+
+    Raises OperantError when it does.
+    """
     facts = _facts(folder)
     same = not facts or (
         (facts["hub"], facts["revision"]) == (base.hub, base.revision)
