@@ -413,7 +413,7 @@ def test_ids_that_only_the_model_knows_are_no_ids_of_a_smaller_one(
 @pytest.mark.parametrize(
     ("columns", "told"),
     [
-        ({"reward": float("nan")}, r"no logged completion has a reward: 12 of 12 rewards are missing \(12 nan\)"),
+        ({"reward": float("nan")}, r"no logged completion has a reward: 12 of 12 rewards are missing \(12 none\)"),
         ({"reward": ""}, r"no logged completion has a reward: 12 of 12 rewards are missing \(12 none\)"),
     ],
 )

@@ -365,8 +365,10 @@ def test_prompt_faults(codec: Codec) -> None:
         codec.encode_prompt()
     with pytest.raises(OperantError, match="exactly one"):
         codec.encode_prompt("a", messages=CHAT)
-    with pytest.raises(OperantError, match='"role" and "content"'):
+    with pytest.raises(OperantError, match='message 1 has nothing as its "content"'):
         codec.encode_prompt(messages=[{"role": "user"}])
+    with pytest.raises(OperantError, match='"role" and "content"'):
+        codec.encode_prompt(messages=[{"content": "a"}])
 
 
 # -- spans
