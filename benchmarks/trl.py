@@ -190,7 +190,7 @@ def run_operant(given: argparse.Namespace, watch: Watch) -> dict[str, Any]:
     policy = operant.Policy.load(given.model, device=given.device, dtype=given.dtype)
     if given.lora_rank:
         policy.add_lora(given.lora_rank)
-    prompts = operant.load_prompts(prompt_rows(given), policy.codec, separator="")
+    prompts = operant.load_prompts(prompt_rows(given), policy.codec, **({} if given.pretrained else {"separator": ""}))
     sample = operant.Sampler.sample
 
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
