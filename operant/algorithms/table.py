@@ -82,7 +82,7 @@ class Algorithm:
     dynamic: bool = False
     overlong: float = 0.0
     rule: Literal["adam", "trust_region"] = "adam"
-    rates: Rates = Rates(1e-4, 1e-5, 3e-4)
+    rates: Rates = Rates(1e-4, 1e-5, 1e-4)
     ratio: bool = False
     pairs: bool = False
     reference: bool = False
