@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -116,17 +117,22 @@ def _wait(asked: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if not message:
             os._exit(0)
         told, tell = os.pipe()
+        held, go = os.pipe()
         between = os.fork()
         if between == 0:
             child = os.fork()
             if child:
                 os.write(tell, str(child).encode())
                 os._exit(0)
-        for end in (tell,) if between else (told, tell):
-            os.close(end)
-        if between == 0:
+            for end in (told, tell, go):
+                os.close(end)
+            os.read(held, 1)  # until this is a child of theirs
+            os.close(held)
             return json.loads(message), files
+        for end in (tell, held):
+            os.close(end)
         os.waitpid(between, 0)  # from now on the child is theirs
+        os.close(go)
         asked.send(os.read(told, 32))
         for end in (told, *files):
             os.close(end)
@@ -139,6 +145,7 @@ def _become(request: dict[str, Any], files: list[int], paths: list[str]) -> None
     for end in files:
         os.close(end)
     os.umask(request["umask"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
     if request["session"]:
         os.setsid()
     os.chdir(request["directory"])
