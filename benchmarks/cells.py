@@ -81,8 +81,10 @@ def carry_out(
     write: Callable[[], None],
     records: Records,
     runs: Path,
+    options: Sequence[str] = (),
 ) -> None:
-    """Do what the command line asks of a benchmark. runs: the folder of its runs, where their logs are.
+    """Do what the command line asks of a benchmark. runs: the folder of its runs, where their logs are. options: of
+    this command line, for the process of each cell.
 
     Exits with 1 and the names when cells failed; what was measured is written all the same.
     """
@@ -96,16 +98,20 @@ def carry_out(
     if given.fresh:
         shutil.rmtree(runs, ignore_errors=True)
         shutil.rmtree(records.folder, ignore_errors=True)
-    failed = [] if given.write else run_cells(module, cells, done, given.jobs)
+    failed = [] if given.write else run_cells(module, cells, done, given.jobs, options)
     write()
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}; their runs stand under {runs}")
 
 
-def run_cells(module: str, cells: Callable[[], Sequence[Cell]], done: Callable[[Cell], bool], jobs: int) -> list[str]:
-    """Run `python -m MODULE --cell NAME` for every cell that is not done, `jobs` at once; the names that failed.
+def run_cells(
+    module: str, cells: Callable[[], Sequence[Cell]], done: Callable[[Cell], bool], jobs: int,
+    options: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
+    """Run `python -m MODULE --cell NAME OPTIONS` for every cell that is not done, `jobs` at once.
 
     cells: asked again after each end, since later cells may depend on what earlier ones measured.
+    Returns the names that failed.
     """
     failed: list[str] = []
     running: dict[Future[int], Cell] = {}
@@ -119,7 +125,7 @@ def run_cells(module: str, cells: Callable[[], Sequence[Cell]], done: Callable[[
                 if blocked or not all(done(Cell(n)) for n in cell.needs):
                     continue
                 print(f"{cell.name} …", flush=True)
-                command = [sys.executable, "-m", module, "--cell", cell.name]
+                command = [sys.executable, "-m", module, "--cell", cell.name, *options]
                 running[pool.submit(_run, command)] = cell
                 under_way.add(cell.name)
             if not running:

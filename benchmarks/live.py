@@ -1,6 +1,7 @@
 """The live loop over real HTTP, on this machine: a model of five million weights that people talk to and rate.
 
-    click     seconds from a rating to the weights that learned it serving, the fast gate included, one after the other
+    click     seconds from a rating to the weights that learned it serving, the fast gate included, one after the other;
+              the first one of a server (cold) apart. Also what a version takes on disk, and memory
     latency   of chats at a load that keeps the sampler half busy: while nobody rates and the server has the machine for
               itself, and while every answer is rated, in turns
     soak      ten minutes at a fixed load with ratings: memory and failures
@@ -9,13 +10,14 @@
 Every cell starts `operant serve` as a process of its own. `others` in a record says how many cores other programs took.
 
 python -m benchmarks.live
+python -m benchmarks.live --model models/smollm2-135m-instruct       a model of yours: click and latency, answers of 60
+                          --lora_rank auto --ratings 10 --rounds 3   tokens; flags after -- go to operant serve
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -28,31 +30,113 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from benchmarks.cells import RECORDS, ROOT, Cell, Records, carry_out, command_line, markdown, write_section
+from benchmarks.cells import (
+    PAGES,
+    RECORDS,
+    ROOT,
+    Cell,
+    Records,
+    carry_out,
+    command_line,
+    markdown,
+    spread,
+    write_section,
+)
+from benchmarks.served import Memory, Others, Server, serving
 
 RUNS = ROOT / "runs" / "benchmarks" / "live"
-RECORD = Records(RECORDS / "live")
 CELLS = ("click", "latency", "soak", "fuzz")
+STAGES = ("received", "queued", "begun", "stepped", "gated", "served")
 
-TOKENS = 32  # of an answer: random weights end none earlier
-CLICKS, WARM_UP = 60, 5
-TURNS, TURN_SECONDS = 3, 60.0  # of each kind, of the latency cell
 HALF_BUSY = 0.5
 SOAK_SECONDS, SOAK_RATED = 600.0, 5  # every fifth answer is rated
-TICKS = os.sysconf("SC_CLK_TCK")
+PATIENCE = 600.0  # seconds for one rating to be learned
 
 
-# --- the server ------------------------------------------------------------------------------------------------------
+# --- what is measured ------------------------------------------------------------------------------------------------
 
 
-def model() -> Path:
-    """Five million random weights and a vocabulary of a thousand, made once."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Subject:
+    """A model, how it is served and rated, and where what is measured of it is kept.
+
+    model: a folder; None is five million random weights, made here.
+    name: of these records among those of the same model. flags: for `operant serve`.
+    tokens: of an answer. warm_up: ratings of a round that do not count, the first of which is the cold one.
+    ratings: of a round that count. rounds: of a server begun anew and rated, and turns of each kind of the latencies.
+    """
+
+    model: Path | None
+    name: str
+    flags: tuple[str, ...]
+    tokens: int
+    warm_up: int
+    ratings: int
+    rounds: int
+    turn_seconds: float
+    records: Records
+    runs: Path
+
+    @classmethod
+    def given(cls, given: argparse.Namespace) -> Subject:
+        flags = tuple(given.flags)
+        if given.lora_rank is not None:
+            flags = ("--lora_rank", given.lora_rank, *flags)
+        if given.threads is not None:
+            flags = ("--threads", str(given.threads), *flags)
+        if given.model is None:
+            # random weights wander further than a model that has something to lose; drift is not what is measured
+            flags = ("--drift_budget", "100", "--likelihood_drop", "100", *flags)
+            return cls(
+                None, "", flags, tokens=given.tokens or 32, warm_up=5, ratings=given.ratings or 60,
+                rounds=given.rounds or 1, turn_seconds=given.seconds, records=Records(RECORDS / "live"), runs=RUNS,
+            )  # fmt: skip
+        model = given.model.resolve()
+        name = given.name or (f"lora_rank {given.lora_rank}" if given.lora_rank not in (None, "0") else "all weights")
+        place = Path(model.name) / name.replace(" ", "-")
+        return cls(
+            model, name, flags, tokens=given.tokens or 60, warm_up=1, ratings=given.ratings or 10,
+            rounds=given.rounds or 3, turn_seconds=given.seconds, records=Records(RECORDS / "live_models" / place),
+            runs=RUNS / place,
+        )  # fmt: skip
+
+    @contextmanager
+    def served(self, name: str) -> Iterator[Server]:
+        """This model on a root of its own, begun anew."""
+        root = self.runs / name
+        shutil.rmtree(root, ignore_errors=True)
+        with serving(root, "--model", str(self.model or random_model()), "--device", "cpu", *self.flags) as server:
+            yield server
+
+    def chat_body(self, number: int) -> dict[str, Any]:
+        return {
+            "model": "default", "messages": [{"role": "user", "content": self._question(number)}],
+            "max_tokens": self.tokens, "seed": number,
+        }  # fmt: skip
+
+    def _question(self, number: int) -> str:
+        if self.model is None:
+            words = "the first day of May at noon costs four dollars and three days".split()
+            return " ".join(random.Random(number).choices(words, k=12))
+        first, second = random.Random(number).sample(THINGS, 2)
+        return f"Tell me in detail, in several paragraphs, about {first} and about {second}."
+
+
+THINGS = (
+    "the sea", "bicycles", "bread", "volcanoes", "chess", "the moon", "bees", "bridges", "tea", "railways", "wool",
+    "lighthouses", "the violin", "snow", "paper", "deserts", "clocks", "rice", "glass", "whales", "maps", "salt",
+)  # fmt: skip
+
+
+def random_model() -> Path:
+    """Five million random weights, which end no answer early, and a vocabulary of a thousand, made once."""
     folder = RUNS / "model"
     if not folder.exists():
         from operant.data.text import Codec
@@ -65,109 +149,16 @@ def model() -> Path:
     return folder
 
 
-@dataclasses.dataclass
-class Server:
-    url: str
-    pid: int
-
-    def processes(self) -> dict[str, int]:
-        """The server and its learner."""
-        found = {"server": self.pid}
-        for file in Path(f"/proc/{self.pid}/task").glob("*/children"):
-            for child in file.read_text().split():
-                if b"operant.live.learning.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found["learner"] = int(child)
-        return found
-
-    def memory(self) -> dict[str, float]:
-        """Resident MiB."""
-        sizes = {}
-        for name, pid in self.processes().items():
-            with contextlib.suppress(OSError):
-                found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-                sizes[name] = int(found[1]) / 1024 if found else math.nan
-        return sizes
-
-    def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        return float(next(line.split()[-1] for line in text.splitlines() if line.startswith(f"operant_{name} ")))
-
-
-@contextlib.contextmanager
-def serving(name: str, *flags: str) -> Iterator[Server]:
-    """`operant serve` on a folder of its own, its learner ready."""
-    root = RUNS / name
-    shutil.rmtree(root, ignore_errors=True)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    # random weights wander further than a model that has something to lose; drift is not what is measured
-    settings = ["--model", str(model()), "--root", str(root), "--port", "0", "--drift_budget", "100",
-                "--likelihood_drop", "100", "--device", "cpu"]  # fmt: skip
-    command = [sys.executable, "-m", "operant.cli", "serve", *settings, *flags]
-    with (RUNS / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    try:
-        found = None
-        while found is None:
-            line = process.stdout.readline()
-            if not line:
-                raise SystemExit(f"the server did not start; {RUNS / name}.log says why")
-            found = re.search(r"(http://[\w.:\[\]]+)/v1", line)
-        server = Server(found[1], process.pid)
-        end = time.monotonic() + 120
-        while httpx.get(f"{server.url}/health", timeout=30).json()["learner"] != "up":
-            if time.monotonic() > end:
-                raise SystemExit(f"the learner does not get ready; {RUNS / name}.log says why")
-            time.sleep(0.2)
-        yield server
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-
-
-class Others:
-    """How many cores everything but this process, the server and its learner took, since it was made."""
-
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self.begin = self._now()
-
-    def _now(self) -> tuple[float, float, float]:
-        user, nice, system, _idle, _wait, irq, soft, *_ = map(
-            int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-        )
-        own = 0
-        for pid in (os.getpid(), *self.server.processes().values()):
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                own += int(fields[11]) + int(fields[12])
-        return time.monotonic(), (user + nice + system + irq + soft) / TICKS, own / TICKS
-
-    def cores(self) -> float:
-        (began, all_then, own_then), (now, all_now, own_now) = self.begin, self._now()
-        return round(max(0.0, (all_now - all_then) - (own_now - own_then)) / (now - began), 2)
-
-
 def settings_of(server: Server) -> dict[str, Any]:
     return {"usable_cores": len(os.sched_getaffinity(0)), "processes": sorted(server.processes())}
 
 
+def load_of_machine() -> float:
+    """Processes that ran or wanted to, the mean over the last minute."""
+    return os.getloadavg()[0]
+
+
 # --- talking to it ---------------------------------------------------------------------------------------------------
-
-
-def chat_body(number: int) -> dict[str, Any]:
-    words = random.Random(number).choices(
-        "the first day of May at noon costs four dollars and three days".split(), k=12
-    )
-    return {
-        "model": "default", "messages": [{"role": "user", "content": " ".join(words)}], "max_tokens": TOKENS,
-        "seed": number,
-    }  # fmt: skip
 
 
 def rating_of(number: int, answer: dict[str, Any]) -> dict[str, Any]:
@@ -178,6 +169,7 @@ def rating_of(number: int, answer: dict[str, Any]) -> dict[str, Any]:
 class Load:
     """Chats that arrive by a Poisson process whatever the server does. rated: every so many answers one is; 0: none."""
 
+    subject: Subject
     server: Server
     rate: float
     seconds: float
@@ -189,7 +181,7 @@ class Load:
     async def run(self, beside: Callable[[], Awaitable[None]] | None = None) -> None:
         draw = random.Random(self.seed)
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=200)
-        async with httpx.AsyncClient(base_url=self.server.url, timeout=60, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=PATIENCE, limits=limits) as client:
             watch = asyncio.create_task(beside()) if beside is not None else None
             begin, at, tasks, number = time.monotonic(), 0.0, [], 0
             while (at := at + draw.expovariate(self.rate)) < self.seconds:
@@ -202,7 +194,7 @@ class Load:
 
     async def _one(self, client: httpx.AsyncClient, number: int) -> None:
         began = time.monotonic()
-        answer = await self._post(client, "/v1/chat/completions", chat_body(number))
+        answer = await self._post(client, "/v1/chat/completions", self.subject.chat_body(number))
         if answer is None:
             return
         self.latencies.append(time.monotonic() - began)
@@ -219,7 +211,7 @@ class Load:
         return response.json() if response.status_code == 200 else None
 
 
-def quantiles(values: list[float]) -> dict[str, float]:
+def quantiles(values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
 
     def at(share: float) -> float:
@@ -231,36 +223,84 @@ def quantiles(values: list[float]) -> dict[str, float]:
 # --- cells -----------------------------------------------------------------------------------------------------------
 
 
-def click() -> dict[str, Any]:
-    """One person: a chat, a thumb, and what it did, `CLICKS` times."""
-    stages = ("received", "queued", "begun", "stepped", "gated", "served")
+def click(subject: Subject) -> dict[str, Any]:
+    """One person: a chat, a thumb, and what it did; again and again, on a server begun anew in each round."""
+    rounds = [_round_of_clicks(subject) for _ in range(subject.rounds)]
+    rows = [row for one in rounds for row in one["rows"]]
+    if not rows:
+        raise SystemExit(f"no rating was learned: {[one['states'] for one in rounds]}")
+    told = {name: quantiles([row[name] for row in rows]) for name in rows[0]}
+    states = sum((one.pop("states") for one in rounds), Counter[str]())
+    tokens = [row.pop("tokens") for row in rows]
+    told.pop("tokens")
+    return {
+        "seconds": told, "states": dict(states), "tokens": quantiles(tokens), "rounds": rounds,
+        "others": statistics.fmean(one["others"] for one in rounds), **rounds[-1]["settings"],
+    }  # fmt: skip
+
+
+def _round_of_clicks(subject: Subject) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     states: Counter[str] = Counter()
-    with serving("click") as server, httpx.Client(base_url=server.url, timeout=60) as client:
-        others = Others(server)
-        for number in range(WARM_UP + CLICKS):
-            answer = client.post("/v1/chat/completions", json=chat_body(number)).raise_for_status().json()
-            clicked = time.time()
-            receipt = client.post("/v1/feedback", json=rating_of(number, answer)).raise_for_status().json()
-            acknowledged = time.time()
-            story = client.get(f"/v1/feedback/{receipt['id']}", params={"wait": 30}).raise_for_status().json()
-            if number < WARM_UP:
-                continue
-            states[story["state"] + (f": {story['reason']}" if story["reason"] else "")] += 1
-            times = story["times"]
-            if "served" in times:
-                row = {"total": times["served"] - clicked, "acknowledged": acknowledged - clicked}
-                row |= {f"{a}→{b}": times[b] - times[a] for a, b in itertools.pairwise(stages)}
-                rows.append(row)
-        told = {name: quantiles([row[name] for row in rows]) for name in rows[0]}
-        return {"seconds": told, "states": dict(states), "others": others.cores(), **settings_of(server)}
+    cold: dict[str, float] | None = None
+    load = [load_of_machine()]
+    with subject.served("click") as server, httpx.Client(base_url=server.url, timeout=PATIENCE) as client:
+        with Memory(server) as memory:
+            others = Others(server)
+            for number in range(subject.warm_up + subject.ratings):
+                state, row = _click(client, subject, number)
+                if number == 0:
+                    cold = row
+                if number >= subject.warm_up:
+                    states[state] += 1
+                    rows += [row] if row is not None else []
+            taken = others.cores()
+        load.append(load_of_machine())
+        return {
+            "rows": rows, "states": states, "cold": cold, "load": load, "others": taken,
+            "disk_mb": _disk_of_a_version(server.root), "memory_mb": memory.last, "peak_mb": memory.peak,
+            "settings": settings_of(server),
+        }  # fmt: skip
 
 
-def half_busy(server: Server) -> float:
+def _click(client: httpx.Client, subject: Subject, number: int) -> tuple[str, dict[str, float] | None]:
+    """What became of one rating, and the seconds from the click to each stage where it was learned and serves."""
+    answer = client.post("/v1/chat/completions", json=subject.chat_body(number)).raise_for_status().json()
+    clicked = time.time()
+    receipt = client.post("/v1/feedback", json=rating_of(number, answer)).raise_for_status().json()
+    acknowledged, story = time.time(), receipt
+    while story["state"] == "pending" or (story["state"] == "used" and "served" not in story["times"]):
+        if time.time() - clicked > PATIENCE:
+            raise SystemExit(f"a rating waits since {PATIENCE:g} s: {story}")
+        story = client.get(f"/v1/feedback/{receipt['id']}", params={"wait": 30}).raise_for_status().json()
+    times, row = story["times"], None
+    if "served" in times:
+        row = {"total": times["served"] - clicked, "acknowledged": acknowledged - clicked}
+        row |= {f"{a}→{b}": times[b] - times[a] for a, b in itertools.pairwise(STAGES)}
+        row |= {"tokens": answer["usage"]["completion_tokens"]}
+    return story["state"] + (f": {story['reason']}" if story["reason"] else ""), row
+
+
+def _disk_of_a_version(root: Path) -> float:
+    """The most MB that a version after the first has for itself: a file that earlier ones have too is theirs."""
+    own, seen = [], set[int]()
+    for folder in sorted((root / "versions").glob("step-*")):
+        found = {file.stat().st_ino: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+        own.append(1e-6 * sum(size for inode, size in found.items() if inode not in seen))
+        seen |= found.keys()
+    return max(own[1:], default=math.nan)
+
+
+def half_busy(subject: Subject, server: Server) -> float:
     """Chats a second that keep the sampler half busy while nobody rates."""
-    rate = 4.0
-    for seed in range(4):
-        load = Load(server, rate, 20.0, 0, 1000 + seed)
+    alone = []
+    for number in range(3):
+        began = time.monotonic()
+        httpx.post(f"{server.url}/v1/chat/completions", json=subject.chat_body(number), timeout=PATIENCE)
+        alone.append(time.monotonic() - began)
+    rate = HALF_BUSY / statistics.median(alone)
+    for seed in range(3):
+        load = Load(subject, server, rate, max(20.0, 8 / rate), 0, 1000 + seed)
         seen: list[float] = []
 
         async def look(seen: list[float] = seen) -> None:
@@ -275,57 +315,67 @@ def half_busy(server: Server) -> float:
     return rate
 
 
-def latency() -> dict[str, Any]:
+def latency(subject: Subject) -> dict[str, Any]:
     """The same arrivals without and with ratings, in turns, so that a machine that changes changes both."""
-    latencies: dict[str, list[float]] = {"alone": [], "learning": []}
-    taken: dict[str, list[float]] = {"alone": [], "learning": []}
-    busy: dict[str, list[float]] = {"alone": [], "learning": []}
+    turns: list[dict[str, Any]] = []
     statuses: Counter[str] = Counter()
     steps = 0.0
-    with serving("latency") as server:
-        rate = half_busy(server)
-        for turn in range(TURNS):
+    with subject.served("latency") as server:
+        rate = half_busy(subject, server)
+        for number in range(subject.rounds):
             for kind, rated in (("alone", 0), ("learning", 1)):
                 quiet(server)
                 others, before = Others(server), server.metric("serving_version")
-                load = Load(server, rate, TURN_SECONDS, rated, turn)
+                load, busy = Load(subject, server, rate, subject.turn_seconds, rated, number), list[float]()
 
-                async def look(kind: str = kind) -> None:
-                    await asyncio.sleep(15)
+                async def look(busy: list[float] = busy) -> None:
+                    await asyncio.sleep(min(15.0, subject.turn_seconds / 2))
                     while True:
-                        busy[kind].append(await asyncio.to_thread(server.metric, "busy_fraction"))
+                        busy.append(await asyncio.to_thread(server.metric, "busy_fraction"))
                         await asyncio.sleep(5)
 
                 asyncio.run(load.run(look))
-                latencies[kind] += load.latencies
                 statuses += load.statuses
-                taken[kind].append(others.cores())
+                turns.append({
+                    "kind": kind, "latencies": load.latencies, "busy": statistics.fmean(busy),
+                    "others": others.cores(), "load": load_of_machine(),
+                })  # fmt: skip
                 if rated:
                     steps += server.metric("serving_version") - before
-        found: dict[str, Any] = {kind: quantiles(values) for kind, values in latencies.items()}
-        found |= {"busy": {k: statistics.fmean(v) for k, v in busy.items()}, "others": taken, "rate": rate}
-        found |= {"versions_a_minute": steps / (TURNS * TURN_SECONDS / 60), "statuses": dict(statuses)}
+        by_kind = {kind: [turn for turn in turns if turn["kind"] == kind] for kind in ("alone", "learning")}
+        found: dict[str, Any] = {
+            kind: quantiles([seconds for turn in those for seconds in turn["latencies"]])
+            for kind, those in by_kind.items()
+        }
+        for what in ("others", "load"):
+            found[what] = {kind: [turn[what] for turn in those] for kind, those in by_kind.items()}
+        found["busy"] = {kind: statistics.fmean(turn["busy"] for turn in those) for kind, those in by_kind.items()}
+        pairs = zip(*([quantiles(turn["latencies"]) for turn in those] for those in by_kind.values()), strict=True)
+        found["ratios"] = [{q: learning[q] / alone[q] for q in ("p50", "p95")} for alone, learning in pairs]
+        found |= {"versions_a_minute": steps / (subject.rounds * subject.turn_seconds / 60), "rate": rate}
+        found |= {"statuses": dict(statuses), "turn_seconds": subject.turn_seconds}
         return found | {"ratio_p95": found["learning"]["p95"] / found["alone"]["p95"], **settings_of(server)}
 
 
 def quiet(server: Server) -> None:
     """Wait until the learner has nothing more to learn."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + PATIENCE
     while server.metric("events_pending") and time.monotonic() < end:
         time.sleep(0.5)
 
 
-def soak() -> dict[str, Any]:
+def soak(subject: Subject) -> dict[str, Any]:
     """Memory over ten minutes at a fixed load."""
-    with serving("soak") as server:
-        rate = 0.5 * half_busy(server)
+    with subject.served("soak") as server:
+        rate = 0.5 * half_busy(subject, server)
         others, points = Others(server), list[dict[str, float]]()
-        load = Load(server, rate, SOAK_SECONDS, SOAK_RATED, 7)
+        load = Load(subject, server, rate, SOAK_SECONDS, SOAK_RATED, 7)
         begin = time.monotonic()
 
         async def look() -> None:
             while True:
-                points.append({"at": time.monotonic() - begin, **server.memory()})
+                sizes = {name: size["rss"] / 1.048576 for name, size in server.memory().items()}  # MiB, as ever
+                points.append({"at": time.monotonic() - begin, **sizes})
                 await asyncio.sleep(5)
 
         asyncio.run(load.run(look))
@@ -342,13 +392,13 @@ def soak() -> dict[str, Any]:
         }  # fmt: skip
 
 
-def fuzz() -> dict[str, Any]:
+def fuzz(subject: Subject) -> dict[str, Any]:
     """Schemathesis, an open program: what fails is in its report beside the server's log."""
     program = shutil.which("schemathesis") or str(Path(sys.executable).with_name("schemathesis"))
     if not Path(program).exists():
         raise SystemExit("schemathesis is not installed: pip install schemathesis")
-    with serving("fuzz") as server:
-        report = RUNS / "fuzz.txt"
+    with subject.served("fuzz") as server:
+        report = subject.runs / "fuzz.txt"
         command = [
             program, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "100",
             "--seed", "1", "--request-timeout", "30", "--workers", "1", "--no-color",
@@ -365,7 +415,7 @@ def fuzz() -> dict[str, Any]:
         }  # fmt: skip
 
 
-MEASURES: dict[str, Callable[[], dict[str, Any]]] = {
+MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "click": click,
     "latency": latency,
     "soak": soak,
@@ -373,19 +423,28 @@ MEASURES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- the tables: one of each cell for the random weights, one of all records side by side for a model -----------------
 
 
-def write() -> None:
+def write(subject: Subject) -> None:
+    if subject.model is None:
+        section, text = "live", _tell(subject.records)
+    else:
+        section, text = f"live {subject.model.name}", _compare(subject.records.folder.parent)
+    print(text)
+    if subject.model is None or any(f"<!-- {section} -->" in page.read_text("utf-8") for page in PAGES.glob("*.md")):
+        write_section(section, text)
+
+
+def _tell(records: Records) -> str:
     lines = [
         "`python -m benchmarks.live`: five million weights (gpt2, small), answers of 32 tokens, `operant serve` as it "
-        f"comes, one thread for the learner. {RECORD.machines()}."
+        f"comes, one thread for the learner. {records.machines()}."
     ]
     for name, tell in (("click", _tell_click), ("latency", _tell_latency), ("soak", _tell_soak), ("fuzz", _tell_fuzz)):
-        if RECORD.has(name):
-            lines += ["", *tell(RECORD.get(name))]
-    write_section("live", "\n".join(lines))
-    print("\n".join(lines))
+        if records.has(name):
+            lines += ["", *tell(records.get(name))]
+    return "\n".join(lines)
 
 
 def _tell_click(record: dict[str, Any]) -> list[str]:
@@ -394,8 +453,17 @@ def _tell_click(record: dict[str, Any]) -> list[str]:
     return [
         f"One rating after the other ({told}) on {record['usable_cores']} cores, of which other programs took "
         f"{record['others']:.2f}. Seconds from the click, and between the times that `GET /v1/feedback/{{id}}` tells:",
-        "", markdown(["", "p50, s", "p95, s"], rows),
+        "", markdown(["", "p50, s", "p95, s"], rows), *_tell_size(record),
     ]  # fmt: skip
+
+
+def _tell_size(record: dict[str, Any]) -> list[str]:
+    if "rounds" not in record:  # measured before these were
+        return []
+    one = record["rounds"][-1]
+    sizes = ", ".join(f"{name} {size['rss']:.0f} MB" for name, size in one["peak_mb"].items())
+    cold = f"The first click of the server took {one['cold']['total']:.2f} s. " if one["cold"] else ""
+    return ["", f"{cold}A version takes {one['disk_mb']:.1f} MB of disk. Resident memory, at most: {sizes}."]
 
 
 def _tell_latency(record: dict[str, Any]) -> list[str]:
@@ -406,8 +474,9 @@ def _tell_latency(record: dict[str, Any]) -> list[str]:
         ]
         for kind, words in (("alone", "nobody rates"), ("learning", "every answer is rated"))
     ]  # fmt: skip
+    turn = record.get("turn_seconds", 60.0)
     return [
-        f"Chats that arrive at random, {record['rate']:.1f} a second, in turns of {TURN_SECONDS:.0f} s on "
+        f"Chats that arrive at random, {record['rate']:.1f} a second, in turns of {turn:.0f} s on "
         f"{record['usable_cores']} cores; while rated, {record['versions_a_minute']:.0f} versions a minute. The ratio "
         f"of the p95 is {record['ratio_p95']:.2f}.",
         "", markdown(["", "p50, s", "p95, s", "chats", "sampler busy", "cores taken by others"], rows),
@@ -433,17 +502,100 @@ def _tell_fuzz(record: dict[str, Any]) -> list[str]:
     return [f"Schemathesis against `/openapi.json`, {record['cases']} cases: {verdict}."]
 
 
-def measure(name: str) -> None:
-    RECORD.put(name, MEASURES[name]())
+def _compare(folder: Path) -> str:
+    """Everything that was measured of one model, a column for each of its records."""
+    columns = [Records(place) for place in sorted(folder.iterdir()) if any(place.glob("*.json"))]
+    found = {
+        records.folder.name.replace("-", " "): {
+            name: records.get(name) for name in ("click", "latency") if records.has(name)
+        }
+        for records in columns
+    }
+    found = dict(sorted(found.items(), key=lambda item: _some(item[1])["time"]))
+    lines = [f"- {name}: `{_some(cells)['command']}`" for name, cells in found.items()]
+    rows: dict[str, list[str]] = {}
+    for cells in found.values():
+        figures = _figures(cells)
+        for what in figures:
+            rows.setdefault(what, [])
+    for what, row in rows.items():
+        row += [_figures(cells).get(what, "–") for cells in found.values()]
+    machines = sorted({records.machines() for records in columns})
+    table = markdown(["", *found], [[what, *row] for what, row in rows.items()])
+    return "\n".join([*lines, "", table, "", f"Measured on {'; '.join(machines)}."])
+
+
+def _some(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return next(iter(cells.values()))
+
+
+def _figures(cells: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The rows of one column."""
+    told: dict[str, str] = {}
+    if "click" in cells:
+        record = cells["click"]
+        rounds = record["rounds"]
+        told["click → served, p50 / p95, s"] = _two(record["seconds"]["total"])
+        told["the first click of a server, s"] = spread([one["cold"]["total"] for one in rounds if one["cold"]])
+        for name, quantile in record["seconds"].items():
+            if name != "total":
+                told[f"· {name}"] = _two(quantile)
+        told["ratings that count"] = ", ".join(f"{count} {state}" for state, count in record["states"].items())
+        told["tokens of a rated answer, median"] = f"{record['tokens']['p50']:.0f}"
+        told["disk a version, MB"] = spread([one["disk_mb"] for one in rounds])
+        for name in ("server", "learner", "together"):
+            peaks = [[one["peak_mb"][name][kind] for one in rounds] for kind in ("rss", "pss")]
+            told[f"memory, {name}, at most: resident / its share of what is mapped, MB"] = " / ".join(
+                spread(values, 0) for values in peaks
+            )
+        told["cores that other programs took, clicks"] = spread([one["others"] for one in rounds], 2)
+        told["load of the machine, clicks"] = spread([x for one in rounds for x in one["load"]])
+    if "latency" in cells:
+        record = cells["latency"]
+        told["chats while nobody rates, p50 / p95, s"] = _two(record["alone"])
+        told["chats while every answer is rated, p50 / p95, s"] = _two(record["learning"])
+        for q in ("p50", "p95"):
+            told[f"ratio of the {q}"] = spread([ratio[q] for ratio in record["ratios"]], 2)
+        told["chats of each kind"] = f"{record['alone']['count']}, {60 * record['rate']:.0f} a minute"
+        told["versions a minute"] = f"{record['versions_a_minute']:.1f}"
+        others = [spread(record["others"][kind], 2) for kind in ("alone", "learning")]
+        told["cores that other programs took, chats: nobody rates / rated"] = " / ".join(others)
+        loads = [spread(record["load"][kind]) for kind in ("alone", "learning")]
+        told["load of the machine, chats: nobody rates / rated"] = " / ".join(loads)
+    return told
+
+
+def _two(quantile: dict[str, float]) -> str:
+    return f"{quantile['p50']:.2f} / {quantile['p95']:.2f}"
 
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--only", nargs="+", choices=CELLS, default=list(CELLS), help="these cells alone")
-    given: argparse.Namespace = parser.parse_args()
+    parser.add_argument("--only", nargs="+", choices=CELLS, help="these cells alone")
+    parser.add_argument("--model", type=Path, help="the folder of a model to measure instead")
+    parser.add_argument("--name", help="of the column of a model; its kind of weights where left out")
+    parser.add_argument("--lora_rank", help="for operant serve, which chooses where this is left out")
+    parser.add_argument("--threads", type=int, help="for operant serve, which chooses where this is left out")
+    parser.add_argument("--tokens", type=int, help="of an answer (32; of a model 60)")
+    parser.add_argument("--ratings", type=int, help="that count, in a round (60; of a model 10)")
+    parser.add_argument("--rounds", type=int, help="servers rated, and turns of each kind of the latencies (1; 3)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a turn")
+    parser.add_argument("flags", nargs="*", help="more flags for operant serve, after --")
+    given = parser.parse_args()
+    subject = Subject.given(given)
+    given.only = given.only or (CELLS[:2] if subject.model else CELLS)
+    # what the cells, in processes of their own, are to be told
+    taken = ("model", "name", "lora_rank", "threads", "tokens", "ratings", "rounds", "seconds")
+    options = [f"--{name}={value}" for name in taken if (value := getattr(given, name)) is not None]
+    told = [f"--{name} {getattr(given, name)}" for name in taken if getattr(given, name) != parser.get_default(name)]
+    command = " ".join(["python -m benchmarks.live", *told, *(["--", *given.flags] if given.flags else [])])
+    now = {"time": time.time()}  # columns of one table stand in this order
     carry_out(
         given, "benchmarks.live", cells=lambda: [Cell(name) for name in given.only],
-        done=lambda cell: RECORD.has(cell.name), measure=measure, write=write, records=RECORD, runs=RUNS,
+        done=lambda cell: subject.records.has(cell.name),
+        measure=lambda name: subject.records.put(name, MEASURES[name](subject) | {"command": command} | now),
+        write=lambda: write(subject), records=subject.records, runs=subject.runs,
+        options=[*options, "--", *given.flags],
     )  # fmt: skip
 
 
