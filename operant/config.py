@@ -1307,6 +1307,9 @@ class LearnerConfig(LiveConfig, FormatFields):
         store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
             operant.data.feedback_log writes it.
         model: the first version, a folder, hub id or GGUF file; only to begin a new root.
+        lora_rank: learn a low-rank adapter of this rank instead of the weights; 0 learns the weights. auto is 8 for a
+            model of more than 10 million weights, and an adapter that is there already goes on. Only to begin a new
+            root.
         anchors: rows with prompts, of a folder its train split, on whose answers every step is measured; empty samples
             from the bare model. Only to begin a new root.
         anchor_rows: so many anchor answers.
@@ -1327,6 +1330,7 @@ class LearnerConfig(LiveConfig, FormatFields):
     root: Common[str] = "runs/live"
     store: Common[str] = ""
     model: Common[str] = ""
+    lora_rank: Common[NonNegativeInt | Literal["auto"]] = "auto"
     anchors: str = ""
     anchor_rows: PositiveInt = 8
     anchor_tokens: PositiveInt = 32

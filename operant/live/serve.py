@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from operant.live.serving.engine import Engine
     from operant.live.serving.supervisor import Supervisor
     from operant.live.storage.store import Store
+    from operant.models.policy import Policy
 
 __all__ = ["Live", "live", "serve", "server_of"]
 
@@ -45,7 +46,7 @@ LOCK_SECONDS = 10.0  # for a learner whose server was killed to end its step
 
 @dataclass(slots=True)
 class Live:
-    """The parts of a live loop that runs."""
+    """The parts of a live loop that runs. learns: what of the model does, in words."""
 
     app: FastAPI
     engine: Engine
@@ -53,6 +54,7 @@ class Live:
     versions: Versions
     supervisor: Supervisor
     config: ServeConfig
+    learns: str
 
 
 def serve(config: ServeConfig) -> None:
@@ -117,9 +119,12 @@ def live(config: ServeConfig) -> Iterator[Live]:
         _take_up(store, versions, current.version, config)
         if implicit is not None:
             implicit.recall(reversed(store.list_completions(limit=1000, order="desc", prefix="chatcmpl-")))
+        like = policy.twin() if policy.is_lora else None  # one that never decodes while others are made like it
+        learns = _what_learns(policy)
         engine = Engine(policy, current.version, max_rows=config.max_rows, queue=config.queue, threads=config.threads)
         stack.callback(engine.close)
-        supervisor = stack.enter_context(contextlib.closing(Supervisor(learner, engine, store, canary=canary)))
+        following = Supervisor(learner, engine, store, canary=canary, like=like)
+        supervisor = stack.enter_context(contextlib.closing(following))
         if canary is not None:
             canary.changed = supervisor.look
         evidence = None if canary is None else TrialEvidence(canary, automatic)
@@ -131,7 +136,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
             listeners=[listener for listener in listeners if listener is not None],
         )  # fmt: skip
         del policy  # the engine alone keeps weights, and lets old ones go
-        yield Live(create_app(service), engine, store, versions, supervisor, config)
+        yield Live(create_app(service), engine, store, versions, supervisor, config, learns)
 
 
 def _take_up(store: Store, versions: Versions, serving: int, config: ServeConfig) -> None:
@@ -231,6 +236,7 @@ def _learner_config(config: ServeConfig, store: str) -> WorkerConfig:
 
 def _versions(config: WorkerConfig, store: Any) -> Versions:
     """The versions of the root, begun with the model when there are none."""
+    from operant.live.learning.learner import expect_rank
     from operant.live.learning.worker import Worker
 
     versions, root = Versions(config.root, config.keep), Path(config.root)
@@ -242,6 +248,7 @@ def _versions(config: WorkerConfig, store: Any) -> Versions:
                 f"{config.root} goes on with what was begun from {begun}; leave --model out to serve that, or give "
                 "another --root"
             )
+        expect_rank(versions, config)
         return versions
     if not config.model:
         raise OperantError(f"--model is missing; give a model folder or hub id to begin with in {config.root}")
@@ -310,6 +317,20 @@ def _signals_left_alone() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _what_learns(policy: Policy) -> str:
+    from operant.models.policy import SMALL
+
+    learned, held = (sum(p.numel() for p in ps) for ps in (policy.trainable_parameters(), policy.model.parameters()))
+    if policy.is_lora:
+        return f"an adapter of {_millions(learned)} weights learns, on {_millions(held - learned)} that stay"
+    more = "; another --root begins with an adapter, which learns sooner" if held >= SMALL else ""
+    return f"all {_millions(held)} weights learn{more}"
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} million"
+
+
 def _address(config: ServeConfig, listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
@@ -335,6 +356,7 @@ def _print_address(running: Live, listening: socket.socket) -> None:
     key = ' -H "Authorization: Bearer $OPERANT_KEY"' if _keys(config).needed else ""
     print(
         f"{config.name}, version {version}, learns at {url}/v1 ({config.mode}; everything is kept in {config.root})\n"
+        f"  {running.learns}\n"
         f"  in a browser: {url}/\n"
         f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' "
         """-d '{"model": "default", "messages": [{"role": "user", "content": "Hello"}]}'\n"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from operant.config import LoraConfig, ModelConfig
-from operant.models.folder import INNER, Base, call_base, copy_linked, expect_base, holds, name_base
+from operant.models.folder import ADAPTER, INNER, Base, call_base, copy_linked, expect_base, holds, name_base
 from operant.types import OperantError
 
 __all__ = [
     "Adaptable", "adapt", "add_adapter", "base_weights", "freeze_adapter", "is_fresh", "load_adapter",
-    "restore_adapter", "save_adapter",
+    "rank_of", "restore_adapter", "save_adapter",
 ]  # fmt: skip
 
 WEIGHTS = "adapter_model.safetensors"
@@ -90,6 +91,12 @@ class Adaptable(Protocol):
     def add_lora(
         self, rank: int, *, alpha: float = 0.0, targets: Sequence[str] = (), dropout: float = 0.0, seed: int = 0
     ) -> None: ...
+
+
+def rank_of(folder: Path) -> int:
+    """The rank of the adapter that a model's folder holds, 0 where it holds whole weights."""
+    file = folder / ADAPTER
+    return int(json.loads(file.read_text(encoding="utf-8"))["r"]) if file.exists() else 0
 
 
 def is_fresh(model: Any) -> bool:

@@ -320,12 +320,30 @@ class Policy:
         An adapter that is there already becomes a part of the weights that the new one is added to.
         Raises OperantError when no layer is named as one of `targets`.
         """
-        if self.is_lora:
-            self.model, self._origin = self.model.merge_and_unload(), None
+        self.merge_adapter()
         self.model = add_adapter(
             self.model, rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed,
             task="SEQ_2_SEQ_LM" if self.has_encoder else "CAUSAL_LM",
         )  # fmt: skip
+
+    def merge_adapter(self) -> None:
+        """Make the adapter, where there is one, a part of the weights, which are all trained from now on."""
+        if self.is_lora:
+            self.model, self._origin = self.model.merge_and_unload().requires_grad_(True), None
+
+    def twin(self) -> Policy:
+        """A policy with an adapter of its own, equal to this one's now, on the same base: memory holds that once.
+
+        It has no critic, reference or target network. Raises ValueError where there is no adapter.
+        """
+        if not self.is_lora:
+            raise ValueError("all weights of this policy learn, so nothing can be shared")
+        learned = {id(p) for p in self.trainable_parameters()}
+        held = [*self.model.parameters(), *self.model.buffers()]
+        twin = copy.copy(self)
+        twin.model = copy.deepcopy(self.model, {id(t): t for t in held if id(t) not in learned})
+        twin.critic = twin._target = twin._reference = None
+        return twin
 
     def save(self, path: str | Path, *, by_name: bool = False) -> None:
         """Write a folder that plain Transformers loads; with LoRA an adapter that PEFT loads, and the name of its base.

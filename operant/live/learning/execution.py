@@ -26,8 +26,8 @@ from operant.models.policy import Policy
 from operant.types import Feedback, OperantError
 
 __all__ = [
-    "LoadedVersion", "Verified", "lesson_of", "load_version", "make_again", "make_step", "verifiable", "verify_root",
-    "verify_version",
+    "LoadedVersion", "Verified", "lesson_of", "load_like", "load_version", "make_again", "make_step", "verifiable",
+    "verify_root", "verify_version",
 ]  # fmt: skip
 
 
@@ -43,10 +43,12 @@ class LoadedVersion:
     anchor_logits: Tensor | None = None
 
     @classmethod
-    def load(cls, versions: Versions, version: int, moves: int, config: WorkerConfig) -> LoadedVersion:
-        """From disk. Raises OperantError when it is not there, or broken."""
+    def load(
+        cls, versions: Versions, version: int, moves: int, config: WorkerConfig, like: Policy | None = None
+    ) -> LoadedVersion:
+        """From disk, as `load_version` does. Raises OperantError when it is not there, or broken."""
         path = Path(versions.get(version).path)
-        policy = load_version(versions, version, config)
+        policy = load_version(versions, version, config, like)
         learner = new_learner(policy, config)
         saved = torch.load(path / "learner.pt", map_location=policy.device, weights_only=True)
         learner.load_state_dict(saved["learner"])
@@ -118,10 +120,24 @@ def make_step(
     )  # fmt: skip
 
 
-def load_version(versions: Versions, version: int, config: LearnerConfig) -> Policy:
-    """The weights of a version on disk, to compute with. Raises OperantError when they are not there, or broken."""
-    path = Path(versions.get(version).path)
-    policy = Policy.load(path / "model", device=config.device, dtype=config.dtype)
+def load_version(versions: Versions, version: int, config: LearnerConfig, like: Policy | None = None) -> Policy:
+    """The weights of a version on disk, to compute with.
+
+    like: another version in memory. Where an adapter learns, both stand on one base, and memory holds that once.
+    Raises OperantError when they are not there, or broken.
+    """
+    folder = Path(versions.get(version).path) / "model"
+    return load_like(like, folder, config.device, config.dtype)
+
+
+def load_like(like: Policy | None, folder: Path, device: str, dtype: str) -> Policy:
+    """A version's folder, to compute with, on the base of `like` where an adapter learns. Raises OperantError when it
+    cannot be read."""
+    if like is not None and like.is_lora:
+        policy = like.twin()
+        policy.restore(folder)
+    else:
+        policy = Policy.load(folder, device=device, dtype=dtype)
     policy.model.eval()
     return policy
 
@@ -136,7 +152,7 @@ def make_again(versions: Versions, version: int, source: EventSource, config: Wo
         raise OperantError(f"version {version} was not made by a step; choose one that was")
     at = LoadedVersion.load(versions, record.parent, record.moves, config)
     lesson, used = lesson_of(record, at, source, versions, config)
-    origin = None if record.pulled_to is None else load_version(versions, record.pulled_to, config)
+    origin = None if record.pulled_to is None else load_version(versions, record.pulled_to, config, at.policy)
     make_step(record, at, lesson, Anchors.load(versions.root, at.policy), used, origin)
     if lesson.rehearsed != record.replayed:  # after the step, which leaves out what is too far, as the record does
         raise OperantError(f"the store lacks what step {version} learned again; give the --store that it began with")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from operant.config import LiveConfig, WorkerConfig, check_settings
+from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_settings
 from operant.data.prompts import settle_style
 from operant.live.learning.anchors import Anchors, anchor_prompts
 from operant.live.learning.events import EventSource
@@ -22,10 +22,13 @@ from operant.live.learning.gate import Verdict, fast_gate
 from operant.live.learning.lesson import LearnerState, Lesson
 from operant.live.learning.step import StepResult, fingerprint, new_learner
 from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
-from operant.models.policy import Policy
+from operant.models.adapter import rank_of
+from operant.models.policy import SMALL, Policy
 from operant.types import OperantError
 
-__all__ = ["LiveLearner"]
+__all__ = ["LiveLearner", "expect_rank"]
+
+RANK = 8  # of an adapter that nobody has chosen
 
 
 class LiveLearner:
@@ -39,6 +42,7 @@ class LiveLearner:
         self._anchors: Anchors | None = None
         self._kept_logits: dict[str, tuple[int, Tensor]] = {}
         self._origin_kept: tuple[int, Policy] | None = None
+        self._like: Policy | None = None  # whose base the others stand on
 
     def start(self) -> None:
         """Begin a new root or complete what a crash left in this one.
@@ -46,10 +50,13 @@ class LiveLearner:
         Raises OperantError when there is neither a version nor a model to begin with.
         """
         self.versions.clean()
-        if not self.versions.exists():
+        if self.versions.exists():
+            expect_rank(self.versions, self.config)
+        else:
             if not self.config.model:
                 raise OperantError(f"{self.config.root} holds no version yet; give --model to begin with")
             policy = Policy.load(self.config.model, device=self.config.device, dtype=self.config.dtype)
+            _choose_what_learns(policy, self.config)
             policy.model.eval()
             settle_style(policy, self.config)  # every version is asked as this one
             asked = anchor_prompts(self.config, policy)
@@ -71,7 +78,8 @@ class LiveLearner:
         pointer = self.versions.pointer()
         if self.at is None or self.at.moves != pointer.moves:
             self.at = None
-            self.at = LoadedVersion.load(self.versions, pointer.version, pointer.moves, self.config)
+            self.at = LoadedVersion.load(self.versions, pointer.version, pointer.moves, self.config, self._like)
+            self._like = self.at.policy
         return self.at
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -185,7 +193,7 @@ class LiveLearner:
         if role not in self._kept_logits or self._kept_logits[role][0] != version:
             known = next((logits for number, logits in self._kept_logits.values() if number == version), None)
             if known is None:
-                policy = load_version(self.versions, version, self.config)
+                policy = load_version(self.versions, version, self.config, self._like)
                 known = self.anchors().logits(policy, self.config.tokens_per_microbatch)
             self._kept_logits[role] = version, known
         return self._kept_logits[role][1]
@@ -195,8 +203,32 @@ class LiveLearner:
         if version is None:
             return None
         if self._origin_kept is None or self._origin_kept[0] != version:
-            self._origin_kept = version, load_version(self.versions, version, self.config)
+            self._origin_kept = version, load_version(self.versions, version, self.config, self._like)
         return self._origin_kept[1]
+
+
+def _choose_what_learns(policy: Policy, config: LearnerConfig) -> None:
+    """Put the adapter on a first version that `lora_rank` asks for."""
+    rank = config.lora_rank
+    if rank == "auto":
+        weights = sum(p.numel() for p in policy.model.parameters())
+        rank = RANK if weights >= SMALL and not policy.is_lora else 0
+    elif rank == 0:
+        policy.merge_adapter()
+    if rank:
+        policy.add_lora(rank, seed=config.seed)
+
+
+def expect_rank(versions: Versions, config: LearnerConfig) -> None:
+    """Raises OperantError where a root began with another kind of weights than `lora_rank` asks for."""
+    if config.lora_rank == "auto":
+        return
+    there = rank_of(versions.model(versions.pointer().version))
+    if config.lora_rank != there:
+        what = f"an adapter of rank {there}" if there else "all weights"
+        raise OperantError(
+            f"{config.root} learns {what}, as it began; leave --lora_rank out and it goes on so, or give another --root"
+        )
 
 
 def _refused(outcomes: Mapping[str, Outcome], verdict: Verdict) -> dict[str, Outcome]:

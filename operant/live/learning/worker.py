@@ -134,7 +134,7 @@ class Worker(LiveLearner):
             return False
         prompts = self._heldout_prompts()
         if self._anchor_metrics is None or self._anchor_metrics[0] != pointer.anchor:
-            origin = load_version(self.versions, pointer.anchor, self.config)
+            origin = load_version(self.versions, pointer.anchor, self.config, self.current().policy)
             self._anchor_metrics = pointer.anchor, slow_metrics(origin, prompts)[0]
         measured = slow_metrics(self.current().policy, prompts)[0]
         verdict = slow_gate(measured, self._anchor_metrics[1], self.config.tolerance)

@@ -22,6 +22,7 @@ from typing import IO, Literal, Protocol
 
 import operant
 from operant.config import WorkerConfig
+from operant.live.learning.execution import load_like
 from operant.live.learning.forget import Plan, empty, finish
 from operant.live.learning.worker import STORE_VARIABLE
 from operant.live.serving.canary import Canary
@@ -99,11 +100,12 @@ class Supervisor:
 
     config: the learner's settings. store: the ledger of what became of each event.
     command: runs instead of the learner, with the same lines on standard output. canary: says what of `current` serves.
+    like: a policy with an adapter, on whose base all versions stand.
     """
 
     def __init__(
         self, config: WorkerConfig, engine: Engine, store: EventLedger, *, command: Sequence[str] | None = None,
-        canary: Canary | None = None,
+        canary: Canary | None = None, like: Policy | None = None,
     ) -> None:  # fmt: skip
         self.config = dataclasses.replace(
             config, watch_stdin=True, once=False, poll_seconds=max(config.poll_seconds, LEARNER_POLL_SECONDS)
@@ -112,7 +114,7 @@ class Supervisor:
         self.command = learner if command is None else list(command)
         self.versions = Versions(config.root, config.keep)
         self.restarts = 0
-        self._engine, self._store, self._canary = engine, store, canary
+        self._engine, self._store, self._canary, self._like = engine, store, canary, like
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._faults = {"learner": "", "version": "", "ledger": "", "forgetting": ""}
@@ -369,8 +371,7 @@ class Supervisor:
             free = next((v for v in self._loaded if v not in resident), None)
             policy = None if free is None else self._loaded.pop(free)
         if policy is None:
-            policy = Policy.load(folder, device=self.config.device, dtype=self.config.dtype)
-            policy.model.eval()
+            policy = load_like(self._like, folder, self.config.device, self.config.dtype)
         else:
             policy.restore(folder)
         take(version, policy)
