@@ -17,6 +17,7 @@ from live import MemoryStore, Stored, anchors_of, answered, logprob, reader_of
 from operant.config import LiveConfig
 from operant.live.learning.gate import divergence, fast_gate, off_policy_value, slow_gate
 from operant.live.learning.lesson import LearnerState, Lesson, prepare
+from operant.live.learning.origin import Origin
 from operant.live.learning.step import StepResult, new_learner, rating_loss, take_step
 from operant.models.policy import Policy
 from operant.types import Batch, OperantError
@@ -334,7 +335,8 @@ def test_the_pull_keeps_what_a_rating_says_nothing_of(family: str, make_policy: 
     kls: list[float] = []
     for kl_coef in (0.0, 0.3):
         policy = make_policy(family)
-        origin, store = deepcopy(policy), answered(policy)
+        bare, store = deepcopy(policy), answered(policy)
+        origin = Origin(bare)
         config = LiveConfig(lr=0.01, kl_coef=kl_coef, kl_budget=10.0)
         learner, anchors, state = new_learner(policy, config), anchors_of(policy), LearnerState()
         begin = total(policy, store.interactions["c1"])
@@ -348,7 +350,7 @@ def test_the_pull_keeps_what_a_rating_says_nothing_of(family: str, make_policy: 
                 kls.append(taught.stats.extra["kl_anchor"])
                 assert 0 <= taught.stats.extra["unlikely"] <= 1
         assert total(policy, store.interactions["c1"]) > begin + 0.1
-        left[kl_coef] = divergence(anchors.logits(policy, 4096), anchors.logits(origin, 4096))
+        left[kl_coef] = divergence(anchors.logits(policy, 4096), anchors.logits(bare, 4096))
     assert left[0.3] < 0.9 * left[0.0]
     assert kls[0] == pytest.approx(0, abs=1e-5) and kls[-1] > 1e-4  # of the answers that are learned from
 
@@ -372,20 +374,21 @@ def test_the_fast_gate_names_each_limit_that_is_broken_and_nan_does_not_pass() -
     torch.manual_seed(0)
     base, tokens = torch.randn(5, 7), torch.arange(5)
     limits = {"kl_budget": 0.1, "drift_budget": 0.1, "likelihood_drop": 0.1}
-    assert fast_gate(base, base, base, base, tokens, **limits).passed
+    assert fast_gate(base, base, base, tokens, kl_parent=0.0, **limits).passed
     moved = base + 3 * torch.randn(5, 7)
-    verdict = fast_gate(moved, base, moved, moved, tokens, **limits)
+    verdict = fast_gate(moved, moved, moved, tokens, kl_parent=divergence(moved, base), **limits)
     assert not verdict.passed and "parent" in verdict.reason and "drift" not in verdict.reason
-    verdict = fast_gate(moved, moved, base, moved, tokens, **limits)
+    verdict = fast_gate(moved, base, moved, tokens, kl_parent=0.0, **limits)
     assert "drift" in verdict.reason and "parent" not in verdict.reason
     worse = base.clone()
     worse[torch.arange(5), tokens] -= 2.0
     loose = {"kl_budget": 99.0, "drift_budget": 99.0, "likelihood_drop": 0.1}
-    assert "lost" in fast_gate(worse, worse, worse, base, tokens, **loose).reason
+    assert "lost" in fast_gate(worse, worse, base, tokens, kl_parent=0.0, **loose).reason
     better = base.clone()
     better[torch.arange(5), tokens] += 2.0
-    assert fast_gate(better, better, better, base, tokens, **loose).passed
-    assert not fast_gate(base * math.nan, base, base, base, tokens, **loose).passed
+    assert fast_gate(better, better, base, tokens, kl_parent=0.0, **loose).passed
+    assert not fast_gate(base * math.nan, base, base, tokens, kl_parent=0.0, **loose).passed
+    assert not fast_gate(base, base, base, tokens, kl_parent=math.nan, **loose).passed
 
 
 def test_the_slow_gate_lets_a_metric_lose_a_share_and_no_more() -> None:

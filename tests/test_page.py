@@ -525,7 +525,7 @@ def test_what_the_server_gives_as_a_reason_is_told_in_chinese_too() -> None:
     assert {"retracted", "score outside 7 to 7", "no step within the KL budget moved the text the right way"} <= {*said}
     bad, good = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 9.0]])
     limits = {"kl_budget": 0.1, "drift_budget": 0.1, "likelihood_drop": 0.1}
-    said += fast_gate(bad, good, good, good, torch.tensor([1]), **limits).reason.split("; ")
+    said += fast_gate(bad, good, good, torch.tensor([1]), kl_parent=9.0, **limits).reason.split("; ")
     said += [slow_gate({"bleu": 1.0}, {"bleu": 2.0}).reason]
     assert [reason for reason in said if not any(pattern.fullmatch(reason) for pattern in known)] == []
 

@@ -7,6 +7,7 @@ wanted of the logits (a log-probability, an entropy, a divergence) is computed c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,14 @@ class Distributions:
         count = len(self.rows)
         size = max(1, count if self.states is None else CHUNK // self.width)
         return [slice(at, at + size) for at in range(0, count, size)] or [slice(0, 0)]
+
+    def at_temperature(self, temperatures: Tensor | None) -> Distributions:
+        """The same at temperatures float[K, 1], by which the logits are divided; None for 1."""
+        if temperatures is None:
+            return self
+        if self.logits is not None:
+            return Distributions(self.logits / temperatures)
+        return dataclasses.replace(self, tail=lambda rows, part: self.tail(rows, part) / temperatures[part])
 
     def logits_of(self, rows: Tensor, part: slice) -> Tensor:
         """Logits float[k, V] of rows `part`; rows: these rows of `self.rows`."""

@@ -651,18 +651,30 @@ class Policy:
         (RuntimeWarning).
         """
         rows, columns = batch.action_mask.nonzero(as_tuple=True)
+        temperatures = self.temperatures(batch)
         if len(rows) * self.vocabulary > WHOLE and self._splits_head:
-            tail = Tail(self._base())
-            states = self._read_at(batch, rows, columns, lambda places, run: self._states_at(tail, places, run))
-            if states is not None:
-                return self._distributions(states, tail, self._temperatures(batch, rows, columns))
-            self._splits_head = False
+            split = self.split(batch)
+            if split is not None:
+                return split.at_temperature(temperatures)
             size = 4 * len(rows) * self.vocabulary / 1e9
             warnings.warn(
                 f"the logits of a {self.config.model_type} cannot be computed in parts: {size:.1f} GB at once; if that "
                 "is too much, lower --tokens_per_microbatch", RuntimeWarning, 2,
             )  # fmt: skip
-        return Distributions(self.acting_logits(batch))
+        return Distributions(self._logits_at(batch, rows, columns)).at_temperature(temperatures)
+
+    def split(self, batch: Batch) -> Distributions | None:
+        """`acting` at temperature 1, as hidden states whose logits are computed when they are asked for.
+
+        None for a model whose logits are not a function of its decoder's last states alone.
+        """
+        if not self._splits_head:
+            return None
+        tail = Tail(self._base())
+        rows, columns = batch.action_mask.nonzero(as_tuple=True)
+        states = self._read_at(batch, rows, columns, lambda places, run: self._states_at(tail, places, run))
+        self._splits_head = states is not None
+        return None if states is None else self._distributions(states, tail)
 
     def acting_logits(self, batch: Batch) -> Tensor:
         """Logits float32[K, V] that predict the K action tokens, row by row, at their segment's temperature.
@@ -670,17 +682,20 @@ class Policy:
         Only the tokens that act: the rest of a batch costs nothing from the last hidden state on.
         """
         rows, columns = batch.action_mask.nonzero(as_tuple=True)
-        chosen = self._read_at(batch, rows, columns, self._head_at)
-        temperatures = self._temperatures(batch, rows, columns)
-        return chosen if temperatures is None else chosen / temperatures
+        chosen = Distributions(self._logits_at(batch, rows, columns))
+        return chosen.at_temperature(self.temperatures(batch)).rows
 
-    def _temperatures(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor | None:
-        """Of the segments of tokens (rows, columns), float32[K, 1]; None where all are 1."""
+    def _logits_at(self, batch: Batch, rows: Tensor, columns: Tensor) -> Tensor:
+        return self._read_at(batch, rows, columns, self._head_at)
+
+    def temperatures(self, batch: Batch) -> Tensor | None:
+        """Of the K action tokens, row by row, float32[K, 1]; None where all are 1."""
         if batch.temperature is None or not bool((batch.temperature != 1.0).any()):
             return None
+        rows, columns = batch.action_mask.nonzero(as_tuple=True)
         return batch.temperature[batch.segment_ids[rows, columns]].clamp(min=1e-6)[:, None]
 
-    def _distributions(self, states: Tensor, tail: Tail, temperatures: Tensor | None) -> Distributions:
+    def _distributions(self, states: Tensor, tail: Tail) -> Distributions:
         """With the logits of states float[K, D] as the policy, or the reference that it is at present, has them."""
         reference = self._is_reference
 
@@ -688,8 +703,7 @@ class Policy:
             # chunks are computed again in the backward pass, when no reference is in force
             again = reference and not self._is_reference
             with self.as_reference() if again else contextlib.nullcontext(), self.autocast():
-                logits = _upcast(tail(rows))
-            return logits if temperatures is None else logits / temperatures[part]
+                return _upcast(tail(rows))
 
         return Distributions(None, states, logits_of, tail.frozen, self.vocabulary)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ from operant.types import Batch, Completion, Ints, OperantError, Prompt, Samplin
 
 __all__ = ["Anchors", "anchor_prompts"]
 
+PIECE = 2**22  # logits, 16 MB: what a step that goes too far is known by, before the other anchors are read
+
 
 class Anchors:
     """Prompts with answers on which every version is measured: what must not change much while one answer is rated.
@@ -38,6 +40,7 @@ class Anchors:
         self.prompts = [p for p, _ in kept]
         self.answers = [a for _, a in kept]
         self.ids = [p.id for p in self.prompts]
+        self.vocabulary = policy.vocabulary
         self.batch: Batch = policy.batch_of_sequences([p.tokens for p in self.prompts], self.answers)
 
     @classmethod
@@ -68,15 +71,22 @@ class Anchors:
     @torch.no_grad()
     def logits(self, policy: Policy, max_tokens: int) -> Tensor:
         """Logits that predict the answers' K tokens, float32[K, V] on the CPU, always in the same order."""
-        pieces = []
-        for piece in microbatches(self.batch, max_tokens):
-            micro = to_device(piece, policy.device)
-            pieces.append(policy.logits(micro)[micro.action_mask].cpu())
-        return torch.cat(pieces)
+        return torch.cat(list(self.pieces(policy, max_tokens)))
+
+    @torch.no_grad()
+    def pieces(self, policy: Policy, max_tokens: int) -> Iterator[Tensor]:
+        """`logits` of some answers after the other, about PIECE numbers at once."""
+        for piece in self._parted(max_tokens):
+            yield policy.acting_logits(to_device(piece, policy.device)).cpu()
 
     def tokens(self, max_tokens: int) -> Tensor:
         """The answers' tokens, int64[K], in the order of `logits`."""
-        return torch.cat([piece.tokens[piece.action_mask] for piece in microbatches(self.batch, max_tokens)])
+        return torch.cat([piece.tokens[piece.action_mask] for piece in self._parted(max_tokens)])
+
+    def _parted(self, max_tokens: int) -> Iterator[Batch]:
+        longest = int((self.batch.segment_ids >= 0).sum(1).max())
+        rows = PIECE // (self.vocabulary * max(len(answer) for answer in self.answers))
+        return microbatches(self.batch, min(max_tokens, max(1, rows) * longest))
 
 
 def anchor_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:

@@ -128,7 +128,9 @@ class Rated:
     marked: bool[T], the tokens of the completion that learn; the advantage is theirs.
     weight: beside the other rows of the step. part: of what an equal part for its source would give it.
     fresh: of a new event, and not rehearsed.
-    logprobs: float32[K], log π of the K tokens that the policy drew, as the step begins; looked up once.
+    logprobs, plain: float32[K], log π of the K tokens that the policy drew, as the step begins, at the temperature
+        that they were drawn at and at 1. They are looked up once, where something hangs on them: of a new event, and of
+        a text to be said less often.
     """
 
     event: Feedback
@@ -141,11 +143,15 @@ class Rated:
     part: float = 1.0
     fresh: bool = True
     logprobs: Tensor | None = None
+    plain: Tensor | None = None
 
 
 @dataclass(slots=True)
 class Paired:
-    """A text preferred to another; `likelihood` says whether it is also simply made likelier (see `Rated`)."""
+    """A text preferred to another; `likelihood` says whether it is also simply made likelier (see `Rated`).
+
+    logprobs: float32[K] of the chosen text and of the rejected one, as the step begins; looked up once.
+    """
 
     event: Feedback
     pair: Preference
@@ -153,6 +159,7 @@ class Paired:
     weight: float = 1.0
     part: float = 1.0
     fresh: bool = True
+    logprobs: tuple[Tensor, Tensor] | None = None
 
 
 LessonRow = Rated | Paired

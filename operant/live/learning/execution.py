@@ -20,6 +20,7 @@ from operant.config import LearnerConfig, LiveConfig, ReplayConfig, WorkerConfig
 from operant.live.learning.anchors import Anchors
 from operant.live.learning.events import EventReader, EventSource, open_store
 from operant.live.learning.lesson import LearnerState, Lesson, prepare
+from operant.live.learning.origin import Origin
 from operant.live.learning.step import StepResult, fingerprint, new_learner, take_step
 from operant.live.storage.versions import StepRecord, Versions
 from operant.models.policy import Policy
@@ -105,7 +106,7 @@ def _events_of(record: StepRecord, source: EventSource) -> list[tuple[int, Feedb
 
 
 def make_step(
-    record: StepRecord, at: LoadedVersion, lesson: Lesson, anchors: Anchors, config: LiveConfig, origin: Policy | None
+    record: StepRecord, at: LoadedVersion, lesson: Lesson, anchors: Anchors, config: LiveConfig, origin: Origin | None
 ) -> StepResult:
     """`take_step` with the record's coefficients and seed, whatever the learner in memory was made with.
 
@@ -152,7 +153,8 @@ def make_again(versions: Versions, version: int, source: EventSource, config: Wo
         raise OperantError(f"version {version} was not made by a step; choose one that was")
     at = LoadedVersion.load(versions, record.parent, record.moves, config)
     lesson, used = lesson_of(record, at, source, versions, config)
-    origin = None if record.pulled_to is None else load_version(versions, record.pulled_to, config, at.policy)
+    pulled_to = record.pulled_to
+    origin = None if pulled_to is None else Origin(load_version(versions, pulled_to, config, at.policy))
     make_step(record, at, lesson, Anchors.load(versions.root, at.policy), used, origin)
     if lesson.rehearsed != record.replayed:  # after the step, which leaves out what is too far, as the record does
         raise OperantError(f"the store lacks what step {version} learned again; give the --store that it began with")

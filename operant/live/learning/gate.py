@@ -21,9 +21,11 @@ from operant.rl.evaluate import evaluate
 from operant.types import Completion, OperantError, Prompt, Sampling
 
 __all__ = [
-    "Verdict", "compare", "divergence", "fast_gate", "likelihood", "off_policy_value", "slow_gate", "slow_metrics",
+    "Verdict", "compare", "divergence", "divergences", "fast_gate", "likelihood", "off_policy_value", "slow_gate",
+    "slow_metrics",
 ]  # fmt: skip
 
+CHUNK = 2**20  # logits in float64 at once: many more take twice as long
 # metrics of `evaluate` that fall when a policy gets worse; the others only describe
 _HIGHER_IS_BETTER = ("bleu", "chrf", "rougeL", "exact", "reward", "distinct2")
 
@@ -38,8 +40,15 @@ class Verdict:
 
 
 def divergence(logits: Tensor, ref_logits: Tensor) -> float:
-    """Mean over tokens of KL(π‖π_ref) in nats: float32[K, V] each. In float64: a small one is rounding in float32."""
-    return float(full_kl(logits.double(), ref_logits.double()).mean())
+    """Mean over tokens of KL(π‖π_ref) in nats: float32[K, V] each."""
+    return float(divergences(logits, ref_logits).mean())
+
+
+def divergences(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(π‖π_ref) of each token, float64[K], from float32[K, V]. In float64: a small one is rounding in float32."""
+    size = max(1, CHUNK // logits.shape[-1])
+    pairs = zip(logits.split(size), ref_logits.split(size), strict=True)
+    return torch.cat([full_kl(own.double(), theirs.double()) for own, theirs in pairs])
 
 
 def likelihood(logits: Tensor, tokens: Tensor) -> float:
@@ -49,11 +58,11 @@ def likelihood(logits: Tensor, tokens: Tensor) -> float:
 
 def fast_gate(
     logits: Tensor,
-    parent_logits: Tensor,
     since_logits: Tensor,
     anchor_logits: Tensor,
     tokens: Tensor,
     *,
+    kl_parent: float,
     kl_budget: float,
     drift_budget: float,
     likelihood_drop: float,
@@ -62,15 +71,16 @@ def fast_gate(
 
     Passes when KL(π‖π_parent) ≤ kl_budget, KL(π‖π_since) ≤ drift_budget (so that small steps cannot add up to a large
     one faster than is meant) and the answers' mean log-probability has lost at most likelihood_drop against the anchor
-    version, however slowly. since: the version that drift is measured from; it follows (`LiveConfig.drift_versions`).
+    version, however slowly. kl_parent: the first of these, in nats per token, as the step has measured it. since: the
+    version that drift is measured from; it follows (`LiveConfig.drift_versions`).
     """
-    step, drift = divergence(logits, parent_logits), divergence(logits, since_logits)
+    drift = divergence(logits, since_logits)
     lost = likelihood(anchor_logits, tokens) - likelihood(logits, tokens)
-    numbers = {"kl_parent": step, "kl_drift": drift, "likelihood_lost": lost}
+    numbers = {"kl_parent": kl_parent, "kl_drift": drift, "likelihood_lost": lost}
     reasons = [
         f"{what} is {value:.4g}, over {limit:g}"
         for what, value, limit in (
-            ("the KL to the parent", step, kl_budget),
+            ("the KL to the parent", kl_parent, kl_budget),
             ("the KL to the version that drift is measured from", drift, drift_budget),
             ("the likelihood that the anchor answers lost", lost, likelihood_drop),
         )

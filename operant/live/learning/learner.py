@@ -20,6 +20,7 @@ from operant.live.learning.events import EventSource
 from operant.live.learning.execution import LoadedVersion, lesson_of, load_version, make_step
 from operant.live.learning.gate import Verdict, fast_gate
 from operant.live.learning.lesson import LearnerState, Lesson
+from operant.live.learning.origin import Origin
 from operant.live.learning.step import StepResult, fingerprint, new_learner
 from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
 from operant.models.adapter import rank_of
@@ -41,7 +42,7 @@ class LiveLearner:
         self.at: LoadedVersion | None = None
         self._anchors: Anchors | None = None
         self._kept_logits: dict[str, tuple[int, Tensor]] = {}
-        self._origin_kept: tuple[int, Policy] | None = None
+        self._origin_kept: tuple[int, Origin] | None = None
         self._like: Policy | None = None  # whose base the others stand on
 
     def start(self) -> None:
@@ -117,10 +118,9 @@ class LiveLearner:
         record.times["stepped"] = time.time()
         if result.anchor_logits is None:
             return self.publish_nothing(record, "nothing", _reason(result), reload=result.stats is not None)
-        before, after = result.anchor_logits
         verdict = fast_gate(
-            after, before, self._logits_of("since"), self._logits_of("anchor"),
-            anchors.tokens(config.tokens_per_microbatch), kl_budget=config.kl_budget,
+            result.anchor_logits[1], self._logits_of("since"), self._logits_of("anchor"),
+            anchors.tokens(config.tokens_per_microbatch), kl_parent=result.kl, kl_budget=config.kl_budget,
             drift_budget=config.drift_budget, likelihood_drop=config.likelihood_drop,
         )  # fmt: skip
         record.times["gated"] = time.time()
@@ -198,12 +198,12 @@ class LiveLearner:
             self._kept_logits[role] = version, known
         return self._kept_logits[role][1]
 
-    def _origin(self, version: int | None) -> Policy | None:
+    def _origin(self, version: int | None) -> Origin | None:
         """The version that steps are pulled to."""
         if version is None:
             return None
         if self._origin_kept is None or self._origin_kept[0] != version:
-            self._origin_kept = version, load_version(self.versions, version, self.config, self._like)
+            self._origin_kept = version, Origin(load_version(self.versions, version, self.config, self._like))
         return self._origin_kept[1]
 
 

@@ -26,15 +26,16 @@ import transformers
 from torch import Tensor
 
 from operant.algorithms import objectives
-from operant.algorithms.learner import Learner, Sgd, logprobs_of
-from operant.algorithms.surrogate import full_kl_of
+from operant.algorithms.learner import Learner, Sgd, whole_batch
 from operant.config import LiveConfig
 from operant.data.batch import drawn, microbatches, scatter
 from operant.live.learning.anchors import Anchors
 from operant.live.learning.events import LessonRow, Paired, Rated
-from operant.live.learning.gate import divergence
+from operant.live.learning.gate import divergences
 from operant.live.learning.lesson import Lesson, weight_of
+from operant.live.learning.origin import Origin
 from operant.live.storage.versions import Outcome
+from operant.models.head import Distributions, of_rows
 from operant.models.policy import Policy, placed
 from operant.types import Batch, StepStats, Trajectory
 
@@ -43,7 +44,7 @@ __all__ = ["ARITHMETIC", "StepResult", "fingerprint", "new_learner", "rating_los
 # The number of the arithmetic by which a live step is made: of the lesson, the loss, the policy's log-probs, the
 # gradient step and the line search. Raise it with every change that may give another last bit. It is a part of the
 # fingerprint, so that versions from before the change are then held to a tolerance and not to their bits.
-ARITHMETIC = 1
+ARITHMETIC = 2
 HALVINGS = 24  # of a step, before it is given up
 PATIENCE = 4  # tries with rehearsed events, before the new ones are learned alone
 UNLIKELY = 1e-3  # a probability under the anchor version; tokens below it are counted
@@ -121,7 +122,7 @@ def take_step(
     anchors: Anchors,
     config: LiveConfig,
     *,
-    origin: Policy | None = None,
+    origin: Origin | None = None,
     anchor_logits: Tensor | None = None,
 ) -> StepResult:
     """One step of the weights, in place, and what became of each new event.
@@ -136,11 +137,13 @@ def take_step(
     outcomes = dict(lesson.outcomes)
     if lesson.fresh:
         policy.model.eval()  # dropout would make the ratio and the replay of a record another one
+        _look_up(policy, [*lesson.rated, *lesson.paired], config)
         _leave_out_the_far(policy, lesson, outcomes, config)
     if not lesson.fresh:
         return StepResult(outcomes, None, 0.0, 0.0)
     fresh = _batches(policy, [r for r in lesson.rated if r.fresh], [p for p in lesson.paired if p.fresh], config)
-    search = _LineSearch(policy, fresh, anchors, config, anchor_logits)
+    rows = _in_the_order_of_batches(lesson.fresh)
+    search = _LineSearch(policy, fresh, rows, anchors, config, anchor_logits)
     loss_of, reason = _loss_of(config, origin), ""
     for batches, tries in _attempts(policy, lesson, fresh, anchors, config):
         found, room = search.begin, config.tokens_per_microbatch
@@ -151,7 +154,6 @@ def take_step(
             reason = "" if found.scale else "no step within the KL budget moved the text the right way"
         if not reason:
             break
-    rows = _in_the_order_of_batches(lesson.fresh)
     for row, before, after in zip(rows, search.begin.logprobs, found.logprobs, strict=True):
         outcomes[row.event.id] = _outcome(row, reason, before, after)
     moved = (search.begin.logits, found.logits) if found.scale else None
@@ -181,18 +183,14 @@ def _outcome(row: LessonRow, reason: str, before: float, after: float) -> Outcom
 
 
 def _leave_out_the_far(policy: Policy, lesson: Lesson, outcomes: dict[str, Outcome], config: LiveConfig) -> None:
-    """Drop bad ratings whose text is below the band, so that a step does not wait for what it cannot move.
-
-    The log-probs of all ratings are looked up for it.
-    """
-    far: list[Rated] = []
-    for rows in ([r for r in lesson.rated if r.fresh], [r for r in lesson.rated if not r.fresh]):
-        if not rows:
-            continue
-        batch = _rating_batch(policy, rows, config)
-        assert batch.old_logprobs is not None
-        near = rating_loss(batch.old_logprobs, batch, config.correction_band)[1][:, 0].tolist()
-        far += [row for row, inside in zip(rows, near, strict=True) if row.advantage < 0 and not inside]
+    """Drop bad ratings whose text is below the band, so that a step does not wait for what it cannot move."""
+    bad = [row for row in lesson.rated if row.advantage < 0]
+    if not bad:
+        return
+    batch = _rating_batch(policy, bad, config)
+    assert batch.old_logprobs is not None
+    near = rating_loss(batch.old_logprobs, batch, config.correction_band)[1][:, 0].tolist()
+    far = [row for row, inside in zip(bad, near, strict=True) if not inside]
     for row in far:
         lesson.rated.remove(row)
         if row.fresh:
@@ -218,35 +216,63 @@ class _Point:
 
 class _LineSearch:
     """Halves a step of the weights, from where they are when this is made, until it keeps the KL budget and follows,
-    which is that it lowers the loss of the new events (backtracking line search)."""
+    which is that it lowers the loss of the new events (backtracking line search).
+
+    fresh: the new events as batches. rows: the same, one by one, in the order of the batches.
+    """
 
     def __init__(
-        self, policy: Policy, fresh: Sequence[Batch], anchors: Anchors, config: LiveConfig, logits: Tensor | None
+        self,
+        policy: Policy,
+        fresh: Sequence[Batch],
+        rows: Sequence[LessonRow],
+        anchors: Anchors,
+        config: LiveConfig,
+        logits: Tensor | None,
     ) -> None:
         self.policy, self.fresh, self.anchors, self.config = policy, fresh, anchors, config
         self.weights = [p.detach().clone() for p in policy.trainable_parameters()]
-        self.loss, logprobs = _loss_and_logprobs(policy, fresh, config)
+        self.loss = sum(_total(_known_logprobs(batch), batch, config) for batch in fresh)
         if logits is None:
             logits = anchors.logits(policy, config.tokens_per_microbatch)
-        self.begin = _Point(0.0, 0.0, logits, logprobs)
+        self.begin = _Point(0.0, 0.0, logits, [_as_it_was(row) for row in rows])
 
     def shorten(self, tries: int) -> _Point:
         """Keep the largest share of the step that was just made, or none of it after so many within the budget."""
         whole = [p.detach() - w for p, w in zip(self.policy.trainable_parameters(), self.weights, strict=True)]
-        for halving in range(HALVINGS):
-            scale = 0.5**halving
+        halvings = 0
+        while halvings < HALVINGS:
+            scale = 0.5**halvings
             self._move(w + scale * d for w, d in zip(self.weights, whole, strict=True))
-            logits = self.anchors.logits(self.policy, self.config.tokens_per_microbatch)
-            kl = divergence(logits, self.begin.logits)
-            if kl <= self.config.kl_budget:
-                loss, logprobs = _loss_and_logprobs(self.policy, self.fresh, self.config)
-                if loss < self.loss:
-                    return _Point(scale, kl, logits, logprobs)
-                tries -= 1
-                if not tries:
-                    break
+            kl, logits = self._divergence()
+            if logits is None:
+                # KL grows with the square of a small step, or faster: what is in between is over the budget too
+                excess = kl / self.config.kl_budget
+                halvings += max(1, int(math.log2(excess) / 2)) if math.isfinite(excess) else 1
+                continue
+            loss, logprobs = _loss_and_logprobs(self.policy, self.fresh, self.config)
+            if loss < self.loss:
+                return _Point(scale, kl, logits, logprobs)
+            halvings, tries = halvings + 1, tries - 1
+            if not tries:
+                break
         self._move(self.weights)
         return self.begin
+
+    def _divergence(self) -> tuple[float, Tensor | None]:
+        """The mean KL on the anchor answers from where the step began, and their logits now. Where it is over the
+        budget a lower bound is enough, without the logits: no answer makes good what the others have moved."""
+        pieces: list[Tensor] = []
+        kls = self.begin.logits.new_empty(0, dtype=torch.float64)
+        for piece in self.anchors.pieces(self.policy, self.config.tokens_per_microbatch):
+            pieces.append(piece)
+            before = self.begin.logits[len(kls) : len(kls) + len(piece)]
+            kls = torch.cat([kls, divergences(piece, before)])
+            bound = float(kls.sum()) / len(self.begin.logits)
+            if not bound <= self.config.kl_budget * (1 + 1e-9):  # room for the rounding of the sum
+                return bound, None
+        kl = float(kls.mean())
+        return kl, torch.cat(pieces) if kl <= self.config.kl_budget else None
 
     @torch.no_grad()
     def _move(self, weights: Iterable[Tensor]) -> None:
@@ -276,28 +302,52 @@ def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) ->
         marked[i, : len(taught)] = torch.from_numpy(taught)
     advantages = torch.tensor([[r.advantage * r.weight * weight_of(r.event, r.advantage, config)] for r in rated])
     batch.advantages = scatter(batch, marked * advantages, trajectories)
-    if any(r.logprobs is None for r in rated):
-        found = logprobs_of(policy, batch, config.tokens_per_microbatch)
-        for row, acts, logprobs in zip(rated, batch.action_mask, found, strict=True):
-            row.logprobs = logprobs[acts]
-    batch.old_logprobs = torch.zeros(batch.tokens.shape)
+    _look_up(policy, rated, config)
+    assert batch.behavior_logprobs is not None
+    batch.old_logprobs = batch.behavior_logprobs.clone()  # where nothing hangs on it
     for row, acts, old in zip(rated, batch.action_mask, batch.old_logprobs, strict=True):
-        assert row.logprobs is not None
-        old[acts] = row.logprobs
+        if row.logprobs is not None:
+            old[acts] = row.logprobs
     return batch
+
+
+def _look_up(policy: Policy, rows: Sequence[LessonRow], config: LiveConfig) -> None:
+    """Fill in what the policy says of these texts as the step begins."""
+    unknown = [row for row in rows if row.logprobs is None]
+    rated = [row for row in unknown if isinstance(row, Rated) and (row.fresh or row.advantage < 0)]
+    if rated:
+        batch = policy.batch_of([Trajectory(r.prompt, r.completion, np.zeros(len(r.marked)), r.marked) for r in rated])
+        drawn_at, plain = _read(policy, batch, config)
+        for row, acts, own, other in zip(rated, batch.action_mask, drawn_at, plain, strict=True):
+            row.logprobs, row.plain = own[acts], other[acts]
+    paired = [row for row in unknown if isinstance(row, Paired)]
+    if paired:
+        batch = _texts_of(policy, paired)
+        said = [own[acts] for own, acts in zip(_read(policy, batch, config)[1], batch.action_mask, strict=True)]
+        for pair, chosen, rejected in zip(paired, said[::2], said[1::2], strict=True):
+            pair.logprobs = chosen, rejected
+
+
+def _texts_of(policy: Policy, paired: Sequence[Paired]) -> Batch:
+    """The texts of pairs as neighbouring rows, the chosen one first."""
+    rows = [(p.pair.prompt, tokens) for p in paired for tokens in (p.pair.chosen, p.pair.rejected)]
+    return policy.batch_of_sequences(
+        [prompt.tokens for prompt, _ in rows], [tokens for _, tokens in rows], normalisation="per_completion"
+    )
 
 
 def _pair_batch(policy: Policy, paired: Sequence[Paired], config: LiveConfig) -> Batch:
     """Pairs as neighbouring rows, with this step's beginning as the reference."""
-    rows = [(p.pair.prompt, tokens) for p in paired for tokens in (p.pair.chosen, p.pair.rejected)]
-    batch = policy.batch_of_sequences(
-        [prompt.tokens for prompt, _ in rows], [tokens for _, tokens in rows], normalisation="per_completion"
-    )
-    batch.is_chosen = torch.arange(len(rows)) % 2 == 0
-    batch.pair_ids = torch.arange(len(rows)) // 2
+    batch = _texts_of(policy, paired)
+    numbers = torch.arange(2 * len(paired))
+    batch.is_chosen, batch.pair_ids = numbers % 2 == 0, numbers // 2
     batch.weights = batch.weights * torch.tensor([[p.weight] for p in paired for _ in range(2)])
     batch.kind = "edits" if paired[0].likelihood else "pairs"
-    batch.ref_logprobs = logprobs_of(policy, batch, config.tokens_per_microbatch)
+    _look_up(policy, paired, config)
+    batch.ref_logprobs = torch.zeros(batch.tokens.shape)
+    known = [logprobs for row in paired for logprobs in row.logprobs or ()]
+    for acts, own, logprobs in zip(batch.action_mask, batch.ref_logprobs, known, strict=True):
+        own[acts] = logprobs
     return batch
 
 
@@ -309,7 +359,7 @@ def _loss_of_rows(logprobs: Tensor, batch: Batch, config: LiveConfig) -> Tensor:
     return objectives.preference_loss(logprobs, batch, "dpo", beta=config.beta, sft_coef=likelihood)[0]
 
 
-def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]:
+def _loss_of(config: LiveConfig, origin: Origin | None) -> Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]:
     """The `learner.TokenLoss` of ratings and pairs, with the pull to the anchor version; and of anchor answers."""
 
     def loss_of(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -319,29 +369,73 @@ def _loss_of(config: LiveConfig, origin: Policy | None) -> Callable[[Policy, Bat
             return _loss_of_rows(policy.logprobs(batch).logprobs, batch, config), {}
         acting = policy.acting(batch)
         logprobs = policy.logprobs(batch, acting=acting).logprobs
-        with torch.no_grad():
-            theirs = origin.acting(batch)
-        pull = placed(batch, full_kl_of(acting, theirs))
+        pull, given = _pull_of(acting, origin.acting(batch), batch)
         extra = {}
         if batch.kind == "completions":  # texts that the policy wrote itself
-            given = origin.logprobs(batch, acting=theirs).logprobs
             extra = {"kl_anchor": pull.detach().sum(), "unlikely": (given < math.log(UNLIKELY)).sum()}
         return _loss_of_rows(logprobs, batch, config) + config.kl_coef * pull, extra
 
     return loss_of
 
 
+def _pull_of(acting: Distributions, theirs: Distributions, batch: Batch) -> tuple[Tensor, Tensor]:
+    """KL(π‖π_anchor) of each token, and log π_anchor of it, which has no gradient: float32[B, S] each."""
+    acted = batch.tokens[batch.action_mask]
+
+    def both(logits: Tensor, given: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        chosen = given.gather(-1, acted[part, None])[:, 0] - given.logsumexp(-1)
+        return objectives.full_kl(logits, given), chosen
+
+    pull, given = of_rows(both, acting, theirs)
+    return placed(batch, pull), placed(batch, given)
+
+
+def _known_logprobs(batch: Batch) -> Tensor:
+    """log π of a batch's tokens as the step began, float32[B, S]."""
+    known = batch.old_logprobs if batch.kind == "completions" else batch.ref_logprobs
+    assert known is not None
+    return known
+
+
+def _as_it_was(row: LessonRow) -> float:
+    """log π of what an event is about as the step began, at temperature 1."""
+    if isinstance(row, Paired):
+        assert row.logprobs is not None
+        return float(row.logprobs[0].double().sum())
+    assert row.plain is not None
+    meant = torch.from_numpy(row.marked[drawn(row.completion)])
+    return float((row.plain.double() * meant).sum())
+
+
+def _read(policy: Policy, batch: Batch, config: LiveConfig) -> tuple[Tensor, Tensor]:
+    """log π of a batch's tokens at the temperatures that they were drawn at, and at 1: float32[B, S] each, of one pass
+    of the model."""
+
+    def both(policy: Policy, micro: Batch) -> Tensor:
+        bare, temperatures = dataclasses.replace(micro, temperature=None), policy.temperatures(micro)
+        acting = policy.acting(bare)
+        plain = own = policy.logprobs(bare, acting=acting).logprobs
+        if temperatures is not None:
+            own = policy.logprobs(bare, acting=acting.at_temperature(temperatures)).logprobs
+        return torch.stack([own, plain], -1)
+
+    found = whole_batch(policy, batch, both, config.tokens_per_microbatch)
+    return found[..., 0], found[..., 1]
+
+
+def _total(logprobs: Tensor, batch: Batch, config: LiveConfig) -> float:
+    """The loss that a step on the batch would lower, the pull left out."""
+    return float((_loss_of_rows(logprobs, batch, config) * batch.weights).sum()) / batch.denominator
+
+
 @torch.no_grad()
 def _loss_and_logprobs(policy: Policy, batches: Sequence[Batch], config: LiveConfig) -> tuple[float, list[float]]:
-    """Of new events: the loss that a step on them would lower, the pull left out; and log π of what each is about, at
-    temperature 1 (see `Outcome`), in the order of the batches."""
+    """Of new events: their `_total`, and log π of what each is about, at temperature 1 (see `Outcome`), in the order of
+    the batches."""
     total, found = 0.0, list[float]()
     for batch in batches:
-        logprobs = plain = logprobs_of(policy, batch, config.tokens_per_microbatch)
-        if batch.temperature is not None and bool((batch.temperature != 1.0).any()):
-            bare = dataclasses.replace(batch, temperature=None)
-            plain = logprobs_of(policy, bare, config.tokens_per_microbatch)
-        total += float((_loss_of_rows(logprobs, batch, config) * batch.weights).sum()) / batch.denominator
+        logprobs, plain = _read(policy, batch, config)
+        total += _total(logprobs, batch, config)
         if batch.is_chosen is not None:
             found += plain.double().sum(1)[batch.is_chosen].tolist()
         else:
