@@ -1310,8 +1310,8 @@ class LearnerConfig(LiveConfig, FormatFields):
         lora_rank: learn a low-rank adapter of this rank instead of the weights; 0 learns the weights. auto is 8 for a
             model of more than 10 million weights, and an adapter that is there already goes on. Only to begin a new
             root.
-        anchors: rows with prompts, of a folder its train split, on whose answers every step is measured; empty samples
-            from the bare model. Only to begin a new root.
+        anchors: rows with prompts, of a folder its train split, on whose answers every step is measured; empty asks a
+            model with a chat template shipped questions, and samples from another as it is. Only to begin a new root.
         anchor_rows: so many anchor answers.
         anchor_tokens: tokens of an anchor answer, at most.
         heldout: rows with prompts and maybe references for the slow gate, of a folder its dev split; empty leaves it

@@ -13,14 +13,17 @@ from torch import Tensor
 from operant.config import LearnerConfig
 from operant.data.batch import microbatches, to_device
 from operant.data.feedback_log import FeedbackLog, line_of
-from operant.data.prompts import given_style, load_fitting_prompts
+from operant.data.prompts import PromptFormat, given_style, load_fitting_prompts
 from operant.data.rows import Fields, load_rows
+from operant.live.learning.questions import QUESTIONS
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.run.files import replace_file
 from operant.types import Batch, Completion, Ints, OperantError, Prompt, Sampling
 
-__all__ = ["Anchors", "anchor_prompts"]
+__all__ = ["Anchors", "anchor_prompts", "asked_in_chat"]
+
+_QUESTION = "question-"  # how the ids of shipped questions begin
 
 PIECE = 2**22  # logits, 16 MB: what a step that goes too far is known by, before the other anchors are read
 
@@ -45,11 +48,16 @@ class Anchors:
 
     @classmethod
     def of(cls, policy: Policy, prompts: Sequence[Prompt], *, max_tokens: int = 32, seed: int = 0) -> Anchors:
-        """The policy's own answers to these prompts, sampled at temperature 1.
+        """The policy's own answers to these prompts: to shipped questions as people would get them, to others at
+        temperature 1.
 
         Raises OperantError when no answer has a token.
         """
-        groups = Sampler(policy).sample(prompts, Sampling(max_tokens=max_tokens, seed=seed))
+        temperature, top_p, top_k = 1.0, 1.0, 0
+        if _are_questions(prompts):
+            temperature, top_p, top_k = policy.generation.settings(None, None, None, chat=True)
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens, seed=seed)
+        groups = Sampler(policy).sample(prompts, sampling)
         return cls(policy, prompts, [g[0].tokens for g in groups])
 
     @classmethod
@@ -67,6 +75,11 @@ class Anchors:
             kept = Completion(f"anchor-answer-{i}", prompt.id, "", answer, np.zeros(len(answer), np.int64))
             lines += [line_of(dataclasses.replace(prompt, references=())), line_of(kept)]
         replace_file(_anchor_file(root), "".join(lines))
+
+    @property
+    def are_questions(self) -> bool:
+        """Whether they are answers to shipped questions, asked in the model's chat template."""
+        return _are_questions(self.prompts)
 
     @torch.no_grad()
     def logits(self, policy: Policy, max_tokens: int) -> Tensor:
@@ -90,18 +103,41 @@ class Anchors:
 
 
 def anchor_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
-    """What a root's anchors are asked: rows of a file, or nothing at all.
+    """What a root's anchors are asked: rows of a file; else shipped questions, of a model that is asked in a chat
+    template of its own; else nothing at all.
 
     Raises OperantError when the file is missing or has no such column.
     """
-    if not config.anchors:  # what the model says of itself: an end of text is what stands before a text
-        bare = np.array([policy.codec.eos_id], np.int64)
-        return [Prompt(id=f"anchor-{i}", tokens=bare) for i in range(config.anchor_rows)]
-    rows = load_rows(config.anchors, split="train", limit=config.anchor_rows)
-    return load_fitting_prompts(
-        rows, policy, fields=Fields(prompt=config.prompt_field, references=config.reference_field),
-        room=config.anchor_tokens, too_long="skip", **given_style(config),
-    )  # fmt: skip
+    if config.anchors:
+        rows = load_rows(config.anchors, split="train", limit=config.anchor_rows)
+        return load_fitting_prompts(
+            rows, policy, fields=Fields(prompt=config.prompt_field, references=config.reference_field),
+            room=config.anchor_tokens, too_long="skip", **given_style(config),
+        )  # fmt: skip
+    if asked := asked_in_chat(policy, QUESTIONS, room=config.anchor_tokens)[: config.anchor_rows]:
+        return asked
+    # what the model says of itself: an end of text is what stands before a text
+    bare = np.array([policy.codec.eos_id], np.int64)
+    return [Prompt(id=f"anchor-{i}", tokens=bare) for i in range(config.anchor_rows)]
+
+
+def asked_in_chat(policy: Policy, questions: Sequence[str], *, room: int) -> list[Prompt]:
+    """Those of the shipped questions that fit the model, as it is asked in its chat template; [] where it has none.
+
+    room: tokens that are left for an answer.
+    """
+    written = PromptFormat.fitting(policy, room=room)
+    if not (policy.codec.has_template and written.style(policy.codec).chat):
+        return []
+    assert written.max_prompt_tokens is not None
+    prompts = [
+        Prompt(id=f"{_QUESTION}{QUESTIONS.index(q)}", text=q, tokens=written.encode(q, policy.codec)) for q in questions
+    ]
+    return [prompt for prompt in prompts if len(prompt.tokens) <= written.max_prompt_tokens]
+
+
+def _are_questions(prompts: Sequence[Prompt]) -> bool:
+    return all(prompt.id.startswith(_QUESTION) for prompt in prompts)
 
 
 def _anchor_file(root: Path) -> Path:
