@@ -64,7 +64,7 @@ class Server:
         self.process.stdout.close()
 
     def kill(self, *names: str) -> None:
-        """kill -9 of the server, of its learner, or of both."""
+        """kill -9 of the server, of its learner, or of both. Returns when they are gone."""
         pids = self.processes()
         for name in names:
             with contextlib.suppress(ProcessLookupError, KeyError):
@@ -73,6 +73,8 @@ class Server:
             self.process.wait()
             assert self.process.stdout is not None
             self.process.stdout.close()
+        while "server" not in names and self.processes().get("learner") == pids.get("learner", -1):
+            time.sleep(0.005)
 
     def processes(self) -> dict[str, int]:
         """The process ids of the server and of its learner, where there is one."""
