@@ -355,6 +355,8 @@ def _check_kept(root: Path, told: Told) -> dict[str, int]:
         assert {key: kept.get(key) for key in told.feedback} == told.feedback, "a rating is lost"
         counts = store.counts()
     records = Versions(root).records()
+    failed = [o.reason for r in records for o in r.outcomes.values() if o.reason.startswith("the step failed")]
+    assert not failed, f"a rating was given up: {failed[0]}"
     assert [name for record in records for name in record.events] == [event.id for _, event in log]
     offset = 0
     for record in records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from program import Program
 from torch import Tensor
 
 from operant import cli
@@ -17,7 +19,8 @@ from operant.algorithms import learner as learning
 from operant.algorithms.learner import Learner, Sgd, StepLoss, logprobs_of
 from operant.algorithms.objectives import negative_log_likelihood
 from operant.algorithms.trust_region import TrustRegion
-from operant.models.memory import bytes_kept, free_memory, is_out_of_memory
+from operant.models.folder import count_weights
+from operant.models.memory import Way, bytes_kept, expect_room, expect_room_to_learn, free_memory, is_out_of_memory
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
 from operant.types import Batch, OperantError, Prompt, Sampling
@@ -203,6 +206,125 @@ def test_the_program_says_in_one_line_that_memory_ran_out(
         cli.main(["sample", "--model", "nothing"])
     line = capsys.readouterr().err
     assert line.startswith("operant: out of memory; ") and line.count("\n") == 1
+
+
+# --- a model that cannot fit -------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let so many bytes of memory be free."""
+    return lambda free: monkeypatch.setattr("operant.models.memory.free_memory", lambda device: int(free))
+
+
+def headers_of(folder: Path, weights: int, files: int = 1) -> Path:
+    """A folder whose safetensors files have the headers of so many float16 weights, and nothing that is on a disk."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    names = [f"model-{i}.safetensors" for i in range(files)] if files > 1 else ["model.safetensors"]
+    for name in names:
+        count = weights // files
+        facts = {"w": {"dtype": "F16", "shape": [count], "data_offsets": [0, 2 * count]}}
+        header = json.dumps(facts).encode()
+        with (folder / name).open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + 2 * count)
+    if files > 1:
+        shards = {"weight_map": {f"w{i}": name for i, name in enumerate(names)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(shards))
+    return folder
+
+
+def test_weights_are_counted_from_the_headers_of_files(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
+    policy = make_policy("llama")
+    whole = sum(p.numel() for p in policy.model.parameters())
+    policy.save(tmp_path / "whole")
+    policy.add_lora(2)
+    policy.save(tmp_path / "adapter")  # its base is in the folder
+    again = Policy.load(tmp_path / "whole", device="cpu")
+    again.add_lora(2)
+    again.save(tmp_path / "beside")  # its base is the folder of before
+    for name in ("whole", "adapter", "beside"):
+        assert count_weights(tmp_path / name) == whole, name
+    torch.save({"w": torch.zeros(1000)}, headers_of(tmp_path / "old", 8) / "pytorch_model.bin")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    assert count_weights(tmp_path / "old") in range(1000, 1500)
+    assert count_weights(headers_of(tmp_path / "parts", 7 * 10**9, files=4)) == 7 * 10**9
+    (tmp_path / "parts" / "model-2.safetensors").unlink()
+    assert count_weights(tmp_path / "parts") is None
+    assert count_weights(tmp_path / "none") is None and count_weights("some/where") is None
+    (tmp_path / "whole" / "model.safetensors").write_bytes(b"nothing")
+    assert count_weights(tmp_path / "whole") is None
+
+
+def test_what_cannot_fit_is_refused_with_what_would(only: Callable[[float], None], tmp_path: Path) -> None:
+    big = headers_of(tmp_path / "big", 7 * 10**9)
+    ways = [Way("", 20), Way("--lora_rank 8", 8)]
+    only(140e9)
+    expect_room(big, ways, CPU)
+    only(139e9)
+    with pytest.raises(OperantError) as found:
+        expect_room(big, ways, CPU)
+    assert str(found.value) == (
+        f"{big} has 7.0 billion weights, which take 140.0 GB at least, and 139.0 GB of memory are free; --lora_rank 8 "
+        "takes 56.0 GB"
+    )
+    only(20e9)
+    with pytest.raises(OperantError, match=r"; a model of 2\.5 billion weights would fit with --lora_rank 8$"):
+        expect_room(big, ways, CPU)
+    expect_room(tmp_path / "none", ways, CPU)
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "gigabytes", "told"),
+    [
+        (0, "float32", 112, ""),
+        (0, "float32", 111, "--lora_rank 8 takes 28.0 GB"),
+        (0, "float32", 27, "--lora_rank 8 --dtype bf16-true takes 14.0 GB"),
+        (8, "float32", 28, ""),
+        (8, "float32", 27, "--dtype bf16-true takes 14.0 GB"),
+        (8, "bf16-true", 14, ""),
+        (8, "bf16-true", 7, "a model of 3.5 billion weights would fit"),
+    ],
+)
+def test_a_stage_refuses_a_model_that_it_cannot_train(
+    rank: int, dtype: str, gigabytes: float, told: str, only: Callable[[float], None], tmp_path: Path
+) -> None:
+    big = headers_of(tmp_path / "big", 7 * 10**9)
+    only(gigabytes * 1e9)
+    if not told:
+        expect_room_to_learn(big, rank, dtype, CPU)
+        return
+    with pytest.raises(OperantError, match=f"; {told}$"):
+        expect_room_to_learn(big, rank, dtype, CPU)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train --reward chrf --data ROWS --dev_data ROWS", "would fit with --lora_rank 8 --dtype bf16-true"),
+        ("sft --data ROWS", "would fit with --lora_rank 8 --dtype bf16-true"),
+        ("prefer --data ROWS", "would fit with --lora_rank 8 --dtype bf16-true"),
+        ("serve --port 0", "a model of 1.2 billion weights would fit"),
+        ("serve --port 0 --lora_rank 0", "a model of 1.2 billion weights would fit with --lora_rank 8"),
+    ],
+)
+def test_the_program_says_before_loading_that_a_model_cannot_fit(
+    command: str, told: str, only: Callable[[float], None], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c", "references": ["b"]}\n' * 4)
+    big = headers_of(tmp_path / "big", 7 * 10**9)
+    only(10e9)
+    line = Program(capsys).fault(
+        *command.replace("ROWS", str(rows)).split(), "--model", big, "--device", "cpu",
+        *(["--root", tmp_path / "live"] if command.startswith("serve") else []),
+    )  # fmt: skip
+    assert f"{big} has 7.0 billion weights" in line and told in line and "of memory are free" in line
 
 
 # --- weights in bf16 ---------------------------------------------------------------------------------------------

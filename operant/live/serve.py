@@ -41,6 +41,8 @@ __all__ = ["Live", "live", "serve", "server_of"]
 log = logging.getLogger(__name__)
 
 NEEDED = ("alembic", "fastapi", "itsdangerous", "prometheus_client", "sqlalchemy", "uvicorn")
+# copies of a model that server and learner are sure to hold at once, where all weights learn and where an adapter does
+HELD_OF_ALL, HELD_OF_A_BASE = 5, 2
 LOCK_SECONDS = 10.0  # for a learner whose server was killed to end its step
 
 
@@ -103,6 +105,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
         where = config.store or str(root / "store.db")
         store = stack.enter_context(contextlib.closing(Store(where)))
         learner = _learner_config(config, where)
+        _expect_memory(learner)
         versions = _versions(learner, store)
         canary = None
         if config.canary_share or config.shadow_share:
@@ -259,6 +262,26 @@ def _versions(config: WorkerConfig, store: Any) -> Versions:
     except Timeout:
         raise OperantError(f"a learner is at work in {root}; stop that one, or give another --root") from None
     return versions
+
+
+def _expect_memory(config: WorkerConfig) -> None:
+    """Raises OperantError, with what would fit, for a model whose weights cannot fit twice: in the server and in its
+    learner."""
+    from operant.models.adapter import rank_of
+    from operant.models.memory import Way, expect_room, weights_in
+    from operant.models.policy import SMALL, resolve_device
+
+    versions = Versions(config.root)
+    begun = versions.exists()
+    places = {version.version: Path(version.path) / "model" for version in versions.all()} if begun else {}
+    source = places.get(versions.pointer().version) if begun else config.model
+    if not source:
+        return  # what is missing is told where it is loaded
+    ways = [Way("", 4 * HELD_OF_ALL), Way(f"--lora_rank 8{' in another --root' if begun else ''}", 4 * HELD_OF_A_BASE)]
+    learned = rank_of(Path(source)) or config.lora_rank
+    if learned == "auto":
+        learned = (weights_in(source) or 0) >= SMALL and not begun
+    expect_room(source, ways[1:] if learned else ways, resolve_device(config.device))
 
 
 def _resolved(model: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from operant.data.hub import reached
@@ -30,9 +31,9 @@ from operant.data.text import looks_like_path
 from operant.types import OperantError
 
 __all__ = [
-    "ADAPTER", "BASE", "INNER", "Base", "call_base", "copy_linked", "expect_all_weights", "expect_base", "find_base",
-    "hash_weights", "holds", "hub_base", "link_or_copy", "name_base", "open_to_others", "settle", "weight_files",
-    "weights_dtype",
+    "ADAPTER", "BASE", "INNER", "Base", "call_base", "copy_linked", "count_weights", "expect_all_weights",
+    "expect_base", "find_base", "hash_weights", "holds", "hub_base", "link_or_copy", "name_base", "open_to_others",
+    "settle", "weight_files", "weights_dtype",
 ]  # fmt: skip
 
 ADAPTER, BASE, INNER = "adapter_config.json", "base.json", "base"
@@ -140,6 +141,46 @@ def weights_dtype(place: Path) -> torch.dtype:
                 if tensor.is_floating_point():
                     kinds[tensor.dtype] += tensor.numel()
     return kinds.most_common(1)[0][0] if kinds else torch.float32
+
+
+def count_weights(source: str | Path) -> int | None:
+    """How many weights a folder's model has, or that of a hub id in the cache: of an adapter, those of its base.
+
+    Read from the headers of safetensors files; a file of another kind is taken to hold float32. None where files are
+    missing or cannot be read.
+    """
+    place = _place_of_weights(source)
+    files = [] if place is None else weight_files(place)
+    count = 0
+    try:
+        for file in files:
+            if file.suffix != ".safetensors":
+                count += file.stat().st_size // 4
+                continue
+            with safe_open(file, framework="pt") as opened:
+                count += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    return count or None
+
+
+def _place_of_weights(source: str | Path) -> Path | None:
+    """The folder in which a model's weights lie, of an adapter its base's. It may be gone."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder, hub, revision = Path(source), "", None
+    if folder.is_dir():
+        facts = _facts(folder)
+        if (folder / ADAPTER).exists() and not facts:
+            return folder / INNER if (folder / INNER).is_dir() else None
+        if not facts.get("hub"):
+            there = folder.resolve() / facts["path"] if facts else folder
+            return there if there.exists() else folder / INNER
+        hub, revision = facts["hub"], facts["revision"]
+    elif not looks_like_path(str(source)):
+        hub = str(source)
+    found = try_to_load_from_cache(hub, "config.json", revision=revision) if hub else None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def expect_all_weights(source: str | Path, told: Mapping[str, Any], *, needed: str = "") -> None:

@@ -63,6 +63,11 @@ def load_gguf(path: str | Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def count_gguf(path: Path) -> int:
+    """How many weights a GGUF file holds, by its header. Raises OperantError as `load_gguf` does for the file."""
+    return sum(int(tensor.n_elements) for tensor in _read_header(path).tensors)
+
+
 def precision_in_words(file: Path, header: Any) -> str:
     """One line on how a GGUF file keeps its weights, and what became of them."""
     kinds: Counter[str] = Counter()

@@ -1,10 +1,11 @@
-"""How much of a batch fits into memory: what is free, what a token of a model needs, and how a layer is computed anew
-in the backward pass instead of being kept."""
+"""What fits into memory: what is free, what a model's weights and a token of a batch need, and how a layer is computed
+anew in the backward pass instead of being kept."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from operant.models.folder import ADAPTER, count_weights
+from operant.models.gguf import count_gguf
 from operant.types import OperantError
 
 # Bytes that the activations of a micro-batch may take: of what is free, and on a CPU at most, so that a model of 0.1
@@ -56,6 +59,71 @@ def _left_in_group() -> int | None:
                 cached += int(value) if name == "inactive_file" else 0
             return int((folder / limit).read_text()) - int((folder / used).read_text()) + cached
     return None
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to hold a model: the flags that choose it, and the bytes that it takes for each weight, at least."""
+
+    flags: str
+    bytes_per_weight: int
+
+
+def expect_room(source: str | Path, ways: Sequence[Way], device: torch.device) -> None:
+    """Refuse a model, before it is loaded, whose weights alone do not fit into the memory that is free.
+
+    ways: the one that is asked for, then others that take less. Only copies of weights are counted, not activations,
+    caches or libraries: what is refused here cannot fit, and what is not may still run out. A model of whose size
+    nothing is known passes, such as one that is still to come from the hub.
+    Raises OperantError with what would fit: the first of the other ways that does, or a smaller model.
+    """
+    weights, free = weights_in(source), free_memory(device)
+    if weights is None or free is None or weights * ways[0].bytes_per_weight <= free:
+        return
+    fitting = next((way for way in ways if weights * way.bytes_per_weight <= free), None)
+    if fitting is not None:
+        instead = f"{fitting.flags} takes {_size(weights * fitting.bytes_per_weight)}"
+    else:
+        least = min(ways, key=lambda way: way.bytes_per_weight)
+        how = "" if least is ways[0] else f" with {least.flags}"
+        instead = f"a model of {_count(free / least.bytes_per_weight)} weights would fit{how}"
+    raise OperantError(
+        f"{source} has {_count(weights)} weights, which take {_size(weights * ways[0].bytes_per_weight)} at least, and "
+        f"{_size(free)} of memory are free; {instead}"
+    )
+
+
+def expect_room_to_learn(source: str | Path, rank: int, dtype: str, device: torch.device) -> None:
+    """`expect_room` for a stage that trains an adapter of this rank, or all weights with Adam where it is 0.
+
+    Of all weights there are their gradients and two moments too; of an adapter's base there is nothing else.
+    """
+    if not rank and not (Path(source) / ADAPTER).exists():
+        ways = [Way("", 16), Way("--lora_rank 8", 4), Way("--lora_rank 8 --dtype bf16-true", 2)]
+    elif dtype != "bf16-true":
+        ways = [Way("", 4), Way("--dtype bf16-true", 2)]
+    else:
+        ways = [Way("", 2)]
+    expect_room(source, ways, device)
+
+
+def weights_in(source: str | Path) -> int | None:
+    """How many weights a model has, by the headers of its files: `count_weights`, or of a GGUF file."""
+    return count_gguf(Path(source)) if Path(source).is_file() else count_weights(source)
+
+
+def _count(weights: float) -> str:
+    return f"{weights / 1e9:.1f} billion" if weights >= 1e9 else f"{weights / 1e6:.3g} million"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.2g} MB"
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,8 @@ from operant.data.preferences import (
 from operant.data.prompts import PromptFormat, settle_style
 from operant.data.rows import Fields, Row, held_out_source, load_rows, load_split_rows, split_rows
 from operant.models.adapter import adapt
-from operant.models.policy import Policy
+from operant.models.memory import expect_room_to_learn
+from operant.models.policy import Policy, resolve_device
 from operant.models.sampler import Sampler
 from operant.rl.evaluate import commonest_share, evaluate
 from operant.run.run import DataOrder, Quiet, Run, as_begun, mixed_seed
@@ -169,6 +170,7 @@ def prefer(
     if policy is None:
         if not config.model:
             raise OperantError("--model is missing; give a model folder or hub id to start from")
+        expect_room_to_learn(config.model, config.lora_rank, config.dtype, resolve_device(config.device))
         policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
         adapt(policy, config, config.seed)
     rows, dev_rows = _rows(config, replay) if examples is None else ([], [])

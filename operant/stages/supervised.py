@@ -20,7 +20,8 @@ from operant.data.batch import to_device
 from operant.data.text import Codec
 from operant.models.adapter import adapt
 from operant.models.encoder import Encoder, is_encoder
-from operant.models.policy import Policy, is_pretrained
+from operant.models.memory import expect_room_to_learn
+from operant.models.policy import Policy, is_pretrained, resolve_device
 from operant.run.run import Run
 from operant.types import Batch, OperantError
 
@@ -239,6 +240,7 @@ def starting_policy(
         encoder = Encoder.load(model.model, device=config.device, dtype=config.dtype)
         policy = encoder.with_decoder(seed=config.seed, dropout=model.dropout)
     elif model.model:
+        expect_room_to_learn(model.model, model.lora_rank, config.dtype, resolve_device(config.device))
         policy = Policy.load(model.model, device=config.device, dtype=config.dtype)
     else:
         codec = (

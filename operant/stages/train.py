@@ -10,7 +10,8 @@ from operant.config import TrainConfig, check_settings
 from operant.data.prompts import Pair, load_fitting_pairs, load_fitting_prompts, row_ids, settle_style
 from operant.data.rows import Fields, Row, load_rows, load_split_rows
 from operant.models.adapter import adapt
-from operant.models.policy import Policy
+from operant.models.memory import expect_room_to_learn
+from operant.models.policy import Policy, resolve_device
 from operant.rl.logged import read_logged
 from operant.rl.loop import Callback, TrainResult, train
 from operant.run.run import Quiet, as_begun
@@ -34,6 +35,7 @@ def train_from(config: TrainConfig, *, callbacks: Sequence[Callback] = (), quiet
     if not config.model:
         raise OperantError("--model is missing; give a model folder or hub id to start from")
     rows, dev_rows = _rows(config)
+    expect_room_to_learn(config.model, config.lora_rank, config.dtype, resolve_device(config.device))
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     adapt(policy, config, config.seed)
     departures = settle_style(policy, config)
