@@ -8,6 +8,8 @@ PAGE := operant/live/static/index.html
 NPM = $(or $(shell command -v npm),$(BIN)/npm)
 # a file's tests stay together, for their fixtures; the longest files begin first (tests/conftest.py)
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# a vendor's client that the tests alone speak with, so that nobody else fetches it
+CLIENTS = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt anthropic
 WEB = PATH="$(CURDIR)/$(BIN):$$PATH" $(NPM) --prefix web
 
 .PHONY: install page quickstart models demo test test-fast test-slow lint fmt bench results docs
@@ -46,6 +48,7 @@ demo: models page
 	$(BIN)/operant serve --model models/smollm2-135m-instruct --root runs/demo --open true $(ARGS)
 
 test: install
+	$(CLIENTS)
 	if test -d web/node_modules; then $(WEB) test --silent; fi
 	$(BIN)/pytest $(PARALLEL) $(ARGS)
 
@@ -54,6 +57,7 @@ test-fast: install
 	$(BIN)/pytest $(PARALLEL) @tests/fast.txt $(ARGS)
 
 test-slow: install
+	$(CLIENTS)
 	$(BIN)/pytest -m slow $(ARGS)
 
 lint: install

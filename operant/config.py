@@ -1401,6 +1401,7 @@ class ServeConfig(LearnerConfig, TrialFields):
         max_rows: completions decoded together.
         queue: completions that may wait beside them; more are refused with 429.
         max_tokens: longest answer to a chat that names no limit.
+        long_chats: cut (a chat longer than the context loses its oldest turns, and the answer says so) or refuse.
         temperature: of answers to requests that name none; auto is what the model's generation_config says, or else 0.7
             for a model of chats and 1 for one of texts.
         top_p: likewise; auto is 0.9 for a chat of automatic temperature and 1 otherwise.
@@ -1428,6 +1429,7 @@ class ServeConfig(LearnerConfig, TrialFields):
     max_rows: PositiveInt = 64
     queue: PositiveInt = 256
     max_tokens: Common[PositiveInt] = 256
+    long_chats: Literal["cut", "refuse"] = "cut"
     temperature: Common[NonNegativeFloat | Literal["auto"]] = "auto"
     top_p: PositiveShare | Literal["auto"] = "auto"
     top_k: NonNegativeInt | Literal["auto"] = "auto"

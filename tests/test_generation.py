@@ -15,7 +15,7 @@ from conftest import tiny_model
 
 from operant.config import SampleConfig, ServeConfig, TrainConfig
 from operant.data.text import Codec
-from operant.live.api.openai_requests import ChatRequest, TextRequest, parse_sampling
+from operant.live.api.openai_requests import ChatRequest, TextRequest, completion_sampling
 from operant.models.generation import Generation
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
@@ -184,8 +184,8 @@ def test_sample_and_serve_draw_as_the_makers_say(codec: Codec, tmp_path: Path) -
         )  # fmt: skip
         request = ChatRequest(model="default", messages=[{"role": "user", "content": "a"}], **body)
         text = TextRequest(model="default", prompt="a", **body)
-        drawn = parse_sampling(request, service, 16)
-        assert drawn == dataclasses.replace(parse_sampling(text, service, 16), seed=drawn.seed)
+        drawn = completion_sampling(request, service, 16)
+        assert drawn == dataclasses.replace(completion_sampling(text, service, 16), seed=drawn.seed)
         return drawn.temperature, drawn.top_p, drawn.top_k
 
     assert asked({}) == (0.4, 0.7, 0)

@@ -57,7 +57,9 @@ def test_every_dependency_is_pinned_to_a_version_that_the_bound_allows() -> None
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     ours = [
-        requirement for name in ("dev", "gguf", "gym", "korean", "live", "postgres") for requirement in extras[name]
+        requirement
+        for name in ("clients", "dev", "gguf", "gym", "korean", "live", "postgres")
+        for requirement in extras[name]
     ]
     for requirement in project["dependencies"] + ours:
         name, bound = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?(?:>=([\d.]+))?", requirement).groups()

@@ -20,6 +20,7 @@ from live import logprob
 from runs import quick
 from serving import Served, serving
 
+from operant.data.text import Codec
 from operant.live.api.automatic import Automatic
 from operant.live.api.implicit import Implicit
 from operant.live.api.service import GenerationRequest, Listener, Service, Way
@@ -41,6 +42,18 @@ def policy(make_policy: Callable[..., Policy]) -> Policy:
 @pytest.fixture(scope="module")
 def served(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serving(policy, tmp_path_factory.mktemp("served")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of a model with a chat template."""
+    codec = Codec.train_bpe(["the cat sat on a mat, user assistant system"] * 3, vocab_size=300)
+    codec.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{{ 'assistant: ' }}"
+    )
+    chats = Policy.new("llama", "tiny", Codec(codec.tokenizer), max_length=128)
+    with serving(chats, tmp_path_factory.mktemp("chatty")) as running:
         yield running
 
 
@@ -215,6 +228,29 @@ def test_several_messages_parts_and_roles_make_one_prompt(served: Served) -> Non
     assert answer.usage.completion_tokens <= 3
 
 
+def test_an_assistants_message_may_have_no_content(served: Served, chatty: Served) -> None:
+    """As clients send an answer back that was empty, or that called something."""
+    for turn in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        messages = [*HELLO, turn, {"role": "user", "content": "go on"}]
+        answer = served.client().chat.completions.create(model="default", messages=messages, max_tokens=3)
+        told = served.store.completion(answer.id).prompt.messages
+        assert [m["content"] for m in told] == ["the cat sat", "", "go on"]
+        assert "None" not in chatty.store.completion(chatty.chat(messages=messages)["id"]).prompt.text
+
+
+def test_every_answer_says_its_version_and_its_id_in_its_headers(served: Served) -> None:
+    body = {"messages": HELLO, "prompt": "the cat", "model": "default", "max_tokens": 3}
+    for path, prompt in (("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")):
+        given = {name: body[name] for name in (prompt, "model", "max_tokens")}
+        whole = served.http.post(path, json=given)
+        assert whole.headers["X-Operant-Completion"] == whole.json()["id"]
+        with served.http.stream("POST", path, json=given | {"stream": True}) as streamed:
+            first = next(streamed.iter_lines())
+            assert streamed.headers["X-Operant-Completion"] == json.loads(first[6:])["id"]
+        assert whole.headers["X-Operant-Version"] == streamed.headers["X-Operant-Version"] == "0"
+        assert "X-Operant-Cut" not in whole.headers
+
+
 def test_models_are_listed_and_found(served: Served) -> None:
     client = served.client()
     assert [m.id for m in client.models.list()] == ["operant", "default"]
@@ -228,6 +264,79 @@ def test_a_banned_token_is_never_drawn(served: Served) -> None:
     token = int(served.store.completion(greedy["id"]).completion.tokens[0])
     other = served.chat(temperature=0, max_tokens=1, logit_bias={str(token): -100})
     assert int(served.store.completion(other["id"]).completion.tokens[0]) != token
+
+
+# --- chats longer than the context ------------------------------------------------------------------------------------
+
+RULES = {"role": "system", "content": "be kind"}
+TURNS = [{"role": ("user", "assistant")[i % 2], "content": f"{i} the cat sat on"} for i in range(41)]
+
+
+@pytest.mark.parametrize("which", ["served", "chatty"])  # without a chat template, and with one
+def test_a_chat_longer_than_the_context_loses_its_oldest_turns_and_says_so(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    served: Served = request.getfixturevalue(which)
+    raw = served.http.post(
+        "/v1/chat/completions", json={"model": "default", "messages": [RULES, *TURNS], "max_tokens": 8}
+    )
+    answer = raw.json()
+    cut = answer["operant"]["cut_messages"]
+    assert raw.headers["X-Operant-Cut"] == str(cut) and f"oldest {cut} messages" in answer["operant"]["warning"]
+    stored = served.store.completion(answer["id"])
+    assert list(stored.prompt.messages) == [RULES, *TURNS[cut:]] and TURNS[cut]["role"] == "user"
+    assert len(stored.prompt.tokens) <= 128 - 8  # the answer has its room
+    longer = served.chat(messages=[RULES, *TURNS[cut - 2 :]], max_tokens=8)
+    assert longer["operant"]["cut_messages"] == 2  # no more is left out than has to be
+    short = served.chat(messages=[RULES, *TURNS[cut:]], max_tokens=8)
+    assert short["operant"].keys() == {"version", "feedback_url"}
+    chunks = served.client().chat.completions.create(
+        model="default", messages=[RULES, *TURNS], max_tokens=8, stream=True
+    )
+    assert next(iter(chunks)).operant["cut_messages"] == cut
+
+
+def test_an_answer_that_asks_for_more_than_a_quarter_of_the_context_cuts_no_more(served: Served) -> None:
+    stored = served.store.completion(served.chat(messages=TURNS, max_tokens=100)["id"])
+    (most,) = {len(served.store.completion(served.chat(messages=TURNS, max_tokens=32)["id"]).prompt.tokens)}
+    assert len(stored.prompt.tokens) == most <= 96
+
+
+def test_a_last_turn_that_leaves_little_room_is_answered_in_it(served: Served) -> None:
+    size = len(served.service.codec.encode_prompt("the cat "))
+    long = {"role": "user", "content": "the cat " * (124 // size)}
+    answer = served.chat(messages=[*TURNS, long], max_tokens=64, logit_bias={"2": -100})
+    assert answer["operant"]["cut_messages"] == len(TURNS) and answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["total_tokens"] == 128
+    too_long = [*TURNS, {"role": "user", "content": "the cat " * 200}]
+    error = served.fault("POST", "/v1/chat/completions", 400, json={"model": "default", "messages": too_long})
+    assert error["code"] == "context_length_exceeded" and error["param"] == "messages"
+
+
+def test_a_long_chat_is_refused_where_the_settings_or_the_request_say_so(policy: Policy, tmp_path: Path) -> None:
+    chat = {"model": "default", "messages": TURNS, "max_tokens": 8}
+    response = {"model": "default", "input": TURNS, "max_output_tokens": 8}
+    with serving(policy, tmp_path, long_chats="refuse") as strict:
+        for path, body, param in (
+            ("/v1/chat/completions", chat, "messages"), ("/v1/responses", response, "input")
+        ):  # fmt: skip
+            error = strict.fault("POST", path, 400, json=body)
+            assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert "tokens" in strict.http.post("/v1/messages", json=chat).json()["error"]["message"]
+        auto = strict.client().responses.create(**response, truncation="auto")
+        assert auto.operant["cut_messages"] > 0 and auto.truncation == "auto"
+
+
+def test_every_api_cuts_and_the_request_may_forbid_it(served: Served) -> None:
+    cut = served.chat(messages=TURNS, max_tokens=8)["operant"]["cut_messages"]
+    response = {"model": "default", "input": TURNS, "max_output_tokens": 8}
+    assert served.client().responses.create(**response).operant["cut_messages"] == cut
+    with pytest.raises(openai.BadRequestError, match="tokens"):
+        served.client().responses.create(**response, truncation="disabled")
+    message = served.http.post("/v1/messages", json={"model": "default", "messages": TURNS, "max_tokens": 8})
+    assert message.json()["operant"]["cut_messages"] == cut and message.headers["X-Operant-Cut"] == str(cut)
+    counted = served.http.post("/v1/messages/count_tokens", json={"model": "default", "messages": TURNS})
+    assert counted.json()["input_tokens"] > 128  # of the whole chat
 
 
 # --- written down before it leaves ------------------------------------------------------------------------------------

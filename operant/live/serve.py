@@ -135,7 +135,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
         service = Service(
             engine=engine, codec=policy.codec, encoder=policy.has_encoder,
             max_length=policy.max_length, store=store, versions=versions, supervisor=supervisor, config=config,
-            links=_links(config), keys=_keys(config), canary=canary, generation=policy.generation,
+            links=_links(config), keys=_keys(config), canary=canary, generation=policy.generation, base=_base(root),
             listeners=[listener for listener in listeners if listener is not None],
         )  # fmt: skip
         del policy  # the engine alone keeps weights, and lets old ones go
@@ -282,6 +282,13 @@ def _expect_memory(config: WorkerConfig) -> None:
     if learned == "auto":
         learned = (weights_in(source) or 0) >= SMALL and not begun
     expect_room(source, ways[1:] if learned else ways, resolve_device(config.device))
+
+
+def _base(root: Path) -> str:
+    """What the root was begun from, as its users may know it: a hub id, or the name of a folder."""
+    origin = root / "origin.json"
+    begun = str(json.loads(origin.read_text(encoding="utf-8"))["model"]) if origin.exists() else ""
+    return Path(begun).name if Path(begun).is_absolute() else begun
 
 
 def _resolved(model: str) -> str:

@@ -22,6 +22,9 @@ __all__ = ["Choice", "Generation", "Piece"]
 
 log = logging.getLogger(__name__)
 
+# what a request calls its prompt, by its kind
+PROMPT_FIELDS = {"chat": "messages", "text": "prompt", "response": "input", "message": "messages"}
+
 
 @dataclass(slots=True)
 class Choice:
@@ -128,8 +131,9 @@ class Generation:
         except NotResident as error:
             raise ApiError(503, str(error), headers={"Retry-After": "1"}) from error
         except OperantError as error:
-            param = "prompt" if request.kind == "text" else "messages"
-            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from error
+            raise ApiError(
+                400, str(error), param=PROMPT_FIELDS[request.kind], code="context_length_exceeded"
+            ) from error
         for i, (name, future) in enumerate(zip(ids, futures)):
             choice = Choice(first + i, name, prompt, future)
             self.choices.append(choice)
@@ -149,7 +153,7 @@ class Generation:
         request = self.request
         kept = {
             "kind": request.kind, "model": request.model, "n": request.n, "owner": request.owner,
-            "choice": choice.index, "choices": len(self.choices),
+            "choice": choice.index, "choices": len(self.choices), **request.kept,
         }  # fmt: skip
         await self.service.io(
             self.service.store.begin, choice.id, choice.prompt, request.sampling,

@@ -49,7 +49,7 @@ async def record(
             raise ApiError(422, f"value: you have said nothing {str(name)[:100]!r} about this answer", param="value")
     config = service.config
     event = feedback.parse(
-        body, stored, others.get, source=source, now=time.time(), id=new_id("fb"), score_low=config.score_low,
+        body, stored, others.get, source=source, now=time.time(), id=new_id("fb-"), score_low=config.score_low,
         score_high=config.score_high,
     )  # fmt: skip
     tags = dict(body.get("tags") or {})

@@ -5,22 +5,28 @@ Values without a field in OpenAI's objects stand under `operant`.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import Request
 
 from operant.data.text import Codec
+from operant.live.api.answering import (
+    feedback_url,
+    last_version,
+    model_part,
+    operant_part,
+    prompt_tokens,
+    server_sent_event,
+    tokens_written,
+)
 from operant.live.api.generation import Choice, Generation
-from operant.live.api.service import Service
+from operant.live.api.service import ApiError, Service
 from operant.live.storage.store import StoredCompletion
 from operant.types import Completion, TokenInfo
 
-__all__ = [
-    "ChatForm", "Chunks", "TextForm", "render_answer", "render_model", "render_stored_chat", "server_sent_event",
-]  # fmt: skip
+__all__ = ["ChatForm", "CompletionReply", "TextForm", "render_model", "render_stored_chat", "token_logprobs"]
 
 _FINISH = {"eos": "stop", "stop": "stop", "reward": "stop", "length": "length"}
 
@@ -57,16 +63,7 @@ class ChatForm:
         """Of the model itself: at temperature 1 and with nothing cut off."""
         if wanted is None:
             return None
-        content = [
-            self._token(token.token, token.model_logprob)
-            | {"top_logprobs": [self._token(other, logprob) for other, logprob in token.alternatives[:wanted]]}
-            for token in tokens if self.codec.is_text(token.token)
-        ]  # fmt: skip
-        return {"content": content, "refusal": None}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.codec.token_bytes(token)
-        return {"token": text.decode("utf-8", "replace"), "logprob": _json_logprob(logprob), "bytes": list(text)}
+        return {"content": token_logprobs(self.codec, tokens, wanted), "refusal": None}
 
 
 class TextForm:
@@ -116,6 +113,20 @@ class TextForm:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
+def token_logprobs(codec: Codec, tokens: Sequence[TokenInfo], wanted: int) -> list[dict[str, Any]]:
+    """The tokens of text with their log-probabilities. wanted: alternatives to tell of each."""
+
+    def row(token: int, logprob: float) -> dict[str, Any]:
+        text = codec.token_bytes(token)
+        return {"token": text.decode("utf-8", "replace"), "logprob": _json_logprob(logprob), "bytes": list(text)}
+
+    return [
+        row(token.token, token.model_logprob)
+        | {"top_logprobs": [row(other, logprob) for other, logprob in token.alternatives[:wanted]]}
+        for token in tokens if codec.is_text(token.token)
+    ]  # fmt: skip
+
+
 def _json_logprob(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else -9999.0  # as OpenAI writes what cannot be drawn
 
@@ -123,88 +134,71 @@ def _json_logprob(logprob: float) -> float:
 # --- an answer, whole or in chunks ------------------------------------------------------------------------------------
 
 
-def render_answer(request: Request, generation: Generation, form: ChatForm | TextForm) -> dict[str, Any]:
-    """The completion object of an answer whose choices are all written."""
-    choices = generation.choices
-    rows = [
-        {"index": choice.index, "completion_id": choice.id, "finish_reason": _finish_reason(choice.completion)}
-        | form.choice(
-            choice.completion.text if choice.completion else "", choice.tokens, generation.request.top_logprobs
-        )
-        for choice in choices
-    ]
-    return (
-        _head(generation, form.whole)
-        | {"choices": rows, "usage": _answer_usage(generation)}
-        | _extras(request, generation, _last_version(choices[0]))
-    )
+class CompletionReply:
+    """The answers of a request in one of the two forms (`answering.Reply`).
 
-
-class Chunks:
-    """The chunks of an answer, each as a server-sent event. usage: whether its tokens are counted in the end."""
+    usage: whether a stream counts its tokens in the end.
+    """
 
     def __init__(self, request: Request, generation: Generation, form: ChatForm | TextForm, usage: bool) -> None:
         self._request, self._generation, self._form = request, generation, form
-        self._head = _head(generation, form.part)
         self._usage: dict[str, Any] = {"usage": None} if usage else {}
         self._starts = [0] * len(generation.choices)
 
-    def opening(self, choice: Choice) -> bytes:
-        """The first chunk of a choice."""
-        return self._chunk(choice, self._form.opening(), **_extras(self._request, self._generation))
+    def whole(self) -> dict[str, Any]:
+        """The completion object."""
+        generation, form = self._generation, self._form
+        wanted = generation.request.top_logprobs
+        rows = [
+            {"index": choice.index, "completion_id": choice.id, "finish_reason": _finish_reason(choice.completion)}
+            | form.choice(choice.completion.text if choice.completion else "", choice.tokens, wanted)
+            for choice in generation.choices
+        ]
+        version = last_version(generation.choices[0].completion)
+        return (
+            self._head(form.whole)
+            | {"choices": rows, "usage": _answer_usage(generation)}
+            | {"operant": operant_part(self._request, generation, version)}
+        )
 
-    def piece(self, choice: Choice, text: str, tokens: Sequence[TokenInfo]) -> bytes:
-        """The text that follows what was sent of the choice."""
+    def opening(self) -> Iterable[bytes]:
+        """The first chunk of each choice."""
+        part = operant_part(self._request, self._generation)
+        return [self._chunk(choice, self._form.opening(), operant=part) for choice in self._generation.choices]
+
+    def piece(self, choice: Choice, text: str, tokens: Sequence[TokenInfo]) -> Iterable[bytes]:
+        """A chunk of a choice."""
         wanted = self._generation.request.top_logprobs
         chunk = self._chunk(choice, self._form.piece(text, tokens, self._starts[choice.index], wanted))
         self._starts[choice.index] += len(text)
-        return chunk
+        return [chunk]
 
-    def closing(self, choice: Choice) -> bytes:
-        """The last chunk of a choice that is written."""
-        reason, version = _finish_reason(choice.completion), _last_version(choice)
-        return self._chunk(choice, self._form.closing(), reason, operant={"version": version})
+    def closing(self, choice: Choice) -> Iterable[bytes]:
+        """The last chunk of a choice."""
+        reason, version = _finish_reason(choice.completion), last_version(choice.completion)
+        return [self._chunk(choice, self._form.closing(), reason, operant={"version": version})]
 
-    def usage(self) -> bytes:
-        """The last chunk of all, with the tokens of the answer."""
-        return server_sent_event(self._head | {"choices": [], "usage": _answer_usage(self._generation)})
+    def ending(self) -> Iterable[bytes]:
+        """The chunk with the tokens of the answer, if they are counted, and the end."""
+        if self._usage:
+            usage = {"choices": [], "usage": _answer_usage(self._generation)}
+            yield server_sent_event(self._head(self._form.part) | usage)
+        yield b"data: [DONE]\n\n"
+
+    def fault(self, error: ApiError) -> Iterable[bytes]:
+        """The error as the clients look for it."""
+        return [server_sent_event(error.body)]
 
     def _chunk(self, choice: Choice, content: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
         row = {"index": choice.index, "completion_id": choice.id, "finish_reason": finish} | content
-        return server_sent_event(self._head | {"choices": [row]} | self._usage | more)
+        return server_sent_event(self._head(self._form.part) | {"choices": [row]} | self._usage | more)
 
-
-def server_sent_event(content: dict[str, Any]) -> bytes:
-    """One event of a stream."""
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
-
-
-def _head(generation: Generation, kind: str) -> dict[str, Any]:
-    return {
-        "id": generation.id, "object": kind, "created": int(generation.created), "model": generation.service.name,
-        "system_fingerprint": f"version-{generation.version}",
-    }  # fmt: skip
-
-
-def _extras(request: Request, generation: Generation, version: int | None = None) -> dict[str, Any]:
-    extras: dict[str, Any] = {"version": generation.version if version is None else version}
-    if generation.request.stored:
-        extras["feedback_url"] = _feedback_url(generation.service, request, generation.id, generation.request.owner)
-    return {"operant": extras}
-
-
-def _feedback_url(service: Service, request: Request, completion_id: str, source: str) -> str:
-    """A link by which a browser can rate this answer without a key."""
-    base = service.config.public_url or str(request.base_url)
-    return f"{base.rstrip('/')}/f/{service.links.sign(completion_id, source)}"
-
-
-def _last_version(choice: Choice) -> int | None:
-    """The version that wrote the last token, which is all of them unless one left the memory meanwhile."""
-    completion = choice.completion
-    if completion is None or completion.policy_version is None or not len(completion.tokens):
-        return None
-    return int(completion.policy_version[-1])
+    def _head(self, kind: str) -> dict[str, Any]:
+        generation = self._generation
+        return {
+            "id": generation.id, "object": kind, "created": int(generation.created), "model": generation.service.name,
+            "system_fingerprint": f"version-{generation.version}",
+        }  # fmt: skip
 
 
 def _finish_reason(completion: Completion | None) -> str | None:
@@ -212,15 +206,12 @@ def _finish_reason(completion: Completion | None) -> str | None:
 
 
 def _answer_usage(generation: Generation) -> dict[str, int]:
-    prompts = {id(choice.prompt): len(choice.prompt.tokens) for choice in generation.choices}
-    return _token_usage(sum(prompts.values()), [choice.completion for choice in generation.choices])
+    return _token_usage(prompt_tokens(generation), [choice.completion for choice in generation.choices])
 
 
-def _token_usage(prompt_tokens: int, completions: Sequence[Completion | None]) -> dict[str, int]:
-    written = sum(len(c.tokens) for c in completions if c is not None)
-    return {
-        "prompt_tokens": prompt_tokens, "completion_tokens": written, "total_tokens": prompt_tokens + written
-    }  # fmt: skip
+def _token_usage(asked: int, completions: Sequence[Completion | None]) -> dict[str, int]:
+    written = tokens_written(completions)
+    return {"prompt_tokens": asked, "completion_tokens": written, "total_tokens": asked + written}
 
 
 # --- stored chats, and the model --------------------------------------------------------------------------------------
@@ -250,7 +241,7 @@ def render_stored_chat(service: Service, request: Request, rows: Sequence[Stored
         "seed": sampling.seed if sampling else None, "presence_penalty": 0.0, "frequency_penalty": 0.0,
         "operant": {
             "status": stored.status, "version": stored.model_version,
-            "feedback_url": _feedback_url(service, request, stored.id, stored.request.get("owner", "")),
+            "feedback_url": feedback_url(service, request, stored.id, stored.request.get("owner", "")),
         },
     }  # fmt: skip
 
@@ -259,9 +250,5 @@ def render_model(service: Service, name: str) -> dict[str, Any]:
     """The model that is served, under one of its names."""
     return {
         "id": name, "object": "model", "created": int(service.started), "owned_by": "operant",
-        "operant": {
-            "version": service.version, "max_length": service.max_length,
-            "scores": [service.config.score_low, service.config.score_high],
-            "conversation": service.written.style(service.codec).chat,  # without: every question stands alone
-        },
+        "operant": model_part(service),
     }  # fmt: skip

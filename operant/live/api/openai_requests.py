@@ -5,54 +5,44 @@ An argument that the server cannot honour is refused by name. Nothing that would
 
 from __future__ import annotations
 
-import hashlib
-import json
-import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo
 
-from operant.data.prompts import PromptFormat
 from operant.data.text import Codec
+from operant.live.api.asking import (
+    AnswerRequest,
+    ChatMessage,
+    check_stops,
+    content_id,
+    content_text,
+    parse_sampling,
+    refuse,
+)
 from operant.live.api.service import ApiError, RequestBody, Service, StrictModel
-from operant.types import Ints, OperantError, Prompt, Sampling
+from operant.types import Ints, Prompt, Sampling
 
 __all__ = [
-    "ChatRequest", "CompletionRequest", "Message", "MetadataUpdate", "TextRequest", "chat_prompt", "check_metadata",
-    "parse_sampling", "rating_bodies", "refuse_unsupported", "text_prompts",
+    "ChatRequest", "CompletionRequest", "Message", "MetadataUpdate", "TextRequest", "completion_sampling",
+    "rating_bodies", "refuse_unsupported", "text_prompts", "turns_of",
 ]  # fmt: skip
 
-GREEDY_BELOW = 1e-3  # a temperature under this is greedy decoding in every digit, and would overflow the logits
 MAX_CHOICES = 128
 MAX_PROMPTS = 64
-MAX_STOPS = 16
 
 
-def _message_text(value: Any) -> Any:
-    """The text of a message's content, which may also come as a list of text parts."""
-    if value is None:
-        raise ValueError("a message needs content, a text")
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError('a part of a message is an object such as {"type": "text", "text": "Hello"}')
-        if part["type"] != "text":
-            raise ValueError(f"this model reads text; it cannot read a part of type {part['type'][:40]!r}")
-        if not isinstance(part.get("text"), str):
-            raise ValueError('a text part needs its text, as in {"type": "text", "text": "Hello"}')
-        texts.append(part["text"])
-    return "".join(texts)
+def _message_text(value: Any, info: ValidationInfo) -> Any:
+    """The text of a content. An assistant's may be null: it has said nothing, as before a call that it made."""
+    return "" if value is None and info.data.get("role") == "assistant" else content_text(value)
 
 
 class Message(StrictModel):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_message_text)]
+    content: Annotated[str, BeforeValidator(_message_text)] = Field(None, validate_default=True)
     name: str | None = None
     refusal: None = None
     annotations: list[Any] | None = None  # what an answer of OpenAI's client carries when it is sent back
@@ -75,22 +65,15 @@ class StreamOptions(StrictModel):
     include_obfuscation: bool | None = None
 
 
-class CompletionRequest(RequestBody):
+class CompletionRequest(AnswerRequest):
     """What both kinds of request have."""
 
-    model: str
     max_tokens: int | None = Field(None, ge=1, le=1 << 20)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=1 << 20)
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: str | list[str] | None = None
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=256)
     metadata: dict[str, str] | None = None
-    store: bool | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -138,10 +121,6 @@ class TextRequest(CompletionRequest):
 
 def refuse_unsupported(request: CompletionRequest) -> None:
     """Raises ApiError 400 with the name of what this server cannot do."""
-
-    def refuse(name: str, why: str) -> None:
-        raise ApiError(400, f"{name} cannot be honoured: {why}", param=name, code="unsupported_parameter")
-
     for name in ("frequency_penalty", "presence_penalty"):
         if getattr(request, name):
             refuse(name, "answers are drawn from the model's own distribution; leave it out or give 0")
@@ -174,20 +153,6 @@ def refuse_unsupported(request: CompletionRequest) -> None:
         )
 
 
-def check_metadata(metadata: dict[str, str] | None) -> dict[str, str]:
-    """OpenAI's limits: 16 pairs, keys of 64 and values of 512 characters. Raises ApiError 400 beyond."""
-    given = dict(metadata or {})
-    if len(given) > 16:
-        raise ApiError(400, f"metadata has {len(given)} entries; at most 16 are kept", param="metadata")
-    for name, value in given.items():
-        if len(name) > 64 or len(value) > 512:
-            raise ApiError(
-                400, f"metadata {name[:64]!r} is too long: names have at most 64 characters, values 512",
-                param="metadata",
-            )  # fmt: skip
-    return given
-
-
 def rating_bodies(completion_id: str, metadata: dict[str, str]) -> list[dict[str, Any]]:
     """The feedback in a stored completion's metadata: {"feedback": "up", "down" or a score}, {"score": "0.7"},
     {"edit": …}, {"comment": …}; each as the body of a native call. Raises ApiError 422 for a score that is no number.
@@ -216,32 +181,15 @@ def rating_bodies(completion_id: str, metadata: dict[str, str]) -> list[dict[str
 # --- what the sampler is asked ----------------------------------------------------------------------------------------
 
 
-def parse_sampling(request: CompletionRequest, service: Service, default_max: int) -> Sampling:
-    """The request's settings, and where it says nothing the server's, or else the model's own (`Generation.settings`).
-    Without a seed one is drawn, so that what was sampled can always be sampled again.
+def completion_sampling(request: CompletionRequest, service: Service, default_max: int) -> Sampling:
+    """`parse_sampling` of a completion.
 
     default_max: tokens of an answer when the request does not say.
     Raises ApiError 400 for stop strings or a logit_bias that cannot be honoured.
     """
-    stops = [request.stop] if isinstance(request.stop, str) else list(request.stop or [])
-    if len(stops) > MAX_STOPS or not all(0 < len(stop) <= 256 for stop in stops):
-        raise ApiError(
-            400, f"stop is at most {MAX_STOPS} strings of 1 to 256 characters", param="stop", code="invalid_value"
-        )
-    config = service.config
-    asked = (("temperature", request.temperature), ("top_p", request.top_p), ("top_k", request.top_k))
-    given: Any = [getattr(config, name) if value is None else value for name, value in asked]
-    temperature, top_p, top_k = service.generation.settings(*given, chat=service.written.style(service.codec).chat)
     limit = getattr(request, "max_completion_tokens", None) or request.max_tokens or default_max
-    return Sampling(
-        temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
-        top_p=top_p,
-        top_k=top_k,
-        max_tokens=limit,
-        stop=tuple(dict.fromkeys(stops)),
-        banned=_banned(request.logit_bias or {}, service.codec.vocab_size),
-        seed=secrets.randbits(53) if request.seed is None else request.seed,
-    )
+    banned = _banned(request.logit_bias or {}, service.codec.vocab_size)
+    return parse_sampling(request, service, limit, stops=check_stops(request.stop), banned=banned)
 
 
 def _banned(bias: dict[str, float], vocab_size: int) -> tuple[int, ...]:
@@ -265,25 +213,12 @@ def _banned(bias: dict[str, float], vocab_size: int) -> tuple[int, ...]:
     return tuple(sorted(banned))
 
 
-def chat_prompt(messages: Sequence[Message], codec: Codec, written: PromptFormat, *, route: str = "") -> Prompt:
-    """The prompt of a chat, written as fine-tuning saw prompts: through the chat template, or, where there is none, the
-    contents joined by newlines between prefix and separator. Raises ApiError 400 for a chat that the template refuses.
-    """
-    chat = [
+def turns_of(messages: Sequence[Message]) -> list[ChatMessage]:
+    """Messages as a chat template reads them."""
+    return [
         {"role": "system" if message.role == "developer" else message.role, "content": message.content}
         for message in messages
     ]
-    try:
-        style = written.style(codec)
-        if style.chat:
-            tokens, text = written.encode_chat(chat, codec), codec.chat_text(chat, style=style).text
-        else:
-            contents = "\n".join(message["content"] for message in chat)
-            tokens = written.encode(contents, codec)
-            text = f"{style.prefix}{contents}{'' if written.encoder else style.separator}"
-    except OperantError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
-    return Prompt(id=content_id(chat), tokens=tokens, text=text, messages=tuple(chat), task=route)
 
 
 def text_prompts(request: TextRequest, codec: Codec, *, encoder: bool, route: str = "") -> list[Prompt]:
@@ -317,8 +252,3 @@ def _given_tokens(ids: Sequence[int], codec: Codec) -> Ints:
             param="prompt", code="invalid_value",
         )  # fmt: skip
     return np.asarray(ids, np.int64)
-
-
-def content_id(content: Any) -> str:
-    """16 hexadecimal digits of the content's SHA-256: the same prompt and seed give the same text."""
-    return hashlib.sha256(json.dumps(content, ensure_ascii=True, sort_keys=True).encode()).hexdigest()[:16]

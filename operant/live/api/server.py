@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's API, feedback, versions, health and metrics over one engine, store and learner."""
+"""The HTTP server: the vendors' APIs, feedback, versions, health and metrics over one engine, store and learner."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from operant import __version__
-from operant.live.api import feedback_routes, forget_routes, openai_routes, page_routes, versions_routes
-from operant.live.api.service import ApiError, Service, caller_of, error_body, service_of
+from operant.live.api import (
+    anthropic_routes,
+    feedback_routes,
+    forget_routes,
+    openai_routes,
+    page_routes,
+    responses_routes,
+    versions_routes,
+)
+from operant.live.api.service import ApiError, Service, caller_of, error_response, service_of
 from operant.live.learning.sources import by_source
 from operant.live.serving.access import OWNER, Caller, is_loopback
 from operant.live.storage.feedback import BadFeedback
@@ -53,7 +61,9 @@ def create_app(service: Service) -> FastAPI:
         title="operant", version=__version__, lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     app.state.service = service
-    for module in (openai_routes, feedback_routes, versions_routes, forget_routes, page_routes):
+    for module in (
+        openai_routes, responses_routes, anthropic_routes, feedback_routes, versions_routes, forget_routes, page_routes
+    ):  # fmt: skip
         app.include_router(module.routes)
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/ready", ready, methods=["GET"])
@@ -123,47 +133,49 @@ async def metrics(request: Request) -> Response:
 
 
 def _handle_errors(app: FastAPI) -> None:
-    def reply(status: int, message: str, param: str | None = None, code: str | None = None, **headers: str) -> Response:
-        return JSONResponse(error_body(status, message, param, code), status, headers)
+    def reply(
+        request: Request, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
+    ) -> Response:
+        return error_response(request.scope, ApiError(status, message, param=param, code=code, headers=headers))
 
     @app.exception_handler(ApiError)
     async def _(request: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
+        return error_response(request.scope, error)
 
     @app.exception_handler(BadFeedback)
     async def _(request: Request, error: BadFeedback) -> Response:
-        return reply(422, str(error), error.param, "invalid_value")
+        return reply(request, 422, str(error), error.param, "invalid_value")
 
     @app.exception_handler(UnknownCompletion)
     async def _(request: Request, error: UnknownCompletion) -> Response:
-        return reply(404, str(error), code="not_found")
+        return reply(request, 404, str(error), code="not_found")
 
     @app.exception_handler(Conflict)
     async def _(request: Request, error: Conflict) -> Response:
-        return reply(409, str(error), "idempotency_key", "idempotency_conflict")
+        return reply(request, 409, str(error), "idempotency_key", "idempotency_conflict")
 
     @app.exception_handler(OperantError)
     async def _(request: Request, error: OperantError) -> Response:
         log.error("%s", error)
-        return reply(503, str(error), **{"Retry-After": "5"})
+        return reply(request, 503, str(error), **{"Retry-After": "5"})
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> Response:
         code = "request_too_large" if error.status_code == 413 else None
-        return reply(error.status_code, str(error.detail), code=code, **dict(error.headers or {}))
+        return reply(request, error.status_code, str(error.detail), code=code, **dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> Response:
         errors = error.errors()
         if any(one["type"] == "json_invalid" for one in errors):
-            return reply(400, "the body is no JSON", code="invalid_json")
+            return reply(request, 400, "the body is no JSON", code="invalid_json")
         param, message = _describe_first(errors)
         status = 422 if request.url.path.startswith("/v1/feedback") else 400
-        return reply(status, message, param, "invalid_value")
+        return reply(request, status, message, param, "invalid_value")
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> Response:
-        return reply(500, "the server failed; its log says how")
+        return reply(request, 500, "the server failed; its log says how")
 
 
 _BRANCHES = ("str", "int", "float", "bool", "none", "list", "dict", "constrained")
@@ -227,7 +239,7 @@ class Entrance:
         try:
             self._check(scope)
         except ApiError as error:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, sending)
+            await error_response(scope, error)(scope, receive, sending)
             return
         await self.app(scope, self._limited(receive), sending)
 
@@ -257,11 +269,13 @@ class Entrance:
         caller: Caller | None = NOBODY if guarded else OWNER
         if guarded and (path.startswith("/v1/") or path == "/metrics"):
             scheme, _, key = headers.get(b"authorization", "").partition(" ")
-            caller = self.service.keys.caller(key.strip()) if scheme.lower() == "bearer" and key else None
+            if scheme.lower() != "bearer":
+                key = headers.get(b"x-api-key", "")  # as Anthropic's clients send it
+            caller = self.service.keys.caller(key.strip()) if key.strip() else None
             if caller is None:
                 raise ApiError(
-                    401, "give a valid API key, as in Authorization: Bearer KEY", code="invalid_api_key",
-                    headers={"WWW-Authenticate": "Bearer"},
+                    401, "give a valid API key, as in Authorization: Bearer KEY, or x-api-key: KEY",
+                    code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
         scope.setdefault("state", {})["caller"] = caller
         has_body = length not in ("", "0") or b"transfer-encoding" in headers

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Protocol, TypeVar
 
 from fastapi import Request
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from operant.config import ServeConfig
@@ -31,20 +32,22 @@ from operant.models.generation import Generation
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
 __all__ = [
-    "ApiError", "GenerationRequest", "Listener", "RequestBody", "Service", "StrictModel", "Way", "caller_of",
-    "error_body", "new_id", "service_of",
+    "MESSAGES", "ApiError", "GenerationRequest", "Listener", "RequestBody", "Service", "StrictModel", "Way",
+    "anthropic_error_body", "caller_of", "error_response", "new_id", "service_of", "speaks_anthropic",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MESSAGES = "/v1/messages"  # of Anthropic's API
+
 # callers that wait for one commit together; each holds a thread while it waits
 STORE_THREADS = 64
 
 
 class ApiError(Exception):
-    """A refusal, which the client gets in OpenAI's form."""
+    """A refusal, which the client gets in the form of its vendor."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None,
@@ -56,7 +59,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The response."""
+        """The response in OpenAI's form."""
         return error_body(self.status, self.message, self.param, self.code)
 
 
@@ -68,9 +71,32 @@ def error_body(status: int, message: str, param: str | None = None, code: str | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def new_id(kind: str) -> str:
+def error_response(scope: Mapping[str, Any], error: ApiError) -> JSONResponse:
+    """The response to a request that fails, in the form that its client reads."""
+    body = anthropic_error_body(error.status, error.message) if speaks_anthropic(scope) else error.body
+    return JSONResponse(body, error.status, error.headers)
+
+
+def anthropic_error_body(status: int, message: str) -> dict[str, Any]:
+    """The body of an error as Anthropic's clients read it."""
+    kind = {
+        401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+        429: "rate_limit_error", 503: "overloaded_error",
+    }.get(status, "invalid_request_error" if status < 500 else "api_error")  # fmt: skip
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def speaks_anthropic(scope: Mapping[str, Any]) -> bool:
+    """Whether a request is one of Anthropic's API: by its path, or by the header that its clients send."""
+    path: str = scope["path"]
+    return path == MESSAGES or path.startswith(f"{MESSAGES}/") or any(
+        name == b"anthropic-version" for name, _ in scope["headers"]
+    )  # fmt: skip
+
+
+def new_id(prefix: str) -> str:
     """An id that nobody can guess: "chatcmpl-" and 24 hexadecimal digits, for instance."""
-    return f"{kind}-{secrets.token_hex(12)}"
+    return f"{prefix}{secrets.token_hex(12)}"
 
 
 class StrictModel(BaseModel):
@@ -102,20 +128,24 @@ class GenerationRequest:
     """What a request for answers asks for, beside its prompts.
 
     owner: the name of the key that asks. user: whom the answer is for, the owner unless the request names another.
-    stored: whether it is written down. kind: "chat" or "text". n: answers to each prompt. model: as the request named
+    stored: whether it is written down. kind: which API asks. n: answers to each prompt. model: as the request named
     it. streamed: sent piece by piece. top_logprobs: alternatives sent with each token; None sends no log-probabilities.
+    cut_messages: how many of a chat's were left out, as it is longer than the context. kept: what else of the request
+    its API wants to know again of a stored answer: plain data, and nothing that somebody said.
     """
 
     sampling: Sampling
     owner: str
     user: str
-    kind: Literal["chat", "text"]
+    kind: Literal["chat", "text", "response", "message"]
     model: str
     n: int = 1
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     stored: bool = True
     streamed: bool = False
     top_logprobs: int | None = None
+    cut_messages: int = 0
+    kept: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Listener(Protocol):
@@ -148,6 +178,7 @@ class Service:
     codec, encoder, max_length: the policy's tokens, whether it reads prompts with an encoder, and how many tokens it
     holds. They are the same for every version, since all are of one family.
     generation: how the model is meant to be sampled. written: how prompts are written for it.
+    base: the name of what version 0 was made from, "" where nothing tells it.
     keys: without any, nobody is asked for one. canary: None where versions serve everybody without a trial.
     listeners: hear of every prompt, answer and rating, all at once.
     """
@@ -162,6 +193,7 @@ class Service:
     config: ServeConfig
     links: Links
     generation: Generation = dataclasses.field(default_factory=Generation)
+    base: str = ""
     written: PromptFormat = dataclasses.field(init=False)
     keys: Keys = dataclasses.field(default_factory=lambda: Keys(None))
     canary: Canary | None = None
