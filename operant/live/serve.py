@@ -245,7 +245,7 @@ def _versions(config: WorkerConfig, store: Any) -> Versions:
     versions, root = Versions(config.root, config.keep), Path(config.root)
     origin = root / "origin.json"
     if versions.exists():
-        begun = json.loads(origin.read_text(encoding="utf-8"))["model"] if origin.exists() else ""
+        begun = _begun_from(root)
         if config.model and begun and begun != _resolved(config.model):
             raise OperantError(
                 f"{config.root} goes on with what was begun from {begun}; leave --model out to serve that, or give "
@@ -284,10 +284,15 @@ def _expect_memory(config: WorkerConfig) -> None:
     expect_room(source, ways[1:] if learned else ways, resolve_device(config.device))
 
 
-def _base(root: Path) -> str:
-    """What the root was begun from, as its users may know it: a hub id, or the name of a folder."""
+def _begun_from(root: Path) -> str:
+    """The model that version 0 was made from, "" in a root that is too old to tell."""
     origin = root / "origin.json"
-    begun = str(json.loads(origin.read_text(encoding="utf-8"))["model"]) if origin.exists() else ""
+    return str(json.loads(origin.read_text(encoding="utf-8"))["model"]) if origin.exists() else ""
+
+
+def _base(root: Path) -> str:
+    """The same as users of the server may know it: a hub id, or the name of a folder."""
+    begun = _begun_from(root)
     return Path(begun).name if Path(begun).is_absolute() else begun
 
 
