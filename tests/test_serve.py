@@ -302,6 +302,23 @@ def test_an_extra_that_is_missing_is_named(
     assert f"fastapi: {install_line(extra='live')}" in Program(capsys).fault("serve", "--root", tmp_path / "live")
 
 
+def test_a_large_model_says_what_it_does_while_it_starts(
+    policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy.save(tmp_path / "model")
+    monkeypatch.setattr("subprocess.Popen", Forked)
+    options: dict[str, Any] = {"model": str(tmp_path / "model"), "anchor_rows": 2, "anchor_tokens": 4, "device": "cpu"}
+    with live(ServeConfig(root=str(tmp_path / "quiet"), **options)):
+        assert capsys.readouterr().out == ""
+    monkeypatch.setattr("operant.models.policy.SMALL", 1)
+    reading = "reading version 0 …"
+    beginning = f"beginning {tmp_path / 'live'} with {options['model']}; "
+    for lines in ([beginning, reading], [reading]):
+        with live(ServeConfig(root=str(tmp_path / "live"), **options)):
+            told = capsys.readouterr().out.splitlines()
+        assert [line.startswith(expected) for line, expected in zip(told, lines, strict=True)] == [True] * len(lines)
+
+
 def test_a_root_goes_on_with_its_own_model_only(
     policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

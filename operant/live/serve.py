@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,14 +105,17 @@ def live(config: ServeConfig) -> Iterator[Live]:
         where = config.store or str(root / "store.db")
         store = stack.enter_context(contextlib.closing(Store(where)))
         learner = _learner_config(config, where)
-        _expect_memory(learner)
-        versions = _versions(learner, store)
+        source = _source(learner)
+        _expect_memory(source, learner)
+        say = _teller(source)
+        versions = _versions(learner, store, say)
         canary = None
         if config.canary_share or config.shadow_share:
             canary = Canary(versions, config)
         else:
             versions.keep_trial(None)  # nothing is tried any more: what is current serves
         current = versions.current() if canary is None else versions.get(canary.look()[0])
+        say(f"reading version {current.version}")
         policy = Policy.load(Path(current.path) / "model", device=config.device, dtype=config.dtype)
         policy.model.eval()
         for departure in departures(policy.codec, PromptFormat.of(config)):
@@ -237,7 +240,26 @@ def _learner_config(config: ServeConfig, store: str) -> WorkerConfig:
     return WorkerConfig(**values)
 
 
-def _versions(config: WorkerConfig, store: Any) -> Versions:
+def _source(config: WorkerConfig) -> str:
+    """What is loaded first: the version that serves, or the model to begin with; "" where nobody names one."""
+    versions = Versions(config.root)
+    if not versions.exists():
+        return config.model
+    now = versions.pointer().version
+    return next((str(Path(v.path) / "model") for v in versions.all() if v.version == now), "")
+
+
+def _teller(source: str) -> Callable[[str], None]:
+    """Prints what is being done, for a model that is large enough to take a while."""
+    from operant.models.memory import weights_in
+    from operant.models.policy import SMALL
+
+    if not source or (weights_in(source) or 0) < SMALL:
+        return lambda line: None
+    return lambda line: print(f"{line} …", flush=True)
+
+
+def _versions(config: WorkerConfig, store: Any, say: Callable[[str], None]) -> Versions:
     """The versions of the root, begun with the model when there are none."""
     from operant.live.learning.learner import expect_rank
     from operant.live.learning.worker import Worker
@@ -258,25 +280,23 @@ def _versions(config: WorkerConfig, store: Any) -> Versions:
     try:
         with FileLock(root / "learner.lock", timeout=LOCK_SECONDS):
             replace_file(origin, json.dumps({"model": _resolved(config.model)}))
+            say(f"beginning {root} with {config.model}; first its own answers, on which every version is measured")
             Worker(config, store, lambda line: None).start()
     except Timeout:
         raise OperantError(f"a learner is at work in {root}; stop that one, or give another --root") from None
     return versions
 
 
-def _expect_memory(config: WorkerConfig) -> None:
+def _expect_memory(source: str, config: WorkerConfig) -> None:
     """Raises OperantError, with what would fit, for a model whose weights cannot fit twice: in the server and in its
     learner."""
     from operant.models.adapter import rank_of
     from operant.models.memory import Way, expect_room, weights_in
     from operant.models.policy import SMALL, resolve_device
 
-    versions = Versions(config.root)
-    begun = versions.exists()
-    places = {version.version: Path(version.path) / "model" for version in versions.all()} if begun else {}
-    source = places.get(versions.pointer().version) if begun else config.model
     if not source:
         return  # what is missing is told where it is loaded
+    begun = Versions(config.root).exists()
     ways = [Way("", 4 * HELD_OF_ALL), Way(f"--lora_rank 8{' in another --root' if begun else ''}", 4 * HELD_OF_A_BASE)]
     learned = rank_of(Path(source)) or config.lora_rank
     if learned == "auto":
