@@ -69,8 +69,9 @@ class Subject:
 
     model: a folder; None is five million random weights, made here.
     name: of these records among those of the same model. flags: for `operant serve`.
-    tokens: of an answer. warm_up: ratings of a round that do not count, the first of which is the cold one.
-    ratings: of a round that count. rounds: of a server begun anew and rated, and turns of each kind of the latencies.
+    ahead: the server goes before other programs, where the machine is not quiet. tokens: of an answer.
+    warm_up: ratings of a round that do not count, the first of which is the cold one. ratings: of a round that count.
+    rounds: of a server begun anew and rated, and turns of each kind of the latencies.
     """
 
     model: Path | None
@@ -83,6 +84,7 @@ class Subject:
     turn_seconds: float
     records: Records
     runs: Path
+    ahead: bool
 
     @classmethod
     def given(cls, given: argparse.Namespace) -> Subject:
@@ -97,6 +99,7 @@ class Subject:
             return cls(
                 None, "", flags, tokens=given.tokens or 32, warm_up=5, ratings=given.ratings or 60,
                 rounds=given.rounds or 1, turn_seconds=given.seconds, records=Records(RECORDS / "live"), runs=RUNS,
+                ahead=given.ahead,
             )  # fmt: skip
         model = given.model.resolve()
         name = given.name or (f"lora_rank {given.lora_rank}" if given.lora_rank not in (None, "0") else "all weights")
@@ -104,7 +107,7 @@ class Subject:
         return cls(
             model, name, flags, tokens=given.tokens or 60, warm_up=1, ratings=given.ratings or 10,
             rounds=given.rounds or 3, turn_seconds=given.seconds, records=Records(RECORDS / "live_models" / place),
-            runs=RUNS / place,
+            runs=RUNS / place, ahead=given.ahead,
         )  # fmt: skip
 
     @contextmanager
@@ -112,7 +115,8 @@ class Subject:
         """This model on a root of its own, begun anew."""
         root = self.runs / name
         shutil.rmtree(root, ignore_errors=True)
-        with serving(root, "--model", str(self.model or random_model()), "--device", "cpu", *self.flags) as server:
+        model = str(self.model or random_model())
+        with serving(root, "--model", model, "--device", "cpu", *self.flags, ahead=self.ahead) as server:
             yield server
 
     def chat_body(self, number: int) -> dict[str, Any]:
@@ -580,6 +584,7 @@ def main() -> None:
     parser.add_argument("--ratings", type=int, help="that count, in a round (60; of a model 10)")
     parser.add_argument("--rounds", type=int, help="servers rated, and turns of each kind of the latencies (1; 3)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of a turn")
+    parser.add_argument("--ahead", action="store_true", help="go before other programs, on a busy machine (needs root)")
     parser.add_argument("flags", nargs="*", help="more flags for operant serve, after --")
     given = parser.parse_args()
     subject = Subject.given(given)
@@ -587,7 +592,9 @@ def main() -> None:
     # what the cells, in processes of their own, are to be told
     taken = ("model", "name", "lora_rank", "threads", "tokens", "ratings", "rounds", "seconds")
     options = [f"--{name}={value}" for name in taken if (value := getattr(given, name)) is not None]
+    options += ["--ahead"] if given.ahead else []
     told = [f"--{name} {getattr(given, name)}" for name in taken if getattr(given, name) != parser.get_default(name)]
+    told += ["--ahead"] if given.ahead else []
     command = " ".join(["python -m benchmarks.live", *told, *(["--", *given.flags] if given.flags else [])])
     now = {"time": time.time()}  # columns of one table stand in this order
     carry_out(
