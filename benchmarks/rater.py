@@ -9,11 +9,12 @@ thumb at once, in this process. Looked at after 0, 10, 30 and 100 thumbs:
     length         words of the answers
     distinct2      different pairs of tokens over all pairs
 
-A condition is a list of words: `lora` (rank 8; else all weights), `bare` (anchors that continue an end of text; else
-answers to shipped questions), `halfwrong` (every thumb is a coin's), and settings of the learner, such as lr=0.1.
+A condition is a list of words: `served` (as `operant serve` begins), `bare` (anchors that continue an end of text,
+instead of answers to shipped questions), `halfwrong` (every thumb is a coin's), and settings of the learner, such as
+lora_rank=0.
 
 python -m benchmarks.rater                                                the settings that serve takes
-python -m benchmarks.rater --conditions lora,lr=0.1,kl_budget=0.01 --seeds 0 --ratings 30
+python -m benchmarks.rater --conditions lr=0.1,kl_budget=0.01 --seeds 0 --ratings 30
 python -m benchmarks.rater --texts                                        what the models say at the end
 """
 
@@ -38,7 +39,7 @@ RECORD = Records(RECORDS / "rater")
 MODEL = Path(os.environ.get("OPERANT_MODELS") or ROOT / "models") / "smollm2-135m-instruct"
 RATINGS, LOOKS = 100, (10, 30, 100)
 TOKENS, FACT_TOKENS = 24, 16
-CONDITIONS = ("lora", "lora,halfwrong")
+CONDITIONS = ("served", "halfwrong")
 SHOWN = 10
 
 
@@ -104,6 +105,7 @@ def taught(style: str, condition: str, ratings: int, seed: int) -> dict[str, Any
             while worker.once():
                 pass
             seconds.append(time.monotonic() - began)
+            print(f"{number}: {seconds[-1]:.1f} s, {told[-1].get('gate') or told[-1].get('reason')}", flush=True)
             if number in LOOKS or number == ratings:
                 there = Path(worker.versions.current().path) / "model"
                 point = _looked_at(there, (style,), seed)[style]
@@ -120,18 +122,11 @@ def _learner(scratch: Path, condition: str, log: _Log, seed: int, told: list[dic
     """A learner on a root of its own, begun as the condition says."""
     from operant.config import WorkerConfig
     from operant.live.learning.worker import Worker
-    from operant.models.policy import Policy
 
     words = condition.split(",")
-    model = MODEL
-    if "lora" in words:
-        model = scratch / "lora"
-        policy = Policy.load(MODEL, device="cpu")
-        policy.add_lora(8, seed=seed)
-        policy.save(model)
     given = {name: float(value) for name, _, value in (word.partition("=") for word in words) if value}
     options: dict[str, Any] = {name: int(value) if value.is_integer() else value for name, value in given.items()}
-    config = WorkerConfig(root=str(scratch / "live"), model=str(model), device="cpu", seed=seed, keep=1, **options)
+    config = WorkerConfig(root=str(scratch / "live"), model=str(MODEL), device="cpu", seed=seed, keep=1, **options)
     worker = Worker(config, log, told.append)
     worker.start()
     if "bare" in words:

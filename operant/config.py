@@ -1317,6 +1317,8 @@ class LearnerConfig(LiveConfig, FormatFields):
         heldout: rows with prompts and maybe references for the slow gate, of a folder its dev split; empty leaves it
             out.
         heldout_rows: use only the first rows.
+        sense_rows: shipped questions that the slow gate asks a chat model too, to see whether its answers repeat
+            themselves, are empty or are all one; fewer than 5 leave that out. Only where `anchors` is empty.
         tolerance: the share of a held-out metric that a version may lose before it is rolled back.
         prompt_field: column of the prompt.
         reference_field: column of the references.
@@ -1336,6 +1338,7 @@ class LearnerConfig(LiveConfig, FormatFields):
     anchor_tokens: PositiveInt = 32
     heldout: Common[str] = ""
     heldout_rows: PositiveInt = 32
+    sense_rows: NonNegativeInt = 8
     tolerance: Share = 0.1
     prompt_field: str | None = None
     reference_field: str | None = None

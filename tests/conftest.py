@@ -108,6 +108,23 @@ def make_policy(codec: Codec) -> Callable[..., Policy]:
     return make
 
 
+@pytest.fixture
+def chat_policy(make_policy: Callable[..., Policy]) -> Policy:
+    """A tiny model with a chat template: `<user>` and what is said, a line's end, and `<bot>`."""
+    import copy
+
+    from operant.data.text import Codec
+
+    policy = make_policy("gpt2", context=256)
+    tokenizer = copy.deepcopy(policy.codec.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    policy.codec = Codec(tokenizer)
+    return policy
+
+
 def sketch(chart: Any, folder: Path) -> str:
     (folder / f"{chart.key}.png").write_bytes(b"\x89PNG\r\n")
     return f"<figure>{chart.key}</figure>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 
 from operant.config import LearnerConfig
 from operant.data.prompts import settle_style
-from operant.data.text import Codec
 from operant.live.learning.anchors import Anchors, anchor_prompts
 from operant.live.learning.questions import QUESTIONS
 from operant.models.policy import Policy
@@ -20,18 +18,6 @@ from operant.models.sampler import Sampler
 from operant.types import Prompt, Sampling
 
 Make = Callable[..., Policy]
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
-)
-
-
-@pytest.fixture
-def chat_policy(make_policy: Make) -> Policy:
-    policy = make_policy("gpt2", context=256)
-    tokenizer = copy.deepcopy(policy.codec.tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    policy.codec = Codec(tokenizer)
-    return policy
 
 
 def test_the_shipped_questions_are_all_different_and_some_are_chinese() -> None:

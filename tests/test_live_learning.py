@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -15,14 +16,17 @@ import torch
 from live import MemoryStore, Stored, anchors_of, answered, logprob, reader_of
 
 from operant.config import LiveConfig
-from operant.live.learning.gate import divergence, fast_gate, off_policy_value, slow_gate
+from operant.live.learning.anchors import asked_in_chat
+from operant.live.learning.gate import divergence, fast_gate, off_policy_value, sense_gate, sense_metrics, slow_gate
 from operant.live.learning.lesson import LearnerState, Lesson, prepare
 from operant.live.learning.origin import Origin
+from operant.live.learning.questions import QUESTIONS
 from operant.live.learning.step import StepResult, new_learner, rating_loss, take_step
 from operant.models.policy import Policy
 from operant.types import Batch, OperantError
 
 FAMILIES = ["gpt2", "t5"]
+SOUND = {"repeated": 0.1, "length": 20.0, "empty": 0.0, "commonest": 0.125}
 Make = Callable[..., Policy]
 
 
@@ -396,6 +400,37 @@ def test_the_slow_gate_lets_a_metric_lose_a_share_and_no_more() -> None:
     assert slow_gate({"bleu": 36.5, "length": 2.0, "distinct2": 0.5}, anchor, 0.1).passed
     assert "bleu" in slow_gate({"bleu": 35.9, "length": 12.0, "distinct2": 0.5}, anchor, 0.1).reason
     assert "bleu" in slow_gate({"distinct2": 0.5}, anchor, 0.1).reason
+
+
+def test_sense_is_lost_by_answers_that_are_one_that_repeat_themselves_or_that_are_empty(chat_policy: Policy) -> None:
+    asked = asked_in_chat(chat_policy, QUESTIONS[-8:], room=24)
+    look = functools.partial(sense_metrics, prompts=asked, max_tokens=24, interrupted=lambda: False)
+    before = look(chat_policy)
+    assert sense_gate(before, before).passed
+    ruined = deepcopy(chat_policy)
+    with torch.no_grad():  # one token for ever, whatever was asked
+        ruined.model.transformer.ln_f.weight.zero_()
+        ruined.model.transformer.ln_f.bias.copy_(ruined.model.lm_head.weight[chat_policy.codec.encode("a")[0]])
+    found = look(ruined)
+    assert found["repeated"] > 0.9 and found["commonest"] == 1.0
+    verdict = sense_gate(found, SOUND)
+    assert not verdict.passed and "repeat themselves" in verdict.reason and "get one answer" in verdict.reason
+    with torch.no_grad():  # nothing at all
+        ruined.model.transformer.ln_f.bias.copy_(10 * ruined.model.lm_head.weight[chat_policy.codec.eos_id])
+    verdict = sense_gate(look(ruined), SOUND)
+    assert not verdict.passed and "are empty" in verdict.reason and "nearly nothing" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("changed", "passed"),
+    [
+        ({"length": 8.0}, True), ({"length": 3.0}, False), ({"repeated": 0.3}, True), ({"repeated": 0.4}, False),
+        ({"empty": 0.125}, True), ({"empty": 0.25}, False), ({"commonest": 0.5}, True), ({"commonest": 0.625}, False),
+        ({"repeated": math.nan}, False),
+    ],
+)  # fmt: skip
+def test_a_manner_keeps_its_sense(changed: dict[str, float], passed: bool) -> None:
+    assert sense_gate(SOUND | changed, SOUND).passed == passed
 
 
 def test_snips_is_the_candidates_value_where_everything_is_enumerated() -> None:

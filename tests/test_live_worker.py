@@ -26,6 +26,7 @@ from operant.data.feedback_log import line_of
 from operant.live.learning.events import FeedbackFile, open_store
 from operant.live.learning.execution import LoadedVersion, make_again
 from operant.live.learning.gate import divergence, likelihood
+from operant.live.learning.questions import QUESTIONS
 from operant.live.learning.worker import Worker, main
 from operant.live.serving.canary import Canary
 from operant.live.storage.store import Store
@@ -92,7 +93,7 @@ def program(capsys: pytest.CaptureFixture[str]) -> Program:
 
 
 def weights(policy: Policy) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in policy.trainable_parameters()]
+    return [p.detach().clone() for p in policy.model.parameters()]
 
 
 def same(one: Policy, other: Policy) -> bool:
@@ -362,7 +363,7 @@ def test_the_slow_gate_rolls_back_what_lost_too_much_and_moves_the_anchor_for_wh
     values = {0: 40.0, 1: 41.0, 2: 39.0, 3: 30.0}
     asked: list[int] = []
 
-    def measured(policy: Policy, prompts: Any) -> Any:
+    def measured(policy: Policy, prompts: Any, **options: Any) -> Any:
         assert [p.references for p in prompts] == [("the cat",)] * 2
         number = next(v.version for v in loop.versions.all() if same(as_saved(loop, v.version).policy, policy))
         asked.append(number)
@@ -388,7 +389,7 @@ def judging(loop: Loop, values: dict[int, float], monkeypatch: pytest.MonkeyPatc
     """The slow gate finds these BLEUs of versions; `during` happens while it measures what serves."""
     from operant.live.learning import worker
 
-    def measured(policy: Policy, prompts: Any) -> Any:
+    def measured(policy: Policy, prompts: Any, **options: Any) -> Any:
         number = next(v.version for v in loop.versions.all() if same(as_saved(loop, v.version).policy, policy))
         if number == loop.versions.pointer().version and during is not None:
             during()
@@ -468,6 +469,107 @@ def test_the_slow_gate_measures_generation(make_loop: Callable[..., Loop], tmp_p
     assert loop.worker.judge()
     found = loop.versions.slow(1)
     assert found is not None and {"bleu", "chrf", "length", "distinct2"} <= set(found["numbers"])
+
+
+@pytest.fixture
+def make_chat_loop(tmp_path: Path, chat_policy: Policy) -> Callable[..., Loop]:
+    """A worker on a tiny model of chats, anchored by its answers to shipped questions."""
+
+    def make(**options: Any) -> Loop:
+        chat_policy.save(tmp_path / "model")
+        settings: dict[str, Any] = {
+            "root": str(tmp_path / "live"), "model": str(tmp_path / "model"), "device": "cpu", "anchor_rows": 3,
+            "anchor_tokens": 6, "lr": 1e-3,
+        }  # fmt: skip
+        store, told = answered(chat_policy), list[dict[str, Any]]()
+        worker = Worker(WorkerConfig(**(settings | options)), store, told.append)
+        worker.start()
+        return Loop(store, worker, told)
+
+    return make
+
+
+SOUND = {"repeated": 0.1, "length": 20.0, "empty": 0.0, "commonest": 0.125}
+
+
+def sensing(loop: Loop, senseless: set[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The slow gate finds that these versions repeat themselves; the versions that it has asked."""
+    from operant.live.learning import worker
+
+    asked: list[int] = []
+
+    def measured(policy: Policy, prompts: Any, **options: Any) -> dict[str, float]:
+        assert [p.text for p in prompts] == list(QUESTIONS[-8:])
+        asked.append(next(v.version for v in loop.versions.all() if same(as_saved(loop, v.version).policy, policy)))
+        return SOUND | ({"repeated": 0.9} if asked[-1] in senseless else {})
+
+    monkeypatch.setattr(worker, "sense_metrics", measured)
+    return asked
+
+
+def test_what_lost_its_sense_is_rolled_back_to_the_newest_that_had_it_without_held_out_prompts(
+    make_chat_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_chat_loop()
+    asked = sensing(loop, {3}, monkeypatch)
+    assert not loop.worker.judge()  # the anchor itself
+    for number in (1, 2, 3):
+        loop.rate(f"c{number}", "thumb", 1)
+        assert loop.worker.judge() and not loop.worker.judge()
+        assert loop.versions.pointer().anchor == 0  # sense alone moves no anchor
+    assert asked == [1, 0, 2, 3]
+    assert loop.versions.pointer().version == 2
+    assert loop.told[-1]["rolled_back"] == 3 and "repeat themselves" in loop.told[-1]["reason"]
+    found = loop.versions.slow(3)
+    assert found is not None and not found["passed"] and found["numbers"]["sense_repeated"] == 0.9
+    loop.rate("c0", "thumb", 1)
+    assert loop.versions.record(4).parent == 2  # learning goes on from there
+
+
+def test_where_no_version_before_had_passed_the_anchor_version_serves_again(
+    make_chat_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = make_chat_loop()
+    sensing(loop, {2}, monkeypatch)
+    loop.rate("c0", "thumb", 1)
+    loop.rate("c1", "thumb", 1)
+    assert loop.worker.judge() and loop.versions.pointer().version == 0
+
+
+def test_the_slow_gate_leaves_off_for_new_events_but_not_for_ever(
+    make_chat_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from operant.live.learning import worker
+
+    loop, said = make_chat_loop(), 0
+    look = worker.sense_metrics
+
+    def disturbed(policy: Policy, prompts: Any, **options: Any) -> dict[str, float]:
+        nonlocal said
+        said += 1
+        loop.store.add(f"c{said % 4}", "thumb", 1 if said % 2 else -1)  # while it looks
+        return look(policy, prompts, **options)
+
+    monkeypatch.setattr(worker, "sense_metrics", disturbed)
+    loop.rate("c0", "thumb", 1)
+    for number in range(1, worker.PUT_OFF + 1):
+        newest = loop.versions.next_version()
+        assert loop.worker.judge()  # the event was learned instead
+        assert said == number and loop.versions.next_version() == newest + 1
+    serving = loop.versions.pointer().version
+    assert loop.versions.slow(serving) is None
+    newest = loop.versions.next_version()
+    assert loop.worker.judge()
+    assert loop.versions.slow(serving) is not None and loop.versions.next_version() == newest
+
+
+@pytest.mark.parametrize("options", [{"sense_rows": 0}, {"chat": False}])
+def test_nobody_looks_where_sense_is_not_asked_for_or_anchors_are_no_questions(
+    options: dict[str, Any], make_chat_loop: Callable[..., Loop]
+) -> None:
+    loop = make_chat_loop(**options)
+    loop.rate("c0", "thumb", 1)
+    assert loop.versions.pointer().version == 1 and not loop.worker.judge() and loop.versions.slow(1) is None
 
 
 # --- the log ----------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class VerdictReply(Reply):
 
 
 class SlowGateReply(Reply):
-    """What the slow gate found on held-out prompts."""
+    """What the slow gate found in answers: to shipped questions (`sense_…`), to held-out prompts."""
 
     model_config = ConfigDict(extra="allow")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,21 @@ from operant.live.learning.anchors import Anchors
 from operant.live.storage.versions import Versions
 from operant.models.policy import LanguagePolicy, Policy
 from operant.models.sampler import Sampler
-from operant.rl.evaluate import evaluate
-from operant.types import Completion, OperantError, Prompt, Sampling
+from operant.rl.evaluate import distinct, evaluate
+from operant.types import Completion, OperantError, Prompt, Sampling, TokenInfo
 
 __all__ = [
-    "Verdict", "compare", "divergence", "divergences", "fast_gate", "likelihood", "off_policy_value", "slow_gate",
-    "slow_metrics",
+    "Interrupted", "Verdict", "compare", "divergence", "divergences", "fast_gate", "likelihood", "off_policy_value",
+    "sense_gate", "sense_metrics", "slow_gate", "slow_metrics",
 ]  # fmt: skip
 
 CHUNK = 2**20  # logits in float64 at once: many more take twice as long
 # metrics of `evaluate` that fall when a policy gets worse; the others only describe
 _HIGHER_IS_BETTER = ("bleu", "chrf", "rougeL", "exact", "reward", "distinct2")
+# what tells a model that falls apart from one that has learned a manner, against the anchor version
+REPEATED = 0.25  # more of an answer that was there before in the same answer
+SHORTER = 0.25  # of the length; who likes short answers may have them, but not none
+EMPTY, ONE_ANSWER = 0.2, 0.5  # more answers without a word; the share of questions that get one and the same answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +94,71 @@ def fast_gate(
     return Verdict(not reasons, "; ".join(reasons), numbers)
 
 
+class Interrupted(Exception):
+    """What the slow gate was looking at has to wait."""
+
+
 def slow_metrics(
-    policy: LanguagePolicy, prompts: Sequence[Prompt], *, max_tokens: int = 64
+    policy: LanguagePolicy,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = 64,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, float], list[Completion]]:
-    """Greedy answers to held-out prompts, measured by `evaluate`: references' metrics where there are references."""
-    greedy = Sampling(temperature=0.0, max_tokens=max_tokens)
-    return evaluate(Sampler(policy, max_rows=32), prompts, sampling=greedy)
+    """Greedy answers to held-out prompts, measured by `evaluate`: references' metrics where there are references.
+
+    interrupted: asked after every few tokens.
+    Raises Interrupted where it says so.
+    """
+    greedy, drawn = Sampling(temperature=0.0, max_tokens=max_tokens), 0
+
+    def look(completion_id: str, token: TokenInfo) -> None:
+        nonlocal drawn
+        drawn += 1
+        if drawn % 8 == 0 and interrupted():
+            raise Interrupted
+
+    return evaluate(Sampler(policy, max_rows=32, on_token=look), prompts, sampling=greedy)
+
+
+def sense_metrics(
+    policy: LanguagePolicy, prompts: Sequence[Prompt], *, max_tokens: int, interrupted: Callable[[], bool]
+) -> dict[str, float]:
+    """Greedy answers to different questions, by what shows a model that falls apart, whatever it was asked.
+
+    repeated: the share of pairs of tokens that were there before in the same answer, a mean over answers. length:
+    tokens, a mean. empty: the share of answers without a word. commonest: the share of the commonest answer.
+
+    Raises Interrupted as `slow_metrics` does.
+    """
+    said = slow_metrics(policy, prompts, max_tokens=max_tokens, interrupted=interrupted)[1]
+    texts = [completion.text.strip() for completion in said]
+    return {
+        "repeated": 1.0 - sum(distinct([completion.tokens]) for completion in said) / len(said),
+        "length": sum(len(completion.tokens) for completion in said) / len(said),
+        "empty": sum(not any(c.isalnum() for c in text) for text in texts) / len(said),
+        "commonest": max(Counter(texts).values()) / len(said),
+    }
+
+
+def sense_gate(measured: Mapping[str, float], anchor: Mapping[str, float]) -> Verdict:
+    """Whether answers to everyday questions still have the form of answers, beside those of the anchor version.
+
+    A manner that people teach passes: other words, shorter or longer ones. Answers that repeat themselves, that are
+    nearly nothing, or that are the same to all questions do not. measured, anchor: of `sense_metrics`.
+    """
+    limits = (
+        ("repeated", "answers repeat themselves: the share of pairs of tokens that come again", 1, REPEATED),
+        ("empty", "answers are empty: their share", 1, EMPTY),
+        ("length", "answers are nearly nothing: their length in tokens", -1, (1 - SHORTER) * anchor["length"]),
+        ("commonest", "different questions get one answer: its share", 1, max(0.0, ONE_ANSWER - anchor["commonest"])),
+    )
+    reasons = [
+        f"{what} is {measured[name]:.2g}, where the anchor version's is {anchor[name]:.2g}"
+        for name, what, worse, room in limits
+        if not worse * (measured[name] - anchor[name]) <= room
+    ]
+    return Verdict(not reasons, "; ".join(reasons), {f"sense_{name}": value for name, value in measured.items()})
 
 
 def slow_gate(measured: Mapping[str, float], anchor: Mapping[str, float], tolerance: float = 0.1) -> Verdict:

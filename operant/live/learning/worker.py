@@ -11,6 +11,7 @@ folders, nowhere else.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,14 +30,17 @@ from filelock import FileLock, Timeout
 from operant.config import LearnerConfig, LiveConfig, WorkerConfig
 from operant.data.prompts import given_style, load_fitting_prompts
 from operant.data.rows import Fields, load_rows
+from operant.live.learning.anchors import asked_in_chat
 from operant.live.learning.events import EventSource, open_store
 from operant.live.learning.execution import load_version
 from operant.live.learning.forget import Remaking
-from operant.live.learning.gate import slow_gate, slow_metrics
+from operant.live.learning.gate import Interrupted, Verdict, sense_gate, sense_metrics, slow_gate, slow_metrics
 from operant.live.learning.learner import LiveLearner
+from operant.live.learning.questions import QUESTIONS
 from operant.live.learning.step import fingerprint
 from operant.live.storage.versions import Moved, Outcome, Pointer, StepRecord
 from operant.models.policy import Policy
+from operant.rl.evaluate import FEWEST_PROMPTS
 from operant.run.run import mixed_seed
 from operant.types import OperantError, Prompt
 
@@ -48,6 +52,11 @@ EVERYTHING = 10_000  # events that are looked at while several sources are waite
 STORE_VARIABLE = "OPERANT_STORE"  # the environment variable that stands for --store where that is not given
 LONGEST_PAUSE = 30.0  # seconds between tries after faults in a row
 LONGEST_REST = 0.5  # seconds after a step
+PUT_OFF = 8  # times that the slow gate leaves off for new events, before it makes them wait
+SENSE_TOKENS = 24  # of an answer by which sense is judged
+
+# of the slow gate: what is no answer any more; too much, nothing, or a little lost on held-out prompts, or not asked
+Found = Literal["senseless", "worse", "better", "sound"]
 
 _NUMBERS = [f.name for f in dataclasses.fields(LiveConfig)]
 
@@ -59,8 +68,10 @@ class Worker(LiveLearner):
         self, config: WorkerConfig, source: EventSource, say: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
         super().__init__(config, source, say or _print)
-        self._anchor_metrics: tuple[int, dict[str, float]] | None = None
+        self._anchor_metrics: dict[str, tuple[int, dict[str, float]]] = {}
         self._heldout: list[Prompt] | None = None
+        self._sense: list[Prompt] | None = None
+        self._put_off = 0  # times in a row that the slow gate left off
         self._remaking: Remaking | None = None
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -123,39 +134,99 @@ class Worker(LiveLearner):
 
     def judge(self) -> bool:
         """Let the slow gate look at the version that serves, if it has not yet; False when there is nothing to judge.
+        Events that come meanwhile go first.
 
-        One that lost too much is rolled back to the anchor version; one that lost nothing is the new anchor, so that
-        what is lost in small steps adds up.
+        A version whose answers to everyday questions are no answers any more is rolled back to the newest one before
+        it that the gate has passed, or to the anchor version. One that lost too much on held-out prompts is rolled back
+        to the anchor version; one that lost nothing there is the new anchor, so that what is lost in small steps adds
+        up.
         """
         pointer = self.versions.pointer()
-        if not self.config.heldout or pointer.version == pointer.anchor or self.versions.forgetting():
+        if pointer.version == pointer.anchor or self.versions.forgetting():
             return False
-        if self.versions.slow(pointer.version) is not None:
+        if not (self.config.heldout or self._sense_prompts()) or self.versions.slow(pointer.version) is not None:
             return False
-        prompts = self._heldout_prompts()
-        if self._anchor_metrics is None or self._anchor_metrics[0] != pointer.anchor:
-            origin = load_version(self.versions, pointer.anchor, self.config, self.current().policy)
-            self._anchor_metrics = pointer.anchor, slow_metrics(origin, prompts)[0]
-        measured = slow_metrics(self.current().policy, prompts)[0]
-        verdict = slow_gate(measured, self._anchor_metrics[1], self.config.tolerance)
+        try:
+            verdict, found = self._look_at(pointer, self._newcomers())
+        except Interrupted:
+            self._put_off += 1
+            return self.once()
+        self._put_off = 0
         try:  # before it is noted, so that what a fault or a kill leaves undone is done by the next look
             if not verdict.passed:
-                back = self._falls_back_to(pointer)
+                back = self._falls_back_to(pointer, found)
                 self.versions.roll_back(back, moves=pointer.moves)
                 self.say({"rolled_back": pointer.version, "version": back, "reason": verdict.reason})
-            elif slow_gate(measured, self._anchor_metrics[1], 0.0).passed:
+            elif found == "better":
                 self.versions.pass_anchor(pointer.version, moves=pointer.moves)
         except Moved:
             return True  # somebody has decided meanwhile, and what serves now is looked at anew
         self.versions.note_slow(pointer.version, {"anchor": pointer.anchor, **dataclasses.asdict(verdict)})
         return True
 
-    def _falls_back_to(self, pointer: Pointer) -> int:
-        """What serves instead of what the slow gate refused: the anchor version, or, where that one is only tried, what
-        serves beside it."""
+    def _look_at(self, pointer: Pointer, interrupted: Callable[[], bool]) -> tuple[Verdict, Found]:
+        """Raises Interrupted when it says so."""
+        numbers: dict[str, float] = {}
+        if asked := self._sense_prompts():
+            look = functools.partial(sense_metrics, prompts=asked, max_tokens=SENSE_TOKENS, interrupted=interrupted)
+            sense = sense_gate(look(self.current().policy), self._of_anchor("sense", pointer.anchor, look))
+            if not (sense.passed and self.config.heldout):
+                return sense, "sound" if sense.passed else "senseless"
+            numbers = sense.numbers
+        prompts = self._heldout_prompts()
+
+        def measure(policy: Policy) -> dict[str, float]:
+            return slow_metrics(policy, prompts, interrupted=interrupted)[0]
+
+        before, measured = self._of_anchor("heldout", pointer.anchor, measure), measure(self.current().policy)
+        verdict = slow_gate(measured, before, self.config.tolerance)
+        better = slow_gate(measured, before, 0.0).passed
+        verdict = dataclasses.replace(verdict, numbers={**verdict.numbers, **numbers})
+        return verdict, "worse" if not verdict.passed else "better" if better else "sound"
+
+    def _of_anchor(self, what: str, version: int, measure: Callable[[Policy], dict[str, float]]) -> dict[str, float]:
+        """What is measured of the anchor version, once."""
+        if what not in self._anchor_metrics or self._anchor_metrics[what][0] != version:
+            kept = self._origin_kept
+            if kept is not None and kept[0] == version:
+                policy = kept[1].policy
+            else:
+                policy = load_version(self.versions, version, self.config, self._like)
+            self._anchor_metrics[what] = version, measure(policy)
+        return self._anchor_metrics[what][1]
+
+    def _newcomers(self) -> Callable[[], bool]:
+        """Whether events have come since now, for which the slow gate has to leave off. It does not for ever."""
+        begin = self.versions.consumed()
+        waiting = self.source.events_after(begin, EVERYTHING)  # for other sources, or they would have been learned
+        newest = waiting[-1][0] if waiting else begin
+        return lambda: self._put_off < PUT_OFF and bool(self.source.events_after(newest, 1))
+
+    def _falls_back_to(self, pointer: Pointer, found: Found) -> int:
+        """What serves instead of what the slow gate refused: the anchor version; where only sense was lost, the newest
+        before it that had passed; or, where the anchor version is only tried, what serves beside it."""
         trial = self.versions.trial() or {}
-        tried = trial.get("candidate") is not None and trial["serving"] in self.versions.ancestors(pointer.version)
-        return int(trial["serving"]) if tried else pointer.anchor
+        line = self.versions.ancestors(pointer.version)
+        if trial.get("candidate") is not None and trial["serving"] in line:
+            return int(trial["serving"])
+        if found == "senseless":
+            there = {version.version for version in self.versions.all()}
+            for version in line[1:]:
+                if version == pointer.anchor:
+                    break
+                if version in there and (self.versions.slow(version) or {}).get("passed"):
+                    return version
+        return pointer.anchor
+
+    def _sense_prompts(self) -> list[Prompt]:
+        """What the slow gate asks a chat model whose anchors are shipped questions: others of these."""
+        if self._sense is None:
+            asked: list[Prompt] = []
+            if self.config.sense_rows and self.anchors().are_questions:
+                last = QUESTIONS[-self.config.sense_rows :]
+                asked = asked_in_chat(self.current().policy, last, room=SENSE_TOKENS)
+            self._sense = asked if len(asked) >= FEWEST_PROMPTS else []
+        return self._sense
 
     def _heldout_prompts(self) -> list[Prompt]:
         if self._heldout is None:
