@@ -1417,6 +1417,10 @@ class ServeConfig(LearnerConfig, TrialFields):
             from them stay, and can no longer be made again from their records.
         max_bytes: the oldest answers are deleted until prompts and answers take no more; 0, as above, means no limit.
         drain_seconds: seconds that answers under way may still take when the server stops.
+        learner_threads: CPU threads of the learner. They belong to the fingerprint of its steps. auto is 1, and for a
+            model of more than 10 million weights as many as there are cores.
+        learner_niceness: how far the learner steps back behind the answers, from 0, not at all, to 19. On a busy
+            machine a lower one learns sooner.
     """
 
     host: Common[str] = "127.0.0.1"
@@ -1442,6 +1446,8 @@ class ServeConfig(LearnerConfig, TrialFields):
     max_age_days: Common[NonNegativeFloat] = 0.0
     max_bytes: Common[NonNegativeInt] = 0
     drain_seconds: NonNegativeFloat = 5.0
+    learner_threads: NonNegativeInt | Literal["auto"] = "auto"
+    learner_niceness: Annotated[int, Interval(ge=0, le=19)] = 10
 
 
 @settings

@@ -24,7 +24,7 @@ import operant
 from operant.config import ServeConfig, WorkerConfig
 from operant.data.feedback_log import line_of
 from operant.live.learning.events import FeedbackFile, open_store
-from operant.live.learning.execution import LoadedVersion, make_again
+from operant.live.learning.execution import LoadedVersion, load_version, make_again
 from operant.live.learning.gate import divergence, likelihood
 from operant.live.learning.questions import QUESTIONS
 from operant.live.learning.worker import Worker, main
@@ -136,6 +136,47 @@ def test_a_process_that_starts_anew_learns_what_one_that_ran_on_would(
     other.start()
     assert other.once() and other.once() and not other.once()
     assert all(torch.equal(a, b) for a, b in zip(ran_on, weights(other.current().policy), strict=True))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_an_adapter_learns_and_all_versions_stand_on_one_base(
+    family: str, make_loop: Callable[..., Loop], tmp_path: Path
+) -> None:
+    loop = make_loop(family, lora_rank=2, lr=0.1, replay_events=2)
+    before = loop.total("c1")
+    loop.rate("c1", "thumb", 1)
+    assert loop.total("c1") > before + 0.01
+    loop.rate("c2", "thumb", -1)
+    loop.rate("c1", "thumb", 1)
+    now = loop.worker.current().policy
+    frozen = {p.data_ptr() for p in now.model.parameters() if not p.requires_grad}
+    for other in (loop.worker._origin(0).policy, load_version(loop.versions, 1, loop.worker.config, now)):  # type: ignore[union-attr]
+        assert frozen <= {p.data_ptr() for p in other.model.parameters()}
+    for version in (0, 1, 2, 3):
+        folder = Path(loop.versions.get(version).path) / "model"
+        assert (folder / "adapter_model.safetensors").exists() and not (folder / "base").exists()
+        assert json.loads((folder / "base.json").read_text())["path"].endswith("/model")
+    # what one process made another makes again, bit for bit
+    assert same(make_again(loop.versions, 3, loop.store, loop.worker.config), now)
+    other = loop.again()
+    assert same(other.worker.current().policy, now)
+    with pytest.raises(OperantError, match="learns an adapter of rank 2, as it began; leave --lora_rank out"):
+        Worker(dataclasses.replace(loop.worker.config, lora_rank=0), loop.store).start()
+    Worker(dataclasses.replace(loop.worker.config, lora_rank="auto"), loop.store).start()
+
+
+def test_a_large_model_learns_an_adapter_unless_somebody_says_otherwise(
+    make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not make_loop(root=str(tmp_path / "small")).worker.current().policy.is_lora
+    monkeypatch.setattr("operant.models.policy.SMALL", 1000)
+    assert make_loop(root=str(tmp_path / "large")).worker.current().policy.is_lora
+    assert not make_loop(root=str(tmp_path / "whole"), lora_rank=0).worker.current().policy.is_lora
+    # a root from before goes on as it is
+    old = dataclasses.replace(make_loop(root=str(tmp_path / "small")).worker.config)
+    assert not Worker(old, MemoryStore()).current().policy.is_lora
+    with pytest.raises(OperantError, match="learns all weights, as it began"):
+        Worker(dataclasses.replace(old, lora_rank=4), MemoryStore()).start()
 
 
 def test_the_replay_of_a_record_gives_the_same_bits(make_loop: Callable[..., Loop]) -> None:

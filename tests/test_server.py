@@ -694,9 +694,11 @@ def test_every_kind_of_feedback_is_committed_and_tells_its_story(served: Served)
     for kind, value, options in given:
         receipt = served.rate(name, kind, value, **options)
         assert receipt["state"] == "pending" and not receipt["duplicate"] and receipt["source"] == "owner"
+        assert receipt["waiting_for"] == "a learner, and none runs here"
         story = served.http.get(f"/v1/feedback/{receipt['id']}").json()
         assert (story["kind"], story["value"], story["completion_id"]) == (kind, value, name)
-        assert story["state"] == "pending" and story["told"] and story["tags"] == options.get("tags", {})
+        assert story["state"] == "pending" and story["told"].endswith("for a learner, and none runs here")
+        assert story["waiting_for"] == receipt["waiting_for"] and story["tags"] == options.get("tags", {})
         assert story["times"].keys() == {"received"}
     listed = served.http.get("/v1/feedback", params={"completion_id": name}).json()
     assert [row["kind"] for row in listed["data"]] == [kind for kind, _, _ in given]

@@ -20,6 +20,7 @@ from live import MemoryStore, answered, logprob, prompts
 from operant.config import WorkerConfig
 from operant.data.feedback_log import line_of
 from operant.live.learning.events import FeedbackFile
+from operant.live.learning.execution import load_like
 from operant.live.learning.worker import Worker
 from operant.live.serving import supervisor as module
 from operant.live.serving.engine import RESIDENT, Busy, Engine
@@ -112,17 +113,18 @@ def make_live(tmp_path: Path, make_policy: Make, monkeypatch: pytest.MonkeyPatch
         policy.save(tmp_path / "model")
         settings: dict[str, Any] = {
             "root": str(tmp_path / "live"), "model": str(tmp_path / "model"), "store": str(tmp_path / "log.jsonl"),
-            "device": "cpu", "anchor_rows": 3, "anchor_tokens": 6, "lr": 1e-3, "threads": 1,
+            "device": "cpu", "anchor_rows": 3, "anchor_tokens": 6, "lr": 1e-3, "threads": 1, "lora_rank": 0,
         }  # fmt: skip
         store, config = answered(policy), WorkerConfig(**(settings | options))
         worker = Worker(config, store, lambda told: None)
         worker.start()
-        engine = Engine(policy, 0)
+        like = worker.current().policy.twin() if config.lora_rank else None
+        engine = Engine(policy if like is None else worker.current().policy.twin(), 0)
         ledger = Ledger()
         parrot = [sys.executable, "-c", PARROT, str(tmp_path / "notes")]
 
-        def start(command: list[str] | None = parrot, config: WorkerConfig = config) -> Supervisor:
-            made.append(Supervisor(config, engine, ledger, command=command))
+        def start(command: list[str] | None = parrot, config: WorkerConfig = config, niceness: int = 10) -> Supervisor:
+            made.append(Supervisor(config, engine, ledger, command=command, like=like, niceness=niceness))
             return made[-1]
 
         made.append(engine)
@@ -161,19 +163,18 @@ def test_what_is_published_or_rolled_back_by_another_process_is_served(make_live
     assert [r.version for r in live.ledger.records] == [0, 1, 2]  # each record once
 
 
+@pytest.mark.parametrize("rank", [0, 2])
 def test_weights_are_read_into_a_policy_that_nobody_is_served_from(
-    make_live: MakeLive, monkeypatch: pytest.MonkeyPatch
+    rank: int, make_live: MakeLive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    live = make_live()
+    live = make_live(lora_rank=rank, lr=0.1)
     made: list[Policy] = []
 
-    class Counted:
-        @staticmethod
-        def load(*arguments: Any, **options: Any) -> Policy:
-            made.append(Policy.load(*arguments, **options))
-            return made[-1]
+    def counted(*arguments: Any) -> Policy:
+        made.append(load_like(*arguments))
+        return made[-1]
 
-    monkeypatch.setattr(module, "Policy", Counted)
+    monkeypatch.setattr(module, "load_like", counted)
     supervisor = live.start()
     for version in range(1, 7):
         live.rate(f"c{version % 4}", "thumb", 1)
@@ -183,6 +184,45 @@ def test_weights_are_read_into_a_policy_that_nobody_is_served_from(
         assert np.allclose(said.model_logprobs, logprob(policy, prompts(policy)[0], said.tokens.tolist()), atol=1e-5)
     assert len(made) == RESIDENT + 1  # and then one is free
     assert supervisor.fault == ""
+    if rank:  # all versions stand on one base
+        held = [{p.data_ptr() for p in policy.model.parameters() if not p.requires_grad} for policy in made]
+        assert held[0] and held[0] == held[1] == held[2]
+
+
+def test_it_says_what_an_event_waits_for(make_live: MakeLive) -> None:
+    live = make_live(min_sources=2)
+    slow = "import json, sys; sys.stdin.readline(); print(json.dumps({'ready': 0}), flush=True); sys.stdin.read()"
+    supervisor = live.start([sys.executable, "-c", slow])
+    until(lambda: supervisor.alive, "it is started")
+    assert supervisor.waits_for("e1") == "the learner, which is starting"
+    supervisor.poke()
+    until(lambda: supervisor.state == "up", "the learner tells that it is ready")
+    assert supervisor.waits_for("e1") == "ratings of 2 sources"
+    record = dataclasses.replace(live.versions.record(0), version=1, parent=0, events=["e1"], state="pending")
+    live.versions.announce(record)
+    assert supervisor.waits_for("e1") == "its step, which is being made"
+    assert supervisor.waits_for("e2") == "the step before its own"
+    live.versions.drop_pending()
+    supervisor.config.min_sources = 1
+    assert supervisor.waits_for("e2") == "its turn"
+    supervisor._faults["learner"] = "the disk is full"
+    assert supervisor.waits_for("e2").endswith("tries again: the disk is full")
+
+
+@pytest.mark.parametrize(("threads", "policy"), [(1, "None"), (2, "passive")])
+def test_the_learner_steps_back_as_far_as_it_is_told_and_several_threads_do_not_spin(
+    threads: int, policy: str, make_live: MakeLive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    live, file = make_live(threads=threads), tmp_path / "policy"
+    telling = (
+        f"import json, os, sys; open({str(file)!r}, 'w').write(str(os.environ.get('OMP_WAIT_POLICY')));"
+        "print(json.dumps({'ready': 0}), flush=True); sys.stdin.read()"
+    )
+    supervisor = live.start([sys.executable, "-c", telling], niceness=3)
+    until(lambda: supervisor.state == "up", "the learner tells that it is ready")
+    assert file.read_text() == policy
+    assert supervisor.pid is not None and os.getpriority(os.PRIO_PROCESS, supervisor.pid) == 3
 
 
 def test_the_learner_is_told_of_feedback_at_once_and_what_it_tells_reaches_the_ledger(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -15,7 +16,6 @@ import threading
 import time
 import webbrowser
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ HELD_OF_ALL, HELD_OF_A_BASE = 5, 2
 LOCK_SECONDS = 10.0  # for a learner whose server was killed to end its step
 
 
-@dataclass(slots=True)
+@dataclasses.dataclass(slots=True)
 class Live:
     """The parts of a live loop that runs. learns: what of the model does, in words."""
 
@@ -92,7 +92,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
     from operant.live.serving.engine import Engine
     from operant.live.serving.supervisor import Supervisor
     from operant.live.storage.store import Store
-    from operant.models.policy import Policy
+    from operant.models.policy import Policy, is_large
 
     _check_shares(config)
     implicit = Implicit(config.implicit) if config.implicit else None
@@ -127,9 +127,13 @@ def live(config: ServeConfig) -> Iterator[Live]:
             implicit.recall(reversed(store.list_completions(limit=1000, order="desc", prefix="chatcmpl-")))
         like = policy.twin() if policy.is_lora else None  # one that never decodes while others are made like it
         learns = _what_learns(policy)
+        if config.learner_threads == "auto" and is_large(policy.model):
+            learner = dataclasses.replace(learner, threads=len(os.sched_getaffinity(0)))
         engine = Engine(policy, current.version, max_rows=config.max_rows, queue=config.queue, threads=config.threads)
         stack.callback(engine.close)
-        following = Supervisor(learner, engine, store, canary=canary, like=like)
+        following = Supervisor(
+            learner, engine, store, canary=canary, like=like, niceness=config.learner_niceness
+        )  # fmt: skip
         supervisor = stack.enter_context(contextlib.closing(following))
         if canary is not None:
             canary.changed = supervisor.look
@@ -232,9 +236,10 @@ def _only_one(root: Path) -> Iterator[None]:
 
 
 def _learner_config(config: ServeConfig, store: str) -> WorkerConfig:
-    """The learner's part of the settings. It has one thread: the cores are the server's."""
+    """The learner's part of the settings. A small model's has one thread: the cores are the server's."""
     values = {name: getattr(config, name) for name in LearnerConfig.__dataclass_fields__}
-    values |= {"store": store, "threads": 1, "watch_stdin": True}
+    threads = 1 if config.learner_threads == "auto" else config.learner_threads
+    values |= {"store": store, "threads": threads, "watch_stdin": True}
     if config.mode == "shared":
         values["min_sources"] = max(2, config.min_sources)
     return WorkerConfig(**values)
@@ -373,12 +378,12 @@ def _signals_left_alone() -> Iterator[None]:
 
 
 def _what_learns(policy: Policy) -> str:
-    from operant.models.policy import SMALL
+    from operant.models.policy import is_large
 
     learned, held = (sum(p.numel() for p in ps) for ps in (policy.trainable_parameters(), policy.model.parameters()))
     if policy.is_lora:
         return f"an adapter of {_millions(learned)} weights learns, on {_millions(held - learned)} that stay"
-    more = "; another --root begins with an adapter, which learns sooner" if held >= SMALL else ""
+    more = "; another --root begins with an adapter, which learns sooner" if is_large(policy.model) else ""
     return f"all {_millions(held)} weights learn{more}"
 
 

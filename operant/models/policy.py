@@ -949,6 +949,11 @@ def told_in_one_line(source: str | Path) -> Iterator[None]:
         ) from error
 
 
+def is_large(model: Any) -> bool:
+    """Whether a Transformers model has so many weights (`SMALL`) that time and memory are theirs."""
+    return sum(p.numel() for p in model.parameters()) >= SMALL
+
+
 def is_pretrained(model: Any) -> bool:
     """Whether a Transformers model was pretrained elsewhere, so that what it knows is to be kept.
 
@@ -957,7 +962,7 @@ def is_pretrained(model: Any) -> bool:
     """
     if getattr(model.config, MADE_HERE, False):
         return False
-    return sum(p.numel() for p in model.parameters()) >= SMALL
+    return is_large(model)
 
 
 def is_masked(config: Any) -> bool:

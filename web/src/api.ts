@@ -27,6 +27,7 @@ export interface Story {
   offset: number;
   state: State;
   reason: string;
+  waiting_for: string;
   version: number | null;
   advantage: number | null;
   logprob_before: number | null;

@@ -79,7 +79,7 @@ async function say(about: Turn, feedback: Omit<api.Feedback, "completion_id">): 
     about.clicks.unshift(click);
     draw();
     for (let tries = 0; tries < 12 && !(click.story && settled(click.story)); tries++) {
-      click.story = await api.story(click.id, 10);
+      click.story = await api.story(click.id, tries ? 10 : 1); // first, what it waits for
       draw();
       if (settled(click.story)) served.set(served.get() + 1);
     }

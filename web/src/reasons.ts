@@ -63,6 +63,15 @@ const CHINESE: readonly [string, string][] = [
     "锚定回答的对数似然降低了 {value}，超过 {limit}",
   ],
   ["{metric} is {value}, under {floor}", "{metric} 是 {value}，低于 {floor}"],
+  ["a learner, and none runs here", "这里没有学习进程"],
+  ["the end of its answer", "等这条回答写完"],
+  ["the learner, which failed and tries again: {fault}", "学习进程出错，正在重试：{fault}"],
+  ["the learner, which is starting", "学习进程正在启动"],
+  ["a source that is being forgotten", "正在忘记某个来源"],
+  ["its step, which is being made", "正在学习"],
+  ["the step before its own", "等前一步学完"],
+  ["ratings of {count} sources", "等 {count} 个来源的评价"],
+  ["its turn", "排队中"],
 ];
 
 const PATTERNS = CHINESE.map(([english, chinese]) => [pattern(english), chinese] as const);

@@ -13,6 +13,7 @@ const used: Story = {
   offset: 1,
   state: "used",
   reason: "",
+  waiting_for: "",
   version: 12,
   advantage: 1,
   logprob_before: -31.24,
@@ -37,6 +38,8 @@ test("what a click did is told with its time, its version and what it moved", ()
 test("what taught nothing says why", () => {
   expect(told({ ...used, state: "unused", reason: "advantage 0" })).toBe("Not used: advantage 0");
   expect(told({ ...used, state: "pending" })).toContain("Waiting");
+  const waits = { ...used, state: "pending" as const, waiting_for: "the learner, which is starting" };
+  expect(told(waits)).toContain("(the learner, which is starting)");
 });
 
 test("a story is over when it was not used, or is served", () => {

@@ -15,7 +15,8 @@ export interface Clicked {
 export function told(one: Story): string {
   const say = words();
   const reason = reasonOf(one.reason);
-  if (one.state === "pending") return say.pending;
+  if (one.state === "pending")
+    return say.pending + (one.waiting_for ? fill(say.brackets, { text: reasonOf(one.waiting_for) }) : "");
   if (one.state === "unused") return fill(say.unused, { reason });
   if (one.state === "superseded")
     return fill(say.superseded, { reason: reason ? fill(say.brackets, { text: reason }) : "" });

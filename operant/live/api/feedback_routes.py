@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from pydantic import Field
 
 from operant.live.api.intake import find_completion, is_id, record
-from operant.live.api.service import ApiError, RequestBody, StrictModel, caller_of, service_of
+from operant.live.api.service import ApiError, RequestBody, Service, StrictModel, caller_of, service_of
 from operant.live.learning.sources import by_source
 from operant.live.serving.access import is_reserved
 from operant.live.storage.store import EventStory, StoredCompletion
@@ -111,7 +111,8 @@ async def list_feedback(
         service.store.events, completion_id=completion_id, source=source, kind=kind, state=state, after=after,
         limit=limit + 1,
     )  # fmt: skip
-    return {"object": "list", "data": [render_story(row) for row in rows[:limit]], "has_more": len(rows) > limit}
+    told = [await _rendered(service, row) for row in rows[:limit]]
+    return {"object": "list", "data": told, "has_more": len(rows) > limit}
 
 
 @routes.get("/v1/feedback/{feedback_id}")
@@ -129,7 +130,7 @@ async def feedback_story(
         if story is None or not (caller.may("operate") or story.event.source == caller.name):
             raise ApiError(404, f"there is no feedback {feedback_id[:100]!r}", code="not_found")
         if is_settled(story) or time.monotonic() >= until or service.stopping:
-            return render_story(story)
+            return await _rendered(service, story)
         await asyncio.sleep(LOOK_AGAIN)
 
 
@@ -138,8 +139,14 @@ def is_settled(story: EventStory) -> bool:
     return story.state != "pending" and (story.state != "used" or "served" in story.times)
 
 
-def render_story(story: EventStory) -> dict[str, Any]:
-    """What became of an event, as plain data."""
+async def _rendered(service: Service, story: EventStory) -> dict[str, Any]:
+    waits = story.state == "pending"
+    stored = await service.io(service.store.completion, story.event.completion_id) if waits else None
+    return render_story(story, await service.waits_for(story.event.id, story.state, stored))
+
+
+def render_story(story: EventStory, waiting_for: str = "") -> dict[str, Any]:
+    """What became of an event, or what it waits for, as plain data."""
     event, times = story.event, story.times
     seconds = times["served"] - times["received"] if {"served", "received"} <= times.keys() else None
     return {
@@ -148,14 +155,14 @@ def render_story(story: EventStory) -> dict[str, Any]:
         "source": event.source, "tags": story.tags, "offset": story.offset, "state": story.state,
         "reason": story.reason, "version": story.version, "advantage": story.advantage,
         "logprob_before": story.logprob_before, "logprob_after": story.logprob_after, "times": times,
-        "seconds": seconds, "told": _in_a_sentence(story, seconds),
+        "seconds": seconds, "waiting_for": waiting_for, "told": _in_a_sentence(story, seconds, waiting_for),
     }  # fmt: skip
 
 
-def _in_a_sentence(story: EventStory, seconds: float | None) -> str:
+def _in_a_sentence(story: EventStory, seconds: float | None, waiting_for: str) -> str:
     """What became of it, for a person."""
     if story.state == "pending":
-        return "waiting to be learned"
+        return "waiting to be learned" + (f", for {waiting_for}" if waiting_for else "")
     if story.state != "used":
         return f"{story.state}: {story.reason}" if story.reason else story.state
     when = "learned, and not served yet" if seconds is None else f"learned in {seconds:.1f} s"

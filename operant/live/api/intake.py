@@ -58,7 +58,8 @@ async def record(
         service.metrics.feedback.labels(event.kind, way).inc()
         service.poke()
         await service.tell(lambda listener: listener.on_rated(service, event, stored, way))
+    waiting_for = await service.waits_for(receipt.id, receipt.state, stored)
     return {
         "id": receipt.id, "object": "feedback", "completion_id": stored.id, "kind": event.kind, "source": source,
-        "state": receipt.state, "duplicate": receipt.duplicate, "offset": receipt.offset,
+        "state": receipt.state, "duplicate": receipt.duplicate, "offset": receipt.offset, "waiting_for": waiting_for,
     }  # fmt: skip

@@ -26,7 +26,7 @@ from operant.live.serving.engine import Engine
 from operant.live.serving.limits import RateLimits, What
 from operant.live.serving.metrics import Metrics
 from operant.live.serving.supervisor import Supervisor
-from operant.live.storage.store import Conflict, Store, StoredCompletion, UnknownCompletion
+from operant.live.storage.store import Conflict, State, Store, StoredCompletion, UnknownCompletion
 from operant.live.storage.versions import Versions
 from operant.models.generation import Generation
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
@@ -267,6 +267,16 @@ class Service:
                     429, f"too much {what} of {name[:100]!r} in a minute; come again in {math.ceil(seconds)} s",
                     code="rate_limit_exceeded", headers={"Retry-After": str(math.ceil(seconds))},
                 )  # fmt: skip
+
+    async def waits_for(self, event_id: str, state: State, stored: StoredCompletion | None) -> str:
+        """What an event about that answer waits for, in words; "" for one that waits no more."""
+        if state != "pending":
+            return ""
+        if self.supervisor is None:
+            return "a learner, and none runs here"
+        if stored is not None and stored.completion is None:
+            return "the end of its answer"
+        return await self.io(self.supervisor.waits_for, event_id)
 
     def poke(self) -> None:
         """Tell the learner that something has come."""

@@ -24,7 +24,7 @@ from operant.live.learning.origin import Origin
 from operant.live.learning.step import StepResult, fingerprint, new_learner
 from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
 from operant.models.adapter import rank_of
-from operant.models.policy import SMALL, Policy
+from operant.models.policy import Policy, is_large
 from operant.types import OperantError
 
 __all__ = ["LiveLearner", "expect_rank"]
@@ -211,8 +211,7 @@ def _choose_what_learns(policy: Policy, config: LearnerConfig) -> None:
     """Put the adapter on a first version that `lora_rank` asks for."""
     rank = config.lora_rank
     if rank == "auto":
-        weights = sum(p.numel() for p in policy.model.parameters())
-        rank = RANK if weights >= SMALL and not policy.is_lora else 0
+        rank = RANK if is_large(policy.model) and not policy.is_lora else 0
     elif rank == 0:
         policy.merge_adapter()
     if rank:

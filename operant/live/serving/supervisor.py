@@ -41,6 +41,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a learner that died is 
 STEADY_SECONDS = 60.0  # after which a learner's death is the first one again
 TRY_SECONDS = 5.0  # before a candidate takes its place in memory again
 STOP_SECONDS = 10.0  # for the learner to end its step
+# threads that wait for each other sleep: where answers have the cores, one that spins keeps the others from them
+SHARED = {"OMP_WAIT_POLICY": "passive"}
 STARTING, NICENESS = 5, 10  # how far the learner steps back, while it starts and once it learns: answers come first
 
 State = Literal["starting", "up", "failing", "restarting", "stopped"]
@@ -100,12 +102,13 @@ class Supervisor:
 
     config: the learner's settings. store: the ledger of what became of each event.
     command: runs instead of the learner, with the same lines on standard output. canary: says what of `current` serves.
-    like: a policy with an adapter, on whose base all versions stand.
+    like: a policy with an adapter, on whose base all versions stand. niceness: how far the learner steps back once it
+    learns.
     """
 
     def __init__(
         self, config: WorkerConfig, engine: Engine, store: EventLedger, *, command: Sequence[str] | None = None,
-        canary: Canary | None = None, like: Policy | None = None,
+        canary: Canary | None = None, like: Policy | None = None, niceness: int = NICENESS,
     ) -> None:  # fmt: skip
         self.config = dataclasses.replace(
             config, watch_stdin=True, once=False, poll_seconds=max(config.poll_seconds, LEARNER_POLL_SECONDS)
@@ -113,7 +116,7 @@ class Supervisor:
         learner = [sys.executable, "-m", "operant.live.learning.worker", *arguments_of(self.config)]
         self.command = learner if command is None else list(command)
         self.versions = Versions(config.root, config.keep)
-        self.restarts = 0
+        self.restarts, self.niceness = 0, niceness
         self._engine, self._store, self._canary, self._like = engine, store, canary, like
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
@@ -158,6 +161,21 @@ class Supervisor:
         if self.alive and self._ready:
             return "failing" if self.fault else "up"
         return "restarting" if self._faults["learner"] else "starting"
+
+    def waits_for(self, event_id: str) -> str:
+        """What an event that nothing was made of yet waits for, in words."""
+        if self.fault:
+            return f"the learner, which failed and tries again: {self.fault}"
+        if self.state == "starting":
+            return "the learner, which is starting"
+        if self.versions.forgetting():
+            return "a source that is being forgotten"
+        step = self.versions.pending()
+        if step is not None:
+            return "its step, which is being made" if event_id in step.events else "the step before its own"
+        if self.config.min_sources > 1:
+            return f"ratings of {self.config.min_sources} sources"
+        return "its turn"
 
     def poke(self) -> None:
         """Tell the learner, at once, that feedback was committed. Never waits and never fails."""
@@ -227,12 +245,13 @@ class Supervisor:
             process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 env=os.environ
-                | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", STORE_VARIABLE: self.config.store},
+                | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", STORE_VARIABLE: self.config.store}
+                | ({} if self.config.threads == 1 else SHARED),
                 start_new_session=True,  # Ctrl-C is for the server, which lets the learner end its step
             )  # fmt: skip
             assert process.stdin is not None and process.stdout is not None
             os.set_blocking(process.stdin.fileno(), False)
-            _step_back(process.pid, STARTING)
+            _step_back(process.pid, min(STARTING, self.niceness))
             self._process = process
         try:
             words = self._listen(process.stdout, process.pid)
@@ -258,7 +277,7 @@ class Supervisor:
                 if fault:
                     log.warning("learner: %s", fault)
                 if not self._ready:
-                    _step_back(pid, NICENESS)
+                    _step_back(pid, self.niceness)
                 self._ready = self._records_came = True
                 self._look.set()
             elif text:

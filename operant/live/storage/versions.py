@@ -430,7 +430,8 @@ class Versions:
     def pending(self) -> StepRecord | None:
         """The step that a crash cut off, if there is one."""
         for file in sorted((self.root / "pending").glob("[0-9]*.json")):
-            return StepRecord.from_json(file.read_text(encoding="utf-8"))
+            with contextlib.suppress(FileNotFoundError):  # it has ended meanwhile
+                return StepRecord.from_json(file.read_text(encoding="utf-8"))
         return None
 
     def publish(self, record: StepRecord, write: Callable[[Path], None], gate: Mapping[str, Any]) -> PolicyVersion:
