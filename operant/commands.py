@@ -215,7 +215,8 @@ def run_keys(config: configs.KeysConfig) -> None:
     chosen = _chosen({"--add": bool(config.add), "--remove": bool(config.remove)})
     keys = Keys(config.keys or Path(config.root) / "keys.json")
     if chosen == "--add":
-        _print_new_key(config, keys.add(config.add, config.roles), keys.path)
+        issued = keys.issue(config.add, config.roles)
+        _print_new_keys(config, issued, {one.name: list(one.roles) for one in keys.all()}, keys.path)
         return
     if chosen == "--remove":
         keys.remove(config.remove)
@@ -228,12 +229,22 @@ def run_keys(config: configs.KeysConfig) -> None:
         print(f"{one.name:20}  {', '.join(one.roles):20}  {made}")
 
 
-def _print_new_key(config: configs.KeysConfig, key: str, path: Path | None) -> None:
+def _print_new_keys(
+    config: configs.KeysConfig, issued: dict[str, str], roles: dict[str, list[str]], path: Path | None
+) -> None:
+    """The key that was asked for alone on standard output, for scripts; the owner's, if one was made, beside it."""
+    rows = {name: {"name": name, "key": key, "roles": roles[name]} for name, key in issued.items()}
+    asked, owner = rows.pop(config.add), next(iter(rows.values()), None)
     if config.json:
-        print(json.dumps({"name": config.add, "key": key, "roles": config.roles}))
+        print(json.dumps(asked if owner is None else asked | {"owner": owner}))
         return
-    print(key)
+    print(asked["key"])
     print(f"the key of {config.add}; it is shown this once, {path} keeps its hash only", file=sys.stderr)
+    if owner is not None:
+        print(
+            f"your own key, as the server now asks everybody for one; it is named {owner['name']}, may do everything and "
+            f"is shown this once: {owner['key']}", file=sys.stderr,
+        )  # fmt: skip
 
 
 def run_replay(config: configs.ReplayConfig) -> None:

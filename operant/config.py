@@ -1457,7 +1457,7 @@ class KeysConfig:
     Args:
         root: the folder that the live loop writes.
         keys: the file of keys; empty takes keys.json in `root`.
-        add: make a key for this name and print it, once.
+        add: make a key for this name and print it, once. The first one brings a key for the owner, you.
         roles: what it may do: chat, rate (its own feedback), operate (everything).
         remove: the name whose key is no longer good.
         json: print one JSON object.

@@ -64,7 +64,7 @@ def test_every_hash_is_compared_in_constant_time(tmp_path: Path, monkeypatch: py
     ("name", "roles", "words"),
     [("ann", ["chat"], "remove it first"), ("bob", ["admin"], "no role 'admin'"), ("bob", [], "without a role"),
      ("", ["chat"], "at most 64"), ("a\nb", ["chat"], "at most 64"), ("x" * 65, ["chat"], "at most 64"),
-     ("owner", ["chat"], "remove it first"), ("rule:x", ["chat"], "rates by itself"),
+     ("rule:x", ["chat"], "rates by itself"),
      ("reward:judge", ["rate"], "rates by itself")],
 )  # fmt: skip
 def test_what_is_no_key_is_refused(tmp_path: Path, name: str, roles: list[str], words: str) -> None:
@@ -111,18 +111,55 @@ def test_a_key_of_a_name_that_was_not_always_reserved_goes_on_working_and_is_tol
     assert keys.all() == ()
 
 
+def test_the_first_key_of_a_file_comes_with_the_owners(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who talks to their own server without a key must not be locked out by giving somebody else one."""
+    program = Program(capsys)
+    made = program("keys", "--root", tmp_path, "--add", "anna")
+    keys = Keys(tmp_path / "keys.json")
+    owner = made.err[1].rpartition(" ")[2]
+    assert len(made.err) == 2 and keys.caller(made.out.strip()) == Caller("anna", frozenset(["chat", "rate"]))
+    assert keys.caller(owner) == access.OWNER  # by the name under which they chatted and rated until now
+    assert len(program("keys", "--root", tmp_path, "--add", "bob").err) == 1  # the first brings it, no other
+    assert "remove it first" in program.fault("keys", "--root", tmp_path, "--add", "owner")
+    program("keys", "--root", tmp_path, "--remove", "owner")
+    again = program("keys", "--root", tmp_path, "--add", "owner")  # a key that was lost is made anew
+    assert keys.caller(again.out.strip()) == access.OWNER and keys.caller(owner) is None
+    other = json.loads(program("keys", "--root", tmp_path / "other", "--add", "anna", "--json").out)
+    assert other["owner"]["roles"] == list(access.ROLES) and other["roles"] == ["chat", "rate"]
+    assert Keys(tmp_path / "other" / "keys.json").caller(other["owner"]["key"]) == access.OWNER
+    alone = program("keys", "--root", tmp_path / "alone", "--add", "owner")
+    assert len(alone.err) == 1 and Keys(tmp_path / "alone" / "keys.json").caller(alone.out.strip()) == access.OWNER
+
+
+def test_the_owner_of_a_running_server_goes_on_with_the_key_that_the_first_one_brought(
+    make_policy: Callable[..., Policy], tmp_path: Path
+) -> None:
+    keys = Keys(tmp_path / "keys.json")
+    with serving(make_policy("gpt2", context=128), tmp_path, keys=keys) as own:
+        mine = own.chat()["id"]
+        owner = Keys(tmp_path / "keys.json").issue("anna", ["chat", "rate"])["owner"]
+        assert own.fault("GET", f"/v1/chat/completions/{mine}", 401)
+        assert own.client(owner).chat.completions.retrieve(mine).id == mine
+        rated = own.http.post(
+            "/v1/feedback", json={"completion_id": mine, "kind": "thumb", "value": 1}, headers=bearer(owner)
+        )
+        assert rated.json()["source"] == "owner"
+        assert own.http.get("/metrics", headers=bearer(owner)).status_code == 200
+
+
 def test_the_program_makes_lists_and_removes_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = Program(capsys)
     made = program("keys", "--root", tmp_path, "--add", "ann", "--roles", "[chat,rate,operate]")
     key = made.out.strip()
     assert key.startswith("op-") and "shown this once" in made.err[0] and key not in made.err[0]
     told = json.loads(program("keys", "--root", tmp_path, "--json").out)["keys"]
-    assert [(row["name"], row["roles"]) for row in told] == [("ann", ["chat", "rate", "operate"])]
+    assert [(row["name"], row["roles"]) for row in told][1:] == [("ann", ["chat", "rate", "operate"])]
     listed = program("keys", "--root", tmp_path).out
     assert "ann" in listed and key not in listed and "sha256" not in listed
     assert "no key named 'bob'" in program.fault("keys", "--root", tmp_path, "--remove", "bob")
     assert "one of them" in program.fault("keys", "--root", tmp_path, "--remove", "ann", "--add", "bob")
-    assert program("keys", "--root", tmp_path, "--remove", "ann").status == 0
+    for name in ("ann", "owner"):
+        assert program("keys", "--root", tmp_path, "--remove", name).status == 0
     assert json.loads(program("keys", "--root", tmp_path, "--json").out) == {"keys": []}
 
 

@@ -13,7 +13,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -122,6 +122,22 @@ class Keys:
     def add(self, name: str, roles: Iterable[str]) -> str:
         """A new key, which is returned here and kept nowhere. Raises OperantError for a name that is taken, reserved
         or no word, a role that there is not, and where there is no file of keys."""
+        given = self._check(name, roles)
+        with self._lock():
+            return self._add({name: given})[name]
+
+    def issue(self, name: str, roles: Iterable[str]) -> dict[str, str]:
+        """New keys by their names, as `add` makes them: this one, and with the first of a file the owner's too.
+
+        From the first key on a server asks everybody for one, the owner included, who spoke without until then. The
+        owner's key has their name, so that their chats and their word stay theirs, and may do everything.
+        """
+        given = self._check(name, roles)
+        with self._lock():
+            return self._add(({} if self.all() else {OWNER.name: ROLES}) | {name: given})
+
+    def _check(self, name: str, roles: Iterable[str]) -> tuple[str, ...]:
+        """The roles, each once; the owner has all. Raises OperantError for a name or a role that cannot be."""
         given = tuple(dict.fromkeys(roles))
         if unknown := [role for role in given if role not in ROLES]:
             raise OperantError(f"there is no role {unknown[0]!r}; give some of {', '.join(ROLES)}")
@@ -134,13 +150,17 @@ class Keys:
                 f"{name!r} is named as what the server rates by itself, as all that begins with "
                 f"{' or '.join(map(repr, _RESERVED))}; give --add another"
             )
-        key = PREFIX + secrets.token_urlsafe(32)
-        with self._lock():
-            keys = self.all()
-            if any(one.name == name for one in keys) or name == OWNER.name:
-                raise OperantError(f"there is a key named {name!r}; choose another name, or remove it first")
-            self._write([*keys, Key(name, _key_hash(key), given, time.time())])
-        return key
+        return ROLES if name == OWNER.name else given
+
+    def _add(self, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+        """Keys of these names and roles, which are returned here and kept nowhere. Call it with the lock held."""
+        keys = self.all()
+        if taken := [name for name in wanted if any(one.name == name for one in keys)]:
+            raise OperantError(f"there is a key named {taken[0]!r}; choose another name, or remove it first")
+        made = {name: PREFIX + secrets.token_urlsafe(32) for name in wanted}
+        now = time.time()
+        self._write([*keys, *(Key(name, _key_hash(made[name]), roles, now) for name, roles in wanted.items())])
+        return made
 
     def remove(self, name: str) -> None:
         """Refuse a key from now on. Raises OperantError when there is no key of this name, or no file of keys."""
