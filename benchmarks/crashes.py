@@ -271,11 +271,14 @@ def _ask(server: Server, tokens: int) -> str:
 
 def campaign(
     model: Path, root: Path, *, kills: int, seed: int = 0, tokens: int = 8, flags: Sequence[str] = (),
-    tell: Callable[[str], None] = print,
+    ahead: bool = False, tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """Kill a server on this model so many times. Returns what happened. Raises AssertionError for a broken promise."""
+    """Kill a server on this model so many times. ahead: as in `Server`.
+
+    Returns what happened. Raises AssertionError for a broken promise.
+    """
     draw, told, talking, ending = random.Random(seed), Told(), threading.Event(), threading.Event()
-    server = Server(root, ["--model", str(model), "--device", "cpu", *flags])
+    server = Server(root, ["--model", str(model), "--device", "cpu", *flags], ahead=ahead)
     server.start()
     rounds: list[dict[str, Any]] = []
     talkers = [Talker(number, server.url, told, talking, ending, tokens) for number in range(TALKERS)]
@@ -452,6 +455,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lora_rank", help="for operant serve, which chooses where this is left out")
     parser.add_argument("--write", action="store_true", help="only write the table")
+    parser.add_argument("--ahead", action="store_true", help="go before other programs, on a busy machine (needs root)")
     parser.add_argument("flags", nargs="*", help="more flags for operant serve, after --")
     given = parser.parse_args()
     if not given.write:
@@ -462,7 +466,7 @@ def main() -> None:
         root = RUNS / name.replace(" ", "-") / "live"
         shutil.rmtree(root.parent, ignore_errors=True)
         model = given.model.resolve() if given.model else random_model()
-        found = campaign(model, root, kills=given.kills, seed=given.seed, flags=flags)
+        found = campaign(model, root, kills=given.kills, seed=given.seed, flags=flags, ahead=given.ahead)
         RECORD.put(name.replace("--", ""), found | {"command": command})
     write()
 
