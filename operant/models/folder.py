@@ -179,7 +179,10 @@ def _place_of_weights(source: str | Path) -> Path | None:
         hub, revision = facts["hub"], facts["revision"]
     elif not looks_like_path(str(source)):
         hub = str(source)
-    found = try_to_load_from_cache(hub, "config.json", revision=revision) if hub else None
+    try:
+        found = try_to_load_from_cache(hub, "config.json", revision=revision) if hub else None
+    except ValueError:  # no hub has such a name
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 
