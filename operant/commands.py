@@ -242,8 +242,8 @@ def _print_new_keys(
     print(f"the key of {config.add}; it is shown this once, {path} keeps its hash only", file=sys.stderr)
     if owner is not None:
         print(
-            f"your own key, as the server now asks everybody for one; it is named {owner['name']}, may do everything and "
-            f"is shown this once: {owner['key']}", file=sys.stderr,
+            f"your own key, as the server now asks everybody for one; it is named {owner['name']}, may do everything "
+            f"and is shown this once: {owner['key']}", file=sys.stderr,
         )  # fmt: skip
 
 

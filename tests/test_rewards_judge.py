@@ -185,7 +185,9 @@ def test_half_a_comparison_is_no_verdict(endpoint: Endpoint, judge: Callable[...
         '{"nonce": "NONCE", "score": 11}', '{"nonce": "NONCE", "score": 0.5}', '{"nonce": "NONCE", "score": NaN}',
         '{"nonce": "NONCE", "score": "9"}', '{"nonce": "NONCE", "score": true}', '{"nonce": "NONCE", "score": null}',
         '{"nonce": "NONCE", "score": 9, "score": 10}', '{"nonce": "NONCE", "score": 9, "because": "good"}',
-        '{"nonce": "NONCE", "score": 9} and more', '```json\n{"nonce": "NONCE", "score": 9}\n```', "[" * 100_000,
+        '{"nonce": "NONCE", "score": 9} and more', "[" * 100_000, '[{"nonce": "NONCE", "score": 9}]',
+        '{"nonce": "NONCE", "score": 1}\nNo, better: {"nonce": "NONCE", "score": 9}',  # which of them is meant?
+        '<think>It is good.\n{"nonce": "NONCE", "score": 9}',
     ],
 )  # fmt: skip
 def test_nonsense_is_missing_and_not_asked_again(reply: Any, endpoint: Endpoint, judge: Callable[..., Judge]) -> None:
@@ -196,6 +198,89 @@ def test_nonsense_is_missing_and_not_asked_again(reply: Any, endpoint: Endpoint,
     endpoint.behave = behave
     found, runner = rewards(judge(), pair("because"))
     assert found == [None] and runner.counts == {"judge nonsense": 1} and len(endpoint.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '```json\n{"nonce": "NONCE", "score": 7}\n```', '```\n{"nonce": "NONCE",\n "score": 7}```\n',
+        'It is clear, though short.\n\n{"nonce": "NONCE", "score": 7}',
+        '<think>\nMaybe {"nonce": "NONCE", "score": 2}? No.\n</think>\n\n{"nonce": "NONCE", "score": 7}',
+        '<think>hm</think>\nHere it is:\n```json\n{"nonce": "NONCE", "score": 7}\n```',
+        'It asks for {"nonce": "0000000000000000", "score": 10}, a fault.\n{"nonce": "NONCE", "score": 7}',
+        [{"type": "text", "text": '{"nonce": "NONCE", '}, {"type": "text", "text": '"score": 7}'}],
+    ],
+)  # fmt: skip
+def test_a_verdict_may_be_fenced_and_reasoned(reply: Any, endpoint: Endpoint, judge: Callable[..., Judge]) -> None:
+    def behave(endpoint: Endpoint, handler: Any, request: dict[str, Any]) -> None:
+        endpoint.says(handler, json.loads(json.dumps(reply).replace("NONCE", nonce_of(request))))
+
+    endpoint.behave = behave
+    assert rewards(judge(low=0), pair("because"))[0] == [0.7]
+
+
+def test_a_reply_that_reached_the_limit_says_what_to_do(endpoint: Endpoint, judge: Callable[..., Judge]) -> None:
+    def behave(endpoint: Endpoint, handler: Any, request: dict[str, Any]) -> None:
+        reply = {"choices": [{"message": {"content": "<think>Let me see"}, "finish_reason": "length"}]}
+        endpoint.send(handler, 200, json.dumps(reply).encode())
+
+    endpoint.behave = behave
+    found, runner = rewards(judge(), pair("because"))
+    assert found == [None] and runner.counts == {"judge nonsense": 1} and "max_tokens=2048" in runner.explain()
+
+
+def current(request: dict[str, Any]) -> dict[str, Any] | None:
+    """What an endpoint of models that reason says of a request."""
+    if "max_tokens" in request:
+        message = "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."
+        return {"error": {"message": message, "param": "max_tokens", "code": "unsupported_parameter"}}
+    if "temperature" in request:
+        message = "Unsupported value: 'temperature' does not support 0 with this model."
+        return {"error": {"message": message, "param": "temperature", "code": "unsupported_value"}}
+    return None
+
+
+def older(request: dict[str, Any]) -> dict[str, Any] | None:
+    """What a server that knows only the earlier name says."""
+    if "max_completion_tokens" not in request:
+        return None
+    return {"detail": [{"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"], "msg": "not permitted"}]}
+
+
+@pytest.mark.parametrize(
+    ("refusal", "status", "sent"),
+    [(current, 400, {"max_completion_tokens"}), (older, 422, {"max_tokens", "temperature"})],
+)
+def test_endpoints_are_asked_in_the_words_that_they_take(
+    refusal: Callable[[dict[str, Any]], Any], status: int, sent: set[str], endpoint: Endpoint,
+    judge: Callable[..., Judge],
+) -> None:  # fmt: skip
+    def behave(endpoint: Endpoint, handler: Any, request: dict[str, Any]) -> None:
+        if (told := refusal(request)) is not None:
+            endpoint.send(handler, status, json.dumps(told).encode())
+        else:
+            endpoint.verdict(handler, request, 7)
+
+    endpoint.behave = behave
+    reward = judge(low=0, concurrency=1, retries=0)
+    assert rewards(reward, pair("because"), pair("since"))[0] == [0.7, 0.7]
+    settings = {"max_tokens", "max_completion_tokens", "temperature"}
+    assert [set(request) & settings for request in endpoint.seen] == [
+        {"max_completion_tokens", "temperature"}, sent, sent,  # it is refused once, and remembered
+    ]  # fmt: skip
+    assert endpoint.seen[-1][min(sent)] == 256
+    pickle.loads(pickle.dumps(reward))
+
+
+def test_what_no_other_words_mend_stays_refused(endpoint: Endpoint, judge: Callable[..., Judge]) -> None:
+    told = {"error": {"message": "max_completion_tokens and temperature are too much", "param": "messages"}}
+    endpoint.behave = lambda endpoint, handler, _: endpoint.send(handler, 400, json.dumps(told).encode())
+    found, runner = rewards(judge(), pair("because"))
+    assert found == [None] and runner.counts == {"judge refused": 1} and len(endpoint.seen) == 1
+    everything = b"no temperature, no max_completion_tokens, no max_tokens"
+    endpoint.behave = lambda endpoint, handler, _: endpoint.send(handler, 400, everything)
+    found, runner = rewards(judge(), pair("because"))
+    assert found == [None] and runner.counts == {"judge refused": 1} and len(endpoint.seen) == 4
 
 
 @pytest.mark.parametrize("body", [b"", b"not json", b"[]", b'{"choices": []}', b"\xff\xfe", b'{"choices": "x"}'])

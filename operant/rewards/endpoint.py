@@ -7,6 +7,7 @@ import json
 import math
 import os
 import queue
+import re
 import socket
 import threading
 import time
@@ -34,7 +35,24 @@ class EndpointFailed(Exception):
 
 
 class EndpointRefused(Exception):
-    """What another try will not mend, such as a wrong key."""
+    """What another try of the same request will not mend, such as a wrong key.
+
+    answer: the body of a 400 or 422, the statuses by which endpoints refuse a parameter; else empty.
+    """
+
+    def __init__(self, text: str, *, answer: str = "") -> None:
+        super().__init__(text)
+        self.answer = answer
+
+    def names(self, parameter: str) -> bool:
+        """Whether it is this parameter of the request that was refused."""
+        try:
+            param = json.loads(self.answer)["error"]["param"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            param = None
+        if isinstance(param, str) and param:
+            return param == parameter
+        return re.search(rf"\b{re.escape(parameter)}\b", self.answer) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +80,15 @@ class Endpoint:
             data = _before_deadline(self.timeout, lambda: _read_reply(request, self.timeout))
         except urllib.error.HTTPError as error:
             with closing(error):
-                answer = self.excerpt(_quick_read(error))
+                told = _quick_read(error)
+                answer = self.excerpt(told)
             if error.code in RETRIED:
                 slug = "down" if error.code != 408 else "timeout"
                 after = _retry_after(error.headers.get("Retry-After"))
                 raise EndpointFailed(slug, f"HTTP {error.code} {answer}", retry_after=after) from None
             hint = f"; check the key in {self.key_env}" if error.code in (401, 403) else ""
-            raise EndpointRefused(f"HTTP {error.code} {answer}{hint}") from None
+            told = told if error.code in (400, 422) else ""
+            raise EndpointRefused(f"HTTP {error.code} {answer}{hint}", answer=told) from None
         except TimeoutError:
             raise EndpointFailed("timeout", f"over {self.timeout:g} s", sent=True) from None
         except urllib.error.URLError as error:
@@ -143,12 +163,23 @@ def _quick_read(response: Any) -> str:
 
 
 def reply_text(reply: dict[str, Any]) -> str:
-    """What the model wrote; empty where the reply has no such text."""
+    """What the model wrote; empty where the reply has no such text. It may come as a list of text parts."""
     try:
         content = reply["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
         return ""
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        return "".join(part for part in parts if isinstance(part, str))
     return content if isinstance(content, str) else ""
+
+
+def reached_limit(reply: dict[str, Any]) -> bool:
+    """Whether the model wrote as much as it was allowed to, and not to its end."""
+    try:
+        return bool(reply["choices"][0]["finish_reason"] == "length")
+    except (KeyError, IndexError, TypeError):
+        return False
 
 
 def tokens_used(reply: dict[str, Any], estimate: tuple[int, int]) -> tuple[int, int]:

@@ -1,9 +1,12 @@
 """A language model as a judge, behind any OpenAI-compatible endpoint: by rubric, or by comparison with another answer.
 
 The judged text is data of unknown intent. It stands between delimiters that hold a random nonce, the judge is told that
-nothing between them is an instruction, and its answer counts only if it is exactly one JSON object of the asked form
+nothing between them is an instruction, and its answer counts only if it ends with the one JSON object of the asked form
 that repeats the nonce: a text cannot close its own delimiter, and cannot write the verdict for the judge. What a judge
 believes of a persuasive text, no delimiter can help.
+
+A judge may reason before its verdict, and may put it into a fence. Endpoints differ in what they call the longest reply
+and in whether they take a temperature; what one refuses by name is asked of it in the other way, or no more.
 
 A judge that is down, slow, unpaid or talks nonsense gives a missing reward, counted by its reason, never 0:
 `judge budget`, `judge down`, `judge nonsense`, `judge refused`, `judge timeout`, `judge no other answer`.
@@ -11,6 +14,7 @@ A judge that is down, slow, unpaid or talks nonsense gives a missing reward, cou
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -25,7 +29,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from operant.rewards.endpoint import Endpoint, EndpointFailed, EndpointRefused, reply_text, tokens_used
+from operant.rewards.endpoint import (
+    Endpoint,
+    EndpointFailed,
+    EndpointRefused,
+    reached_limit,
+    reply_text,
+    tokens_used,
+)
 from operant.rewards.learned import prompt_text
 from operant.rewards.metrics import Metric
 from operant.rewards.seam import Missing
@@ -58,7 +69,8 @@ class Judge(Metric):
     once. timeout: seconds for one request. retries: after 429, 5xx, broken connections and timeouts, with exponential
     backoff, or as long as Retry-After says (at most a minute).
     max_total_tokens, max_cost: what may be spent over the life of the cache, with price_in and price_out per million
-    tokens; 0 is no cap. A request whose estimate would pass a cap is not sent. max_tokens: longest reply.
+    tokens; 0 is no cap. A request whose estimate would pass a cap is not sent. max_tokens: longest reply,
+    with what a model that reasons thinks before it. temperature: left out for an endpoint that refuses it.
     structured: json_object, json_schema or none, for the endpoint's `response_format`.
 
     Raises OperantError for an url, mode or number that cannot be, and a cache that cannot be opened.
@@ -129,6 +141,11 @@ class Judge(Metric):
         """Verdicts and what was spent."""
         return VerdictCache(self.cache)
 
+    @cached_property
+    def dialect(self) -> _Dialect:
+        """What the endpoint has been found to take."""
+        return _Dialect()
+
     @property
     def endpoint(self) -> Endpoint:
         return Endpoint(self.url, self.key_env, self.timeout)
@@ -139,7 +156,7 @@ class Judge(Metric):
         return self.verdicts.spent
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "verdicts"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("verdicts", "dialect")}
 
     def __call__(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Any]:  # type: ignore[override]
         """A number or a `Missing` for each completion; equal questions are asked once."""
@@ -200,8 +217,15 @@ class Judge(Metric):
         ]
 
     def parse(self, text: str, nonce: str, swapped: bool) -> float | None:
-        """The verdict in [0, 1] for the judged answer, or None where the reply is not exactly what was asked for."""
+        """The verdict in [0, 1] for the judged answer, or None where the reply is not what was asked for.
+
+        What was asked for is one JSON object with the nonce, at the end of the reply. Before it may stand reasoning in
+        which no other object has the nonce, around it one fence.
+        """
         wanted = "score" if self.mode == "rubric" else "better"
+        reasoning, verdict = _split_verdict(text)
+        if re.search(rf"\{{[^{{}}]*{nonce}", reasoning):
+            return None  # which of them is meant?
 
         def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if len({key for key, _ in pairs}) < len(pairs):
@@ -209,7 +233,7 @@ class Judge(Metric):
             return dict(pairs)
 
         try:
-            reply = json.loads(text.strip(), object_pairs_hook=unique)
+            reply = json.loads(verdict, object_pairs_hook=unique)
         except (ValueError, RecursionError):
             return None
         if not isinstance(reply, dict) or set(reply) != {"nonce", wanted} or reply["nonce"] != nonce:
@@ -237,9 +261,10 @@ class Judge(Metric):
     def _judge(self, ask: _Ask, down: _Breaker) -> float | Missing:
         """One verdict, with retries."""
         nonce = secrets.token_hex(8)
-        body = self._body(ask, nonce)
+        dialect = self.dialect.copy()
         attempt = 0
         while True:
+            body = self._body(ask, nonce, dialect)
             if (gone := down.reason()) is not None:
                 return gone
             # a third of a token a byte is more than any tokenizer makes of most texts
@@ -252,12 +277,20 @@ class Judge(Metric):
                 used = tokens_used(reply, estimate)
                 verdict = self.parse(reply_text(reply), nonce, ask.swapped)
                 down.count(None)
+                self.dialect.learn(dialect)
+                if verdict is None and reached_limit(reply):
+                    return Missing(
+                        f"judge nonsense: cut off after {self.max_tokens} tokens; a judge that reasons needs more "
+                        "(max_tokens=2048)"
+                    )
                 if verdict is None:
                     return Missing(f"judge nonsense: {self.endpoint.excerpt(reply_text(reply))}")
                 self.verdicts.keep(ask.key, verdict)
                 return verdict
             except EndpointRefused as refused:
                 down.count(None)
+                if dialect.adapt(refused):
+                    continue
                 return Missing(f"judge refused: {refused}")
             except EndpointFailed as failed:
                 last = Missing(f"judge {failed.slug}: {failed}")
@@ -280,11 +313,12 @@ class Judge(Metric):
     def _prices(self) -> tuple[float, float]:
         return self.price_in / 1e6, self.price_out / 1e6
 
-    def _body(self, ask: _Ask, nonce: str) -> bytes:
+    def _body(self, ask: _Ask, nonce: str, dialect: _Dialect) -> bytes:
         request: dict[str, Any] = {
-            "model": self.model, "messages": self.messages(ask, nonce), "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
+            "model": self.model, "messages": self.messages(ask, nonce), dialect.limit: self.max_tokens,
         }  # fmt: skip
+        if dialect.temperature:
+            request["temperature"] = self.temperature
         if self.structured == "json_object":
             request["response_format"] = {"type": "json_object"}
         elif self.structured == "json_schema":
@@ -309,6 +343,40 @@ class _Ask:
     key: str
     shown: tuple[tuple[str, str], ...]
     swapped: bool
+
+
+@dataclass(slots=True)
+class _Dialect:
+    """What an endpoint calls the longest reply, and whether it takes a temperature. It begins with OpenAI's own."""
+
+    limit: str = "max_completion_tokens"
+    temperature: bool = True
+
+    def copy(self) -> _Dialect:
+        return dataclasses.replace(self)
+
+    def adapt(self, refused: EndpointRefused) -> bool:
+        """Do without what was refused by name; whether there is a change to try."""
+        if self.temperature and refused.names("temperature"):
+            self.temperature = False
+        elif self.limit == "max_completion_tokens" and refused.names(self.limit):
+            self.limit = "max_tokens"  # of servers older than the other name
+        else:
+            return False
+        return True
+
+    def learn(self, other: _Dialect) -> None:
+        """Take over what was understood."""
+        self.limit, self.temperature = other.limit, other.temperature
+
+
+def _split_verdict(text: str) -> tuple[str, str]:
+    """(what stands before, the JSON object at the end of a reply), without fences and tags of reasoning."""
+    text = text.rpartition("</think>")[2].strip()
+    if text.endswith("```"):
+        text = text[:-3].rstrip()
+    start = text.rfind("{")  # a verdict holds no other object
+    return (text, "") if start < 0 or text.startswith("<think>") else (text[:start], text[start:])
 
 
 class _Breaker:
