@@ -111,6 +111,37 @@ def test_sharing_a_groups_prompt_changes_neither_logprob_nor_gradient(
     assert float((whole - parts).norm() / whole.norm()) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_prompts_begin_with_alike_is_computed_once(family: str, make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy(family)
+    begin = np.arange(20) % 11 + 5
+    ends = [[], [3], [3, 4, 5], [9, 4], [3]]  # the second prompt begins the third, and stands there twice
+    prompts = [np.concatenate([begin, end]).astype(np.int64) for end in ends]
+    prompts += [np.array([7, *begin]), begin[:15]]  # like none of them: from elsewhere, and too short to be worth it
+    answers = [COMPLETIONS[i % 3] + i for i in range(len(prompts))]
+    batch = from_sequences(prompts, answers, encoder=False, pad_id=policy.codec.pad_id)
+    calls = []
+    handle = policy.model.register_forward_hook(
+        lambda m, a, k, o: calls.append(k["input_ids"].numel()), with_kwargs=True
+    )
+    out = policy.logprobs(batch).logprobs
+    handle.remove()
+    assert calls == [20 + 1 + 2 + 2 + 21 + 15 + sum(map(len, answers))]
+    plain = copy.copy(batch)
+    plain.prompt_ids = None
+    model = double(policy)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        table = torch.log_softmax(recomputed(model, policy, prompt, answer), -1)
+        expected = table[torch.arange(len(answer)), torch.from_numpy(answer)]
+        assert torch.allclose(out[i, len(prompt) : len(prompt) + len(answer)].double(), expected, atol=1e-4)
+    gradients = []
+    for one in (batch, plain):
+        policy.model.zero_grad()
+        (policy.logprobs(one).logprobs.sum() / 10).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.grad is not None]))
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-4
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_packing_changes_no_logprob(family: str, attention: str, make_policy: Callable[..., Policy]) -> None:

@@ -128,7 +128,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
         like = policy.twin() if policy.is_lora else None  # one that never decodes while others are made like it
         learns = _what_learns(policy)
         if config.learner_threads == "auto" and is_large(policy.model):
-            learner = dataclasses.replace(learner, threads=len(os.sched_getaffinity(0)))
+            learner = dataclasses.replace(learner, threads=0)
         engine = Engine(policy, current.version, max_rows=config.max_rows, queue=config.queue, threads=config.threads)
         stack.callback(engine.close)
         following = Supervisor(

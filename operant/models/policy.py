@@ -7,7 +7,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -66,6 +66,7 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int]]] = {
 MADE_HERE = "made_by_operant"
 #: Weights below which a model without that mark counts as made here too: the fixtures of tests, folders from before it.
 SMALL = 10_000_000
+ALIKE = 16  # tokens that prompts have to begin with alike, for these to be computed once
 
 
 class LanguagePolicy(Protocol):
@@ -774,9 +775,10 @@ class Policy:
             yield
 
     def _layout(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """Where the tokens of a decoder's batch stand when no prompt is repeated and nothing is padded: their places
-        in the flattened batch int64[N], those that several rows share first, and for every (row, column) the place
-        among these N, int64[B, S].
+        """Where the tokens of a decoder's batch stand when nothing is padded, no prompt is repeated, and neither is
+        what prompts begin with alike (a chat's system turn), from ALIKE tokens on: their places in the flattened batch
+        int64[N], those that several rows share first, and for every (row, column) the place among these N,
+        int64[B, S].
 
         None where nothing would be saved, for packed rows, and for attention that cannot be laid out so.
         """
@@ -794,14 +796,21 @@ class Policy:
         like = like.to(column.device)
         real, prompt = batch.segment_ids >= 0, column < starts[:, None]
         own = real & ~(prompt & (like != torch.arange(rows, device=column.device))[:, None])
-        shared = own & prompt & (torch.bincount(like, minlength=rows) > 1)[:, None]
-        source = torch.cat([part.reshape(-1).nonzero()[:, 0] for part in (shared, own & ~shared)])
-        if len(source) == rows * width:
+        texts = {row: batch.tokens[row, : int(starts[row])].tolist() for row in first.values()}
+        beginnings = alike(texts)
+        for row, _, length in beginnings:
+            own[row, :length] = False
+        if int(own.sum()) == rows * width:
             return None
-        place = torch.zeros(rows * width, dtype=torch.long, device=column.device)
-        place[source] = torch.arange(len(source), device=column.device)
-        place = place.view(rows, width)
-        return source, torch.where(prompt, place[like], place) * real
+        place = (own.reshape(-1).cumsum(0) - 1).view(rows, width)
+        for row, other, length in beginnings:
+            place[row, :length] = place[other, :length]
+        place = torch.where(prompt, place[like], place)
+        shared = torch.bincount(place[real], minlength=int(own.sum())) > 1
+        order = torch.argsort(~shared, stable=True)
+        moved = torch.empty_like(order)
+        moved[order] = torch.arange(len(order), device=order.device)
+        return own.reshape(-1).nonzero()[order, 0], moved[place.clamp(min=0)] * real
 
     def _head_at(self, places: Tensor, forward: Callable[[], Any]) -> Tensor:
         """Logits float32[K, V] at flat places int64[K] of the (rows, columns) that `forward` computes.
@@ -982,6 +991,21 @@ def _halved(model: Any) -> Any:
         if parameter.dtype == torch.float32 and "lora_" not in name:
             parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def alike(texts: Mapping[int, Sequence[int]]) -> list[tuple[int, int, int]]:
+    """(name, name of another, n) of each text that begins with the same n ≥ ALIKE tokens as another, which comes
+    before it in the list where it is there too."""
+    found, before = [], None
+    for name in sorted(texts, key=lambda name: tuple(texts[name])):
+        if before is not None:
+            pairs = zip(texts[name], texts[before], strict=False)
+            length = next((n for n, (own, theirs) in enumerate(pairs) if own != theirs), None)
+            length = min(len(texts[name]), len(texts[before])) if length is None else length
+            if length >= ALIKE:
+                found.append((name, before, length))
+        before = name
+    return found
 
 
 def placed(batch: Batch, values: Tensor) -> Tensor:
