@@ -23,6 +23,7 @@ from program import Program
 import operant
 from operant.config import ServeConfig, WorkerConfig
 from operant.data.feedback_log import line_of
+from operant.live.learning.anchors import Anchors
 from operant.live.learning.events import FeedbackFile, open_store
 from operant.live.learning.execution import LoadedVersion, load_version, make_again
 from operant.live.learning.gate import divergence, likelihood
@@ -136,6 +137,20 @@ def test_a_process_that_starts_anew_learns_what_one_that_ran_on_would(
     other.start()
     assert other.once() and other.once() and not other.once()
     assert all(torch.equal(a, b) for a, b in zip(ran_on, weights(other.current().policy), strict=True))
+
+
+def test_looking_ahead_changes_nothing_and_leaves_less_to_do(
+    make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, made = make_loop(), list[str]()
+    loop.worker.look_ahead()
+    real = Anchors.logits
+    monkeypatch.setattr(Anchors, "logits", lambda *given: made.append("logits") or real(*given))
+    monkeypatch.setattr("operant.live.learning.learner.load_version", lambda *given: made.append("load"))
+    loop.rate("c1", "thumb", 1)
+    assert made == [] and loop.told[-1]["version"] == 1
+    monkeypatch.undo()
+    assert same(make_again(loop.versions, 1, loop.store, loop.worker.config), loop.worker.current().policy)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])

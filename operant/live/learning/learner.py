@@ -118,6 +118,8 @@ class LiveLearner:
         record.times["stepped"] = time.time()
         if result.anchor_logits is None:
             return self.publish_nothing(record, "nothing", _reason(result), reload=result.stats is not None)
+        if at.anchor_logits is None:
+            at.anchor_logits = result.anchor_logits[0]
         verdict = fast_gate(
             result.anchor_logits[1], self._logits_of("since"), self._logits_of("anchor"),
             anchors.tokens(config.tokens_per_microbatch), kl_parent=result.kl, kl_budget=config.kl_budget,
@@ -179,6 +181,15 @@ class LiveLearner:
         self.say({"step": record.version, "state": state, "events": record.events, "reason": reason})
         return True
 
+    def look_ahead(self) -> None:
+        """Load and compute what the next step would begin with, so that it has that at hand."""
+        at = self.current()
+        if at.anchor_logits is None:
+            at.anchor_logits = self.anchors().logits(at.policy, self.config.tokens_per_microbatch)
+        self._logits_of("since"), self._logits_of("anchor")
+        if self.config.kl_coef:
+            self._origin(self.versions.pointer().anchor)
+
     # --- what versions are measured on --------------------------------------------------------------------------------
 
     def anchors(self) -> Anchors:
@@ -192,6 +203,8 @@ class LiveLearner:
         version: int = getattr(self.versions.pointer(), role)
         if role not in self._kept_logits or self._kept_logits[role][0] != version:
             known = next((logits for number, logits in self._kept_logits.values() if number == version), None)
+            if known is None and self.at is not None and self.at.version == version:
+                known = self.at.anchor_logits
             if known is None:
                 policy = load_version(self.versions, version, self.config, self._like)
                 known = self.anchors().logits(policy, self.config.tokens_per_microbatch)

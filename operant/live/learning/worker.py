@@ -249,6 +249,8 @@ class Worker(LiveLearner):
             began = time.monotonic()
             try:
                 busy = self.once() or self.judge()
+                if not busy and not self.config.once and not self.versions.forgetting():
+                    self.look_ahead()
                 pause = 0.0
             except OperantError as error:
                 if self.config.once:
