@@ -1303,6 +1303,9 @@ class LearnerConfig(LiveConfig, FormatFields):
     """What the live learner works on, whoever starts it.
 
     Args:
+        lr: the learning rate of plain gradient steps, before the KL budget scales a step back; auto takes the one for
+            what learns (docs/real_models.md), and a root goes on with the one that it began with.
+        kl_budget: nats per token that one step may move the policy on the anchor answers; auto as above.
         root: the folder of the versions.
         store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
             operant.data.feedback_log writes it.
@@ -1329,6 +1332,8 @@ class LearnerConfig(LiveConfig, FormatFields):
             machine for themselves in between.
     """
 
+    lr: Common[NonNegativeFloat | Literal["auto"]] = "auto"  # type: ignore[assignment]
+    kl_budget: Common[PositiveFloat | Literal["auto"]] = "auto"  # type: ignore[assignment]
     root: Common[str] = "runs/live"
     store: Common[str] = ""
     model: Common[str] = ""

@@ -21,6 +21,7 @@ from operant.live.learning.anchors import Anchors
 from operant.live.learning.events import EventReader, EventSource, open_store
 from operant.live.learning.lesson import LearnerState, Lesson, prepare
 from operant.live.learning.origin import Origin
+from operant.live.learning.pace import settled
 from operant.live.learning.step import StepResult, fingerprint, new_learner, take_step
 from operant.live.storage.versions import StepRecord, Versions
 from operant.models.policy import Policy
@@ -50,7 +51,7 @@ class LoadedVersion:
         """From disk, as `load_version` does. Raises OperantError when it is not there, or broken."""
         path = Path(versions.get(version).path)
         policy = load_version(versions, version, config, like)
-        learner = new_learner(policy, config)
+        learner = new_learner(policy, settled(config, versions.root))
         saved = torch.load(path / "learner.pt", map_location=policy.device, weights_only=True)
         learner.load_state_dict(saved["learner"])
         return cls(version, moves, policy, learner, LearnerState.load(path))

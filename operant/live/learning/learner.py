@@ -21,6 +21,7 @@ from operant.live.learning.execution import LoadedVersion, lesson_of, load_versi
 from operant.live.learning.gate import Verdict, fast_gate
 from operant.live.learning.lesson import LearnerState, Lesson
 from operant.live.learning.origin import Origin
+from operant.live.learning.pace import keep_pace, settled
 from operant.live.learning.step import StepResult, fingerprint, new_learner
 from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
 from operant.models.adapter import rank_of
@@ -53,6 +54,7 @@ class LiveLearner:
         self.versions.clean()
         if self.versions.exists():
             expect_rank(self.versions, self.config)
+            self.config = settled(self.config, self.versions.root)
         else:
             if not self.config.model:
                 raise OperantError(f"{self.config.root} holds no version yet; give --model to begin with")
@@ -60,6 +62,8 @@ class LiveLearner:
             _choose_what_learns(policy, self.config)
             policy.model.eval()
             settle_style(policy, self.config)  # every version is asked as this one
+            keep_pace(self.versions.root, self.config, policy)
+            self.config = settled(self.config, self.versions.root)
             asked = anchor_prompts(self.config, policy)
             Anchors.of(policy, asked, max_tokens=self.config.anchor_tokens, seed=self.config.seed).save(
                 self.versions.root

@@ -1,0 +1,60 @@
+"""How far a rating moves the weights: what `auto` stands for, by the kind of weights that learn, and where it is kept.
+
+A root keeps the numbers that it began with (`pace.json`). Roots from before that file go on as they did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from operant.config import LearnerConfig
+from operant.models.policy import Policy, is_pretrained
+from operant.run.files import replace_file
+
+__all__ = ["FULL", "LORA", "MADE_HERE", "Pace", "keep_pace", "settled"]
+
+C = TypeVar("C", bound=LearnerConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The settings of a learner that may be `auto`, as numbers."""
+
+    lr: float
+    kl_budget: float
+
+    @classmethod
+    def of(cls, policy: Policy) -> Pace:
+        """Of a model's kind: made here, all weights of a pretrained one, or an adapter on one."""
+        if not is_pretrained(policy.model):
+            return MADE_HERE
+        return LORA if policy.is_lora else FULL
+
+
+BEFORE = Pace(lr=0.01, kl_budget=0.02)  # of roots that began before they were written down
+#: How they were chosen stands in docs/decisions.md.
+MADE_HERE = Pace(lr=0.01, kl_budget=0.02)
+LORA = Pace(lr=0.01, kl_budget=0.02)
+FULL = Pace(lr=0.01, kl_budget=0.02)
+
+
+def keep_pace(root: Path, config: LearnerConfig, policy: Policy) -> None:
+    """Write down in a root that begins what its settings are, `auto` resolved for this policy."""
+    numbers = dataclasses.asdict(Pace.of(policy))
+    numbers |= {name: value for name in numbers if (value := getattr(config, name)) != "auto"}
+    replace_file(_file(root), json.dumps(numbers))
+
+
+def settled(config: C, root: Path) -> C:
+    """The configuration with what the root keeps where it says `auto`."""
+    file = _file(root)
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else dataclasses.asdict(BEFORE)
+    return dataclasses.replace(config, **{n: value for n, value in kept.items() if getattr(config, n) == "auto"})
+
+
+def _file(root: Path) -> Path:
+    return root / "pace.json"
