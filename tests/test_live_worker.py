@@ -120,6 +120,27 @@ def test_each_rating_publishes_a_version_that_has_learned_it(family: str, make_l
     assert same(as_saved(loop, 1).policy, loop.worker.current().policy)
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_an_answer_of_a_version_that_is_gone_is_learned_from(make_loop: Callable[..., Loop], anew: bool) -> None:
+    """Its tokens and the log-probabilities that they were drawn with are in the record: no weights are needed."""
+    loop = make_loop(keep=1)
+    loop.rate("c0", "edit", "the cat sat on the mat")
+    drawn = answered(loop.worker.current().policy, seed=7).interactions
+    loop.store.interactions |= {
+        f"of-1-{name}": dataclasses.replace(one, id=f"of-1-{name}") for name, one in drawn.items()
+    }
+    for name in ("c1", "c2", "c3"):
+        loop.rate(name, "thumb", 1)
+    loop.versions.tidy()
+    assert 1 not in [version.version for version in loop.versions.all()]
+    loop = loop.again() if anew else loop
+    before = loop.total("of-1-c2")
+    event = loop.rate("of-1-c2", "thumb", -1)
+    outcome = loop.versions.record(5).outcomes[event]
+    assert (outcome.state, loop.told[-1]["version"]) == ("used", 5) and loop.told[-1]["gate"]["passed"]
+    assert loop.total("of-1-c2") < before == pytest.approx(outcome.logprob_before, abs=1e-3)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_a_process_that_starts_anew_learns_what_one_that_ran_on_would(
     family: str, make_loop: Callable[..., Loop], tmp_path: Path

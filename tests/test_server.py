@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import shutil
@@ -27,7 +28,7 @@ from operant.live.api.service import GenerationRequest, Listener, Service, Way
 from operant.live.api.versions_routes import held_out
 from operant.live.serve import _log_to, server_of
 from operant.live.serving.access import Links
-from operant.live.storage.store import StoredCompletion, StoreFault
+from operant.live.storage.store import Origin, StoredCompletion, StoreFault
 from operant.models.policy import Policy
 from operant.types import Completion, Feedback, Prompt
 
@@ -773,6 +774,26 @@ def test_feedback_on_what_is_not_there_is_404(served: Served) -> None:
     for name in ("chatcmpl-000000000000000000000000", "", "\u0000", "x" * 1000):
         body = {"completion_id": name, "kind": "thumb", "value": 1}
         assert served.fault("POST", "/v1/feedback", 404, json=body)["param"] == "completion_id"
+
+
+def test_an_answer_of_a_version_that_is_gone_is_rated_as_any_other(served: Served) -> None:
+    """By every way: what it was is in the record, and the record says which version it was of."""
+    stored = served.store.completion(served.chat()["id"])
+    name, version = "chatcmpl-of-a-version-that-is-gone", 7
+    old = dataclasses.replace(
+        stored.completion, id=name, policy_version=np.full(len(stored.completion.tokens), version)
+    )
+    asked = Origin("", "owner", version, stored.request, {}, stored.created)
+    served.store.begin(name, stored.prompt, old.sampling, asked)
+    served.store.complete(old, "complete")
+    assert version not in [one.version for one in served.service.versions.all()]
+    found = served.client().chat.completions.retrieve(name)
+    assert found.operant["version"] == version
+    assert served.rate(name, "thumb", 1)["state"] == "pending"
+    assert served.client().chat.completions.update(name, metadata={"feedback": "down"}).operant["feedback"]
+    link = served.http.post(found.operant["feedback_url"], json={"kind": "edit", "value": "the cat sat down"})
+    assert link.status_code == 200
+    assert served.rate(stored.id, "comparison", name)["state"] == "pending"
 
 
 def test_the_metadata_update_of_the_stock_client_is_feedback(served: Served) -> None:
