@@ -25,7 +25,7 @@ __all__ = ["Anchors", "anchor_prompts", "asked_in_chat"]
 
 _QUESTION = "question-"  # how the ids of shipped questions begin
 
-PIECE = 2**22  # logits, 16 MB: what a step that goes too far is known by, before the other anchors are read
+PIECE = 2**23  # logits, 32 MB: what a step that goes too far is known by, before the other anchors are read
 
 
 class Anchors:

@@ -215,12 +215,12 @@ def verify_root(config: ReplayConfig, progress: Callable[[int, int], None] | Non
 
     Raises OperantError when a version's weights, its parent's or its events are not there.
     """
-    torch.set_num_threads(1)  # as the server's learner has them
     found, versions = verifiable(config), Versions(config.root)
     worker = WorkerConfig(root=config.root, device=config.device, dtype=config.dtype)
     source = open_store(config.store or str(versions.root / "store.db"))
     verified = []
     for record in found:
+        torch.set_num_threads(int(record.fingerprint.get("threads", 1)))  # as the learner had them
         verified.append(verify_version(versions, record.version, source, worker))
         if progress is not None:
             progress(len(verified), len(found))

@@ -233,6 +233,8 @@ def _choose_what_learns(policy: Policy, config: LearnerConfig) -> None:
         policy.merge_adapter()
     if rank:
         policy.add_lora(rank, seed=config.seed)
+    if config.dtype == "bf16-true" and not policy.is_lora:
+        raise OperantError("--dtype bf16-true has no room for the small steps of a rating; give --lora_rank 8 too")
 
 
 def expect_rank(versions: Versions, config: LearnerConfig) -> None:
