@@ -1306,6 +1306,8 @@ class LearnerConfig(LiveConfig, FormatFields):
         lr: the learning rate of plain gradient steps, before the KL budget scales a step back; auto takes the one for
             what learns (docs/real_models.md), and a root goes on with the one that it began with.
         kl_budget: nats per token that one step may move the policy on the anchor answers; auto as above.
+        replay_events: earlier events that every step learns again. auto as above: 7, or 3 of a pretrained model, whose
+            every text costs time.
         root: the folder of the versions.
         store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
             operant.data.feedback_log writes it.
@@ -1316,7 +1318,7 @@ class LearnerConfig(LiveConfig, FormatFields):
         anchors: rows with prompts, of a folder its train split, on whose answers every step is measured; empty asks a
             model with a chat template shipped questions, and samples from another as it is. Only to begin a new root.
         anchor_rows: so many anchor answers.
-        anchor_tokens: tokens of an anchor answer, at most.
+        anchor_tokens: tokens of an anchor answer, at most. auto as above: 32, or 16 of a pretrained model.
         heldout: rows with prompts and maybe references for the slow gate, of a folder its dev split; empty leaves it
             out.
         heldout_rows: use only the first rows.
@@ -1335,13 +1337,14 @@ class LearnerConfig(LiveConfig, FormatFields):
 
     lr: Common[NonNegativeFloat | Literal["auto"]] = "auto"  # type: ignore[assignment]
     kl_budget: Common[PositiveFloat | Literal["auto"]] = "auto"  # type: ignore[assignment]
+    replay_events: NonNegativeInt | Literal["auto"] = "auto"  # type: ignore[assignment]
     root: Common[str] = "runs/live"
     store: Common[str] = ""
     model: Common[str] = ""
     lora_rank: Common[NonNegativeInt | Literal["auto"]] = "auto"
     anchors: str = ""
     anchor_rows: PositiveInt = 8
-    anchor_tokens: PositiveInt = 32
+    anchor_tokens: PositiveInt | Literal["auto"] = "auto"
     heldout: Common[str] = ""
     heldout_rows: PositiveInt = 32
     sense_rows: NonNegativeInt = 8

@@ -108,6 +108,7 @@ def anchor_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
 
     Raises OperantError when the file is missing or has no such column.
     """
+    assert config.anchor_tokens != "auto"
     if config.anchors:
         rows = load_rows(config.anchors, split="train", limit=config.anchor_rows)
         return load_fitting_prompts(

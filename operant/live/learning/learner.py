@@ -64,10 +64,9 @@ class LiveLearner:
             settle_style(policy, self.config)  # every version is asked as this one
             keep_pace(self.versions.root, self.config, policy)
             self.config = settled(self.config, self.versions.root)
-            asked = anchor_prompts(self.config, policy)
-            Anchors.of(policy, asked, max_tokens=self.config.anchor_tokens, seed=self.config.seed).save(
-                self.versions.root
-            )
+            asked, longest = anchor_prompts(self.config, policy), self.config.anchor_tokens
+            assert longest != "auto"
+            Anchors.of(policy, asked, max_tokens=longest, seed=self.config.seed).save(self.versions.root)
             first = LoadedVersion(0, 0, policy, new_learner(policy, self.config), LearnerState())
             begun = self.versions.begin(first.save, fingerprint(policy))
             policy.moved_to(Path(begun.path) / "model")

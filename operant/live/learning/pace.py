@@ -1,4 +1,5 @@
-"""How far a rating moves the weights: what `auto` stands for, by the kind of weights that learn, and where it is kept.
+"""How far a rating moves the weights, and how much each step looks at: what `auto` stands for, by the kind of weights
+that learn, and where it is kept.
 
 A root keeps the numbers that it began with (`pace.json`). Roots from before that file go on as they did.
 """
@@ -26,6 +27,8 @@ class Pace:
 
     lr: float
     kl_budget: float
+    replay_events: int = 7
+    anchor_tokens: int = 32
 
     @classmethod
     def of(cls, policy: Policy) -> Pace:
@@ -38,8 +41,8 @@ class Pace:
 BEFORE = Pace(lr=0.01, kl_budget=0.02)  # of roots that began before they were written down
 #: How they were chosen stands in docs/decisions.md.
 MADE_HERE = Pace(lr=0.01, kl_budget=0.02)
-LORA = Pace(lr=0.01, kl_budget=0.02)
-FULL = Pace(lr=0.01, kl_budget=0.02)
+LORA = Pace(lr=0.01, kl_budget=0.02, replay_events=3, anchor_tokens=16)
+FULL = Pace(lr=0.01, kl_budget=0.02, replay_events=3, anchor_tokens=16)
 
 
 def keep_pace(root: Path, config: LearnerConfig, policy: Policy) -> None:
@@ -52,7 +55,7 @@ def keep_pace(root: Path, config: LearnerConfig, policy: Policy) -> None:
 def settled(config: C, root: Path) -> C:
     """The configuration with what the root keeps where it says `auto`."""
     file = _file(root)
-    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else dataclasses.asdict(BEFORE)
+    kept = dataclasses.asdict(BEFORE) | (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
     return dataclasses.replace(config, **{n: value for n, value in kept.items() if getattr(config, n) == "auto"})
 
 
