@@ -8,6 +8,7 @@ thumb at once, in this process. Looked at after 0, 10, 30 and 100 thumbs:
     lost           of those that the model as it came in had right, how many are wrong now
     length         words of the answers
     distinct2      different pairs of tokens over all pairs
+    KL             of the anchor answers, nats per token from the model as it came in
 
 A condition is a list of words: `served` (as `operant serve` begins), `bare` (anchors that continue an end of text,
 instead of answers to shipped questions), `halfwrong` (every thumb is a coin's), and settings of the learner, such as
@@ -115,17 +116,25 @@ def taught(style: str, condition: str, ratings: int, seed: int) -> dict[str, Any
                 print(f"{style} {condition} {number} {shown} right {len(point['right'])}", flush=True)
         records = worker.versions.records()
     became = Counter(o.reason.split(" is ")[0] or o.state for r in records for o in r.outcomes.values())
-    return {"curve": curve, "became": dict(became), "seconds": statistics.median(seconds), "steps": _steps(told)}
+    asked = {"style": style, "condition": condition}
+    return asked | {
+        "curve": curve,
+        "became": dict(became),
+        "seconds": statistics.median(seconds),
+        "steps": _steps(told),
+    }
 
 
 def _learner(scratch: Path, condition: str, log: _Log, seed: int, told: list[dict[str, Any]]) -> Any:
     """A learner on a root of its own, begun as the condition says."""
+    import yaml
+
     from operant.config import WorkerConfig
     from operant.live.learning.worker import Worker
 
     words = condition.split(",")
-    given = {name: float(value) for name, _, value in (word.partition("=") for word in words) if value}
-    options: dict[str, Any] = {name: int(value) if value.is_integer() else value for name, value in given.items()}
+    given = [word.partition("=") for word in words if "=" in word]
+    options: dict[str, Any] = {name: yaml.safe_load(value) for name, _, value in given}
     config = WorkerConfig(root=str(scratch / "live"), model=str(MODEL), device="cpu", seed=seed, keep=1, **options)
     worker = Worker(config, log, told.append)
     worker.start()
@@ -176,6 +185,10 @@ def _thumb(answer: str, liked: bool) -> Any:
 def _looked_at(model: Path, styles: Sequence[str], seed: int) -> dict[str, dict[str, Any]]:
     """What the weights in this folder say, by style. In bfloat16, which is what there is time for."""
     from operant.data.prompts import load_prompts
+    from operant.live.learning.anchors import asked_in_chat
+    from operant.live.learning.gate import sense_metrics
+    from operant.live.learning.questions import QUESTIONS
+    from operant.live.learning.worker import SENSE_TOKENS
     from operant.models.policy import Policy
     from operant.rl.evaluate import distinct
 
@@ -187,7 +200,9 @@ def _looked_at(model: Path, styles: Sequence[str], seed: int) -> dict[str, dict[
     known = _answers(policy, facts, FACT_TOKENS, greedy=True)
     right = [question for (question, wanted), c in zip(FACTS, known, strict=True) if is_right(c.text, wanted)]
     texts = [c.text for c in said]
+    watched = asked_in_chat(policy, QUESTIONS[-8:], room=SENSE_TOKENS)
     common = {
+        "sense": sense_metrics(policy, watched, max_tokens=SENSE_TOKENS, interrupted=lambda: False),
         "right": right,
         "length": statistics.mean(len(text.split()) for text in texts),
         "distinct2": distinct([c.tokens for c in said]),
@@ -215,25 +230,23 @@ def _steps(told: Sequence[dict[str, Any]]) -> dict[str, float]:
 def write() -> None:
     rows = []
     for file in sorted(RECORD.folder.glob("*.json")):
-        seed, _, rest = file.stem.partition(".")
-        if rest == "base":
+        seed, record = file.stem.partition(".")[0], RECORD.get(file.stem)
+        if "curve" not in record:
             continue
-        name = f"{seed}/{rest.replace('-', ' ')}"
-        style, condition, _ = name.partition("/")[2].split(" ")
-        record = RECORD.get(name)
         curve = {point["ratings"]: point for point in record["curve"]}
         rows.append([
-            f"{style}, {condition.replace(',', ', ')}", seed,
+            f"{record['style']}: {record['condition'].replace(',', ', ')}", seed,
             *(f"{curve[n]['satisfaction']:.2f}" if n in curve else "" for n in (0, *LOOKS)),
             *(f"{len(curve[n]['right'])}" if n in curve else "" for n in (0, *LOOKS)),
             f"{curve[0]['length']:.0f} → {curve[max(curve)]['length']:.0f}",
             f"{curve[0]['distinct2']:.2f} → {curve[max(curve)]['distinct2']:.2f}",
+            f"{record['steps']['kl_drift']:.2f}",
             f"{record['became'].get('used', 0)} / {sum(record['became'].values())}",
         ])  # fmt: skip
     if not rows:
         return
     head = ["rater", "seed", *(f"liked {n}" for n in (0, *LOOKS)), *(f"right {n}" for n in (0, *LOOKS)), "words",
-            "distinct-2", "used / thumbs"]  # fmt: skip
+            "distinct-2", "KL", "used / thumbs"]  # fmt: skip
     write_section(
         "rater", f"`python -m benchmarks.rater`. {RECORD.machines()}.\n\n{markdown(head, rows)}", pages=ROOT / "docs"
     )
