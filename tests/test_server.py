@@ -584,7 +584,11 @@ def test_a_text_completion_that_cannot_be_honoured_is_refused_by_name(
      b'{"model": "default", "messages": [{"role": "user", "content": "\\ud800"}]}',
      b'{"model": "default", "messages": [{"role": "user", "content": "x"}], "n": 1e30}'],
 )  # fmt: skip
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/feedback", "/v1/versions/pins"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens",
+     "/v1/feedback", "/v1/versions/pins"],
+)  # fmt: skip
 def test_a_body_that_is_no_request_is_the_clients_fault(served: Served, path: str, body: bytes) -> None:
     response = served.http.post(path, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code in (400, 422), response.text

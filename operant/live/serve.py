@@ -124,7 +124,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
             heldout_prompts(config, policy)  # read now, so that a fault is not found when the first version waits
         _take_up(store, versions, current.version, config)
         if implicit is not None:
-            implicit.recall(reversed(store.list_completions(limit=1000, order="desc", prefix="chatcmpl-")))
+            implicit.recall(reversed(store.list_completions(limit=1000, order="desc")))
         like = policy.twin() if policy.is_lora else None  # one that never decodes while others are made like it
         learns = _what_learns(policy)
         if config.learner_threads == "auto" and is_large(policy.model):

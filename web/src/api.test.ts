@@ -21,7 +21,7 @@ function answers(...chunks: string[]): Response {
 test("a streamed answer is joined from chunks that break anywhere", async () => {
   const fetched = vi.fn(async () =>
     answers(
-      'data: {"id":"chatcmpl-1","operant":{"version":3},"choices":[{"delta":{"content":"Gu"}}]}\n',
+      'data: {"id":"chatcmpl-1","operant":{"version":3,"cut_messages":2},"choices":[{"delta":{"content":"Gu"}}]}\n',
       '\ndata: {"id":"chatcmpl-1","choices":[{"delta":{"content":"ten Tag"}}]}\n\ndata: [DO',
       "NE]\n\n",
     ),
@@ -29,7 +29,7 @@ test("a streamed answer is joined from chunks that break anywhere", async () => 
   vi.stubGlobal("fetch", fetched);
   const seen: string[] = [];
   const answer = await api.chat([{ role: "user", content: "hi" }], (now) => seen.push(now.text));
-  expect(answer).toEqual({ id: "chatcmpl-1", text: "Guten Tag", version: 3 });
+  expect(answer).toEqual({ id: "chatcmpl-1", text: "Guten Tag", version: 3, cut: 2 });
   expect(seen.at(-1)).toBe("Guten Tag");
 });
 

@@ -167,10 +167,12 @@ async function call<T>(method: string, path: string, body?: unknown): Promise<T>
   return (await response.json()) as T;
 }
 
+/** cut: how many of the chat's oldest messages were left out, as it is longer than the model's context. */
 export interface Answer {
   id: string;
   text: string;
   version: number | null;
+  cut: number;
 }
 
 /** Chat with streaming: `onText` gets what is there so far. */
@@ -186,7 +188,7 @@ export async function chat(
     ...(signal ? { signal } : {}),
   });
   if (!response.ok || response.body === null) throw await refusal(response);
-  const answer: Answer = { id: "", text: "", version: null };
+  const answer: Answer = { id: "", text: "", version: null, cut: 0 };
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
   for (;;) {
@@ -200,6 +202,7 @@ export async function chat(
       if (chunk.error) throw new Refused(500, chunk.error.message);
       answer.id ||= chunk.id;
       answer.version ??= chunk.operant?.version ?? null;
+      answer.cut ||= chunk.operant?.cut_messages ?? 0;
       answer.text += chunk.choices?.[0]?.delta?.content ?? "";
     }
     onText({ ...answer });

@@ -13,6 +13,7 @@ interface Turn {
   text: string;
   id: string;
   version: number | null;
+  cut: number;
   fault: string;
   clicks: Clicked[];
   rated: number | null;
@@ -25,7 +26,7 @@ const model = signal<api.Model>({ scores: { low: 0, high: 1 }, conversation: tru
 let stopping: AbortController | null = null;
 
 function turn(role: Turn["role"], text: string): Turn {
-  return { role, text, id: "", version: null, fault: "", clicks: [], rated: null, other: null };
+  return { role, text, id: "", version: null, cut: 0, fault: "", clicks: [], rated: null, other: null };
 }
 
 function draw(): void {
@@ -260,6 +261,7 @@ function Single({ answer, last, writing }: { answer: Turn; last: boolean; writin
           {answer.version !== null && <span class="version">{fill(say_.versionOf, { n: answer.version })}</span>}
         </div>
       )}
+      {answer.cut > 0 && <p class="hint">{fill(say_.cut, { n: answer.cut })}</p>}
       <Clicks answer={answer} />
     </article>
   );

@@ -50,6 +50,7 @@ const en = {
   },
   state: { pending: "waiting", used: "learned", superseded: "replaced", unused: "not used" },
   versionOf: "version {n}",
+  cut: "This chat has grown too long: its oldest {n} messages were left out.",
   model: "{model}, version {version}",
   learner: "learner: {state}",
   learnerIs: {
@@ -174,6 +175,7 @@ const zh: Words = {
   },
   state: { pending: "等待", used: "已学", superseded: "被取代", unused: "未采用" },
   versionOf: "版本 {n}",
+  cut: "对话太长：最早的 {n} 条消息没有读入。",
   model: "{model}，版本 {version}",
   learner: "学习进程：{state}",
   learnerIs: {
