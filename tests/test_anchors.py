@@ -26,7 +26,7 @@ def test_the_shipped_questions_are_all_different_and_some_are_chinese() -> None:
 
 
 def test_a_model_with_a_template_is_anchored_by_its_answers_to_shipped_questions(chat_policy: Policy) -> None:
-    prompts = anchor_prompts(LearnerConfig(anchor_rows=4), chat_policy)
+    prompts = anchor_prompts(LearnerConfig(anchor_rows=4, anchor_tokens=32), chat_policy)
     assert [p.text for p in prompts] == list(QUESTIONS[:4])
     assert [chat_policy.codec.decode(p.tokens) for p in prompts] == [f"<user>{q}\n<bot>" for q in QUESTIONS[:4]]
     anchors = Anchors.of(chat_policy, prompts, max_tokens=8, seed=3)
@@ -41,7 +41,7 @@ def test_a_model_that_is_not_asked_in_a_template_is_anchored_by_what_it_says_una
     chat: Any, make_policy: Make, chat_policy: Policy
 ) -> None:
     policy = make_policy("gpt2", context=256) if chat == "auto" else chat_policy
-    config = LearnerConfig(anchor_rows=3, chat=chat)
+    config = LearnerConfig(anchor_rows=3, anchor_tokens=32, chat=chat)
     settle_style(policy, config)
     prompts = anchor_prompts(config, policy)
     assert [(p.id, p.tokens.tolist()) for p in prompts] == [(f"anchor-{i}", [policy.codec.eos_id]) for i in range(3)]
@@ -64,7 +64,7 @@ def test_questions_that_a_short_context_cannot_hold_are_left_out(chat_policy: Po
 def test_the_anchors_of_a_root_are_those_that_it_began_with(chat_policy: Policy, tmp_path: Path) -> None:
     unasked = [Prompt(id=f"anchor-{i}", tokens=np.array([chat_policy.codec.eos_id])) for i in range(2)]
     for asked in (True, False):
-        prompts = anchor_prompts(LearnerConfig(anchor_rows=3), chat_policy) if asked else unasked
+        prompts = anchor_prompts(LearnerConfig(anchor_rows=3, anchor_tokens=32), chat_policy) if asked else unasked
         began = Anchors.of(chat_policy, prompts, max_tokens=8)
         began.save(tmp_path)
         kept = Anchors.load(tmp_path, chat_policy)

@@ -243,7 +243,7 @@ def test_with_the_default_settings_it_is_bit_for_bit_as_if_the_source_had_never_
 ) -> None:
     here = world("live", said=LONG, half_life=half_life)
     never = world("never", without=(whom,), said=LONG, half_life=half_life)
-    assert here.config.replay_events == LearnerConfig().replay_events > 0
+    assert here.config.replay_events == LearnerConfig().replay_events == "auto"
     said = {f"e{number}" for number, (_, source, _, _) in enumerate(LONG) if source == whom}
     before = {record.version: set(record.replayed) for record in here.versions.records()}
     assert any(said & replayed for replayed in before.values())
