@@ -480,3 +480,26 @@ def test_the_reference_of_a_new_adapter_is_the_model_with_it_off(base: Path) -> 
 def test_models_without_a_base_of_their_own_are_still_plain(codec: Codec, tmp_path: Path) -> None:
     Policy(tiny_model("gpt2", codec), codec, device="cpu").save(tmp_path)
     assert not (tmp_path / "base.json").exists()
+
+
+def test_an_adapter_of_another_rank_is_refused_and_a_twin_learns_alone(base: Path, tmp_path: Path) -> None:
+    policy = Policy.load(base)
+    policy.add_lora(2)
+    twin = policy.twin()
+    with torch.no_grad():
+        for parameter in twin.trainable_parameters():
+            parameter.add_(1.0)
+    assert not any(bool((p == 1.0).all()) for p in policy.trainable_parameters())
+    twin.save(tmp_path / "twin")
+    policy.restore(tmp_path / "twin")
+    pairs = zip(policy.trainable_parameters(), twin.trainable_parameters(), strict=True)
+    assert all(torch.equal(own, theirs) and own is not theirs for own, theirs in pairs)
+    with pytest.raises(ValueError, match="nothing can be shared"):
+        Policy.load(base).twin()
+    other = Policy.load(base)
+    other.add_lora(3)
+    other.save(tmp_path / "other")
+    before = [p.detach().clone() for p in policy.trainable_parameters()]
+    with pytest.raises(OperantError, match=r"is of another rank or model.* is \[3, "):
+        policy.restore(tmp_path / "other")
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable_parameters(), strict=True))

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ __all__ = [
 WEIGHTS = "adapter_model.safetensors"
 NAME = "default"  # of the adapter that learns, PEFT's own
 REFERENCE = "reference"  # of a frozen copy of it
+# of each model: where what learns lies in memory, and `adapter_weights`
+_WEIGHTS: weakref.WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[str, Tensor]]] = weakref.WeakKeyDictionary()
 _WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # what PEFT puts into the names of a base's weights
 
 
@@ -129,13 +132,18 @@ def freeze_adapter(model: Any) -> str | None:
 
 
 def adapter_weights(model: Any) -> dict[str, Tensor]:
-    """The weights of the adapter that learns, by the names that PEFT saves them under.
+    """The weights of the adapter that learns, by the names that PEFT saves them under; not copies of them.
 
     A is float[rank, inputs], B is float[outputs, rank].
     """
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    places = tuple(p.data_ptr() for p in model.parameters() if p.requires_grad)
+    known = _WEIGHTS.get(model)
+    if known is None or known[0] != places:  # PEFT takes a tenth of a second to tell, for every save and restore
+        known = places, get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+        _WEIGHTS[model] = known
+    return dict(known[1])
 
 
 def base_weights(model: Any) -> dict[str, Tensor]:
@@ -213,13 +221,13 @@ def restore_adapter(model: Any, folder: Path, base: Base | None) -> None:
     base: what the model is on, where that is known. Raises OperantError when the folder's is another, and as
     `load_adapter` does.
     """
-    from peft import set_peft_model_state_dict
-
     if base is not None:
         expect_base(folder, base)
     saved = load_file(folder / WEIGHTS)
     _expect_adapter(model, saved, folder)
-    set_peft_model_state_dict(model, saved, adapter_name=NAME)
+    with torch.no_grad():
+        for name, weights in adapter_weights(model).items():
+            weights.copy_(saved[name])
 
 
 def _expect_adapter(model: Any, saved: dict[str, Tensor], folder: Path) -> None:
@@ -230,6 +238,12 @@ def _expect_adapter(model: Any, saved: dict[str, Tensor], folder: Path) -> None:
         raise OperantError(
             f"{folder / WEIGHTS} lacks {len(missing)} of the adapter's weights, such as {missing[0]}{instead}; "
             "copy the folder again, whole"
+        )
+    other = [name for name, weights in wanted.items() if weights.shape != saved[name].shape]
+    if other:
+        raise OperantError(
+            f"{folder / WEIGHTS} is of another rank or model: {other[0]} is {list(saved[other[0]].shape)} there and "
+            f"{list(wanted[other[0]].shape)} here; give the adapter that this one began with"
         )
 
 
