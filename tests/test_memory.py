@@ -308,8 +308,12 @@ def test_a_stage_refuses_a_model_that_it_cannot_train(
         ("train --reward chrf --data ROWS --dev_data ROWS", "would fit with --lora_rank 8 --dtype bf16-true"),
         ("sft --data ROWS", "would fit with --lora_rank 8 --dtype bf16-true"),
         ("prefer --data ROWS", "would fit with --lora_rank 8 --dtype bf16-true"),
-        ("serve --port 0", "a model of 1.2 billion weights would fit"),
-        ("serve --port 0 --lora_rank 0", "a model of 1.2 billion weights would fit with --lora_rank 8"),
+        ("serve --port 0", "a model of 2.5 billion weights would fit with --dtype bf16-true"),
+        ("serve --port 0 --dtype bf16-true", "a model of 2.5 billion weights would fit"),
+        (
+            "serve --port 0 --lora_rank 0",
+            "a model of 2.5 billion weights would fit with --lora_rank 8 --dtype bf16-true",
+        ),
     ],
 )
 def test_the_program_says_before_loading_that_a_model_cannot_fit(

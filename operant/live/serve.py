@@ -302,11 +302,20 @@ def _expect_memory(source: str, config: WorkerConfig) -> None:
     if not source:
         return  # what is missing is told where it is loaded
     begun = Versions(config.root).exists()
-    ways = [Way("", 4 * HELD_OF_ALL), Way(f"--lora_rank 8{' in another --root' if begun else ''}", 4 * HELD_OF_A_BASE)]
     learned = rank_of(Path(source)) or config.lora_rank
     if learned == "auto":
         learned = (weights_in(source) or 0) >= SMALL and not begun
-    expect_room(source, ways[1:] if learned else ways, resolve_device(config.device))
+    half = Way("--dtype bf16-true", 2 * HELD_OF_A_BASE)
+    if learned:
+        ways = [half] if config.dtype == "bf16-true" else [Way("", 4 * HELD_OF_A_BASE), half]
+    else:
+        adapter = f"--lora_rank 8{' in another --root' if begun else ''}"
+        ways = [
+            Way("", 4 * HELD_OF_ALL),
+            Way(adapter, 4 * HELD_OF_A_BASE),
+            dataclasses.replace(half, flags=f"{adapter} {half.flags}"),
+        ]
+    expect_room(source, ways, resolve_device(config.device))
 
 
 def _begun_from(root: Path) -> str:
