@@ -109,12 +109,16 @@ def test_a_stream_is_the_vendors_events_and_the_same_text(served: Served) -> Non
 
 
 def test_the_clients_own_accumulator_understands_the_stream(served: Served) -> None:
-    with served.client().responses.stream(model="default", input="the cat sat", max_output_tokens=100) as stream:
+    def ends(seed: int) -> bool:
+        return served.chat(seed=seed, max_tokens=100)["choices"][0]["finish_reason"] == "stop"
+
+    seed = next(filter(ends, range(100)))  # the client knows an answer as final that has ended by itself
+    asked: dict[str, Any] = {"model": "default", "input": "the cat sat", "max_output_tokens": 100}
+    with served.client().responses.stream(**asked, extra_body={"seed": seed}) as stream:
         text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
-        answer = stream.get_final_response() if stream._state._completed_response else None
-    stored = max(served.store.list_completions(limit=1000, prefix="resp_"), key=lambda one: one.created)
-    assert text == stored.completion.text
-    assert answer is None or answer.output_text == text
+        answer = stream.get_final_response()
+    assert answer.output_text == text == served.store.completion(answer.id).completion.text
+    assert answer.status == "completed" and answer.completed_at >= answer.created_at
 
 
 def test_logprobs_are_told_when_they_are_to_be_included(served: Served) -> None:

@@ -12,7 +12,6 @@ from operant.live.api.answering import (
     feedback_url,
     last_version,
     operant_part,
-    prompt_tokens,
     server_sent_event,
     tokens_written,
 )
@@ -88,15 +87,17 @@ class ResponseReply:
     def _response(self, completion: Completion | None) -> dict[str, Any]:
         """The response object of an answer; None is one under way."""
         generation = self._generation
-        asked, service = generation.request, generation.service
-        part = operant_part(self._request, generation, last_version(completion))
-        user = asked.user if asked.user != asked.owner else None
-        return _response_object(
-            service, generation.id, generation.created, self._choice.prompt, completion, asked.kept,
-            sampling=asked.sampling, stored=asked.stored, metadata=asked.metadata, user=user, part=part,
-            usage=None if completion is None else _usage(prompt_tokens(generation), [completion]),
-            logprobs=self._logprobs(self._choice.tokens), finished=time.time(),
-        )  # fmt: skip
+        asked, service, now = generation.request, generation.service, int(time.time())
+        logprobs = self._logprobs(self._choice.tokens)
+        response = _render(
+            service, generation.id, self._choice.prompt, completion, asked.sampling, asked.kept, logprobs
+        )
+        return response | {
+            "created_at": int(generation.created), "completed_at": now if response["status"] == "completed" else None,
+            "store": asked.stored, "metadata": dict(asked.metadata),
+            "user": asked.user if asked.user != asked.owner else None,
+            "operant": operant_part(self._request, generation, last_version(completion)),
+        }  # fmt: skip
 
     def _logprobs(self, tokens: Sequence[TokenInfo]) -> list[dict[str, Any]] | None:
         wanted = self._generation.request.top_logprobs
@@ -106,57 +107,48 @@ class ResponseReply:
 def render_stored_response(service: Service, request: Request, stored: StoredCompletion) -> dict[str, Any]:
     """A stored response as it was answered."""
     completion, owner = stored.completion, stored.request.get("owner", "")
-    response = _response_object(
-        service, stored.id, stored.created, stored.prompt, completion, stored.request,
-        sampling=completion.sampling if completion is not None else None, stored=True, metadata=stored.metadata,
-        user=stored.user if stored.user != owner else None,
-        part={
+    sampling = completion.sampling if completion is not None else None
+    response = _render(service, stored.id, stored.prompt, completion, sampling, stored.request, None) | {
+        "created_at": int(stored.created), "store": True, "metadata": stored.metadata,
+        "user": stored.user if stored.user != owner else None,
+        "operant": {
             "status": stored.status, "version": stored.model_version,
             "feedback_url": feedback_url(service, request, stored.id, owner),
         },
-        usage=None if completion is None else _usage(len(stored.prompt.tokens), [completion]),
-        logprobs=None, finished=None,
-    )  # fmt: skip
+    }  # fmt: skip
     if stored.status == "failed":
         response |= {"status": "failed", "error": {"code": "server_error", "message": "the answer was not written"}}
     return response
 
 
-def _response_object(
+def _render(
     service: Service,
     id: str,
-    created: float,
     prompt: Prompt,
     completion: Completion | None,
-    kept: Mapping[str, Any],
-    *,
     sampling: Sampling | None,
-    stored: bool,
-    metadata: Mapping[str, str],
-    user: str | None,
-    part: Mapping[str, Any],
-    usage: Mapping[str, Any] | None,
+    kept: Mapping[str, Any],
     logprobs: list[dict[str, Any]] | None,
-    finished: float | None,
 ) -> dict[str, Any]:
-    status, output, reason = "in_progress", [], None
+    """What a response says of its prompt and its answer, None while that is not written. kept: of its request."""
+    status, output, usage, reason = "in_progress", [], None, None
     if completion is not None:
         reason = {"length": "max_output_tokens"}.get(completion.stop_reason)
         cut_off = reason is not None or completion.stop_reason == "cancelled"
         status = "incomplete" if cut_off else "completed"
         output = [_message(_item_id(id), status, [_text_part(completion.text, logprobs)])]
+        usage = _usage(len(prompt.tokens), tokens_written([completion]))
     first = prompt.messages[0]["content"] if prompt.messages and kept.get("instructions") else None
     return {
-        "id": id, "object": "response", "created_at": int(created), "status": status, "background": False,
-        "completed_at": int(finished) if finished is not None and status == "completed" else None, "error": None,
+        "id": id, "object": "response", "status": status, "background": False, "completed_at": None, "error": None,
         "incomplete_details": {"reason": reason} if reason else None, "instructions": first,
         "max_output_tokens": kept.get("max_output_tokens"), "max_tool_calls": None, "model": service.name,
         "output": output, "parallel_tool_calls": True, "previous_response_id": kept.get("previous_response_id"),
-        "reasoning": {"effort": None, "summary": None}, "service_tier": "default", "store": stored,
+        "reasoning": {"effort": None, "summary": None}, "service_tier": "default",
         "temperature": sampling.temperature if sampling else None, "text": {"format": {"type": "text"}},
         "tool_choice": "auto", "tools": [], "top_logprobs": kept.get("top_logprobs", 0),
         "top_p": sampling.top_p if sampling else None, "truncation": kept.get("truncation", "disabled"),
-        "usage": usage, "user": user, "metadata": dict(metadata), "operant": dict(part),
+        "usage": usage,
     }  # fmt: skip
 
 
@@ -174,8 +166,7 @@ def _text_part(text: str, logprobs: list[dict[str, Any]] | None) -> dict[str, An
     return part if logprobs is None else part | {"logprobs": logprobs}
 
 
-def _usage(asked: int, completions: Sequence[Completion]) -> dict[str, Any]:
-    written = tokens_written(completions)
+def _usage(asked: int, written: int) -> dict[str, Any]:
     return {
         "input_tokens": asked, "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
         "output_tokens": written, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": asked + written,
