@@ -52,7 +52,8 @@ EVERYTHING = 10_000  # events that are looked at while several sources are waite
 STORE_VARIABLE = "OPERANT_STORE"  # the environment variable that stands for --store where that is not given
 LONGEST_PAUSE = 30.0  # seconds between tries after faults in a row
 LONGEST_REST = 0.5  # seconds after a step
-PUT_OFF = 8  # times that the slow gate leaves off for new events, before it makes them wait
+PUT_OFF = 32  # steps and interruptions after which the slow gate looks all the same, and lets events wait
+QUIET = 5.0  # seconds without a step before it looks at sense: who rates again at once waits for nothing
 SENSE_TOKENS = 24  # of an answer by which sense is judged
 
 # of the slow gate: what is no answer any more; too much, nothing, or a little lost on held-out prompts, or not asked
@@ -71,7 +72,7 @@ class Worker(LiveLearner):
         self._anchor_metrics: dict[str, tuple[int, dict[str, float]]] = {}
         self._heldout: list[Prompt] | None = None
         self._sense: list[Prompt] | None = None
-        self._put_off = 0  # times in a row that the slow gate left off
+        self._put_off = 0  # steps made, and looks left off, since the slow gate has looked
         self._remaking: Remaking | None = None
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -244,11 +245,14 @@ class Worker(LiveLearner):
             stopping = True
 
         signal.signal(signal.SIGTERM, stop)
-        pause = 0.0
+        pause, stepped = 0.0, -QUIET
         while not stopping:
             began = time.monotonic()
             try:
-                busy = self.once() or self.judge()
+                if busy := self.once():
+                    self._put_off, stepped = self._put_off + 1, time.monotonic()
+                elif self.config.heldout or self.config.once or began - stepped >= QUIET or self._put_off >= PUT_OFF:
+                    busy = self.judge()
                 if not busy and not self.config.once and not self.versions.forgetting():
                     self.look_ahead()
                 pause = 0.0
