@@ -303,8 +303,8 @@ def half_busy(subject: Subject, server: Server) -> float:
         httpx.post(f"{server.url}/v1/chat/completions", json=subject.chat_body(number), timeout=PATIENCE)
         alone.append(time.monotonic() - began)
     rate = HALF_BUSY / statistics.median(alone)
-    for seed in range(3):
-        load = Load(subject, server, rate, max(20.0, 8 / rate), 0, 1000 + seed)
+    for seed in range(2):
+        load = Load(subject, server, rate, max(20.0, 4 / rate), 0, 1000 + seed)
         seen: list[float] = []
 
         async def look(seen: list[float] = seen) -> None:
