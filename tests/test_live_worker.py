@@ -640,6 +640,19 @@ def test_the_slow_gate_leaves_off_for_new_events_but_not_for_ever(
     assert loop.versions.slow(serving) is not None and loop.versions.next_version() == newest
 
 
+def test_sense_is_looked_at_in_quiet_and_where_there_is_none_after_many_steps(
+    make_chat_loop: Callable[..., Loop],
+) -> None:
+    from operant.live.learning import worker
+
+    loop = make_chat_loop()
+    assert loop.worker.is_time(worker.QUIET) and not loop.worker.is_time(worker.QUIET / 2)
+    loop.worker._put_off = worker.PUT_OFF
+    assert loop.worker.is_time(0.0)
+    for options in ({"once": True}, {"heldout": "rows.jsonl"}):  # who asked for it does not wait
+        assert Worker(dataclasses.replace(loop.worker.config, **options), loop.store).is_time(0.0)
+
+
 @pytest.mark.parametrize("options", [{"sense_rows": 0}, {"chat": False}])
 def test_nobody_looks_where_sense_is_not_asked_for_or_anchors_are_no_questions(
     options: dict[str, Any], make_chat_loop: Callable[..., Loop]

@@ -165,6 +165,11 @@ class Worker(LiveLearner):
         self.versions.note_slow(pointer.version, {"anchor": pointer.anchor, **dataclasses.asdict(verdict)})
         return True
 
+    def is_time(self, quiet: float) -> bool:
+        """Whether the slow gate may look, so many seconds after the last step."""
+        at_once = bool(self.config.heldout) or self.config.once
+        return at_once or quiet >= QUIET or self._put_off >= PUT_OFF
+
     def _look_at(self, pointer: Pointer, interrupted: Callable[[], bool]) -> tuple[Verdict, Found]:
         """Raises Interrupted when it says so."""
         numbers: dict[str, float] = {}
@@ -251,7 +256,7 @@ class Worker(LiveLearner):
             try:
                 if busy := self.once():
                     self._put_off, stepped = self._put_off + 1, time.monotonic()
-                elif self.config.heldout or self.config.once or began - stepped >= QUIET or self._put_off >= PUT_OFF:
+                elif self.is_time(began - stepped):
                     busy = self.judge()
                 if not busy and not self.config.once and not self.versions.forgetting():
                     self.look_ahead()
