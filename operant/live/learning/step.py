@@ -28,7 +28,7 @@ from torch import Tensor
 from operant.algorithms import objectives
 from operant.algorithms.learner import Learner, Sgd, whole_batch
 from operant.config import LiveConfig
-from operant.data.batch import drawn, microbatches, scatter
+from operant.data.batch import drawn, microbatches, scatter, to_device
 from operant.live.learning.anchors import Anchors
 from operant.live.learning.events import LessonRow, Paired, Rated
 from operant.live.learning.gate import divergences
@@ -36,6 +36,7 @@ from operant.live.learning.lesson import Lesson, weight_of
 from operant.live.learning.origin import Origin
 from operant.live.storage.versions import Outcome
 from operant.models.head import Distributions, of_rows
+from operant.models.memory import is_out_of_memory
 from operant.models.policy import Policy, placed
 from operant.types import Batch, StepStats, Trajectory
 
@@ -134,17 +135,19 @@ def take_step(
     weights are as they were, bit for bit, when nothing is taught, when the step is not finite, or when no share of it
     keeps the KL budget and follows; the reason is then in each event's outcome.
     """
-    outcomes = dict(lesson.outcomes)
+    outcomes, ahead = dict(lesson.outcomes), None
     if lesson.fresh:
         policy.model.eval()  # dropout would make the ratio and the replay of a record another one
+        ahead = _read_ahead(policy, lesson, config)
         _look_up(policy, [*lesson.rated, *lesson.paired], config)
-        _leave_out_the_far(policy, lesson, outcomes, config)
+        if _leave_out_the_far(policy, lesson, outcomes, config):
+            ahead = None
     if not lesson.fresh:
         return StepResult(outcomes, None, 0.0, 0.0)
     fresh = _batches(policy, [r for r in lesson.rated if r.fresh], [p for p in lesson.paired if p.fresh], config)
     rows = _in_the_order_of_batches(lesson.fresh)
     search = _LineSearch(policy, fresh, rows, anchors, config, anchor_logits)
-    loss_of, reason = _loss_of(config, origin), ""
+    loss_of, reason = _loss_of(config, origin, ahead), ""
     for batches, tries in _attempts(policy, lesson, fresh, anchors, config):
         found, room = search.begin, config.tokens_per_microbatch
         stats = learner.step([micro for batch in batches for micro in microbatches(batch, room)], loss_of)
@@ -182,11 +185,12 @@ def _outcome(row: LessonRow, reason: str, before: float, after: float) -> Outcom
     return Outcome("used", "" if row.part > 0.995 else f"weighed {row.part:.2f}: {_LESS}", advantage, before, after)
 
 
-def _leave_out_the_far(policy: Policy, lesson: Lesson, outcomes: dict[str, Outcome], config: LiveConfig) -> None:
-    """Drop bad ratings whose text is below the band, so that a step does not wait for what it cannot move."""
+def _leave_out_the_far(policy: Policy, lesson: Lesson, outcomes: dict[str, Outcome], config: LiveConfig) -> bool:
+    """Drop bad ratings whose text is below the band, so that a step does not wait for what it cannot move. Returns
+    whether there were some."""
     bad = [row for row in lesson.rated if row.advantage < 0]
     if not bad:
-        return
+        return False
     batch = _rating_batch(policy, bad, config)
     assert batch.old_logprobs is not None
     near = rating_loss(batch.old_logprobs, batch, config.correction_band)[1][:, 0].tolist()
@@ -199,6 +203,7 @@ def _leave_out_the_far(policy: Policy, lesson: Lesson, outcomes: dict[str, Outco
             lesson.rehearsed.remove(row.event.id)
     gone = {row.event.id for row in far}
     lesson.state.memory = [entry for entry in lesson.state.memory if entry["event"]["id"] not in gone]
+    return bool(far)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,12 +316,57 @@ def _rating_batch(policy: Policy, rated: Sequence[Rated], config: LiveConfig) ->
     return batch
 
 
+@dataclass(slots=True)
+class _Ahead:
+    """A pass over the rated texts that was made before the step, with what its gradient needs. It is taken once."""
+
+    tokens: Tensor
+    acting: Distributions | None
+
+    def take(self, batch: Batch) -> Distributions | None:
+        """The distributions at the rows' temperatures, if the batch is of these texts."""
+        if batch.kind != "completions" or not torch.equal(batch.tokens.cpu(), self.tokens):
+            return None
+        acting, self.acting = self.acting, None
+        return acting
+
+
+def _read_ahead(policy: Policy, lesson: Lesson, config: LiveConfig) -> _Ahead | None:
+    """Look up the ratings in the pass that the step itself is made from, where that is one pass: no pairs beside them,
+    and no more tokens than go through the model at once."""
+    rated = lesson.rated
+    if lesson.paired or not rated:
+        return None
+    batch = _texts_of_ratings(policy, rated)
+    if sum(1 for _ in microbatches(batch, config.tokens_per_microbatch)) > 1:
+        return None
+    micro = to_device(batch, policy.device)
+    bare = dataclasses.replace(micro, temperature=None)
+    try:
+        with torch.enable_grad():
+            plain = policy.acting(bare)
+            acting = plain.at_temperature(policy.temperatures(micro))
+        with torch.no_grad():
+            found = [policy.logprobs(bare, acting=one).logprobs.cpu() for one in (acting, plain)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None  # smaller pieces, one after the other, may fit
+    for row, acts, own, other in zip(rated, batch.action_mask, *found, strict=True):
+        row.logprobs, row.plain = own[acts], other[acts]
+    return _Ahead(batch.tokens, acting)
+
+
+def _texts_of_ratings(policy: Policy, rated: Sequence[Rated]) -> Batch:
+    return policy.batch_of([Trajectory(r.prompt, r.completion, np.zeros(len(r.marked)), r.marked) for r in rated])
+
+
 def _look_up(policy: Policy, rows: Sequence[LessonRow], config: LiveConfig) -> None:
     """Fill in what the policy says of these texts as the step begins."""
     unknown = [row for row in rows if row.logprobs is None]
     rated = [row for row in unknown if isinstance(row, Rated) and (row.fresh or row.advantage < 0)]
     if rated:
-        batch = policy.batch_of([Trajectory(r.prompt, r.completion, np.zeros(len(r.marked)), r.marked) for r in rated])
+        batch = _texts_of_ratings(policy, rated)
         drawn_at, plain = _read(policy, batch, config)
         for row, acts, own, other in zip(rated, batch.action_mask, drawn_at, plain, strict=True):
             row.logprobs, row.plain = own[acts], other[acts]
@@ -359,15 +409,17 @@ def _loss_of_rows(logprobs: Tensor, batch: Batch, config: LiveConfig) -> Tensor:
     return objectives.preference_loss(logprobs, batch, "dpo", beta=config.beta, sft_coef=likelihood)[0]
 
 
-def _loss_of(config: LiveConfig, origin: Origin | None) -> Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]:
+def _loss_of(
+    config: LiveConfig, origin: Origin | None, ahead: _Ahead | None
+) -> Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]:
     """The `learner.TokenLoss` of ratings and pairs, with the pull to the anchor version; and of anchor answers."""
 
     def loss_of(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if batch.kind == "supervised":
             return config.anchor_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
+        acting = (ahead.take(batch) if ahead is not None else None) or policy.acting(batch)
         if origin is None or not config.kl_coef:
-            return _loss_of_rows(policy.logprobs(batch).logprobs, batch, config), {}
-        acting = policy.acting(batch)
+            return _loss_of_rows(policy.logprobs(batch, acting=acting).logprobs, batch, config), {}
         logprobs = policy.logprobs(batch, acting=acting).logprobs
         pull, given = _pull_of(acting, origin.acting(batch), batch)
         extra = {}
