@@ -1328,8 +1328,7 @@ class LearnerConfig(LiveConfig, FormatFields):
         prompt_field: column of the prompt.
         reference_field: column of the references.
         device: auto, cpu, cuda or mps.
-        dtype: float32; bf16 for autocast; bf16-true for weights in bf16, under an adapter in float32: half the memory,
-            and much sooner where the processor multiplies in bf16.
+        dtype: float32; bf16 for autocast; bf16-true for weights in bf16, under an adapter in float32: half the memory.
         threads: CPU threads for the matrix work; 0 leaves torch's default.
         rest: seconds that the learner rests for each second of a step, half a second at most, so that answers have the
             machine for themselves in between.
