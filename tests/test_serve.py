@@ -243,7 +243,7 @@ def test_the_program_serves_stops_at_once_and_loses_nothing_to_kill_9(
         lost = second.http.get(f"/v1/chat/completions/{cut}").json()
         assert lost["operant"]["status"] in ("failed", "partial", "complete")  # the last if it was the faster
         assert second.http.post("/v1/feedback", json=rating).json() == {
-            **receipt, "state": "used", "duplicate": True,
+            **receipt, "state": "used", "duplicate": True, "waiting_for": "",
         }  # fmt: skip
         status, err = second.stop(signal.SIGINT)
         assert (status, err) == (0, "")

@@ -332,7 +332,7 @@ def _base(root: Path) -> str:
 
 def _resolved(model: str) -> str:
     """A model's folder, wherever the program is called from; a hub id as it is."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+    return str(Path(model).resolve()) if os.path.exists(model) else model
 
 
 # --- while it serves --------------------------------------------------------------------------------------------------

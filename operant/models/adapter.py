@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +100,7 @@ class Adaptable(Protocol):
 def rank_of(folder: Path) -> int:
     """The rank of the adapter that a model's folder holds, 0 where it holds whole weights."""
     file = folder / ADAPTER
-    return int(json.loads(file.read_text(encoding="utf-8"))["r"]) if file.exists() else 0
+    return int(json.loads(file.read_text(encoding="utf-8"))["r"]) if os.path.exists(file) else 0
 
 
 def is_fresh(model: Any) -> bool:

@@ -169,7 +169,7 @@ def _place_of_weights(source: str | Path) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     folder, hub, revision = Path(source), "", None
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path's, false for an impossible name
         facts = _facts(folder)
         if (folder / ADAPTER).exists() and not facts:
             return folder / INNER if (folder / INNER).is_dir() else None

@@ -4,6 +4,7 @@ anew in the backward pass instead of being kept."""
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,7 @@ def expect_room_to_learn(source: str | Path, rank: int, dtype: str, device: torc
 
     Of all weights there are their gradients and two moments too; of an adapter's base there is nothing else.
     """
-    if not rank and not (Path(source) / ADAPTER).exists():
+    if not rank and not os.path.exists(os.path.join(source, ADAPTER)):  # unlike Path's, false for an impossible name
         ways = [Way("", 16), Way("--lora_rank 8", 4), Way("--lora_rank 8 --dtype bf16-true", 2)]
     elif dtype != "bf16-true":
         ways = [Way("", 4), Way("--dtype bf16-true", 2)]
@@ -112,7 +113,7 @@ def expect_room_to_learn(source: str | Path, rank: int, dtype: str, device: torc
 
 def weights_in(source: str | Path) -> int | None:
     """How many weights a model has, by the headers of its files: `count_weights`, or of a GGUF file."""
-    return count_gguf(Path(source)) if Path(source).is_file() else count_weights(source)
+    return count_gguf(Path(source)) if os.path.isfile(source) else count_weights(source)
 
 
 def _count(weights: float) -> str:
