@@ -124,9 +124,9 @@ class Span:
 class Feedback:
     """One append-only event about a completion. `time` is seconds since the epoch.
 
-    `value` of a score is a number, of a thumb 1 or −1 (up or down), of an edit the edited text, of a comparison the id
-    of the completion that this one is preferred to, of a retraction the id of the event that is taken back (None: all
-    of the source's about the completion).
+    `value` is a number for a score, 1 or −1 (up or down) for a thumb, the edited text for an edit. For a comparison it
+    is the id of the completion that was not preferred. For a retraction it is the id of the event to take back, or None
+    for all of the source's about the completion.
     """
 
     id: str

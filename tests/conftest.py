@@ -10,13 +10,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from serving import Served
+
     from operant.data.text import Codec
     from operant.models.policy import Policy
 
@@ -106,6 +108,21 @@ def make_policy(codec: Codec) -> Callable[..., Policy]:
         return Policy(tiny_model(family, codec, **options), codec, device=device, dtype=dtype)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy: Callable[..., Policy]) -> Policy:
+    """One tiny model for all tests of a file, with room for a chat."""
+    return make_policy("gpt2", context=128)
+
+
+@pytest.fixture(scope="module")
+def served(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server of `policy` for all tests of a file, without a learner."""
+    from serving import serving
+
+    with serving(policy, tmp_path_factory.mktemp("served")) as running:
+        yield running
 
 
 @pytest.fixture

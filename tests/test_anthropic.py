@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,6 @@ if os.environ.get("CI"):
     anthropic = importlib.import_module("anthropic")
 else:
     anthropic = pytest.importorskip("anthropic", reason="make test installs it")
-
-
-@pytest.fixture(scope="module")
-def policy(make_policy: Callable[..., Policy]) -> Policy:
-    return make_policy("gpt2", context=128)
-
-
-@pytest.fixture(scope="module")
-def served(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(policy, tmp_path_factory.mktemp("served")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

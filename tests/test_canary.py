@@ -306,11 +306,6 @@ def test_nothing_is_decided_while_a_source_is_being_forgotten(tmp_path: Path) ->
 # --- over HTTP --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def policy(make_policy: Callable[..., Policy]) -> Policy:
-    return make_policy("gpt2", context=128)
-
-
 def ask(served: Served, user: str) -> dict[str, Any]:
     body = {"model": "default", "messages": [{"role": "user", "content": "the cat sat"}], "max_tokens": 4, "user": user}
     told: dict[str, Any] = served.http.post("/v1/chat/completions", json=body).json()

@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,6 @@ SAID = (
     ("ann", "thumb", 1), ("bob", "thumb", -1), ("cat", "edit", "a dog"), ("ann", "score", 0.2), ("bob", "edit", "two"),
     ("cat", "thumb", 1), ("ann", "edit", "one"),
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def policy(make_policy: Callable[..., Policy]) -> Policy:
-    return make_policy("gpt2", context=128)
 
 
 @pytest.fixture

@@ -71,21 +71,22 @@ class Loop:
         return float(logprob(self.worker.current().policy, stored.prompt, stored.completion.tokens).sum())
 
 
+def started(tmp_path: Path, policy: Policy, **options: Any) -> Loop:
+    """A worker on this policy, which has answered a few prompts."""
+    policy.save(tmp_path / "model")
+    settings: dict[str, Any] = {
+        "root": str(tmp_path / "live"), "model": str(tmp_path / "model"), "device": "cpu", "anchor_rows": 3,
+        "anchor_tokens": 6, "lr": 1e-3,
+    }  # fmt: skip
+    store, told = answered(policy), list[dict[str, Any]]()
+    worker = Worker(WorkerConfig(**(settings | options)), store, told.append)
+    worker.start()
+    return Loop(store, worker, told)
+
+
 @pytest.fixture
 def make_loop(tmp_path: Path, make_policy: Make) -> Callable[..., Loop]:
-    def make(family: str = "gpt2", **options: Any) -> Loop:
-        policy = make_policy(family)
-        policy.save(tmp_path / "model")
-        settings: dict[str, Any] = {
-            "root": str(tmp_path / "live"), "model": str(tmp_path / "model"), "device": "cpu", "anchor_rows": 3,
-            "anchor_tokens": 6, "lr": 1e-3,
-        }  # fmt: skip
-        store, told = answered(policy), list[dict[str, Any]]()
-        worker = Worker(WorkerConfig(**(settings | options)), store, told.append)
-        worker.start()
-        return Loop(store, worker, told)
-
-    return make
+    return lambda family="gpt2", **options: started(tmp_path, make_policy(family), **options)
 
 
 @pytest.fixture
@@ -551,19 +552,7 @@ def test_the_slow_gate_measures_generation(make_loop: Callable[..., Loop], tmp_p
 @pytest.fixture
 def make_chat_loop(tmp_path: Path, chat_policy: Policy) -> Callable[..., Loop]:
     """A worker on a tiny model of chats, anchored by its answers to shipped questions."""
-
-    def make(**options: Any) -> Loop:
-        chat_policy.save(tmp_path / "model")
-        settings: dict[str, Any] = {
-            "root": str(tmp_path / "live"), "model": str(tmp_path / "model"), "device": "cpu", "anchor_rows": 3,
-            "anchor_tokens": 6, "lr": 1e-3,
-        }  # fmt: skip
-        store, told = answered(chat_policy), list[dict[str, Any]]()
-        worker = Worker(WorkerConfig(**(settings | options)), store, told.append)
-        worker.start()
-        return Loop(store, worker, told)
-
-    return make
+    return lambda **options: started(tmp_path, chat_policy, **options)
 
 
 SOUND = {"repeated": 0.1, "length": 20.0, "empty": 0.0, "commonest": 0.125}

@@ -13,7 +13,7 @@ from runs import DEV, PROMPTS, assert_same_run, interrupted, logged, quick, sett
 
 from operant.models.policy import Policy
 from operant.rl.loop import train
-from operant.run.notices import IN_A_ROW, Notice, Series, notices, told_once
+from operant.run.notices import IN_A_ROW, Notice, Series, new_notices, notices
 from operant.run.report import load_run, write_report
 from operant.run.runlog import RunLog
 from operant.types import Completion, Prompt
@@ -90,11 +90,11 @@ def test_constant_rewards_and_groups_that_tie_are_named() -> None:
 
 def test_a_thing_is_told_once_for_as_long_as_it_holds() -> None:
     first, second = Notice("collapse", "entropy", "gone"), Notice("idle", "tied", "all")
-    told: set[str] = set()
-    assert told_once([first], told) == [first]
-    assert told_once([first, second], told) == [second]
-    assert told_once([second], told) == []
-    assert told_once([first, second], told) == [first]
+    known: set[str] = set()
+    assert new_notices([first], known) == [first]
+    assert new_notices([first, second], known) == [second]
+    assert new_notices([second], known) == []
+    assert new_notices([first, second], known) == [first]
 
 
 def test_the_log_remembers_what_an_earlier_process_logged(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,6 @@ from serving import HELLO, Served, learning, serving
 from operant.live.serving.access import Keys
 from operant.live.storage.store import StoreFault
 from operant.models.policy import Policy
-
-
-@pytest.fixture(scope="module")
-def policy(make_policy: Callable[..., Policy]) -> Policy:
-    return make_policy("gpt2", context=128)
-
-
-@pytest.fixture(scope="module")
-def served(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(policy, tmp_path_factory.mktemp("served")) as running:
-        yield running
 
 
 def ask(served: Served, content: Any = "the cat sat", **options: Any) -> Any:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,6 @@ from operant.live.serve import live
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
 from operant.types import OperantError
-
-
-@pytest.fixture(scope="module")
-def policy(make_policy: Callable[..., Policy]) -> Policy:
-    return make_policy("gpt2", context=128)
 
 
 @pytest.fixture(scope="module")

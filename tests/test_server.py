@@ -36,17 +36,6 @@ HELLO = [{"role": "user", "content": "the cat sat"}]
 
 
 @pytest.fixture(scope="module")
-def policy(make_policy: Callable[..., Policy]) -> Policy:
-    return make_policy("gpt2", context=128)
-
-
-@pytest.fixture(scope="module")
-def served(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(policy, tmp_path_factory.mktemp("served")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server of a model with a chat template."""
     codec = Codec.train_bpe(["the cat sat on a mat, user assistant system"] * 3, vocab_size=300)

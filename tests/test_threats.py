@@ -6,11 +6,9 @@ import ast
 import re
 import signal
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from serving import HELLO, Process, serving
 
 from operant.data.text import Codec
@@ -19,11 +17,6 @@ from operant.models.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 THREATS = ROOT / "docs" / "threats.md"
-
-
-@pytest.fixture(scope="module")
-def policy(make_policy: Callable[..., Policy]) -> Policy:
-    return make_policy("gpt2", context=128)
 
 
 def test_every_test_that_is_named_is_there_and_every_threat_names_one() -> None:

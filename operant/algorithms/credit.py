@@ -74,10 +74,10 @@ def group_sums(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 def leave_one_out(values: Tensor, groups: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """values_i − mean_{j ≠ i, j in i's group} values_j (Kool et al. 2019; RLOO, Ahmadian et al. 2024).
 
-    values: float[N] or float[N, T]; with float[N, T] the mean is taken position by position over all valid rows, a
-    finished row counting with what it holds there (0 for a return-to-go), which keeps it independent of row i's
-    choices: unbiased. Means over the rows still alive are not, and are not offered. valid: bool[N], or bool[N, T] with
-    such values.
+    values: float[N] or float[N, T]. With float[N, T] each position has its own mean, over all valid rows. A finished
+    row counts with what it holds there (0 for a return-to-go), so the mean does not depend on row i's choices and is
+    unbiased. Means over the rows still alive do depend on them, and are not offered. groups: int64[N]. valid: bool[N],
+    or bool[N, T] with such values.
     Returns (float like values, usable like valid): a row that is alone in its group has no baseline and is not usable.
     """
     weight = valid.to(values.dtype).reshape(*valid.shape, *[1] * (values.dim() - valid.dim()))
@@ -101,8 +101,8 @@ def group_deviation(values: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
 def group_centred(values: Tensor, groups: Tensor, valid: Tensor, scale: bool = True, eps: float = 1e-4) -> Tensor:
     """(values_i − mean_g) / (std_g + ε), GRPO's advantage (Shao et al. 2024, eq. 21 of arXiv 2402.03300v3).
 
-    The mean includes row i, so the expected gradient is the exact one times (G − 1)/G before scaling, and the division
-    by the group's own deviation is a further bias that no factor undoes. `scale=False` is Dr. GRPO (Liu et al. 2025).
+    The mean includes row i, so the expected gradient is the exact one times (G − 1)/G before scaling. The division by
+    the group's own deviation is a further bias, which no factor undoes. `scale=False` is Dr. GRPO (Liu et al. 2025).
     values: float[N]; groups: int64[N]; valid: bool[N]. Returns float[N], 0 where not valid.
     """
     weight = valid.to(values.dtype)

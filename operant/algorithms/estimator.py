@@ -33,9 +33,8 @@ RUNNING_DECAY = 0.9  # of what earlier steps weigh in the running baseline
 class Rollout:
     """A step's rewarded completions: those to learn from, and all that were seen on the way.
 
-    greedy: float64[N, W], the returns-to-go of each row's prompt's greedy completion, held at the last one beyond its
-    end, NaN where the reward is missing; None when nobody
-    asked. rounds: of sampling that it took.
+    greedy: float64[N, W], the returns-to-go of the greedy completion of each row's prompt; beyond its end the last one,
+    NaN where the reward is missing; None when nobody asked. rounds: of sampling that it took.
     """
 
     trajectories: list[Trajectory]
@@ -162,7 +161,11 @@ class Estimator:
     def against_baseline(
         self, rollout: Rollout, rewards: Tensor, mask: Tensor, valid: Tensor, metrics: dict[str, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns less what other completions, or earlier ones, were paid: (advantages, returns, usable like valid)."""
+        """Returns less what other completions, or earlier ones, were paid.
+
+        Returns (advantages float64[N, T], returns float64[N, T], usable, a bool like valid). What it found out goes
+        into `metrics`.
+        """
         groups = group_numbers(rollout.trajectories)
         against: float | Tensor | None = None
         if self.settings.baseline == "control_variate":
@@ -198,8 +201,10 @@ class Estimator:
     def against_critic(
         self, batch: Batch, trajectories: list[Trajectory], rewards: Tensor, mask: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Generalised advantage estimation: (advantages, returns, valid). The values stay with the batch, for the
-        critic's own loss."""
+        """Generalised advantage estimation (Schulman et al. 2016): (advantages, returns, valid).
+
+        The values, float32[B, S], stay with the batch for the critic's own loss.
+        """
         values = self.values(batch)
         batch.values = values[:, :-1]
         of_row, after = gather(batch, values, trajectories), torch.zeros(len(mask), dtype=torch.float64)

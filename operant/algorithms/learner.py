@@ -242,8 +242,8 @@ class Adam:
 class Sgd:
     """θ ← θ − lr · g, with |g| cut to max_grad_norm; a non-finite step is skipped, never applied. It has no memory.
 
-    Where a gradient is that of one or a few completions, its norm is mostly far above max_grad_norm, and each step has
-    the length lr · max_grad_norm, along the gradient and nowhere else. Adam's division by each weight's own second
+    The gradient of one or a few completions mostly has a norm far above max_grad_norm. Each step then has the length
+    lr · max_grad_norm, along the gradient and nowhere else. Adam's division by each weight's own second
     moment moves weights that the text hardly depends on as far as those that it depends on.
     Raises OperantError when there is no weight to train.
     """

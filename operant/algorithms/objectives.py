@@ -59,8 +59,9 @@ def gspo(
 
         −min(s_i A, clip(s_i, 1 − clip_low, 1 + clip_high) A),  s_i = (π(y_i) / π_old(y_i))^(1/|y_i|)
 
-    Each token carries the sequence's value with its own gradient (their GSPO-token), which with one advantage a
-    row and weights 1/|y_i| is the same gradient. float[B, S]. Returns (loss, clipped as 0/1 float).
+    Each token carries the sequence's value with its own gradient (their GSPO-token). With one advantage a row and
+    weights 1/|y_i| that is the same gradient. float[B, S]; mask: bool[B, S]. Returns (loss, clipped as 0/1 float), both
+    float[B, S].
     """
     mean = sequence_mean(logprobs - old_logprobs, mask).detach()
     # the sequence's ratio in value, the token's own log-probability in gradient

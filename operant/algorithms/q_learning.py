@@ -45,7 +45,7 @@ class ReplayBuffer:
         return cls(capacity, priority, [], [])
 
     def add(self, trajectories: Iterable[Trajectory]) -> None:
-        """Those whose rewards are all known; the others cannot be learned from."""
+        """Take in the completions whose rewards are all known; the others teach nothing."""
         for t in trajectories:
             if len(t.completion.tokens) and t.observed.all():
                 self.rows.append(t)
@@ -53,8 +53,11 @@ class ReplayBuffer:
         self.rows, self.weights = self.rows[-self.capacity :], self.weights[-self.capacity :]
 
     def draw(self, count: int, generator: np.random.Generator) -> tuple[list[int], Tensor]:
-        """(places of `count` rows, their importance weights float[count]): (N · P(i))⁻¹ over the largest of them, which
-        undoes the bias of drawing some rows more often (β = 1 of Schaul et al. 2016)."""
+        """(places of `count` rows, their importance weights float32[count]).
+
+        A weight is (N · P(i))⁻¹ over the largest of them. That undoes the bias of drawing some rows more often (β = 1
+        of Schaul et al. 2016).
+        """
         chance = np.maximum(np.array(self.weights), 1e-6) ** self.priority
         chance /= chance.sum()
         places = generator.choice(len(self.rows), size=count, p=chance)
@@ -67,6 +70,7 @@ class ReplayBuffer:
             self.weights[i] = error
 
     def to_json(self) -> list[dict[str, Any]]:
+        """The rows with their priorities, as `load_json` reads them."""
         out = []
         for t, weight in zip(self.rows, self.weights, strict=True):
             rewards, _ = drawn_rewards(t)
@@ -81,6 +85,7 @@ class ReplayBuffer:
         return out
 
     def load_json(self, rows: list[dict[str, Any]]) -> None:
+        """Put the rows of `to_json` in the place of what is here."""
         self.rows, self.weights = [], []
         for row in rows:
             tokens = np.array(row["tokens"], np.int64)
@@ -105,12 +110,11 @@ class QEstimator:
         Q(s, a) = V(s) + β log π(a|s)/π_ref(a|s)
         y_t = Σ_{k<n} γ^k r_{t+k} + γ^n Q⁻(s_{t+n}, argmax_{a ∈ A(s)} Q(s_{t+n}, a))
 
-    The policy is its own advantages and its critic is V, so what is sampled from is π_ref reweighted by exp(A / β), the
-    policy that a KL to π_ref of weight β makes best (Peters et al. 2010). Q chooses and Q⁻, the target network's,
-    judges, so that one network's luck does not count twice (van Hasselt et al. 2016).
-    A(s) holds the argmax to what the behaviour could
-    have said: tokens with π_ref(a|s) ≥ support · max π_ref, and the logged one (Fujimoto et al. 2019; otherwise the
-    argmax looks for errors where nothing was ever tried). After the last token comes nothing, also where the length
+    The policy is its own advantages and its critic is V. So the policy is π_ref reweighted by exp(A / β), the best one
+    under a KL to π_ref of weight β (Peters et al. 2010). Q chooses and Q⁻, the target network's, judges, so that one
+    network's luck does not count twice (van Hasselt et al. 2016). A(s) holds the argmax to what the behaviour could
+    have said: tokens with π_ref(a|s) ≥ support · max π_ref, and the logged one (Fujimoto et al. 2019). Otherwise the
+    argmax looks for errors where nothing was ever tried. After the last token comes nothing, also where the length
     limit cut it off: a reward of the text was paid for the cut one.
 
     `state["replay"]` is saved with every checkpoint; the target network with the policy, which must have one, a critic

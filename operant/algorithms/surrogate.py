@@ -65,7 +65,7 @@ class Surrogate:
         return loss, stats
 
     def value_loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of Q(s, a) = V(s) + β log π/π_ref of the tokens, see `q_learning.QEstimator`."""
+        """The loss of Q(s, a) = V(s) + β log π/π_ref of the tokens, float32[B, S]; see `q_learning.QEstimator`."""
         assert batch.returns is not None and batch.ref_logprobs is not None
         out = policy.logprobs(batch, entropy="measured")
         values = policy.values(batch)[:, :-1]

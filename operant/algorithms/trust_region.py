@@ -55,9 +55,9 @@ class TrustRegion:
     has fallen, both recomputed at the new weights: to where the KL, taken as quadratic, would be δ, and at least by
     half. When no length does, the old weights are put back bit for bit and the step is refused, with the reason.
 
-    The KL is of the whole vocabulary, the mean over the action tokens of the step's sampled completions (supervised
-    pairs beside them move the gradient and not the region), at the training temperature, in float32 whatever the
-    policy's dtype. It keeps the old distributions of these tokens, float32[tokens, V].
+    The KL is of the whole vocabulary, at the training temperature, in float32 whatever the policy's dtype. It is the
+    mean over the action tokens of the step's sampled completions; supervised pairs beside them move the gradient and
+    not the region. It keeps the old distributions of these tokens, float32[tokens, V].
 
     delta: δ, nats per token. damping: λ, which bounds the step where F is nearly singular. cg_steps: Fisher-vector
     products a step; each costs about two forward and two backward passes over the share. backtracks: tries of the line

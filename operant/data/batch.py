@@ -46,7 +46,7 @@ def right_padded(rows: Sequence[Ints], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def distinct_prompts(prompts: Sequence[Ints]) -> tuple[list[int], list[Ints]]:
-    """(which distinct prompt each row has, the distinct prompts in order of appearance)."""
+    """(which distinct prompt each row has, the distinct prompts int64[P] in order of appearance)."""
     seen: dict[bytes, int] = {}
     distinct: list[Ints] = []
     row = []
@@ -60,7 +60,7 @@ def distinct_prompts(prompts: Sequence[Ints]) -> tuple[list[int], list[Ints]]:
 
 
 def encoder_context(prompts: Sequence[Ints], pad_id: int) -> EncoderContext:
-    """Each distinct prompt once; rows point at theirs, so that a group's prompt is encoded once in the update too."""
+    """Each distinct prompt int64[P] once. Rows point at theirs, so the update too encodes a group's prompt once."""
     row, distinct = distinct_prompts(prompts)
     return EncoderContext(*right_padded(distinct, pad_id), torch.tensor(row))
 
@@ -75,8 +75,12 @@ def from_sequences(
     normalisation: Normalisation = "per_token",
     constant: float = 1.0,
 ) -> Batch:
-    """One segment a row, right-padded: prompt and completion for a decoder, completion alone with the prompts as
-    encoder context otherwise. `action_mask` is True on completion tokens (where `sampled` says so, if given)."""
+    """One segment a row, right-padded: prompt and completion for a decoder; with an `encoder` the completion alone, and
+    the prompts as its context.
+
+    prompts, completions: int64[P] and int64[T] each. sampled: bool[T] each, the tokens that act; None for all of them.
+    `action_mask` is True on tokens that act. normalisation, constant: as in `token_weights`.
+    """
     offsets = [0 if encoder else len(p) for p in prompts]
     rows = list(completions) if encoder else [np.concatenate(pair) for pair in zip(prompts, completions, strict=True)]
     tokens, real = right_padded(rows, pad_id)
@@ -103,8 +107,10 @@ def from_sequences(
 
 
 def pack(documents: Sequence[Ints], length: int, pad_id: int) -> Batch:
-    """Documents (int64 with their EOS) into rows of `length` columns, each document its own segment: attention stays
-    inside it and positions start again, so packing changes no log-probability. A longer document is cut into pieces.
+    """Documents, int64[T] with their EOS, into rows of `length` columns, each document its own segment.
+
+    Attention stays inside it and positions start again, so packing changes no log-probability. A longer document is cut
+    into pieces.
     """
     pieces = [doc[i : i + length] for doc in documents for i in range(0, len(doc), length)]
     rows: list[list[Ints]] = []
@@ -314,8 +320,8 @@ def microbatches(batch: Batch, max_tokens: int, *, by_length: bool = False) -> I
     together. The pieces keep the batch's denominator, so their gradients sum to the batch's.
 
     by_length: part an encoder-decoder's rows also where they grow longer by a quarter, in pieces of at least
-    SMALLEST_PIECE tokens, since it computes its padding (a decoder's policy lays its tokens out without any). For
-    losses that are sums over tokens, and need no two rows together.
+    SMALLEST_PIECE tokens, since it computes its padding. A decoder's policy lays its tokens out without any. For losses
+    that are sums over tokens, and need no two rows together.
     """
     if int((batch.segment_ids.max(1).values != batch.segment_ids[:, 0]).sum()):
         size = max(1, max_tokens // batch.tokens.shape[1])  # packed rows are full: any of them will do

@@ -67,9 +67,9 @@ def chars_to_tokens(
     Token t holds bytes of the characters `[ends[t-1], reach[t])`, with `ends[-1] = 0`. So an emoji spread over three
     tokens maps to all three, also when the first of them holds the space before it as well.
 
-    Without `reach` a token is taken to hold what it finished and, if it finished nothing, the next character: exact but
-    where a token finishes one character and begins another (byte-level BPE likes to join a space with the first bytes
-    of an emoji), which then counts as the finished one's alone.
+    Without `reach` a token is taken to hold what it finished and, if it finished nothing, the next character. That is
+    exact but where a token finishes one character and begins another: it then counts as the finished one's alone.
+    Byte-level BPE likes to join a space with the first bytes of an emoji.
 
     Args:
         ends: int[T], non-decreasing, characters committed after token t (`Completion.text_ends`).
@@ -191,8 +191,8 @@ class _ByteIncremental(_Committed):
 class _WindowIncremental(_Committed):
     """Route for any other tokenizer: decode a short window twice and commit the difference.
 
-    The window starts at the tokens of the last commit, so that the first new token is decoded in its context (a space
-    that the tokenizer drops at the start of a text is dropped from both sides of the difference).
+    The window starts at the tokens of the last commit, so that the first new token is decoded in its context. A space
+    that the tokenizer drops at the start of a text is dropped from both sides of the difference.
     """
 
     def __init__(self, codec: Codec) -> None:

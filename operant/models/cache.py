@@ -23,7 +23,7 @@ class GrowingLayer(DynamicLayer):
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> GrowingLayer:
-        """A layer that holds these keys and values."""
+        """A layer that holds these keys and values, float[B, H, L, D] each."""
         layer = cls()
         layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
         layer._keys, layer._values, layer.length = keys, values, keys.shape[2]
@@ -52,7 +52,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def keep(self, holes: Tensor, movers: Tensor, rows: int) -> None:
-        """Put rows `movers` where rows `holes` were and end after `rows` rows, in place."""
+        """Put rows `movers` where rows `holes` were, int64[k] each, and end after `rows` rows, in place."""
         assert self._keys is not None and self._values is not None
         if len(holes):
             self.keys[holes], self.values[holes] = self.keys[movers], self.values[movers]

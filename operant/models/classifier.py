@@ -65,7 +65,7 @@ class Classifier:
 
         try:
             with fetched(source):
-                model, told = AutoModelForSequenceClassification.from_pretrained(
+                model, loading = AutoModelForSequenceClassification.from_pretrained(
                     source, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
                 )
         except OperantError:
@@ -74,7 +74,7 @@ class Classifier:
             raise OperantError(
                 f"cannot load a classifier from {source} ({load_fault(error)}); give a folder or hub id of one"
             ) from error
-        if missing := sorted(told["missing_keys"]):
+        if missing := sorted(loading["missing_keys"]):
             raise OperantError(f"{source} lacks {missing[0]}: it is no classifier that was trained; give one that was")
         return cls(model, Codec.load(source), label, device=device)
 

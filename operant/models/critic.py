@@ -43,7 +43,11 @@ class Critic(nn.Module):
         return self.trunk is not None
 
     def forward(self, model: Any, batch: Batch, start: int, positions: bool) -> Tensor:
-        """Values float[B, S + 1] of rows with one segment each; see `Policy.values`."""
+        """Values float[B, S + 1] of rows with one segment each; see `Policy.values`.
+
+        model: the policy's, whose trunk is read where the critic has none of its own. start: the id that a decoder
+        beside an encoder begins with. positions: whether the model takes `position_ids`.
+        """
         model = model if self.trunk is None else self.trunk
         base = model.get_base_model() if hasattr(model, "peft_config") else model
         real = (batch.segment_ids >= 0).long()

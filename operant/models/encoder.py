@@ -116,11 +116,11 @@ class Encoder:
         config = AutoConfig.from_pretrained(there, **arguments)
         if not is_masked(config):
             return None
-        model, told = AutoModelForMaskedLM.from_pretrained(
+        model, loading = AutoModelForMaskedLM.from_pretrained(
             there, config=config, dtype=torch.float32, output_loading_info=True, **arguments
         )
         # an encoder of sentences has no head that unmasks tokens, and does without
-        expect_all_weights(source, told, needed=f"{model.base_model_prefix}.")
+        expect_all_weights(source, loading, needed=f"{model.base_model_prefix}.")
         if adapted := (folder / ADAPTER).exists():
             model = load_adapter(model, folder).merge_and_unload()
         encoder = cls(model, Codec.load(source), device=device, dtype=dtype)
@@ -222,8 +222,8 @@ class Encoder:
             restore_adapter(self.model, folder, self._origin)
             return
         there = find_base(folder).place if (folder / BASE).exists() else folder
-        saved, told = type(self.model).from_pretrained(str(there), dtype=torch.float32, output_loading_info=True)
-        expect_all_weights(there, told)
+        saved, loading = type(self.model).from_pretrained(str(there), dtype=torch.float32, output_loading_info=True)
+        expect_all_weights(there, loading)
         self.model.load_state_dict(saved.state_dict())
 
     def with_decoder(self, *, seed: int = 0, dropout: float = 0.0) -> Policy:

@@ -186,15 +186,15 @@ def _place_of_weights(source: str | Path) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def expect_all_weights(source: str | Path, told: Mapping[str, Any], *, needed: str = "") -> None:
+def expect_all_weights(source: str | Path, loading: Mapping[str, Any], *, needed: str = "") -> None:
     """Refuse a model of which weights were not in its files: they would be random ones.
 
-    told: what Transformers says of the loading. needed: what the names of weights that may not be new begin with.
+    loading: what Transformers says of the loading. needed: what the names of weights that may not be new begin with.
     Raises OperantError with one of the names, and one that the model has no place for.
     """
-    missing = sorted(name for name in told["missing_keys"] if name.startswith(needed))
+    missing = sorted(name for name in loading["missing_keys"] if name.startswith(needed))
     if missing:
-        other = sorted(told.get("unexpected_keys") or ())
+        other = sorted(loading.get("unexpected_keys") or ())
         instead = f" (it has {other[0]}, which the model has no place for)" if other else ""
         raise OperantError(
             f"{source} lacks {len(missing)} of the model's weights, such as {missing[0]}{instead}; "

@@ -28,8 +28,8 @@ def load_gguf(path: str | Path) -> tuple[Any, Any]:
     """The model of a GGUF file, its weights in float32, and its tokenizer; what precision they had is logged.
 
     Rounded weights are read as the numbers that they were rounded to, and can be trained and saved like any others.
-    Raises OperantError when the package gguf is missing, when the file is no GGUF or is cut off, when Transformers
-    cannot read its architecture, and when weights of the model are not in the file.
+    Raises OperantError when the package gguf is missing, when Transformers cannot read the architecture, and for a file
+    that is no GGUF, is cut off, or lacks weights of the model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
 
@@ -48,12 +48,12 @@ def load_gguf(path: str | Path) -> tuple[Any, Any]:
             ) from error
         tokenizer = AutoTokenizer.from_pretrained(folder, **named)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, told = auto.from_pretrained(
+        model, loading = auto.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True,
             quantization_config=GgufConfig(dequantize=True),  # packed it could be neither trained nor saved
             **named,
         )  # fmt: skip
-    expect_all_weights(path, told)
+    expect_all_weights(path, loading)
     model.config.name_or_path = model.name_or_path = ""  # the file's folder is none that PEFT could look into
     if _text(header, "tokenizer.ggml.pre") in DIGITS_APART:
         _split_digits(tokenizer)

@@ -27,10 +27,10 @@ RowFunction = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Distributions:
-    """The next-token distributions of K tokens: their logits, or the hidden states that these are computed from.
+    """The next-token distributions of K tokens: their logits, or the hidden states from which to compute them.
 
     logits: float[K, V], or None. states: float[K, D], with `tail`: float[k, D] → logits float[k, V] of the rows in a
-    slice. frozen: whether no weight of the tail is learned.
+    slice. frozen: whether no weight of the tail is learned. width: V, where there are states.
     """
 
     logits: Tensor | None = None
@@ -41,7 +41,7 @@ class Distributions:
 
     @property
     def rows(self) -> Tensor:
-        """What a chunk's logits are computed from, float[K, …]."""
+        """The logits float[K, V], or the states float[K, D] that stand in for them."""
         rows = self.logits if self.states is None else self.states
         assert rows is not None
         return rows

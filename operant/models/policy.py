@@ -208,11 +208,11 @@ class Policy:
                 "(operant sft, which puts a decoder beside it), or give a decoder or encoder-decoder"
             )
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, told = auto.from_pretrained(
+        model, loading = auto.from_pretrained(
             source, config=config, dtype=torch.bfloat16 if dtype == "bf16-true" else torch.float32,
             output_loading_info=True, **named,
         )  # fmt: skip
-        expect_all_weights(source, told)
+        expect_all_weights(source, loading)
         policy = cls(model, codec or Codec.load(source), device=device, dtype=dtype)
         there = Path(source)
         policy._origin = Base(there.resolve()) if there.is_dir() else hub_base(str(source), revision)
@@ -402,8 +402,9 @@ class Policy:
             # a fifth of the time that making a second model takes; what is missing is tied to what is there
             self.model.load_state_dict(weights, strict=False)
         else:
-            saved, told = type(self.model).from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
-            expect_all_weights(folder, told)
+            reader = type(self.model)
+            saved, loading = reader.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
+            expect_all_weights(folder, loading)
             self.model.load_state_dict(saved.state_dict())
 
     # --- what it is ----------------------------------------------------------------------------------------------

@@ -66,13 +66,13 @@ def calibration_error(probabilities: Doubles, outcomes: Doubles, bins: int = 10)
 
 
 def fit_temperature(margins: Doubles) -> float:
-    """τ of temperature scaling (Guo et al. 2017) over margins float[N], with Platt's targets (1999, §2.2): it minimises
+    """τ of temperature scaling (Guo et al. 2017) over margins float[N], with Platt's targets (1999, §2.2). It minimises
 
         −Σ t log σ(m/τ) + (1 − t) log σ(−m/τ),   t = (N + 1) / (N + 2)
 
-    that is, as if beside the N comparisons one more had been judged either way. Without that nothing bounds 1/τ where
-    every margin is positive; with it N comparisons that are all right allow log-odds of about log(N + 1), and no
-    certainty. Kept within [0.01, 100]: where the mean margin is not positive the best τ is infinite.
+    The targets are as if beside the N comparisons one more had been judged either way. Without them nothing bounds 1/τ
+    where every margin is positive. With them N comparisons that are all right allow log-odds of about log(N + 1), and
+    no certainty. Kept within [0.01, 100]: where the mean margin is not positive the best τ is infinite.
     """
     m = np.asarray(margins, np.float64)
     target = (len(m) + 1) / (len(m) + 2)

@@ -80,15 +80,15 @@ class Endpoint:
             data = _before_deadline(self.timeout, lambda: _read_reply(request, self.timeout))
         except urllib.error.HTTPError as error:
             with closing(error):
-                told = _quick_read(error)
-                answer = self.excerpt(told)
+                said = _quick_read(error)
+                answer = self.excerpt(said)
             if error.code in RETRIED:
                 slug = "down" if error.code != 408 else "timeout"
                 after = _retry_after(error.headers.get("Retry-After"))
                 raise EndpointFailed(slug, f"HTTP {error.code} {answer}", retry_after=after) from None
             hint = f"; check the key in {self.key_env}" if error.code in (401, 403) else ""
-            told = told if error.code in (400, 422) else ""
-            raise EndpointRefused(f"HTTP {error.code} {answer}{hint}", answer=told) from None
+            reason = said if error.code in (400, 422) else ""
+            raise EndpointRefused(f"HTTP {error.code} {answer}{hint}", answer=reason) from None
         except TimeoutError:
             raise EndpointFailed("timeout", f"over {self.timeout:g} s", sent=True) from None
         except urllib.error.URLError as error:

@@ -112,7 +112,7 @@ class Learned(ModelReward):
         # what the folders hold, so that nothing is asked for that they are not
         object.__setattr__(self, "dense", "token" in kinds.values())
         object.__setattr__(self, "classifies", "classifier" in kinds.values())
-        if self.classifies:  # a hub id that is none, or a label that is not there, is told before a run begins
+        if self.classifies:  # a wrong hub id, or a label that is not there, shows before a run begins
             _ = self.classifiers
 
     @property
@@ -188,12 +188,12 @@ class Similarity(ModelReward):
 
         R = Σ_{x_i ∈ x} w(x_i) max_j x_i·y_j / Σ w(x_i),   P likewise from the completion y,   F1 = 2PR / (P + R)
 
-    over the encoder's last layer, vectors of unit length, the tokens around the text left out. path: the folder of any
-    model (BERT-like, decoder, or encoder-decoder, whose encoder reads). by: f1, precision or recall. idf: a data
-    file or folder; each token weighs −log((M_w + 1)/(M + 1)), M_w of whose M texts hold it, otherwise all weigh 1.
-    idf_field: the column of those texts. An empty completion scores 0. Not rescaled: values of
-    an encoder trained on little lie close together, so look at their spread before you train on them. Where a text is
-    more than the encoder can hold there is no reward (`too_long`).
+    The vectors are of the encoder's last layer, of unit length; the tokens around the text are left out. path: the
+    folder of any model (BERT-like, decoder, or encoder-decoder, whose encoder reads). by: f1, precision or recall. idf:
+    a data file or folder; each token weighs −log((M_w + 1)/(M + 1)), M_w of whose M texts hold it, otherwise all weigh
+    1. idf_field: the column of those texts. An empty completion scores 0. Not rescaled: values of an encoder trained on
+    little lie close together, so look at their spread before you train on them. Where a text is more than the encoder
+    can hold there is no reward (`too_long`).
 
     Raises OperantError for a missing folder or an unknown measure.
     """

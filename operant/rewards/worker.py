@@ -24,7 +24,7 @@ SLACK = 5.0  # seconds after the time limit in which the runner, if it lives, ha
 
 
 def call(reward: Any, prompt: Any, completion: Any) -> tuple[Any, str | None]:
-    """(value, reason): the value in a form that travels between processes, or why there is none.
+    """(value, reason): the value in a form that travels between processes, or why it is missing.
 
     `prompt` and `completion` are lists for a batched reward, whose value is a list with one such pair for each.
     """

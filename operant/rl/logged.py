@@ -53,15 +53,15 @@ def read_logged(
 ) -> list[tuple[Prompt, Completion, Any]]:
     """(prompt, completion, reward or None) of each row of a log, for `train(logged=…)`.
 
-    rows: each with `tokens` (T ids) or `completion` (a text, which is read with its end-of-text), `reward` (a number,
-    or T of them) if there is one, and `behavior_logprobs` (T numbers) of its tokens if they are known. prompts: one a
-    row; a row's `prompt_tokens`, if it has them, are what was asked, however the prompt's text is read now. places: the
-    row (from 0) of each prompt, where some rows have none. vocabulary: ids that the model knows; None takes the
-    tokenizer's.
+    rows: each with `tokens` (T ids) or `completion` (a text, which is read with its end-of-text); with `reward` (a
+    number, or T of them) if there is one; with `behavior_logprobs` (T numbers, in nats) if they are known. prompts:
+    one a row; a row's `prompt_tokens`, if it has them, are what was asked, however the prompt's text is read now.
+    places: the row (from 0) of each prompt, where some rows have none. vocabulary: ids that the model knows; None takes
+    the tokenizer's.
 
-    Raises OperantError, naming the row (from 1), for one without a completion, with ids that are none of this
-    vocabulary or of another tokenizer (`tokenizer_hash`), with other than one finite log-probability a token, or with a
-    text for a reward.
+    Raises OperantError, naming the row (from 1), for one without a completion, with ids of another tokenizer
+    (`tokenizer_hash`) or outside the vocabulary, without a finite log-probability for each token, or with a text for a
+    reward.
     """
     places = range(len(rows)) if places is None else places
     if len(places) != len(prompts):

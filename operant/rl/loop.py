@@ -147,8 +147,8 @@ def check_request(
 ) -> TrainRequest:
     """Refuse by name what `train` cannot honour, before anything is begun. The arguments are those of `train`.
 
-    Raises OperantError for a combination that the algorithm cannot honour, for missing data, for prompts that do not
-    fit the model or share an id, for measures that are not there, and for a log that the policy cannot read or learn
+    Raises OperantError for a combination that the algorithm cannot honour, for missing data, and for measures that are
+    not there; for prompts that do not fit the model or share an id; for a log that the policy cannot read or learn
     from.
     """
     prompts, dev_prompts, pairs, logged = list(prompts), list(dev_prompts), list(pairs), list(logged)
@@ -449,8 +449,8 @@ def settled_reward(config: TrainConfig, reward: Any) -> tuple[TrainConfig, Any]:
 
     reward: as in `train`.
 
-    Raises OperantError when there is no reward, when its name is unknown, and for a dense reward that is asked of one
-    which was made to pay at the end.
+    Raises OperantError when there is no reward, when its name is unknown, and when `dense` is asked of a reward that
+    was made to pay at the end.
     """
     if config.environment:
         config = dataclasses.replace(config, reward=config.environment, dense=config.dense is True)

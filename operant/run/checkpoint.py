@@ -146,9 +146,9 @@ def latest(folder: Path) -> Path | None:
 def prune(folder: Path, keep: int = 2, protect: Iterable[str | Path] = ()) -> list[Path]:
     """Delete old checkpoints and return those deleted.
 
-    Kept are the `keep` newest healthy ones, the pointer's, everything in `protect` (names or paths, such as the best
-    one), and the newest unhealthy one if nothing healthy is newer, for the post-mortem. Unhealthy and visibly damaged
-    checkpoints (a file missing or of the wrong size) never count towards `keep`.
+    Kept are the `keep` newest healthy ones, the pointer's, and everything in `protect` (names or paths, such as the
+    best one). The newest unhealthy one is kept for the post-mortem if nothing healthy is newer. Unhealthy and visibly
+    damaged checkpoints (a file missing or of the wrong size) never count towards `keep`.
 
     Raises:
         ValueError: `keep` is less than 1.

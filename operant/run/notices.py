@@ -1,4 +1,4 @@
-"""What a person should be told about a run, read off its series: collapse, and rewards that teach nothing.
+"""What a person should know about a run, read off its series: collapse, and rewards that teach nothing.
 
 One pure function, which the terminal, the report and the page of `operant serve` share. It judges nothing by itself and
 ends nothing: a reward may well be worth a model that says one thing. But nobody should find that out last.
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["WATCHED", "Notice", "Series", "levels", "notices", "told_once"]
+__all__ = ["WATCHED", "Notice", "Series", "levels", "new_notices", "notices"]
 
 #: (step, value) pairs, by step; values may be NaN.
 Series = list[tuple[int, float]]
@@ -38,9 +38,10 @@ WATCHED = (
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """One thing to be told. kind: "collapse", the policy is losing what it could; "idle", its rewards teach nothing.
+    """One thing that a person should know.
 
-    name: what it is about, the same in every step that it holds. text: with the numbers.
+    kind: "collapse", the policy is losing what it could; "idle", its rewards teach nothing. name: what it is about, the
+    same in every step that it holds. text: with the numbers.
     """
 
     kind: Literal["collapse", "idle"]
@@ -51,10 +52,10 @@ class Notice:
 def notices(series: Mapping[str, Series], optimised: Collection[str] = ()) -> list[Notice]:
     """What holds of a run as its series stand now, collapse first. Series that are missing say nothing.
 
-    Collapse is a held-out KL past `KL_BOUND`, distinct-2 halved, entropy gone, one answer for nearly all held-out
-    prompts where there had been several, preferred completions that lost as much likelihood, and a fall of what is
-    optimised, each from the first level to the last (`levels`). Idle are steps whose rewards are all the same, and
-    groups that tie, over the last `IN_A_ROW` steps.
+    Collapse is a change from the first level to the last (`levels`): a held-out KL past `KL_BOUND`, distinct-2 halved,
+    entropy gone, one answer for nearly all held-out prompts where there had been several, preferred completions that
+    lost as much likelihood, or a fall of what is optimised. Idle are steps whose rewards are all the same, and groups
+    that tie, over the last `IN_A_ROW` steps.
 
     series: by slash-named metric, such as a `RunRecord`'s. optimised: held-out metrics that the reward optimises, such
     as {"bleu"}, beside the reward itself.
@@ -62,12 +63,12 @@ def notices(series: Mapping[str, Series], optimised: Collection[str] = ()) -> li
     return [*_collapse(series, optimised), *_idle(series)]
 
 
-def told_once(found: Iterable[Notice], told: set[str]) -> list[Notice]:
-    """Those whose name is not in `told`, which afterwards holds the names of all that hold: what ends may come back."""
+def new_notices(found: Iterable[Notice], known: set[str]) -> list[Notice]:
+    """Those whose name is not in `known`, which then becomes the names of all that hold: what ended may come back."""
     every = list(found)
-    new = [notice for notice in every if notice.name not in told]
-    told.clear()
-    told.update(notice.name for notice in every)
+    new = [notice for notice in every if notice.name not in known]
+    known.clear()
+    known.update(notice.name for notice in every)
     return new
 
 

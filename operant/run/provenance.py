@@ -223,9 +223,9 @@ def _commit() -> str | None:
     """The commit of the repository around the working folder, else of the one around the package."""
     for folder in (Path.cwd(), Path(__file__).parent):
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            told = subprocess.run(
+            described = subprocess.run(
                 ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                 cwd=folder, capture_output=True, text=True, timeout=10, check=True,
             )  # fmt: skip
-            return told.stdout.strip()
+            return described.stdout.strip()
     return None

@@ -649,9 +649,9 @@ def _eval_table(run: RunRecord, optimised: Collection[str]) -> str:
 
 def _hacking(run: RunRecord, optimised: Collection[str], figures: Sequence[str]) -> str:
     checks, found = hacking_checks(run, optimised), notices(run.series, optimised)
-    told = "".join(f'<li class="bad"><b>{_esc(_KINDS[n.kind])}</b><span>{_esc(n.text)}</span></li>' for n in found)
+    alerts = "".join(f'<li class="bad"><b>{_esc(_KINDS[n.kind])}</b><span>{_esc(n.text)}</span></li>' for n in found)
     if not checks:
-        return _section("Completions", "", f'<ul class="checks">{told}</ul>' if told else "", _grid(figures))
+        return _section("Completions", "", f'<ul class="checks">{alerts}</ul>' if alerts else "", _grid(figures))
     verdict, state = _verdict(run, checks, found)
     items = "".join(
         f'<li class="{check.state}"><b>{_esc(check.name)}</b><span>{_esc(check.text)}</span></li>' for check in checks
@@ -661,7 +661,7 @@ def _hacking(run: RunRecord, optimised: Collection[str], figures: Sequence[str])
         "What was optimised, beside what was not. Compared are the means over the first and the last tenth of the "
         "measurements; of twenty or fewer, the first and the last one.",
         f'<p class="verdict {state}">{_esc(verdict)}</p>',
-        f'<ul class="checks">{told}{items}</ul>',
+        f'<ul class="checks">{alerts}{items}</ul>',
         _grid(figures),
     )
 

@@ -28,7 +28,7 @@ from operant.config import LoraConfig, RunConfig, check_settings, completed, to_
 from operant.models.folder import copy_linked, settle
 from operant.run import checkpoint
 from operant.run.files import swap_folder
-from operant.run.notices import notices, told_once
+from operant.run.notices import new_notices, notices
 from operant.run.provenance import Hash, rows_hash
 from operant.run.report import write_report
 from operant.run.runlog import FREE_KEYS, Progress, RunFolder, RunLog
@@ -157,7 +157,7 @@ class Run:
         self.spent_seconds = 0.0
         self.state: dict[str, Any] = {}
         self.facts: dict[str, Any] = {}  # more for run.json
-        self._told: set[str] = set()  # the notices that hold, which were told when they began to
+        self._known_notices: set[str] = set()  # the names of those that hold
         self.log: RunLog
         self._data = ""  # what it learns from, in words
         self._sources: dict[str, Mapping[str, Hash]] = {}  # and the hashes of what no file of the configuration names
@@ -402,7 +402,7 @@ class Run:
 
     def watch(self) -> None:
         """Tell what `notices` finds in the run so far, each thing once for as long as it holds."""
-        found = told_once(notices(self.log.series, self.facts.get("optimises", ())), self._told)
+        found = new_notices(notices(self.log.series, self.facts.get("optimises", ())), self._known_notices)
         if signs := [notice.text for notice in found if notice.kind == "collapse"]:
             self.note(f"step {self.step}: signs of collapse: {'; '.join(signs)}. Try a lower --lr")
         for notice in found:

@@ -176,7 +176,7 @@ def fit(run: Run, model: M, task: StageTask, config: FitConfig) -> StageResult[M
 
     Raises OperantError when too many steps in a row were non-finite, and when the run cannot be resumed.
     """
-    rate, told = settled_rate(run, model)
+    rate, note = settled_rate(run, model)
     learner = Learner(
         model, lr=rate, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm,
         warmup_steps=config.warmup_steps, total_steps=config.steps, schedule=config.schedule,
@@ -185,8 +185,8 @@ def fit(run: Run, model: M, task: StageTask, config: FitConfig) -> StageResult[M
     model.recomputes = config.activation_checkpointing
     state: dict[str, float] = {"stale": 0, "dev_loss": math.inf}
     run.attach(model, learner, state)
-    if told:
-        run.note(told)
+    if note:
+        run.note(note)
     if not math.isfinite(state["dev_loss"]):
         state["dev_loss"] = math.inf
     held_out = EarlyStopping(run, task, state)
