@@ -1315,6 +1315,8 @@ class LearnerConfig(LiveConfig, FormatFields):
         lora_rank: learn a low-rank adapter of this rank instead of the weights; 0 learns the weights. auto is 8 for a
             model of more than 10 million weights, and an adapter that is there already goes on. Only to begin a new
             root.
+        lora_layers: put the adapter only into so many of the model's blocks, the ones next to its output; what comes
+            out of the others is then computed once a text. 0 is all of them; auto is half. Only to begin a new root.
         anchors: rows with prompts, of a folder its train split, on whose answers every step is measured; empty asks a
             model with a chat template shipped questions, and samples from another as it is. Only to begin a new root.
         anchor_rows: so many anchor answers.
@@ -1341,6 +1343,7 @@ class LearnerConfig(LiveConfig, FormatFields):
     store: Common[str] = ""
     model: Common[str] = ""
     lora_rank: Common[NonNegativeInt | Literal["auto"]] = "auto"
+    lora_layers: NonNegativeInt | Literal["auto"] = "auto"
     anchors: str = ""
     anchor_rows: PositiveInt = 8
     anchor_tokens: PositiveInt | Literal["auto"] = "auto"

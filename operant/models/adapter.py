@@ -15,10 +15,12 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from operant.config import LoraConfig, ModelConfig
 from operant.models.folder import ADAPTER, INNER, Base, call_base, copy_linked, expect_base, holds, name_base
+from operant.models.stem import blocks_of
 from operant.types import OperantError
 
 __all__ = [
@@ -40,6 +42,7 @@ def add_adapter(
     *,
     alpha: float = 0.0,
     targets: Sequence[str] = (),
+    layers: int = 0,
     dropout: float = 0.0,
     seed: int = 0,
     task: str | None = None,
@@ -58,7 +61,7 @@ def add_adapter(
         scale = alpha or 2 * rank
         config = LoraConfig(
             r=rank, lora_alpha=int(scale) if float(scale).is_integer() else scale, lora_dropout=dropout,
-            target_modules=list(targets) or "all-linear", task_type=task,
+            target_modules=_upper(model, layers, targets) if layers else list(targets) or "all-linear", task_type=task,
             fan_in_fan_out=model.config.model_type == "gpt2",
         )  # fmt: skip
         try:
@@ -71,6 +74,19 @@ def add_adapter(
             raise OperantError(
                 f"no layer is named {', '.join(targets)}; --lora_targets takes some of {', '.join(sorted(linear))}"
             ) from error
+
+
+def _upper(model: Any, layers: int, targets: Sequence[str]) -> list[str]:
+    """The linear layers of the last blocks, as the model names them. Raises OperantError where there are no blocks."""
+    blocks = blocks_of(model)
+    if blocks is None:
+        raise OperantError(f"a {model.config.model_type} is no single row of blocks; leave --lora_layers out")
+    inside = {id(module) for block in blocks[-layers:] for module in block.modules()}
+    return [
+        name for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
+        and (not targets or name.rpartition(".")[2] in targets)
+    ] or list(targets)  # fmt: skip
 
 
 def adapt(model: Adaptable, config: LoraConfig, seed: int) -> None:

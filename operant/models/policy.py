@@ -41,6 +41,7 @@ from operant.models.generation import Generation, with_ends
 from operant.models.gguf import load_gguf
 from operant.models.head import WHOLE, Distributions, Tail, of_rows
 from operant.models.memory import computed_again
+from operant.models.stem import Stem
 from operant.types import Batch, Ints, OperantError, Trajectory
 
 transformers.utils.logging.disable_progress_bar()  # a bar for every checkpoint would bury our own
@@ -157,6 +158,7 @@ class Policy:
         self._attends_in_rows = True  # until a forward pass shows otherwise
         self._splits_head = True  # the same
         self._is_reference = False  # inside `as_reference`
+        self._stem: Stem | None = None
         forward = inspect.signature(self._base().forward).parameters
         self._keeps_logits = "logits_to_keep" in forward
         self._takes_positions = "position_ids" in forward
@@ -315,22 +317,36 @@ class Policy:
         dropout: float = 0.0,
         seed: int = 0,
         targets: Sequence[str] = (),
+        layers: int = 0,
     ) -> None:
         """Train a low-rank adapter instead of the weights (`adapter.add_adapter`).
 
         An adapter that is there already becomes a part of the weights that the new one is added to.
-        Raises OperantError when no layer is named as one of `targets`.
+        Raises OperantError as `adapter.add_adapter` does.
         """
         self.merge_adapter()
         self.model = add_adapter(
-            self.model, rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed,
+            self.model, rank, alpha=alpha, targets=targets, layers=layers, dropout=dropout, seed=seed,
             task="SEQ_2_SEQ_LM" if self.has_encoder else "CAUSAL_LM",
         )  # fmt: skip
+
+    def keep_stem(self) -> None:
+        """Compute what lies below the first block that learns once a text, and keep it (`stem.Stem`).
+
+        Nothing there may learn from now on. It changes the last bits of what is computed, where there is such a block.
+        """
+        self._stem = None if self.recomputes else Stem.of(self._base())
+
+    @property
+    def stem_depth(self) -> int:
+        """How many blocks are read once a text, 0 without `keep_stem`."""
+        return 0 if self._stem is None else self._stem.depth
 
     def merge_adapter(self) -> None:
         """Make the adapter, where there is one, a part of the weights, which are all trained from now on."""
         if self.is_lora:
             self.model, self._origin = self.model.merge_and_unload().requires_grad_(True), None
+            self._stem = None
 
     def twin(self) -> Policy:
         """A policy with an adapter of its own, equal to this one's now, on the same base: memory holds that once.
@@ -752,13 +768,32 @@ class Policy:
                 "use_cache": False,
             }
             config = self._base().config
-            with attending_in_rows(config, picked) as used, self._recomputing(None, picked):
+            above = self._from_stem(batch, source)
+            with above as skipped, attending_in_rows(config, picked) as used, self._recomputing(None, picked):
                 chosen = read(expand[rows, columns - 1], lambda: self.model(**arguments))
-            if used.calls == self._decoder_layers():
+            if used.calls == self._decoder_layers() - skipped:
                 return chosen
             self._attends_in_rows = False  # a model with attention of its own, which let the rows see each other
-        with self._recomputing():
+        with self._from_stem(batch), self._recomputing():
             return read(rows * width + columns - 1, lambda: self._forward(batch))
+
+    @contextlib.contextmanager
+    def _from_stem(self, batch: Batch, source: Tensor | None = None) -> Iterator[int]:
+        """Inside, a pass begins above the stem, where there is one: yields how many blocks it leaves out.
+
+        source: the flat places int64[N] of the tokens that are computed, in one row; None for the whole batch.
+        """
+        real = batch.segment_ids >= 0
+        if self._stem is None or not bool(((batch.segment_ids == batch.segment_ids[:, :1]) | ~real).all()):
+            yield 0
+            return
+        base = self._base()
+        with self.autocast():
+            texts = self._stem.states(base, [row[known] for row, known in zip(batch.tokens, real, strict=True)])
+        states = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        states = torch.nn.functional.pad(states, (0, 0, 0, batch.tokens.shape[1] - states.shape[1]))
+        with self._stem.given(base, states if source is None else states.flatten(0, 1)[source][None]):
+            yield self._stem.depth
 
     @contextlib.contextmanager
     def _recomputing(self, trunk: Any = None, layout: RowLayout | None = None) -> Iterator[None]:

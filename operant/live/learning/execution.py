@@ -129,7 +129,10 @@ def load_version(versions: Versions, version: int, config: LearnerConfig, like: 
     Raises OperantError when they are not there, or broken.
     """
     folder = Path(versions.get(version).path) / "model"
-    return load_like(like, folder, config.device, config.dtype)
+    policy = load_like(like, folder, config.device, config.dtype)
+    if like is None:
+        policy.keep_stem()  # the others have it from this one
+    return policy
 
 
 def load_like(like: Policy | None, folder: Path, device: str, dtype: str) -> Policy:

@@ -26,6 +26,7 @@ from operant.live.learning.step import StepResult, fingerprint, new_learner
 from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
 from operant.models.adapter import rank_of
 from operant.models.policy import Policy, is_large
+from operant.models.stem import blocks_of
 from operant.types import OperantError
 
 __all__ = ["LiveLearner", "expect_rank"]
@@ -61,6 +62,7 @@ class LiveLearner:
             policy = Policy.load(self.config.model, device=self.config.device, dtype=self.config.dtype)
             _choose_what_learns(policy, self.config)
             policy.model.eval()
+            policy.keep_stem()
             settle_style(policy, self.config)  # every version is asked as this one
             keep_pace(self.versions.root, self.config, policy)
             self.config = settled(self.config, self.versions.root)
@@ -231,9 +233,17 @@ def _choose_what_learns(policy: Policy, config: LearnerConfig) -> None:
     elif rank == 0:
         policy.merge_adapter()
     if rank:
-        policy.add_lora(rank, seed=config.seed)
+        policy.add_lora(rank, layers=_layers(policy, config.lora_layers), seed=config.seed)
     if config.dtype == "bf16-true" and not policy.is_lora:
         raise OperantError("--dtype bf16-true has no room for the small steps of a rating; give --lora_rank 8 too")
+
+
+def _layers(policy: Policy, asked: int | Literal["auto"]) -> int:
+    """How many blocks get an adapter, 0 for all: half of them where nobody has chosen."""
+    if asked != "auto":
+        return asked
+    blocks = blocks_of(policy.model)
+    return 0 if blocks is None else (len(blocks) + 1) // 2
 
 
 def expect_rank(versions: Versions, config: LearnerConfig) -> None:

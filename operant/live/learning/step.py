@@ -92,7 +92,7 @@ def fingerprint(policy: Policy) -> dict[str, str]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "dtype": policy.dtype,
-    }
+    } | ({"stem": str(policy.stem_depth)} if policy.stem_depth else {})
 
 
 def new_learner(policy: Policy, config: LiveConfig) -> Learner:
