@@ -40,6 +40,7 @@ RECORD = Records(RECORDS / "rater")
 MODEL = Path(os.environ.get("OPERANT_MODELS") or ROOT / "models") / "smollm2-135m-instruct"
 RATINGS, LOOKS = 100, (10, 30, 100)
 TOKENS, FACT_TOKENS = 24, 16
+DRAWN = 4  # answers to each unseen question
 CONDITIONS = ("served", "halfwrong")
 SHOWN = 10
 
@@ -164,13 +165,15 @@ def _ask(policy: Any, question: str, number: int) -> _Answered:
     return _Answered(f"answer-{number}", prompt, completion)
 
 
-def _answers(policy: Any, prompts: Sequence[Any], tokens: int, *, seed: int = 0, greedy: bool = False) -> list[Any]:
+def _answers(
+    policy: Any, prompts: Sequence[Any], tokens: int, *, seed: int = 0, greedy: bool = False, drawn: int = 1
+) -> list[Any]:
     from operant.models.sampler import Sampler
     from operant.types import Sampling
 
     temperature, top_p, top_k = policy.generation.settings(0.0 if greedy else None, None, None, chat=True)
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=tokens, seed=seed)
-    return [group[0] for group in Sampler(policy, max_rows=64).sample(prompts, sampling)]
+    return [answer for group in Sampler(policy, max_rows=64).sample(prompts, sampling, drawn) for answer in group]
 
 
 def _thumb(answer: str, liked: bool) -> Any:
@@ -195,7 +198,7 @@ def _looked_at(model: Path, styles: Sequence[str], seed: int) -> dict[str, dict[
     policy = Policy.load(model, device="cpu", dtype="bf16-true")
     policy.model.eval()
     unseen = load_prompts([{"prompt": question} for question in UNSEEN], policy.codec)
-    said = _answers(policy, unseen, TOKENS, seed=10_000 + seed)
+    said = _answers(policy, unseen, TOKENS, seed=10_000 + seed, drawn=DRAWN)
     facts = load_prompts([{"prompt": question} for question, _ in FACTS], policy.codec)
     known = _answers(policy, facts, FACT_TOKENS, greedy=True)
     right = [question for (question, wanted), c in zip(FACTS, known, strict=True) if is_right(c.text, wanted)]
@@ -206,7 +209,7 @@ def _looked_at(model: Path, styles: Sequence[str], seed: int) -> dict[str, dict[
         "right": right,
         "length": statistics.mean(len(text.split()) for text in texts),
         "distinct2": distinct([c.tokens for c in said]),
-        "texts": [f"{q} → {c.text}" for q, c in zip(UNSEEN, said, strict=True)][:SHOWN]
+        "texts": [f"{q} → {c.text}" for q, c in zip(UNSEEN[:SHOWN], said[::DRAWN], strict=False)]
         + [f"{q} → {c.text}" for (q, _), c in zip(FACTS, known, strict=True)],
     }
     return {

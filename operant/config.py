@@ -1255,7 +1255,8 @@ class LiveConfig:
         beta: of DPO, which learns edits and comparisons.
         sft_coef: weight of an edit's likelihood, per token, beside its pair.
         kl_coef: weight of the pull to the anchor version, per token, on the answers that a step learns from.
-        anchor_coef: weight of the anchor answers' likelihood, per token, in every step.
+        anchor_coef: weight of the pull to the anchor version, per token, on answers to questions that nobody rated.
+        anchor_pulls: so many of these answers in each step, others every time.
         score_low: the worst score.
         score_high: the best score; thumbs are the two ends.
         batch_size: events that one step takes at most.
@@ -1284,6 +1285,7 @@ class LiveConfig:
     sft_coef: NonNegativeFloat = 1.0
     kl_coef: NonNegativeFloat = 0.1
     anchor_coef: NonNegativeFloat = 0.0
+    anchor_pulls: PositiveInt = 4
     score_low: Common[FiniteFloat] = 0.0
     score_high: Common[FiniteFloat] = 1.0
     batch_size: PositiveInt = 16
@@ -1308,6 +1310,8 @@ class LearnerConfig(LiveConfig, FormatFields):
         kl_budget: nats per token that one step may move the policy on the anchor answers; auto as above.
         replay_events: earlier events that every step learns again. auto as above: 7, or 3 of a pretrained model, whose
             every text costs time.
+        anchor_coef: weight of the pull to the anchor version, per token, on answers to questions that nobody rated.
+            auto as above: 0, or ANCHOR of a pretrained model.
         root: the folder of the versions.
         store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
             operant.data.feedback_log writes it.
@@ -1339,6 +1343,7 @@ class LearnerConfig(LiveConfig, FormatFields):
     lr: Common[NonNegativeFloat | Literal["auto"]] = "auto"  # type: ignore[assignment]
     kl_budget: Common[PositiveFloat | Literal["auto"]] = "auto"  # type: ignore[assignment]
     replay_events: NonNegativeInt | Literal["auto"] = "auto"  # type: ignore[assignment]
+    anchor_coef: NonNegativeFloat | Literal["auto"] = "auto"  # type: ignore[assignment]
     root: Common[str] = "runs/live"
     store: Common[str] = ""
     model: Common[str] = ""

@@ -16,6 +16,7 @@ import torch
 from live import MemoryStore, Stored, anchors_of, answered, logprob, reader_of
 
 from operant.config import LiveConfig
+from operant.live.learning import step
 from operant.live.learning.anchors import asked_in_chat
 from operant.live.learning.gate import divergence, fast_gate, off_policy_value, sense_gate, sense_metrics, slow_gate
 from operant.live.learning.lesson import LearnerState, Lesson, prepare
@@ -357,6 +358,49 @@ def test_the_pull_keeps_what_a_rating_says_nothing_of(family: str, make_policy: 
         left[kl_coef] = divergence(anchors.logits(policy, 4096), anchors.logits(bare, 4096))
     assert left[0.3] < 0.9 * left[0.0]
     assert kls[0] == pytest.approx(0, abs=1e-5) and kls[-1] > 1e-4  # of the answers that are learned from
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_pull_on_other_answers_keeps_what_nobody_rated(family: str, make_policy: Make) -> None:
+    left: dict[float, float] = {}
+    for anchor_coef in (0.0, 0.5):
+        policy = make_policy(family)
+        bare, store = deepcopy(policy), answered(policy)
+        origin, others = Origin(bare), anchors_of(policy)
+        config = LiveConfig(lr=1e-3, kl_coef=0.0, anchor_coef=anchor_coef, anchor_pulls=1, kl_budget=10.0)
+        learner, state = new_learner(policy, config), LearnerState()
+        begin = total(policy, store.interactions["c1"])
+        for number in range(8):
+            store.add("c1", "thumb", 1)
+            lesson = read(policy, store, config, events=store.events_after(number, 1), state=state)
+            state, pulled = lesson.state, others.some(policy, 1, seed=number)
+            assert len(pulled.tokens) == 1
+            assert take_step(policy, learner, lesson, others, config, origin=origin, pulled=pulled).moved
+        assert total(policy, store.interactions["c1"]) > begin + 0.1
+        left[anchor_coef] = divergence(others.logits(policy, 4096), others.logits(bare, 4096))
+    assert left[0.5] < 0.9 * left[0.0]
+
+
+def test_the_pull_on_other_answers_is_the_kl_of_each_of_their_tokens(make_policy: Make) -> None:
+    policy, bare = make_policy("gpt2"), make_policy("gpt2")
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.mul_(1.1)
+    others = anchors_of(bare)
+    pulled = others.some(policy, 2, seed=0)
+    with torch.no_grad():
+        loss, extra = step._loss_of(LiveConfig(anchor_coef=0.5), Origin(bare), None)(policy, pulled)
+    for prompt, answer in zip(others.prompts, others.answers, strict=True):
+        row = [*prompt.tokens.tolist(), *answer.tolist()]
+        at = pulled.tokens[:, : len(row)].tolist().index(row)
+        of, to = (
+            one.model(input_ids=torch.tensor([row])).logits[0, len(prompt.tokens) - 1 : -1].double().log_softmax(-1)
+            for one in (policy, bare)
+        )
+        wanted = (0.5 * (of.exp() * (of - to)).sum(-1)).detach()
+        assert torch.allclose(loss[at][pulled.action_mask[at]].double(), wanted, atol=1e-5)
+        assert float(wanted.max()) > 1e-3
+    assert extra == {} and float(loss[~pulled.action_mask].abs().sum()) == 0
 
 
 @pytest.mark.parametrize(("options", "flag"), [({"score_low": 1.0}, "--score_low"), ({"beta": -0.1}, "--beta")])

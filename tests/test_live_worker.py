@@ -202,6 +202,53 @@ def test_an_adapter_learns_and_all_versions_stand_on_one_base(
     Worker(dataclasses.replace(loop.worker.config, lora_rank="auto"), loop.store).start()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_adapter_on_the_upper_blocks_learns_from_what_comes_out_of_the_others(
+    family: str, make_loop: Callable[..., Loop]
+) -> None:
+    """And is pulled by other answers of the model that it began as. What one process made another makes again."""
+    options = {"lora_rank": 2, "lr": 0.1, "replay_events": 2, "anchor_coef": 0.5, "anchor_pulls": 2, "batch_size": 1}
+    loop = make_loop(family, **options)
+    assert loop.worker.current().policy.stem_depth == 1
+    assert (loop.versions.root / "pulled.jsonl").exists()
+    before = loop.total("c1")
+    loop.rate("c1", "thumb", 1)
+    assert loop.total("c1") > before + 0.01
+    loop.rate("c2", "thumb", -1)
+    loop.rate("c0", "edit", "the cat")
+    record = loop.versions.record(3)
+    assert record.fingerprint["stem"] == "1" and record.coefficients["anchor_coef"] == 0.5
+    now = loop.worker.current().policy
+    assert same(make_again(loop.versions, 3, loop.store, loop.worker.config), now)
+    other = loop.again()
+    assert other.worker.current().policy.stem_depth == 1
+    other.worker.look_ahead()
+    loop.worker.look_ahead()
+    loop.rate("c3", "thumb", 1)
+    assert same(make_again(loop.versions, 4, loop.store, loop.worker.config), loop.worker.current().policy)
+    whole = Worker(dataclasses.replace(loop.worker.config, anchor_coef=0.0), loop.store)  # what is said now counts now
+    whole.say = lambda told: None
+    whole.start()
+    loop.store.add("c3", "thumb", -1)
+    assert whole.once() and whole.versions.record(5).coefficients["anchor_coef"] == 0.0
+    assert same(make_again(loop.versions, 4, loop.store, loop.worker.config), as_saved(loop, 4).policy)
+
+
+def test_the_blocks_of_an_adapter_are_a_setting(make_loop: Callable[..., Loop], tmp_path: Path) -> None:
+    for layers, depth in (("auto", 1), (0, 0), (1, 1), (2, 0)):
+        loop = make_loop(root=str(tmp_path / f"of-{layers}"), lora_rank=2, lora_layers=layers)
+        assert loop.worker.current().policy.stem_depth == depth
+        assert json.loads((loop.versions.root / "pace.json").read_text())["lora_layers"] == (1 if depth else 0)
+        Worker(dataclasses.replace(loop.worker.config, lora_layers="auto"), loop.store).start()
+        Worker(dataclasses.replace(loop.worker.config, lora_layers=1 if depth else 0), loop.store).start()
+        there = "the last 1 blocks" if depth else "all blocks"
+        with pytest.raises(OperantError, match=f"learns an adapter on {there}, as it began; leave --lora_layers out"):
+            Worker(dataclasses.replace(loop.worker.config, lora_layers=0 if depth else 1), loop.store).start()
+    assert make_loop("t5", root=str(tmp_path / "t5"), lora_rank=2).worker.current().policy.stem_depth == 0
+    with pytest.raises(OperantError, match="leave --lora_layers out"):
+        make_loop("t5", root=str(tmp_path / "none"), lora_rank=2, lora_layers=1)
+
+
 def test_a_large_model_learns_an_adapter_unless_somebody_says_otherwise(
     make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

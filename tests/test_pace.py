@@ -52,7 +52,14 @@ def test_a_root_keeps_the_numbers_that_it_began_with(
 
     used = learn(config, "c0")
     assert (used["lr"], used["kl_budget"]) == (0.002, 0.03)
-    kept = {"lr": 0.002, "kl_budget": 0.03, "replay_events": 7, "anchor_tokens": 6}
+    kept = {
+        "lr": 0.002,
+        "kl_budget": 0.03,
+        "replay_events": 7,
+        "anchor_tokens": 6,
+        "anchor_coef": 0.0,
+        "lora_layers": 0,
+    }
     assert json.loads((root / "pace.json").read_text()) == kept
     monkeypatch.setattr(pace, "MADE_HERE", Pace(lr=0.9, kl_budget=0.9))  # a default that changed later
     used = learn(dataclasses.replace(config, kl_budget="auto", model=""), "c1")

@@ -25,6 +25,7 @@ __all__ = ["Anchors", "anchor_prompts", "asked_in_chat"]
 
 _QUESTION = "question-"  # how the ids of shipped questions begin
 
+PULLED = 32  # answers by which steps are pulled, beside the anchors; the shipped questions after them go to the gate
 PIECE = 2**23  # logits, 32 MB: what a step that goes too far is known by, before the other anchors are read
 
 
@@ -63,18 +64,36 @@ class Anchors:
     @classmethod
     def load(cls, root: Path, policy: Policy) -> Anchors:
         """Those of a root. Raises OperantError when a line of the file is no record."""
-        with _anchor_file(root).open(encoding="utf-8") as file:
+        return cls._read(_anchor_file(root), policy)
+
+    @classmethod
+    def load_pulled(cls, root: Path, policy: Policy) -> Anchors | None:
+        """The answers of a root by which steps are pulled, None where it has none. Raises as `load` does."""
+        file = _pulled_file(root)
+        return cls._read(file, policy) if file.exists() else None
+
+    @classmethod
+    def _read(cls, path: Path, policy: Policy) -> Anchors:
+        with path.open(encoding="utf-8") as file:
             kept = FeedbackLog.from_lines(file)
         answers = list(kept.completions.values())
         return cls(policy, [kept.prompts[a.prompt_id] for a in answers], [a.tokens for a in answers])
 
     def save(self, root: Path) -> None:
-        """Write them down in a root. Raises OperantError when a prompt cannot be written as JSON."""
+        """Write them down in a root, which is measured on them. Raises OperantError when a prompt cannot be written as
+        JSON."""
+        self._write(_anchor_file(root))
+
+    def save_pulled(self, root: Path) -> None:
+        """Write them down in a root, whose steps are pulled by them. Raises as `save` does."""
+        self._write(_pulled_file(root))
+
+    def _write(self, path: Path) -> None:
         lines = []
         for i, (prompt, answer) in enumerate(zip(self.prompts, self.answers, strict=True)):
             kept = Completion(f"anchor-answer-{i}", prompt.id, "", answer, np.zeros(len(answer), np.int64))
             lines += [line_of(dataclasses.replace(prompt, references=())), line_of(kept)]
-        replace_file(_anchor_file(root), "".join(lines))
+        replace_file(path, "".join(lines))
 
     @property
     def are_questions(self) -> bool:
@@ -96,30 +115,43 @@ class Anchors:
         """The answers' tokens, int64[K], in the order of `logits`."""
         return torch.cat([piece.tokens[piece.action_mask] for piece in self._parted(max_tokens)])
 
+    def some(self, policy: Policy, count: int, seed: int) -> Batch:
+        """So many of them, drawn without replacement, as a batch in which each token weighs the same."""
+        chosen = np.random.default_rng(seed).permutation(len(self.answers))[:count]
+        return policy.batch_of_sequences(
+            [self.prompts[i].tokens for i in chosen], [self.answers[i] for i in chosen],
+            normalisation="per_completion",
+        )  # fmt: skip
+
     def _parted(self, max_tokens: int) -> Iterator[Batch]:
         longest = int((self.batch.segment_ids >= 0).sum(1).max())
         rows = PIECE // (self.vocabulary * max(len(answer) for answer in self.answers))
         return microbatches(self.batch, min(max_tokens, max(1, rows) * longest))
 
 
-def anchor_prompts(config: LearnerConfig, policy: Policy) -> list[Prompt]:
-    """What a root's anchors are asked: rows of a file; else shipped questions, of a model that is asked in a chat
-    template of its own; else nothing at all.
+def anchor_prompts(config: LearnerConfig, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
+    """What a root is measured on, and by which answers its steps are pulled: rows of a file; else shipped questions, of
+    a model that is asked in a chat template of its own; else nothing at all.
 
     Raises OperantError when the file is missing or has no such column.
     """
+    asked = _asked(config, policy, config.anchor_rows + PULLED)
+    return asked[: config.anchor_rows], asked[config.anchor_rows :]
+
+
+def _asked(config: LearnerConfig, policy: Policy, count: int) -> list[Prompt]:
     assert config.anchor_tokens != "auto"
     if config.anchors:
-        rows = load_rows(config.anchors, split="train", limit=config.anchor_rows)
+        rows = load_rows(config.anchors, split="train", limit=count)
         return load_fitting_prompts(
             rows, policy, fields=Fields(prompt=config.prompt_field, references=config.reference_field),
             room=config.anchor_tokens, too_long="skip", **given_style(config),
         )  # fmt: skip
-    if asked := asked_in_chat(policy, QUESTIONS, room=config.anchor_tokens)[: config.anchor_rows]:
+    if asked := asked_in_chat(policy, QUESTIONS, room=config.anchor_tokens)[:count]:
         return asked
     # what the model says of itself: an end of text is what stands before a text
     bare = np.array([policy.codec.eos_id], np.int64)
-    return [Prompt(id=f"anchor-{i}", tokens=bare) for i in range(config.anchor_rows)]
+    return [Prompt(id=f"anchor-{i}", tokens=bare) for i in range(count)]
 
 
 def asked_in_chat(policy: Policy, questions: Sequence[str], *, room: int) -> list[Prompt]:
@@ -143,3 +175,7 @@ def _are_questions(prompts: Sequence[Prompt]) -> bool:
 
 def _anchor_file(root: Path) -> Path:
     return root / "anchors.jsonl"
+
+
+def _pulled_file(root: Path) -> Path:
+    return root / "pulled.jsonl"

@@ -25,11 +25,12 @@ from operant.live.learning.pace import settled
 from operant.live.learning.step import StepResult, fingerprint, new_learner, take_step
 from operant.live.storage.versions import StepRecord, Versions
 from operant.models.policy import Policy
-from operant.types import Feedback, OperantError
+from operant.run.run import mixed_seed
+from operant.types import Batch, Feedback, OperantError
 
 __all__ = [
-    "LoadedVersion", "Verified", "lesson_of", "load_like", "load_version", "make_again", "make_step", "verifiable",
-    "verify_root", "verify_version",
+    "LoadedVersion", "Verified", "lesson_of", "load_like", "load_version", "make_again", "make_step", "pulled_by",
+    "verifiable", "verify_root", "verify_version",
 ]  # fmt: skip
 
 
@@ -107,19 +108,33 @@ def _events_of(record: StepRecord, source: EventSource) -> list[tuple[int, Feedb
 
 
 def make_step(
-    record: StepRecord, at: LoadedVersion, lesson: Lesson, anchors: Anchors, config: LiveConfig, origin: Origin | None
+    record: StepRecord,
+    at: LoadedVersion,
+    lesson: Lesson,
+    anchors: Anchors,
+    config: LiveConfig,
+    origin: Origin | None,
+    pulled: Anchors | None,
 ) -> StepResult:
     """`take_step` with the record's coefficients and seed, whatever the learner in memory was made with.
 
-    origin: the version that `record.pulled_to` names.
+    origin: the version that `record.pulled_to` names. pulled: the answers of the root by which steps are pulled.
     """
     at.learner.lr = at.learner.critic_lr = config.lr
     if isinstance(at.learner.rule, Sgd):
         at.learner.rule.max_grad_norm = config.max_grad_norm
     torch.manual_seed(record.seed)
     return take_step(
-        at.policy, at.learner, lesson, anchors, config, origin=origin, anchor_logits=at.anchor_logits
+        at.policy, at.learner, lesson, anchors, config, origin=origin,
+        pulled=pulled_by(pulled, at.policy, config, record.version), anchor_logits=at.anchor_logits,
     )  # fmt: skip
+
+
+def pulled_by(pulled: Anchors | None, policy: Policy, config: LiveConfig, version: int) -> Batch | None:
+    """Those of a root's answers by which the step of this number is pulled, None where it is not."""
+    if pulled is None or not config.anchor_coef:
+        return None
+    return pulled.some(policy, config.anchor_pulls, mixed_seed(config.seed, "pull", version))
 
 
 def load_version(versions: Versions, version: int, config: LearnerConfig, like: Policy | None = None) -> Policy:
@@ -159,7 +174,9 @@ def make_again(versions: Versions, version: int, source: EventSource, config: Wo
     lesson, used = lesson_of(record, at, source, versions, config)
     pulled_to = record.pulled_to
     origin = None if pulled_to is None else Origin(load_version(versions, pulled_to, config, at.policy))
-    make_step(record, at, lesson, Anchors.load(versions.root, at.policy), used, origin)
+    anchors, pulled = (load(versions.root, at.policy) for load in (Anchors.load, Anchors.load_pulled))
+    assert anchors is not None
+    make_step(record, at, lesson, anchors, used, origin, pulled)
     if lesson.rehearsed != record.replayed:  # after the step, which leaves out what is too far, as the record does
         raise OperantError(f"the store lacks what step {version} learned again; give the --store that it began with")
     return at.policy

@@ -14,10 +14,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_settings
+from operant.data.batch import to_device
 from operant.data.prompts import settle_style
 from operant.live.learning.anchors import Anchors, anchor_prompts
 from operant.live.learning.events import EventSource
-from operant.live.learning.execution import LoadedVersion, lesson_of, load_version, make_step
+from operant.live.learning.execution import LoadedVersion, lesson_of, load_version, make_step, pulled_by
 from operant.live.learning.gate import Verdict, fast_gate
 from operant.live.learning.lesson import LearnerState, Lesson
 from operant.live.learning.origin import Origin
@@ -43,6 +44,7 @@ class LiveLearner:
         self.versions = Versions(config.root, config.keep)
         self.at: LoadedVersion | None = None
         self._anchors: Anchors | None = None
+        self._pulled: Anchors | None = None
         self._kept_logits: dict[str, tuple[int, Tensor]] = {}
         self._origin_kept: tuple[int, Origin] | None = None
         self._like: Policy | None = None  # whose base the others stand on
@@ -66,9 +68,12 @@ class LiveLearner:
             settle_style(policy, self.config)  # every version is asked as this one
             keep_pace(self.versions.root, self.config, policy)
             self.config = settled(self.config, self.versions.root)
-            asked, longest = anchor_prompts(self.config, policy), self.config.anchor_tokens
+            (asked, others), longest = anchor_prompts(self.config, policy), self.config.anchor_tokens
             assert longest != "auto"
             Anchors.of(policy, asked, max_tokens=longest, seed=self.config.seed).save(self.versions.root)
+            if self.config.anchor_coef and others:
+                pulled = Anchors.of(policy, others, max_tokens=longest, seed=self.config.seed)
+                pulled.save_pulled(self.versions.root)
             first = LoadedVersion(0, 0, policy, new_learner(policy, self.config), LearnerState())
             begun = self.versions.begin(first.save, fingerprint(policy))
             policy.moved_to(Path(begun.path) / "model")
@@ -118,7 +123,7 @@ class LiveLearner:
         """
         at, anchors = self.current(), self.anchors()
         lesson, config = self._announce(record, at, anchors)
-        result = make_step(record, at, lesson, anchors, config, self._origin(record.pulled_to))
+        result = make_step(record, at, lesson, anchors, config, self._origin(record.pulled_to), self.pulled())
         record.outcomes = result.outcomes
         record.times["stepped"] = time.time()
         if result.anchor_logits is None:
@@ -192,8 +197,11 @@ class LiveLearner:
         if at.anchor_logits is None:
             at.anchor_logits = self.anchors().logits(at.policy, self.config.tokens_per_microbatch)
         self._logits_of("since"), self._logits_of("anchor")
-        if self.config.kl_coef:
-            self._origin(self.versions.pointer().anchor)
+        if self.config.kl_coef or self.config.anchor_coef:
+            origin = self._origin(self.versions.pointer().anchor)
+            pulled = pulled_by(self.pulled(), at.policy, self.config, self.versions.next_version())
+            if origin is not None and pulled is not None:
+                origin.acting(to_device(pulled, at.policy.device))
 
     # --- what versions are measured on --------------------------------------------------------------------------------
 
@@ -202,6 +210,12 @@ class LiveLearner:
         if self._anchors is None:
             self._anchors = Anchors.load(self.versions.root, self.current().policy)
         return self._anchors
+
+    def pulled(self) -> Anchors | None:
+        """By which answers the steps of this root are pulled, some in each."""
+        if self._pulled is None and self.config.anchor_coef:
+            self._pulled = Anchors.load_pulled(self.versions.root, self.current().policy)
+        return self._pulled
 
     def _logits_of(self, role: Literal["anchor", "since"]) -> Tensor:
         """The logits of the version that loss, or drift, is measured from, on the anchor answers."""
@@ -247,14 +261,19 @@ def _layers(policy: Policy, asked: int | Literal["auto"]) -> int:
 
 
 def expect_rank(versions: Versions, config: LearnerConfig) -> None:
-    """Raises OperantError where a root began with another kind of weights than `lora_rank` asks for."""
-    if config.lora_rank == "auto":
-        return
+    """Raises OperantError where a root began with an adapter, or none, other than the settings ask for."""
     there = rank_of(versions.model(versions.pointer().version))
-    if config.lora_rank != there:
+    if config.lora_rank not in ("auto", there):
         what = f"an adapter of rank {there}" if there else "all weights"
         raise OperantError(
             f"{config.root} learns {what}, as it began; leave --lora_rank out and it goes on so, or give another --root"
+        )
+    layers = settled(dataclasses.replace(config, lora_layers="auto"), versions.root).lora_layers
+    if there and config.lora_layers not in ("auto", layers):
+        where = f"the last {layers}" if layers else "all"
+        raise OperantError(
+            f"{config.root} learns an adapter on {where} blocks, as it began; leave --lora_layers out and it goes on "
+            "so, or give another --root"
         )
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from operant.config import LearnerConfig
 from operant.models.policy import Policy, is_pretrained
+from operant.models.stem import blocks_of
 from operant.run.files import replace_file
 
 __all__ = ["FULL", "LORA", "MADE_HERE", "Pace", "keep_pace", "settled"]
@@ -29,6 +30,8 @@ class Pace:
     kl_budget: float
     replay_events: int = 7
     anchor_tokens: int = 32
+    anchor_coef: float = 0.0
+    lora_layers: int = 0
 
     @classmethod
     def of(cls, policy: Policy) -> Pace:
@@ -49,7 +52,14 @@ def keep_pace(root: Path, config: LearnerConfig, policy: Policy) -> None:
     """Write down in a root that begins what its settings are, `auto` resolved for this policy."""
     numbers = dataclasses.asdict(Pace.of(policy))
     numbers |= {name: value for name in numbers if (value := getattr(config, name)) != "auto"}
+    numbers["lora_layers"] = upper_blocks(policy)
     replace_file(_file(root), json.dumps(numbers))
+
+
+def upper_blocks(policy: Policy) -> int:
+    """How many blocks next to the head learn, 0 where all do."""
+    blocks = blocks_of(policy.model)
+    return 0 if blocks is None or not policy.stem_depth else len(blocks) - policy.stem_depth
 
 
 def settled(config: C, root: Path) -> C:

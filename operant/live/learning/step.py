@@ -7,7 +7,9 @@ DPO's reference is the version that the step begins with. The step is scaled bac
 answers is within its budget and what was just said is followed: so a rating moves its text in the right direction, or
 nothing moves and the outcome says why. Each step is one along its own gradient, with no momentum and no scaling by
 earlier ones; what steadies it is that some earlier ratings are rehearsed in every step, and what keeps the words that
-nobody spoke of is a pull to the anchor version on the same answers: kl_coef · KL(π‖π_anchor) for each of their tokens.
+nobody spoke of is a pull to the anchor version on the same answers: kl_coef · KL(π‖π_anchor) for each of their tokens;
+and anchor_coef times the same on a few answers to questions that nobody rated, others in each step (learning without
+forgetting, Li & Hoiem 2016).
 
 Nothing that learns here reads a clock, a file or a network.
 """
@@ -45,7 +47,7 @@ __all__ = ["ARITHMETIC", "StepResult", "fingerprint", "new_learner", "rating_los
 # The number of the arithmetic by which a live step is made: of the lesson, the loss, the policy's log-probs, the
 # gradient step and the line search. Raise it with every change that may give another last bit. It is a part of the
 # fingerprint, so that versions from before the change are then held to a tolerance and not to their bits.
-ARITHMETIC = 2
+ARITHMETIC = 3
 HALVINGS = 24  # of a step, before it is given up
 PATIENCE = 4  # tries with rehearsed events, before the new ones are learned alone
 UNLIKELY = 1e-3  # a probability under the anchor version; tokens below it are counted
@@ -124,11 +126,13 @@ def take_step(
     config: LiveConfig,
     *,
     origin: Origin | None = None,
+    pulled: Batch | None = None,
     anchor_logits: Tensor | None = None,
 ) -> StepResult:
     """One step of the weights, in place, and what became of each new event.
 
-    origin: the anchor version, to which `config.kl_coef` pulls; None leaves the pull out.
+    origin: the anchor version, to which `config.kl_coef` pulls on the rated answers and `config.anchor_coef` on
+    `pulled`; None leaves the pull out.
     anchor_logits: float32[K, V] of the weights as they are, on the anchor answers, where they are known already.
 
     When the step with rehearsed events does not follow what was said, one on the new events alone is made instead. The
@@ -148,7 +152,8 @@ def take_step(
     rows = _in_the_order_of_batches(lesson.fresh)
     search = _LineSearch(policy, fresh, rows, anchors, config, anchor_logits)
     loss_of, reason = _loss_of(config, origin, ahead), ""
-    for batches, tries in _attempts(policy, lesson, fresh, anchors, config):
+    also = [pulled] if pulled is not None and origin is not None else []
+    for batches, tries in _attempts(policy, lesson, fresh, also, config):
         found, room = search.begin, config.tokens_per_microbatch
         stats = learner.step([micro for batch in batches for micro in microbatches(batch, room)], loss_of)
         reason = stats.reason
@@ -164,10 +169,9 @@ def take_step(
 
 
 def _attempts(
-    policy: Policy, lesson: Lesson, fresh: list[Batch], anchors: Anchors, config: LiveConfig
+    policy: Policy, lesson: Lesson, fresh: list[Batch], also: list[Batch], config: LiveConfig
 ) -> Iterator[tuple[list[Batch], int]]:
-    """What steps are tried on, one after the other, and the tries that each has in the line search."""
-    also = [anchors.batch] if config.anchor_coef else []
+    """What steps are tried on, one after the other, and the tries that each has in the line search. also: in each."""
     if lesson.rehearsed:  # what was learned before may pull the other way; then the new events are learned alone
         yield [*_batches(policy, lesson.rated, lesson.paired, config), *also], PATIENCE
     yield [*fresh, *also], HALVINGS
@@ -412,11 +416,12 @@ def _loss_of_rows(logprobs: Tensor, batch: Batch, config: LiveConfig) -> Tensor:
 def _loss_of(
     config: LiveConfig, origin: Origin | None, ahead: _Ahead | None
 ) -> Callable[[Policy, Batch], tuple[Tensor, dict[str, Tensor]]]:
-    """The `learner.TokenLoss` of ratings and pairs, with the pull to the anchor version; and of anchor answers."""
+    """The `learner.TokenLoss` of ratings and pairs, with the pull to the anchor version; and of that pull alone."""
 
     def loss_of(policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if batch.kind == "supervised":
-            return config.anchor_coef * objectives.negative_log_likelihood(policy.logprobs(batch).logprobs), {}
+            assert origin is not None
+            return config.anchor_coef * _pull_of(policy.acting(batch), origin.acting(batch), batch)[0], {}
         acting = (ahead.take(batch) if ahead is not None else None) or policy.acting(batch)
         if origin is None or not config.kl_coef:
             return _loss_of_rows(policy.logprobs(batch, acting=acting).logprobs, batch, config), {}

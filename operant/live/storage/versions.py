@@ -88,8 +88,10 @@ class StepRecord:
 
     @property
     def pulled_to(self) -> int | None:
-        """The version that `LiveConfig.kl_coef` pulled the step to; None where the record knows of no pull."""
-        return self.anchor if self.coefficients.get("kl_coef") and self.anchor >= 0 else None
+        """The version to which `LiveConfig.kl_coef` and `anchor_coef` pulled the step; None where the record knows of
+        no pull."""
+        pulls = self.coefficients.get("kl_coef") or self.coefficients.get("anchor_coef")
+        return self.anchor if pulls and self.anchor >= 0 else None
 
     def to_json(self) -> str:
         """The text of the record's file."""
