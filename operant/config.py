@@ -1321,6 +1321,8 @@ class LearnerConfig(LiveConfig, FormatFields):
             root.
         lora_layers: put the adapter only into so many of the model's blocks, the ones next to its output; what comes
             out of the others is then computed once a text. 0 is all of them; auto is half. Only to begin a new root.
+        lora_orthogonal: begin the adapter orthogonal to so many directions of what its layers read in the anchor
+            answers, so that what all texts have in common teaches nothing; auto as above. Only to begin a new root.
         anchors: rows with prompts, of a folder its train split, on whose answers every step is measured; empty asks a
             model with a chat template shipped questions, and samples from another as it is. Only to begin a new root.
         anchor_rows: so many anchor answers.
@@ -1349,6 +1351,7 @@ class LearnerConfig(LiveConfig, FormatFields):
     model: Common[str] = ""
     lora_rank: Common[NonNegativeInt | Literal["auto"]] = "auto"
     lora_layers: NonNegativeInt | Literal["auto"] = "auto"
+    lora_orthogonal: NonNegativeInt | Literal["auto"] = "auto"
     anchors: str = ""
     anchor_rows: PositiveInt = 8
     anchor_tokens: PositiveInt | Literal["auto"] = "auto"

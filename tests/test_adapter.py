@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -503,3 +504,42 @@ def test_an_adapter_of_another_rank_is_refused_and_a_twin_learns_alone(base: Pat
     with pytest.raises(OperantError, match=r"is of another rank or model.* is \[3, "):
         policy.restore(tmp_path / "other")
     assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable_parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_a_new_adapter_is_turned_away_from_what_all_texts_have_in_common(
+    family: str, make_policy: Callable[..., Policy]
+) -> None:
+    policy, plain = (make_policy(family) for _ in range(2))
+    for one in (policy, plain):
+        one.add_lora(rank=2)
+    batches = [batch_for(policy), policy.batch_of_sequences([np.array([9, 4])], [np.array([5, 5, 7])])]
+    read: dict[str, list[torch.Tensor]] = {}
+    layers = {name: m for name, m in policy.model.named_modules() if hasattr(m, "lora_A")}
+
+    def note(name: str, states: torch.Tensor) -> None:
+        read.setdefault(name, []).append(states.flatten(0, -2))
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, given, name=name: note(name, given[0]))  # type: ignore[misc]
+        for name, layer in layers.items()
+    ]
+    for batch in batches:
+        policy.logprobs(batch)
+    for handle in handles:
+        handle.remove()
+    policy.turn_adapter_away(batches, 3)
+    for name, layer in layers.items():
+        states = torch.cat(read[name]).detach()
+        common = torch.linalg.svd(states, full_matrices=False)[2][:3]
+        weight = layer.lora_A["default"].weight.detach()
+        old = dict(plain.model.named_modules())[name].lora_A["default"].weight.detach()
+        assert float((weight @ common.T).abs().max()) < 1e-4 * float(weight.abs().max())
+        assert torch.allclose(weight.norm(), old.norm()) and not torch.equal(weight, old)
+        rest = old - (old @ common.T) @ common
+        assert torch.allclose(weight / weight.norm(), rest / rest.norm(), atol=1e-4)
+    assert torch.equal(logprobs(policy), logprobs(plain))  # nothing is added yet
+    shake(policy)
+    trained = [p.clone() for p in policy.trainable_parameters()]
+    policy.turn_adapter_away(batches, 3)  # what has learned stays
+    assert all(torch.equal(a, b) for a, b in zip(trained, policy.trainable_parameters(), strict=True))

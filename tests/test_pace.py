@@ -59,6 +59,7 @@ def test_a_root_keeps_the_numbers_that_it_began_with(
         "anchor_tokens": 6,
         "anchor_coef": 0.0,
         "lora_layers": 0,
+        "lora_orthogonal": 0,
     }
     assert json.loads((root / "pace.json").read_text()) == kept
     monkeypatch.setattr(pace, "MADE_HERE", Pace(lr=0.9, kl_budget=0.9))  # a default that changed later

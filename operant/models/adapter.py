@@ -25,12 +25,13 @@ from operant.types import OperantError
 
 __all__ = [
     "Adaptable", "adapt", "add_adapter", "base_weights", "freeze_adapter", "is_fresh", "load_adapter",
-    "rank_of", "restore_adapter", "save_adapter",
+    "rank_of", "restore_adapter", "save_adapter", "turn_away",
 ]  # fmt: skip
 
 WEIGHTS = "adapter_model.safetensors"
 NAME = "default"  # of the adapter that learns, PEFT's own
 REFERENCE = "reference"  # of a frozen copy of it
+SEEN = 1024  # tokens by which it is known what layers read
 # of each model: where what learns lies in memory, and `adapter_weights`
 _WEIGHTS: weakref.WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[str, Tensor]]] = weakref.WeakKeyDictionary()
 _WRAPPERS = {"base_layer", "original_module", "token_adapter"}  # what PEFT puts into the names of a base's weights
@@ -87,6 +88,46 @@ def _upper(model: Any, layers: int, targets: Sequence[str]) -> list[str]:
         if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
         and (not targets or name.rpartition(".")[2] in targets)
     ] or list(targets)  # fmt: skip
+
+
+@torch.no_grad()
+def turn_away(model: Any, read: Callable[[], object], directions: int, *, seed: int = 0) -> None:
+    """Turn a new adapter away from what the texts that `read` passes through the model have in common.
+
+    With X float[N, inputs] what a layer reads of N tokens, and U its first right singular vectors, so many as
+    `directions` or half of the inputs: A ← A (I − U Uᵀ), scaled back to its norm. A step on one text changes another by
+    what A makes alike of both. Most of what a layer reads is alike in every text, and that no longer counts (GPM, Saha
+    et al. 2021; InfLoRA, Liang and Li 2024).
+    """
+    layers = [module for module in model.modules() if NAME in getattr(module, "lora_A", {})]
+    inputs: list[Tensor] = []  # layers that read the same have it in common
+    read_by: dict[int, list[int]] = {id(layer): [] for layer in layers}
+    last: list[Tensor] = []
+
+    def note(layer: Any, arguments: tuple[Any, ...]) -> None:
+        if not last or last[0] is not arguments[0]:
+            last[:] = [arguments[0]]
+            states = arguments[0].reshape(-1, arguments[0].shape[-1])
+            inputs.append(states[:: max(1, len(states) // SEEN)].float())
+        read_by[id(layer)].append(len(inputs) - 1)
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        read()
+    finally:
+        for handle in handles:
+            handle.remove()
+    common: dict[tuple[int, ...], Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in layers:
+            which, weight = tuple(read_by[id(layer)]), layer.lora_A[NAME].weight
+            if which not in common:
+                states = torch.cat([inputs[i] for i in which])
+                count = min(directions, states.shape[1] // 2, len(states))
+                common[which] = torch.svd_lowrank(states, q=min(count + 8, *states.shape), niter=4)[2][:, :count]
+            turned = weight - (weight @ common[which]) @ common[which].T
+            weight.copy_(turned * (weight.norm() / turned.norm()))
 
 
 def adapt(model: Adaptable, config: LoraConfig, seed: int) -> None:

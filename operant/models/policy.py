@@ -19,10 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from operant.data.batch import Normalisation, from_sequences, from_trajectories
+from operant.data.batch import Normalisation, from_sequences, from_trajectories, to_device
 from operant.data.hub import fetched, load_fault
 from operant.data.text import Codec, looks_like_path
-from operant.models.adapter import add_adapter, freeze_adapter, load_adapter, restore_adapter, save_adapter
+from operant.models.adapter import (
+    add_adapter,
+    freeze_adapter,
+    is_fresh,
+    load_adapter,
+    restore_adapter,
+    save_adapter,
+    turn_away,
+)
 from operant.models.attention import PickedLogprobs, Picks, RowLayout, attending_in_rows, one_kernel_gelu
 from operant.models.cache import DecodeState
 from operant.models.critic import Critic
@@ -341,6 +349,13 @@ class Policy:
     def stem_depth(self) -> int:
         """How many blocks are read once a text, 0 without `keep_stem`."""
         return 0 if self._stem is None else self._stem.depth
+
+    def turn_adapter_away(self, batches: Sequence[Batch], directions: int) -> None:
+        """Let what these texts have in common teach a new adapter nothing (`adapter.turn_away`). One that was trained
+        stays as it is."""
+        if self.is_lora and is_fresh(self.model):
+            moved = [to_device(batch, self.device) for batch in batches]
+            turn_away(self.model, lambda: [self.logprobs(batch) for batch in moved], directions)
 
     def merge_adapter(self) -> None:
         """Make the adapter, where there is one, a part of the weights, which are all trained from now on."""

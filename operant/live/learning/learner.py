@@ -69,11 +69,17 @@ class LiveLearner:
             keep_pace(self.versions.root, self.config, policy)
             self.config = settled(self.config, self.versions.root)
             (asked, others), longest = anchor_prompts(self.config, policy), self.config.anchor_tokens
-            assert longest != "auto"
-            Anchors.of(policy, asked, max_tokens=longest, seed=self.config.seed).save(self.versions.root)
+            away = self.config.lora_orthogonal
+            assert longest != "auto" and away != "auto"
+            anchors = Anchors.of(policy, asked, max_tokens=longest, seed=self.config.seed)
+            anchors.save(self.versions.root)
             if self.config.anchor_coef and others:
                 pulled = Anchors.of(policy, others, max_tokens=longest, seed=self.config.seed)
                 pulled.save_pulled(self.versions.root)
+            if away:
+                read = [prompt.tokens for prompt in others if len(prompt.tokens) > 1]
+                texts = policy.batch_of_sequences([text[:1] for text in read], [text[1:] for text in read])
+                policy.turn_adapter_away([anchors.batch, texts][: 2 if read else 1], away)
             first = LoadedVersion(0, 0, policy, new_learner(policy, self.config), LearnerState())
             begun = self.versions.begin(first.save, fingerprint(policy))
             policy.moved_to(Path(begun.path) / "model")

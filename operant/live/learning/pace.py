@@ -32,6 +32,7 @@ class Pace:
     anchor_tokens: int = 32
     anchor_coef: float = 0.0
     lora_layers: int = 0
+    lora_orthogonal: int = 0
 
     @classmethod
     def of(cls, policy: Policy) -> Pace:
