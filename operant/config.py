@@ -1311,12 +1311,12 @@ class LearnerConfig(LiveConfig, FormatFields):
         replay_events: earlier events that every step learns again. auto as above: 7, or 3 of a pretrained model, whose
             every text costs time.
         anchor_coef: weight of the pull to the anchor version, per token, on answers to questions that nobody rated.
-            auto as above: 0, or ANCHOR of a pretrained model.
+            auto as above: 0.
         root: the folder of the versions.
         store: where completions and feedback are: FILE.db, a database URL, or, to read only, a file of JSON Lines as
             operant.data.feedback_log writes it.
         model: the first version, a folder, hub id or GGUF file; only to begin a new root.
-        lora_rank: learn a low-rank adapter of this rank instead of the weights; 0 learns the weights. auto is 8 for a
+        lora_rank: learn a low-rank adapter of this rank instead of the weights; 0 learns the weights. auto is 24 for a
             model of more than 10 million weights, and an adapter that is there already goes on. Only to begin a new
             root.
         lora_layers: put the adapter only into so many of the model's blocks, the ones next to its output; what comes

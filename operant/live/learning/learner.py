@@ -32,7 +32,7 @@ from operant.types import OperantError
 
 __all__ = ["LiveLearner", "expect_rank"]
 
-RANK = 8  # of an adapter that nobody has chosen
+RANK = 24  # of an adapter that nobody has chosen
 
 
 class LiveLearner:

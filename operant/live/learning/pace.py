@@ -45,7 +45,7 @@ class Pace:
 BEFORE = Pace(lr=0.01, kl_budget=0.02)  # of roots that began before they were written down
 #: How they were chosen stands in docs/decisions.md.
 MADE_HERE = Pace(lr=0.01, kl_budget=0.02)
-LORA = Pace(lr=0.01, kl_budget=0.02, replay_events=3, anchor_tokens=16)
+LORA = Pace(lr=0.025, kl_budget=0.02, replay_events=3, anchor_tokens=16, lora_orthogonal=32)
 FULL = Pace(lr=0.01, kl_budget=0.02, replay_events=3, anchor_tokens=16)
 
 
