@@ -6,9 +6,12 @@ torch is imported where it is used: the process that hands out tests to workers 
 from __future__ import annotations
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# what is kept of the checks of models: not in the home of whoever runs the tests
+os.environ.setdefault("OPERANT_CACHE", os.path.join(tempfile.gettempdir(), f"operant-tests-{os.getuid()}"))
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

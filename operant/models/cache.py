@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
 GROWTH = 64  # columns added when a cache is full: appending in place beats concatenating at every token
+
+
+class State(Protocol):
+    """What a policy remembers of rows that are being decoded: `DecodeState`, or `alone.RowStates`."""
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def select(self, index: Tensor) -> Self: ...
+
+    def keep(self, index: list[int]) -> list[int]: ...
+
+    def join(self, other: Self) -> Self: ...
 
 
 class GrowingLayer(DynamicLayer):
@@ -112,6 +128,10 @@ class DecodeState:
     @property
     def rows(self) -> int:
         return self.mask.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask.device
 
     def past_key_values(self) -> DynamicCache | EncoderDecoderCache:
         """The cache in the form that a Transformers model takes."""

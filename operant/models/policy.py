@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import os
 import warnings
@@ -22,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from operant.data.batch import Normalisation, from_sequences, from_trajectories, to_device
 from operant.data.hub import fetched, load_fault
 from operant.data.text import Codec, looks_like_path
+from operant.models import alone
 from operant.models.adapter import (
     add_adapter,
     freeze_adapter,
@@ -32,7 +34,7 @@ from operant.models.adapter import (
     turn_away,
 )
 from operant.models.attention import PickedLogprobs, Picks, RowLayout, attending_in_rows, one_kernel_gelu
-from operant.models.cache import DecodeState
+from operant.models.cache import DecodeState, State
 from operant.models.critic import Critic
 from operant.models.folder import (
     ADAPTER,
@@ -49,6 +51,7 @@ from operant.models.generation import Generation, with_ends
 from operant.models.gguf import load_gguf
 from operant.models.head import WHOLE, Distributions, Tail, of_rows
 from operant.models.memory import computed_again
+from operant.models.selfcheck import Paths, find_paths
 from operant.models.stem import Stem
 from operant.types import Batch, Ints, OperantError, Trajectory
 
@@ -96,11 +99,9 @@ class LanguagePolicy(Protocol):
     @property
     def generation(self) -> Generation: ...
 
-    def prefill(
-        self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None
-    ) -> tuple[DecodeState, Tensor]: ...
+    def prefill(self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None) -> tuple[State, Tensor]: ...
 
-    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor: ...
+    def decode(self, state: Any, tokens: Tensor) -> Tensor: ...
 
     def logprobs(self, batch: Batch, entropy: EntropyMode = "none") -> TokenLogprobs: ...
 
@@ -163,6 +164,7 @@ class Policy:
         self._full_precision = False
         self._folder: Path | None = None  # where it was loaded from
         self._origin: Base | None = None  # where its weights, or those that its adapter is on, lie
+        self.paths = Paths()  # `load` finds out which of them the model's family has
         self._attends_in_rows = True  # until a forward pass shows otherwise
         self._splits_head = True  # the same
         self._is_reference = False  # inside `as_reference`
@@ -170,9 +172,6 @@ class Policy:
         forward = inspect.signature(self._base().forward).parameters
         self._keeps_logits = "logits_to_keep" in forward
         self._takes_positions = "position_ids" in forward
-        kinds = getattr(self.config, "layer_types", None)
-        sliding = kinds is None or "sliding_attention" in kinds
-        self._window: int | None = getattr(self.config, "sliding_window", None) if sliding else None
 
     # --- making, loading, saving ---------------------------------------------------------------------------------
 
@@ -200,6 +199,8 @@ class Policy:
             else:
                 policy = cls._load_whole(source, device, dtype)
         policy._folder = path if path.is_dir() else None
+        if not getattr(policy.config, MADE_HERE, False):
+            policy.paths = find_paths(policy, source)
         return policy
 
     @classmethod
@@ -445,16 +446,32 @@ class Policy:
         return self.model.config
 
     @property
+    def text_config(self) -> Any:
+        """The part of `config` that is of the texts: all of it, but of a model that reads pictures or sounds too."""
+        config = self._base().config
+        return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+
+    @property
+    def _window(self) -> int | None:
+        """How many tokens its shortest attention looks back, where that is not all of them."""
+        config = self.text_config
+        kinds = getattr(config, "layer_types", None)
+        sliding = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
+        chunk = getattr(config, "attention_chunk_size", None) if kinds and "chunked_attention" in kinds else None
+        return min((size for size in (sliding, chunk) if size), default=None)
+
+    @property
     def is_lora(self) -> bool:
         return hasattr(self.model, "peft_config")
 
     @property
     def max_length(self) -> int:
         """Tokens that fit: prompt and completion together, or each side of an encoder-decoder."""
+        config = self.text_config
         for name in ("max_position_embeddings", "n_positions"):
-            value = getattr(self.config, name, None)
+            value = getattr(config, name, None)
             if isinstance(value, int) and value > 0:
-                return value
+                return min(value, _longrope_boundary(config) or value)
         return 2**20
 
     @property
@@ -591,6 +608,11 @@ class Policy:
         """
         if self.critic is None:
             raise OperantError("this policy has no critic; call add_critic(), or use --algorithm ppo")
+        if not self.paths.padded:
+            raise OperantError(
+                f"a critic reads rows together, and a {self.config.model_type} is read row by row; "
+                "choose an algorithm without a critic"
+            )
         start = self._decoder_start() if batch.context is not None else 0
         with self.autocast(), self._recomputing(self.critic.trunk):
             return _upcast(self.critic(self.model, batch, start, self._takes_positions))
@@ -632,6 +654,11 @@ class Policy:
         input. Column 0 of a decoder has no predictor; its logits are zero.
         """
         with self.autocast():
+            if not self._reads_together(batch):
+                rows, at = (batch.segment_ids >= 0).nonzero(as_tuple=True)
+                out = self._read_alone(batch, rows, at, self._head_at)
+                out = out.masked_fill((at == 0)[:, None] & (batch.context is None), 0.0)
+                return out.new_zeros(*batch.tokens.shape, out.shape[-1]).index_put((rows, at), out)[:, keep_from:]
             if batch.context is not None:
                 return _upcast(self._forward(batch).logits[:, keep_from:])
             columns = batch.tokens.shape[1] - max(keep_from, 1) + 1  # one more than wanted: the last predicts nothing
@@ -766,13 +793,15 @@ class Policy:
         puts them back into rows.
         """
         width = batch.tokens.shape[1]
+        if not self._reads_together(batch):
+            return self._read_alone(batch, rows, columns, read)
         if batch.context is not None:
             with self._recomputing():
                 return read(rows * width + columns, lambda: self._forward(batch))
         layout = self._layout(batch)
         if layout is not None:
             source, expand = layout
-            own = self._base().config._attn_implementation
+            own = self.text_config._attn_implementation
             picked = RowLayout(
                 Picks(expand.reshape(-1), len(source), (batch.segment_ids >= 0).reshape(-1)),
                 Picks(source, expand.numel()), width, own,
@@ -782,7 +811,7 @@ class Policy:
                 "position_ids": batch.position_ids.reshape(-1)[source][None],
                 "use_cache": False,
             }
-            config = self._base().config
+            config = self.text_config
             above = self._from_stem(batch, source)
             with above as skipped, attending_in_rows(config, picked) as used, self._recomputing(None, picked):
                 chosen = read(expand[rows, columns - 1], lambda: self.model(**arguments))
@@ -791,6 +820,22 @@ class Policy:
             self._attends_in_rows = False  # a model with attention of its own, which let the rows see each other
         with self._from_stem(batch), self._recomputing():
             return read(rows * width + columns - 1, lambda: self._forward(batch))
+
+    def _reads_together(self, batch: Batch) -> bool:
+        """Whether the rows of a batch go through the model at once."""
+        return self.paths.padded if batch.context is not None or _one_segment(batch) else self.paths.packed
+
+    def _read_alone(
+        self, batch: Batch, rows: Tensor, columns: Tensor, read: Callable[[Tensor, Callable[[], Any]], T]
+    ) -> T:
+        """`_read_at` of each row, or each segment of packed rows, by itself."""
+        start = self._decoder_start() if batch.context is not None else 0
+        with self._recomputing():
+            found: list[Any] = [
+                read(places, functools.partial(alone.forward, self.model, one, start))
+                for one, places in alone.parts(batch, rows, columns)
+            ]
+        return cast(T, None if any(part is None for part in found) else torch.cat(found))
 
     @contextlib.contextmanager
     def _from_stem(self, batch: Batch, source: Tensor | None = None) -> Iterator[int]:
@@ -817,7 +862,7 @@ class Policy:
         if not (self.recomputes and torch.is_grad_enabled()):
             yield
             return
-        config = self._base().config
+        config = self.text_config
 
         def inside() -> contextlib.AbstractContextManager[Any]:
             return contextlib.nullcontext() if layout is None else attending_in_rows(config, layout)
@@ -834,9 +879,11 @@ class Policy:
         None where nothing would be saved, for packed rows, and for attention that cannot be laid out so.
         """
         ids, starts = batch.prompt_ids, batch.prompt_lengths
-        if ids is None or starts is None or not self._takes_positions or not self._attends_in_rows:
+        if ids is None or starts is None or not self._takes_positions:
             return None
-        if self._base().config._attn_implementation not in ("sdpa", "eager"):
+        if not self._attends_in_rows or not self.paths.in_rows:
+            return None
+        if self.text_config._attn_implementation not in ("sdpa", "eager"):
             return None
         rows, width = batch.tokens.shape
         if self._window and width > self._window:
@@ -889,24 +936,21 @@ class Policy:
                 handle.remove()
         return _upcast(logits[0] if taken else at_places(logits))
 
-    def _attention(self, batch: Batch) -> Tensor:
-        """bool[B, S] for one segment a row; bool[B, 1, S, S], causal inside each segment, for packed rows."""
-        real = batch.segment_ids >= 0
-        first = batch.segment_ids[:, :1]
-        if bool(((batch.segment_ids == first) | ~real).all()):
-            return real.long()
+    def _attention(self, batch: Batch) -> Tensor | None:
+        """bool[B, S] for one segment a row; bool[B, 1, S, S], causal inside each segment, for packed rows. None for
+        packed rows wider than a window: Transformers then tells the segments apart by their positions, and it alone
+        knows which layer has which window."""
+        if _one_segment(batch):
+            return (batch.segment_ids >= 0).long()
         same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
-        causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
         if self._window and same.shape[1] > self._window:
-            raise OperantError(
-                f"rows of {same.shape[1]} packed tokens are wider than the attention window of {self._window}; "
-                f"use --block {self._window}"
-            )
+            return None
+        causal = torch.ones(same.shape[1:], dtype=torch.bool, device=same.device).tril()
         return self._as_mask((same & causal)[:, None])
 
     def _as_mask(self, allowed: Tensor) -> Tensor:
         """bool[B, 1, S, S] in the form that the model's attention takes."""
-        if self._base().config._attn_implementation == "eager":
+        if self.text_config._attn_implementation == "eager":
             low = torch.finfo(torch.float32).min
             return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, low)
         return allowed
@@ -916,7 +960,7 @@ class Policy:
         return encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
 
     def _decoder_start(self) -> int:
-        start = self.config.decoder_start_token_id
+        start = getattr(self.config, "decoder_start_token_id", None)
         if start is None:
             raise OperantError("the model's config has no decoder_start_token_id; set it in config.json")
         return int(start)
@@ -924,9 +968,11 @@ class Policy:
     # --- decoding ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None) -> tuple[DecodeState, Tensor]:
+    def prefill(self, prompts: Sequence[Ints], prefixes: Sequence[Ints] | None = None) -> tuple[State, Tensor]:
         """Read prompts (and prefixes already written). Returns the rows' state and their next logits float32[B, V]."""
         before = [np.empty(0, np.int64)] * len(prompts) if prefixes is None else list(prefixes)
+        if not self.paths.together:
+            return self._prefill_alone(prompts, before)
         layers = self._decoder_layers()
         state = DecodeState.empty(len(prompts), layers, self.device, self.has_encoder)
         if self.has_encoder:
@@ -951,9 +997,34 @@ class Policy:
             real[row, width - len(ids) :] = True
         return state, self._extend(state, block.to(self.device), real.to(self.device))
 
+    def _prefill_alone(self, prompts: Sequence[Ints], before: Sequence[Ints]) -> tuple[State, Tensor]:
+        """`prefill` of each row by itself."""
+        given = [torch.from_numpy(prompt)[None].to(self.device) for prompt in prompts]
+        written = [torch.from_numpy(prefix)[None].to(self.device) for prefix in before]
+        if self.has_encoder:
+            first = torch.tensor([[self._decoder_start()]], device=self.device)
+            rows = [alone.Row(prompt, first[:, :0]) for prompt in given]
+            written = [torch.cat([first, prefix], 1) for prefix in written]
+        else:
+            rows = [alone.Row(None, prompt[:, :0]) for prompt in given]
+            written = [torch.cat(pair, 1) for pair in zip(given, written, strict=True)]
+        state = alone.RowStates(rows)
+        return state, self._extend_alone(state, written)
+
+    def _extend_alone(self, state: alone.RowStates, tokens: Sequence[Tensor]) -> Tensor:
+        with self.autocast():
+            logits = [
+                alone.extend(self.model, row, more, cached=self.paths.cached)
+                for row, more in zip(state.each, tokens, strict=True)
+            ]
+        return _upcast(torch.stack(logits))
+
     @torch.no_grad()
-    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
+    def decode(self, state: State, tokens: Tensor) -> Tensor:
         """Append tokens int64[B] to the rows of `state` (changed in place); the next logits, float32[B, V]."""
+        if isinstance(state, alone.RowStates):
+            return self._extend_alone(state, list(tokens[:, None, None].unbind()))
+        assert isinstance(state, DecodeState)
         return self._extend(state, tokens[:, None], torch.ones_like(tokens, dtype=torch.bool)[:, None])
 
     def _extend(self, state: DecodeState, tokens: Tensor, real: Tensor) -> Tensor:
@@ -987,12 +1058,26 @@ class Policy:
         return _upcast(output.logits[:, -1])
 
     def _decoder_layers(self) -> int:
-        config = self.config
+        config = self.text_config
         for name in ("num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer"):
             value = getattr(config, name, None)
             if isinstance(value, int) and (self.has_encoder or name in ("num_hidden_layers", "n_layer")):
                 return value
         raise OperantError(f"the config of {config.model_type!r} does not say how many decoder layers there are")
+
+
+def _one_segment(batch: Batch) -> bool:
+    """Whether each row of a batch holds one text, and no several ones packed."""
+    return bool(((batch.segment_ids == batch.segment_ids[:, :1]) | (batch.segment_ids < 0)).all())
+
+
+def _longrope_boundary(config: Any) -> int | None:
+    """The tokens from which on a model with longrope reads all of a text in another way, those before them too; None
+    for other models. A text that grows across it has no log-probabilities that stay (Ding et al. 2024, Phi-3)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))]
+    long = [kind.get("original_max_position_embeddings") for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(filter(None, long), default=None)
 
 
 @contextlib.contextmanager
@@ -1072,13 +1157,18 @@ def _upcast(logits: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _decoder_positions(model: Any, positions: Tensor) -> Iterator[None]:
-    """BART and Marian number decoder positions by the cache's length; rows of different ages need their own."""
+    """BART, Marian and NLLB number decoder positions by the cache's length; rows of different ages need their own."""
     embedding = getattr(model.get_decoder(), "embed_positions", None)
     if embedding is None:  # T5: relative positions, which left padding leaves as they are
         yield
         return
 
     def replace(module: Any, args: Any, output: Tensor) -> Tensor:
+        if hasattr(module, "make_weights"):  # M2M-100 and NLLB: waves, after the place of the padding, as many as asked
+            first = module.padding_idx + 1
+            if (last := first + int(positions.max())) >= len(module.weights):
+                module.make_weights(last + 1, module.embedding_dim, module.padding_idx)
+            return module.weights[positions + first]
         return module.weight[positions + getattr(module, "offset", 0)]
 
     hook = embedding.register_forward_hook(replace)

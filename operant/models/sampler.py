@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from operant.models.cache import DecodeState
+from operant.models.cache import State
 from operant.models.policy import LanguagePolicy
 from operant.types import (
     Completion,
@@ -173,7 +173,7 @@ class Sampler:
         self.saved_tokens = 0  # decode steps that early stops made unnecessary, at most
         self._queue: deque[_Queued] = deque()
         self._rows: list[_Row] = []
-        self._state: DecodeState | None = None
+        self._state: State | None = None
         self._stale = False
         self._sequence = 0
 
@@ -305,7 +305,7 @@ class Sampler:
         logits: list[Tensor] = []
         if self._rows:
             assert self._state is not None
-            fed = torch.tensor([row.tokens[-1] for row in self._rows], device=self._state.mask.device)
+            fed = torch.tensor([row.tokens[-1] for row in self._rows], device=self._state.device)
             logits.append(self.policy.decode(self._state, fed))
         admitted = self._admit()
         if admitted is not None:
@@ -316,7 +316,7 @@ class Sampler:
             return []
         return self._draw(torch.cat(logits))
 
-    def _admit(self) -> tuple[DecodeState, Tensor] | None:
+    def _admit(self) -> tuple[State, Tensor] | None:
         """Prefill each admitted prompt once and share it among its completions."""
         prompts: list[Prompt] = []
         copies: list[int] = []
