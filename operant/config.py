@@ -468,6 +468,7 @@ class RunConfig:
             other programs hardly disturb. For comparisons; all threads count, processes that compute rewards do not.
         save_every: optimizer steps between checkpoints.
         keep: checkpoints kept beside the best one.
+        report: write report.html and its curves at the end, which takes seconds.
         tensorboard: also write TensorBoard event files.
         wandb: Weights & Biases project to log to as well (needs the extra wandb).
         max_grad_norm: gradients are scaled down to this norm.
@@ -491,6 +492,7 @@ class RunConfig:
     clock: Literal["wall", "cpu"] = "wall"
     save_every: PositiveInt = 200
     keep: PositiveInt = 2
+    report: bool = True
     tensorboard: bool = True
     wandb: str | None = None
     max_grad_norm: PositiveFloat = 1.0

@@ -440,6 +440,17 @@ def test_a_run_whose_rewards_are_all_missing_stops_and_says_why(
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.parametrize("report", [True, False])
+def test_a_run_has_a_report_where_one_is_wanted(
+    report: bool, make_policy: Callable[..., Policy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    train(make_policy("gpt2"), PROMPTS, quick(share_of_even), settings(out, steps=1, report=report))
+    assert (out / "report.html").exists() == report and bool(list((out / "curves").glob("*"))) == report
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"Model in {out}/model" + f", report in {out}/report.html" * report)
+
+
 def test_some_missing_rewards_cost_only_their_rows(make_policy: Callable[..., Policy], tmp_path: Path) -> None:
     calls = iter(range(1000))
 

@@ -45,11 +45,15 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.draws("quick")
-def test_it_writes_and_prints_what_it_promises(program: Program, tmp_path: Path) -> None:
-    out = tmp_path / "quick"
+def test_it_writes_and_prints_what_it_promises(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, measure, measured = tmp_path / "quick", module.evaluate, []
+    monkeypatch.setattr(module, "evaluate", lambda *given, **more: measured.append(given) or measure(*given, **more))
     command = ("quickstart", *SIZES, "--out", out)
     told = program(*command)
     assert told.status == 0, told
+    assert len(measured) == 4  # each row once; the answers that are shown are of those
     results = json.loads((out / "results.json").read_text())
     assert list(results) == ["pretrained", "finetuned", "continued", "rewarded"]
     for row in results.values():
@@ -58,6 +62,7 @@ def test_it_writes_and_prints_what_it_promises(program: Program, tmp_path: Path)
         assert re.search(rf"^{title}  +\d", told.out, re.MULTILINE)
     assert "20 labelled pairs, 4 steps\n" in told.out and "reward, and the pairs, 2 steps\n" in told.out
     assert "</html>" in (out / "report.html").read_text() and list((out / "curves").glob("*.png"))
+    assert not list(out.glob("*/report.html"))  # the circle's has the curves, which take seconds to draw
     assert Policy.load(out / "model", device="cpu").family == "decoder"
     assert [len(read_rows(out / "data" / f"{name}.jsonl")) for name in ("labelled", "prompts", "test")] == [20, 40, 12]
 

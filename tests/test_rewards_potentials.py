@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -235,6 +236,25 @@ def test_dense_rewards_telescope(metric):
             assert rewards.dtype == np.float64 and rewards.shape == row.tokens.shape
             difference = metric.measure(text, references) - metric.measure("", references)
             assert abs(rewards.sum() - difference) < 1e-9
+
+
+def test_a_text_that_comes_again_is_measured_once():
+    """Half of the completions of a group are often the same; another way into tokens is another potential."""
+    asked = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Counted(Chrf):
+        def measure(self, text, references):
+            asked.append(text)
+            return super().measure(text, references)
+
+    prompt = Prompt("p", np.zeros(1, dtype=np.int64), references=("the cat sat on the mat",))
+    rows = [completion("the cat sat", seed) for seed in (1, 1, 2)]
+    with RewardRunner(Counted(dense=True), workers=0) as runner:
+        first, second, third = (t.rewards for t in runner.run([(prompt, row) for row in rows]))
+    assert asked.count("the cat sat") == 2
+    assert np.array_equal(first, second) and first is not second
+    assert len(third) != len(first) and third.sum() == pytest.approx(first.sum())
 
 
 @pytest.mark.parametrize("metric", DENSE, ids=lambda metric: f"{metric.name}-{metric.kind}")

@@ -466,6 +466,21 @@ def test_the_time_left_is_that_of_what_ends_the_run(
     assert bar.line() == line
 
 
+def test_a_limit_of_processor_time_is_not_read_off_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine takes four times as long, and no step less."""
+    wall, spent = [0.0], [7.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: wall[0])
+    bar = runlog.Progress(
+        50, "train", seconds=100.0, clock=lambda: spent[0], stream=io.StringIO(), every=1e9
+    )  # fmt: skip
+    wall[0], spent[0] = 160.0, 47.0
+    bar.advance(20)
+    assert bar.line() == "train 20/50 (40%) · ETA 4:00"
+    wall[0], spent[0] = 320.0, 87.0
+    bar.advance(10)
+    assert bar.line() == "train 30/~38 (79%) · ETA 1:20"
+
+
 def test_a_broken_off_run_prints_where_it_was_once(tmp_path: Path) -> None:
     stream = io.StringIO()
 

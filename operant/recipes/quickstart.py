@@ -63,6 +63,7 @@ class Quickstart:
         self.config, self.out = config, out
         self.task: Task = make_task(config.seed, labelled=config.labelled, prompts=config.prompts)
         self.results: dict[str, dict[str, float]] = dict(results or {})
+        self.said: dict[str, list[Completion]] = {}  # of the rows that this process has measured
         # raw text, and the prompts themselves, which anybody with many prompts may read
         self.raw = self.task.raw + [row["prompt"] for row in self.task.prompts]
         self.codec = Codec.train_bpe(self.raw, vocab_size=512)
@@ -79,10 +80,11 @@ class Quickstart:
         return load_pairs(rows, self.codec)
 
     def options(self, stage: str) -> dict[str, Any]:
-        """Settings that every stage is given; each has a folder of its name in `out`."""
+        """Settings that every stage is given; each has a folder of its name in `out`. The circle has the report."""
         return {
             "out": str(self.out / stage), "seed": self.config.seed, "device": self.config.device,
-            "resume": (self.out / stage / "run.json").exists(), "tensorboard": False, "save_every": 20, "keep": 1,
+            "resume": (self.out / stage / "run.json").exists(), "report": False, "tensorboard": False, "keep": 1,
+            "save_every": 100,
         }  # fmt: skip
 
     def prepare(self) -> None:
@@ -112,7 +114,7 @@ class Quickstart:
         _say(f"{number}/{len(TITLES)} {TITLES[row]}: {text}")
         if learn().stop_reason.startswith("interrupted"):
             raise KeyboardInterrupt
-        values, _ = self.held_out(self.test)
+        values, self.said[row] = self.held_out(self.test)
         self.results[row] = {name: round(values[name] * (100 if name == "exact" else 1), 2) for name in METRICS}
         replace_file(self.out / "results.json", json.dumps(self.results, indent=1))
         _say("   " + ", ".join(f"{METRICS[name]} {value:.1f}" for name, value in self.results[row].items()))
@@ -170,8 +172,10 @@ class Quickstart:
 
     def answers(self, row: str) -> list[Completion]:
         """What the policy of a row answers to the test prompts."""
-        self.policy.restore(self.out / FOLDERS[row] / "model")
-        return self.held_out(self.test)[1]
+        if row not in self.said:
+            self.policy.restore(self.out / FOLDERS[row] / "model")
+            _, self.said[row] = self.held_out(self.test)
+        return self.said[row]
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:

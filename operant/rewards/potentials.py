@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -368,9 +369,20 @@ def potential_diagnostics(trajectories: Iterable[Trajectory]) -> list[float]:
 
 
 def dense_rewards(metric: Any, prompt_references: Sequence[str], completion: Completion) -> Doubles:
-    """Token rewards of a metric with `measure(text, references)` and `tracker(references)`: float64[T]."""
-    empty = metric.measure("", prompt_references)
-    final = metric.measure(completion.text, prompt_references)
-    tracker = metric.tracker(prompt_references)
-    values = potential_values(tracker, completion.text, completion.text_ends, empty)
+    """Token rewards of a metric with `measure(text, references)` and `tracker(references)`: float64[T].
+
+    metric: a value that can be hashed, such as a frozen dataclass, since what it measured is kept for a while.
+    """
+    ends = np.ascontiguousarray(completion.text_ends, np.int64).tobytes()
+    values, final, empty = _measured(metric, tuple(prompt_references), completion.text, ends)
     return potential_rewards(values, final, empty, completion)
+
+
+@lru_cache(maxsize=1 << 10)
+def _measured(metric: Any, references: tuple[str, ...], text: str, ends: bytes) -> tuple[Doubles, float, float]:
+    """(Φ_t float64[T], M(y), M('')). Half of a group's completions are often the same text, each met once here."""
+    empty = metric.measure("", references)
+    final = metric.measure(text, references)
+    values = potential_values(metric.tracker(references), text, np.frombuffer(ends, np.int64), empty)
+    values.flags.writeable = False
+    return values, final, empty

@@ -349,7 +349,7 @@ class Run:
         if self.step >= total:
             self.stop(f"all {total} steps {'were already done' if self.folder.finished else 'done'}")
         limit = 60 * self.config.max_minutes - self.seconds if self.config.max_minutes else None
-        shown = self.log.progress(total, self.stage, start=self.step, seconds=limit)
+        shown = self.log.progress(total, self.stage, start=self.step, seconds=limit, clock=self._now)
         with contextlib.nullcontext() if self.quiet else shown as progress:
             self._progress = progress
             while self.step < total and not self.stop_reason:
@@ -469,14 +469,14 @@ class Run:
             updates=self.learner.steps,
             **self.facts,
         )
-        try:
-            write_report(self.folder.path)
-        except Exception as error:  # a report that fails must not cost the run
-            self.note(f"the report could not be written: {error}")
-        self.note(
-            f"{self.stage}: {self.stop_reason or 'left'}. Model in {self.folder.path}/model, "
-            f"report in {self.folder.path}/report.html"
-        )
+        written = ""
+        if self.config.report:
+            try:
+                write_report(self.folder.path)
+                written = f", report in {self.folder.path}/report.html"
+            except Exception as error:  # a report that fails must not cost the run
+                self.note(f"the report could not be written: {error}")
+        self.note(f"{self.stage}: {self.stop_reason or 'left'}. Model in {self.folder.path}/model{written}")
 
     def restore_best(self) -> None:
         """Put the best checkpoint's weights into the policy."""

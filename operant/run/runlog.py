@@ -56,6 +56,7 @@ FREE_KEYS = frozenset(
         "max_minutes",
         "out",
         "overwrite",
+        "report",
         "resume",
         "reward_seconds",
         "reward_workers",
@@ -312,6 +313,7 @@ class RunLog:
         *,
         start: int = 0,
         seconds: float | None = None,
+        clock: Callable[[], float] | None = None,
         stream: TextIO | None = None,
         every: float = 10.0,
     ) -> Iterator[Progress]:
@@ -322,10 +324,11 @@ class RunLog:
             description: what is going on, such as "train".
             start: steps that an earlier process has already done.
             seconds: the time limit, if there is one.
+            clock: in seconds, what the limit is read off, such as the processor's time; the time of day when left out.
             stream: where to write instead of stderr.
             every: seconds between plain lines.
         """
-        bar = Progress(total, description, start=start, seconds=seconds, stream=stream, every=every)
+        bar = Progress(total, description, start=start, seconds=seconds, clock=clock, stream=stream, every=every)
         try:
             yield bar
         finally:
@@ -368,6 +371,7 @@ class Progress:
         *,
         start: int = 0,
         seconds: float | None = None,
+        clock: Callable[[], float] | None = None,
         stream: TextIO | None = None,
         every: float = 10.0,
     ) -> None:
@@ -375,6 +379,8 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._every = every
         self._begun = self._printed = time.monotonic()
+        self._clock = clock or time.monotonic
+        self._set_out = self._clock()
         self._first, self._tokens = start, 0
         self._shown: dict[str, str] = {}
         self._missing: dict[str, int] = {}
@@ -431,14 +437,17 @@ class Progress:
 
     def _expected(self) -> tuple[int | None, float | None]:
         """(steps in all, seconds left), as far as can be told: a time limit may come before the last step."""
-        elapsed, fresh = max(time.monotonic() - self._begun, 1e-9), self.done - self._first
+        fresh = self.done - self._first
         if fresh <= 0:
             return self.total, None
-        left = None if self.total is None else elapsed / fresh * (self.total - self.done)
-        clock = None if self._seconds is None else max(0.0, self._seconds - elapsed)
-        if clock is None or (left is not None and left <= clock):
-            return self.total, left
-        return self.done + round(clock * fresh / elapsed), clock
+        each = max(time.monotonic() - self._begun, 1e-9) / fresh
+        more = math.inf if self.total is None else self.total - self.done
+        if self._seconds is not None:
+            spent = max(self._clock() - self._set_out, 1e-9)
+            allowed = max(0.0, self._seconds - spent) * fresh / spent
+            if allowed < more:
+                return self.done + round(allowed), each * allowed
+        return self.total, None if self.total is None else each * more
 
     def _rest(self) -> str:
         elapsed = max(time.monotonic() - self._begun, 1e-9)
