@@ -354,9 +354,14 @@ class Policy:
     def turn_adapter_away(self, batches: Sequence[Batch], directions: int) -> None:
         """Let what these texts have in common teach a new adapter nothing (`adapter.turn_away`). One that was trained
         stays as it is."""
-        if self.is_lora and is_fresh(self.model):
-            moved = [to_device(batch, self.device) for batch in batches]
+        if not (self.is_lora and is_fresh(self.model)):
+            return
+        moved = [to_device(batch, self.device) for batch in batches]
+        stem, self._stem = self._stem, None  # together, texts share what they begin with
+        try:
             turn_away(self.model, lambda: [self.logprobs(batch) for batch in moved], directions)
+        finally:
+            self._stem = stem
 
     def merge_adapter(self) -> None:
         """Make the adapter, where there is one, a part of the weights, which are all trained from now on."""

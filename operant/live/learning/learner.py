@@ -78,7 +78,7 @@ class LiveLearner:
                 pulled.save_pulled(self.versions.root)
             if away:
                 read = [prompt.tokens for prompt in others if len(prompt.tokens) > 1]
-                texts = policy.batch_of_sequences([text[:1] for text in read], [text[1:] for text in read])
+                texts = policy.batch_of_sequences([text[:-1] for text in read], [text[-1:] for text in read])
                 policy.turn_adapter_away([anchors.batch, texts][: 2 if read else 1], away)
             first = LoadedVersion(0, 0, policy, new_learner(policy, self.config), LearnerState())
             begun = self.versions.begin(first.save, fingerprint(policy))
