@@ -26,7 +26,7 @@ from operant.data.batch import from_sequences
 from operant.live.api.page_routes import STATIC
 from operant.live.learning import events as reading
 from operant.live.learning import lesson, step
-from operant.live.learning.gate import fast_gate, slow_gate
+from operant.live.learning.gate import fast_gate, sense_gate, slow_gate
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
@@ -527,6 +527,10 @@ def test_what_the_server_gives_as_a_reason_is_told_in_chinese_too() -> None:
     limits = {"kl_budget": 0.1, "drift_budget": 0.1, "likelihood_drop": 0.1}
     said += fast_gate(bad, good, good, torch.tensor([1]), kl_parent=9.0, **limits).reason.split("; ")
     said += [slow_gate({"bleu": 1.0}, {"bleu": 2.0}).reason]
+    sound = {"repeated": 0.0, "empty": 0.0, "length": 20.0, "commonest": 0.1}
+    senseless = sense_gate({"repeated": 0.9, "empty": 0.9, "length": 1.0, "commonest": 1.0}, sound).reason.split("; ")
+    assert len(senseless) == 4
+    said += senseless
     assert [reason for reason in said if not any(pattern.fullmatch(reason) for pattern in known)] == []
 
 

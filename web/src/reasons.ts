@@ -62,6 +62,22 @@ const CHINESE: readonly [string, string][] = [
     "the likelihood that the anchor answers lost is {value}, over {limit}",
     "锚定回答的对数似然降低了 {value}，超过 {limit}",
   ],
+  [
+    "answers repeat themselves: the share of pairs of tokens that come again is {value}, where the anchor version's is {anchor}",
+    "回答重复自己：再次出现的词元对占 {value}，锚定版本是 {anchor}",
+  ],
+  [
+    "answers are empty: their share is {value}, where the anchor version's is {anchor}",
+    "空回答占 {value}，锚定版本是 {anchor}",
+  ],
+  [
+    "answers are nearly nothing: their length in tokens is {value}, where the anchor version's is {anchor}",
+    "回答几乎没有内容：长度为 {value} 个词元，锚定版本是 {anchor}",
+  ],
+  [
+    "different questions get one answer: its share is {value}, where the anchor version's is {anchor}",
+    "不同的问题得到同一个回答：占 {value}，锚定版本是 {anchor}",
+  ],
   ["{metric} is {value}, under {floor}", "{metric} 是 {value}，低于 {floor}"],
   ["a learner, and none runs here", "这里没有学习进程"],
   ["the end of its answer", "等这条回答写完"],
