@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from forks import Forked
-from live import MemoryStore, answered, logprob
+from live import MemoryStore, Stored, answered, logprob
 from program import Program
 
 import operant
@@ -33,6 +33,7 @@ from operant.live.serving.canary import Canary
 from operant.live.storage.store import Store
 from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
+from operant.models.stem import Stem
 from operant.types import OperantError
 
 Make = Callable[..., Policy]
@@ -232,6 +233,27 @@ def test_an_adapter_on_the_upper_blocks_learns_from_what_comes_out_of_the_others
     loop.store.add("c3", "thumb", -1)
     assert whole.once() and whole.versions.record(5).coefficients["anchor_coef"] == 0.0
     assert same(make_again(loop.versions, 4, loop.store, loop.worker.config), as_saved(loop, 4).policy)
+
+
+def test_an_answer_is_read_before_it_is_rated(make_loop: Callable[..., Loop], monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"lora_rank": 2, "lr": 0.1, "batch_size": 1}
+    loop, read = make_loop("llama", **options), list[str]()
+    stem, split = Stem._read, Policy.split
+    monkeypatch.setattr(Stem, "_read", lambda *given: read.append("stem") or stem(*given))
+    monkeypatch.setattr(Policy, "split", lambda *given: read.append("anchor") or split(*given))
+    loop.worker.look_ahead()
+    read.clear()
+    loop.worker.read_ahead("c1")
+    assert read == []  # a small model reads as fast when it is rated
+    monkeypatch.setattr("operant.live.learning.learner.is_large", lambda model: True)
+    loop.worker.read_ahead("c1")
+    assert sorted(read) == ["anchor", "stem"]
+    loop.rate("c1", "thumb", 1)
+    assert sorted(read) == ["anchor", "stem"]  # and not again
+    assert same(make_again(loop.versions, 1, loop.store, loop.worker.config), loop.worker.current().policy)
+    loop.store.interactions["none"] = Stored("none", loop.store.interactions["c1"].prompt, None)
+    for name in ("none", "unknown", "c\ufffd"):
+        loop.worker.read_ahead(name)
 
 
 def test_the_blocks_of_an_adapter_are_a_setting(make_loop: Callable[..., Loop], tmp_path: Path) -> None:
@@ -821,6 +843,8 @@ def test_the_process_wakes_tells_and_leaves_with_its_parent(make_loop: Callable[
     with start(loop, path, "--watch_stdin", "true", "--poll_seconds", "60") as process:
         assert process.stdin is not None and process.stdout is not None
         assert json.loads(process.stdout.readline()) == {"ready": 0}
+        process.stdin.write("c1\nunknown\n\n")  # answers, before anybody rates them
+        process.stdin.flush()
         with path.open("a") as file:
             file.write(line_of(loop.store.add("c0", "thumb", 1)))
         process.stdin.write("\n")

@@ -43,7 +43,7 @@ def leave(*_):
 signal.signal(signal.SIGTERM, leave)
 print(json.dumps({"ready": 0}), flush=True)
 for line in sys.stdin:
-    notes.write("poked\\n")
+    notes.write("poked" + line)
     print(json.dumps({"step": 1, "state": "nothing"}), flush=True)
 """
 
@@ -233,6 +233,8 @@ def test_the_learner_is_told_of_feedback_at_once_and_what_it_tells_reaches_the_l
     until(lambda: supervisor.state == "up", "the learner tells that it is ready")
     supervisor.poke()
     until(lambda: notes.read_text() == "poked\n", "it is told")
+    supervisor.poke("answer-7")
+    until(lambda: notes.read_text() == "poked\npokedanswer-7\n", "and of an answer")
     until(lambda: live.ledger.records, "the ledger has the first record")
     # a step that publishes nothing moves no pointer: the learner's line alone brings its record into the ledger
     live.rate("c1", "comment", "hm")

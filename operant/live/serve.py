@@ -86,7 +86,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
     from operant.live.api.evidence import TrialEvidence
     from operant.live.api.implicit import Implicit
     from operant.live.api.server import create_app
-    from operant.live.api.service import Listener, Service
+    from operant.live.api.service import Listener, ReadAhead, Service
     from operant.live.learning.worker import heldout_prompts
     from operant.live.serving.canary import Canary
     from operant.live.serving.engine import Engine
@@ -138,7 +138,7 @@ def live(config: ServeConfig) -> Iterator[Live]:
         if canary is not None:
             canary.changed = supervisor.look
         evidence = None if canary is None else TrialEvidence(canary, automatic)
-        listeners: list[Listener | None] = [implicit, automatic, evidence]
+        listeners: list[Listener | None] = [implicit, automatic, evidence, ReadAhead()]
         service = Service(
             engine=engine, codec=policy.codec, encoder=policy.has_encoder,
             max_length=policy.max_length, store=store, versions=versions, supervisor=supervisor, config=config,

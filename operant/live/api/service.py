@@ -32,8 +32,8 @@ from operant.models.generation import Generation
 from operant.types import Completion, Feedback, OperantError, Prompt, Sampling
 
 __all__ = [
-    "MESSAGES", "ApiError", "GenerationRequest", "Listener", "RequestBody", "Service", "StrictModel", "Way",
-    "anthropic_error_body", "caller_of", "error_response", "new_id", "service_of", "speaks_anthropic",
+    "MESSAGES", "ApiError", "GenerationRequest", "Listener", "ReadAhead", "RequestBody", "Service", "StrictModel",
+    "Way", "anthropic_error_body", "caller_of", "error_response", "new_id", "service_of", "speaks_anthropic",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -171,6 +171,17 @@ class Listener(Protocol):
         return
 
 
+class ReadAhead(Listener):
+    """Tells the learner of each answer that is stored, so that it is read before somebody rates it."""
+
+    async def on_answered(
+        self, service: Service, request: GenerationRequest, prompt: Prompt, completion: Completion
+    ) -> None:
+        """Name the answer to the learner."""
+        if request.stored:
+            service.poke(completion.id)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Service:
     """The parts of the live loop that the routes work with. `supervisor` is None where nothing learns.
@@ -278,10 +289,10 @@ class Service:
             return "the end of its answer"
         return await self.io(self.supervisor.waits_for, event_id)
 
-    def poke(self) -> None:
-        """Tell the learner that something has come."""
+    def poke(self, answer: str = "") -> None:
+        """Tell the learner that something has come: feedback, or an answer of this id."""
         if self.supervisor is not None:
-            self.supervisor.poke()
+            self.supervisor.poke(answer)
 
     def close(self) -> None:
         """End the threads that wait for the store."""

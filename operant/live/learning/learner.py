@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from operant.config import LearnerConfig, LiveConfig, WorkerConfig, check_settings
@@ -28,7 +29,7 @@ from operant.live.storage.versions import Moved, Outcome, StepRecord, Versions
 from operant.models.adapter import rank_of
 from operant.models.policy import Policy, is_large
 from operant.models.stem import blocks_of
-from operant.types import OperantError
+from operant.types import OperantError, Trajectory
 
 __all__ = ["LiveLearner", "expect_rank"]
 
@@ -208,6 +209,19 @@ class LiveLearner:
             pulled = pulled_by(self.pulled(), at.policy, self.config, self.versions.next_version())
             if origin is not None and pulled is not None:
                 origin.acting(to_device(pulled, at.policy.device))
+
+    def read_ahead(self, answer: str) -> None:
+        """Read an answer that was given just now, so that a rating of it finds what does not hang on the weights that
+        learn: what comes out of the stem, and what the anchor version says."""
+        found, policy = self.source.completion(answer), self.current().policy
+        if found is None or found.completion is None or not len(found.completion.tokens) or not is_large(policy.model):
+            return
+        length = len(found.completion.tokens) + (0 if policy.has_encoder else len(found.prompt.tokens))
+        origin = self._origin(self.versions.pointer().anchor) if self.config.kl_coef else None
+        if origin is not None and length <= policy.max_length:
+            none = np.zeros(len(found.completion.tokens))
+            row = policy.batch_of([Trajectory(found.prompt, found.completion, none, none == 0)])
+            origin.acting(to_device(row, policy.device))
 
     # --- what versions are measured on --------------------------------------------------------------------------------
 

@@ -2,10 +2,11 @@
 
     python -m operant.live.learning.worker --root runs/live --store feedback.db --model runs/train/model
 
-It reports in lines of JSON on standard output: {"ready": 2} when it begins, {"version": 3, …} when a version
-serves, {"step": 4, "state": "nothing" | "refused", …} when a step published nothing, {"rolled_back": 5, "version": 2,
-…} by the slow gate, and {"error": …} for a fault, after which it tries again. What it has consumed is in the version
-folders, nowhere else.
+A line on a watched standard input wakes it. One with the id of an answer has it read that answer while there is nothing
+else to do. It reports in lines of JSON on standard output: {"ready": 2} when it begins, {"version": 3, …} when a
+version serves, {"step": 4, "state": "nothing" | "refused", …} when a step published nothing, {"rolled_back": 5,
+"version": 2, …} by the slow gate, and {"error": …} for a fault, after which it tries again. What it has consumed is in
+the version folders, nowhere else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import select
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -53,6 +55,7 @@ STORE_VARIABLE = "OPERANT_STORE"  # the environment variable that stands for --s
 LONGEST_PAUSE = 30.0  # seconds between tries after faults in a row
 LONGEST_REST = 0.5  # seconds after a step
 PUT_OFF = 32  # steps and interruptions after which the slow gate looks all the same, and lets events wait
+NEWEST = 2  # answers that are read before somebody rates them
 QUIET = 5.0  # seconds without a step before it looks at sense: who rates again at once waits for nothing
 SENSE_TOKENS = 24  # of an answer by which sense is judged
 
@@ -74,6 +77,7 @@ class Worker(LiveLearner):
         self._sense: list[Prompt] | None = None
         self._put_off = 0  # steps made, and looks left off, since the slow gate has looked
         self._remaking: Remaking | None = None
+        self._answers: deque[str] = deque(maxlen=NEWEST)  # that were given and not read yet
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -260,6 +264,8 @@ class Worker(LiveLearner):
                     busy = self.judge()
                 if not busy and not self.config.once and not self.versions.forgetting():
                     self.look_ahead()
+                    if self._answers:
+                        self.read_ahead(self._answers.pop())
                 pause = 0.0
             except OperantError as error:
                 if self.config.once:
@@ -271,7 +277,9 @@ class Worker(LiveLearner):
                 if not self.config.once:
                     time.sleep(min(LONGEST_REST, self.config.rest * (time.monotonic() - began)))
                 continue
-            if self.config.once or not self._wait(max(pause, self.config.poll_seconds)):
+            if self.config.once or not self._wait(
+                0.0 if self._answers and not pause else max(pause, self.config.poll_seconds)
+            ):
                 return
 
     def _wait(self, seconds: float) -> bool:
@@ -280,7 +288,9 @@ class Worker(LiveLearner):
             time.sleep(seconds)
             return True
         ready, _, _ = select.select([sys.stdin], [], [], seconds)
-        return not ready or bool(os.read(sys.stdin.fileno(), 1 << 16))
+        told = os.read(sys.stdin.fileno(), 1 << 16) if ready else b"\n"
+        self._answers += [name.decode(errors="replace") for name in told.split(b"\n") if name]
+        return told != b""
 
 
 def _print(news: dict[str, Any]) -> None:

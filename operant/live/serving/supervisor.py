@@ -177,14 +177,15 @@ class Supervisor:
             return f"ratings of {self.config.min_sources} sources"
         return "its turn"
 
-    def poke(self) -> None:
-        """Tell the learner, at once, that feedback was committed. Never waits and never fails."""
+    def poke(self, answer: str = "") -> None:
+        """Tell the learner, at once, that feedback was committed, or that this answer is stored. Never waits and never
+        fails."""
         with self._pipe:
             process = self._process
             if process is not None and process.stdin is not None:
                 # a full pipe holds enough to wake it; a learner that is gone looks when it begins again
                 with contextlib.suppress(OSError, ValueError):
-                    os.write(process.stdin.fileno(), b"\n")
+                    os.write(process.stdin.fileno(), f"{answer}\n".encode())
 
     def make_resident(self, version: int) -> None:
         """Load a version beside the current one, for requests that are pinned to it.
