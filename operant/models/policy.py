@@ -849,7 +849,7 @@ class Policy:
         source: the flat places int64[N] of the tokens that are computed, in one row; None for the whole batch.
         """
         real = batch.segment_ids >= 0
-        if self._stem is None or not bool(((batch.segment_ids == batch.segment_ids[:, :1]) | ~real).all()):
+        if self._stem is None or not _one_segment(batch):
             yield 0
             return
         base = self._base()
