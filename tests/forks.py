@@ -36,6 +36,7 @@ PLAIN = {
     "executable": None, "preexec_fn": None, "pass_fds": (), "shell": False, "gid": None, "gids": None, "uid": None,
     "umask": -1, "process_group": -1,
 }  # fmt: skip
+PATIENCE = 300  # seconds after which a test that waits fails instead of hanging; a busy machine takes minutes
 Popen = subprocess.Popen  # as it was before a fork put `Forked` in its place
 
 _asking = threading.Lock()

@@ -18,7 +18,7 @@ from unittest import mock
 
 import httpx
 import openai
-from forks import Forked
+from forks import PATIENCE, Forked
 
 import operant
 from operant.config import ServeConfig
@@ -122,7 +122,7 @@ def serving(
     )  # fmt: skip
     try:
         server = server_of(app, config)
-        with listening(server) as url, httpx.Client(base_url=url, timeout=30) as http:
+        with listening(server) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             running = Served(url, app.state.service, http, server)
             yield running
             for client in running.clients.values():
@@ -146,7 +146,7 @@ def learning(policy: Policy, folder: Path, **settings: Any) -> Iterator[Served]:
     )  # fmt: skip
     with mock.patch("subprocess.Popen", Forked), live(config) as running:
         server = server_of(running.app, config)
-        with listening(server) as url, httpx.Client(base_url=url, timeout=60) as http:
+        with listening(server) as url, httpx.Client(base_url=url, timeout=PATIENCE) as http:
             served = Served(url, running.app.state.service, http, server)
             yield served
             for client in served.clients.values():
@@ -176,7 +176,7 @@ class Process:
         while not self.said.endswith("Ctrl-C stops it.\n"):
             self.said += self.process.stdout.readline()
         self.url = self.said.split("learns at ")[1].split("/v1")[0]
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
 
     def __enter__(self) -> Process:
         return self
@@ -188,7 +188,7 @@ class Process:
 
     def stop(self, number: int) -> tuple[int, str]:
         self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=60)
+        _, err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, err
 
 
@@ -206,7 +206,7 @@ class Server:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.arguments, stdout=log, stderr=log, env=SAME_PACKAGE)
-        until = time.monotonic() + 120
+        until = time.monotonic() + PATIENCE
         while time.monotonic() < until and self.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
@@ -234,7 +234,7 @@ class Server:
 
     def stop(self) -> None:
         self.process.terminate()
-        assert self.process.wait(60) == 0, self.log.read_text()[-2000:]
+        assert self.process.wait(PATIENCE) == 0, self.log.read_text()[-2000:]
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from forks import PATIENCE
 from program import Program
 from serving import Served, learning
 
@@ -27,7 +28,6 @@ from operant.live.storage.versions import Pointer, Versions
 from operant.models.policy import Policy
 from operant.types import Completion, Feedback, OperantError, Prompt
 
-PATIENCE = 300  # seconds after which a test fails instead of hanging
 ALPHA, RUNS, LENGTH = 0.05, 500, 150
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from forks import Forked
+from forks import PATIENCE, Forked
 
 import operant
 from operant.run import checkpoint
@@ -392,7 +392,7 @@ def test_killed_at_every_point_of_a_save(tmp_path: Path) -> None:
         checkpoint.save(folder, 1, lambda path: None)
         shutil.rmtree(folder / "step-00000001")
         child = run_child(folder, 2, fatal)
-        out, _ = child.communicate(timeout=60)
+        out, _ = child.communicate(timeout=PATIENCE)
         survived = child.returncode == 0
         assert survived or child.returncode == -signal.SIGKILL
         acknowledged = [int(line) for line in out.split()]
@@ -414,7 +414,7 @@ def test_killed_at_random_moments_loses_no_acknowledged_save(tmp_path: Path) -> 
         first = child.stdout.readline()
         time.sleep(generator.uniform(0.0, 0.05))
         child.send_signal(signal.SIGKILL)
-        rest, _ = child.communicate(timeout=60)
+        rest, _ = child.communicate(timeout=PATIENCE)
         acknowledged = [int(line) for line in (first + rest).split("\n")[:-1]]
         step = assert_whole(tmp_path, acknowledged[-1])
     assert step >= 8
@@ -433,7 +433,7 @@ def test_a_reader_during_saves_always_sees_a_whole_checkpoint(tmp_path: Path) ->
         assert seen == sorted(seen)
     finally:
         child.kill()
-        child.communicate(timeout=60)
+        child.communicate(timeout=PATIENCE)
 
 
 def test_a_disk_that_torch_filled_is_told_though_the_half_written_files_are_gone_again(

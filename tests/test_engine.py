@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES
+from forks import PATIENCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import logprob, prompts
@@ -23,7 +24,6 @@ from operant.models.sampler import Sampler
 from operant.types import Completion, OperantError, Prompt, Sampling
 
 Make = Callable[..., Policy]
-PATIENCE = 60  # seconds after which a test fails instead of hanging
 
 
 class Gate:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from forks import PATIENCE
 from program import Program
 from serving import Served, Server, free_port, learning
 
@@ -24,7 +25,6 @@ from operant.live.storage.versions import Versions
 from operant.models.policy import Policy
 from operant.types import OperantError
 
-PATIENCE = 300  # seconds after which a test fails instead of hanging
 BODY = {"model": "default", "messages": [{"role": "user", "content": "the cat sat"}], "max_tokens": 6}
 SAID = (
     ("ann", "thumb", 1), ("bob", "thumb", -1), ("cat", "edit", "a dog"), ("ann", "score", 0.2), ("bob", "edit", "two"),
@@ -79,7 +79,7 @@ def test_it_is_forgotten_over_http_while_everybody_is_answered(taught: Served, t
     ending = threading.Event()
 
     def chat() -> None:
-        with httpx.Client(base_url=taught.url, timeout=30) as client:
+        with httpx.Client(base_url=taught.url, timeout=PATIENCE) as client:
             while not ending.is_set():
                 statuses.append(client.post("/v1/chat/completions", json=BODY).status_code)
 
@@ -158,7 +158,7 @@ def test_kill_9_in_the_middle_is_gone_on_from(policy: Policy, tmp_path: Path) ->
     server.start()
     versions = Versions(tmp_path / "live")
     try:
-        with httpx.Client(base_url=server.url, timeout=90) as http:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE) as http:
             talk(http)
         with Store(tmp_path / "live" / "store.db", read_only=True) as read:
             store, config = copied(read, tmp_path / "live", tmp_path / "copy")
@@ -166,10 +166,10 @@ def test_kill_9_in_the_middle_is_gone_on_from(policy: Policy, tmp_path: Path) ->
             for source in ("bob", "cat"):
                 forget(source, store, config)
         for source, stages in (("bob", ("asked", "emptied")), ("cat", ("planned", "made"))):
-            with httpx.Client(base_url=server.url, timeout=90) as http:
+            with httpx.Client(base_url=server.url, timeout=PATIENCE) as http:
                 number = http.post("/v1/forget", json={"source": source}).json()["id"]
             for stage in stages:
-                until = time.monotonic() + 60
+                until = time.monotonic() + PATIENCE
                 while (plan := Plan.read(versions)) is not None and plan.stage != stage and time.monotonic() < until:
                     time.sleep(0.001)
                 server.kill("both")
@@ -178,7 +178,7 @@ def test_kill_9_in_the_middle_is_gone_on_from(policy: Policy, tmp_path: Path) ->
             while forgotten(versions, number) is None:
                 assert time.monotonic() < until, server.log.read_text()[-2000:]
                 time.sleep(0.1)
-        with httpx.Client(base_url=server.url, timeout=90) as http:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE) as http:
             assert http.get("/health").json()["version"] == versions.pointer().version
             rows: list[Any] = http.get("/v1/feedback", params={"limit": 100}).json()["data"]
         assert {row["source"] for row in rows} == {"", "ann"} and len(rows) == len(SAID)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forks import Forked
+from forks import PATIENCE, Forked
 from live import MemoryStore, Stored, answered, logprob
 from program import Program
 
@@ -854,7 +854,7 @@ def test_the_process_wakes_tells_and_leaves_with_its_parent(make_loop: Callable[
         with pytest.raises(SystemExit):  # one learner at a time
             main(["--root", loop.worker.config.root, "--store", str(path), "--once", "true"])
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     assert loop.versions.current().version == 1
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import TEXTS
-from forks import Forked
+from forks import PATIENCE, Forked
 from runs import (
     DEV,
     PROMPTS,
@@ -841,7 +841,7 @@ def test_ctrl_c_saves_and_kill_loses_no_checkpoint_and_both_resume_exactly(
     run(whole)
     broken = start(parts, hold=1)
     broken.send_signal(signal.SIGINT)
-    out, err = broken.communicate("\n", timeout=60)
+    out, err = broken.communicate("\n", timeout=PATIENCE)
     assert broken.returncode == 0, err
     assert "interrupted" in out
     saved = json.loads((parts / "run.json").read_text())
@@ -849,7 +849,7 @@ def test_ctrl_c_saves_and_kill_loses_no_checkpoint_and_both_resume_exactly(
 
     killed = start(parts, hold=5, resume=True)
     killed.kill()
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL
     run(parts, resume=True)
     assert_same_run(whole, parts)

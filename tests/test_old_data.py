@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from forks import Forked
+from forks import PATIENCE, Forked
 from program import ON_CPU, Program, main, read_rows
 
 import operant
@@ -35,7 +35,6 @@ COMMANDS = {
     "kto": "prefer", "judge": "reward-model", "pretrain": "pretrain",
 }  # fmt: skip
 STOPPED, WISH = 3, 6  # steps
-PATIENCE = 300  # seconds after which a test fails instead of hanging
 # what is measured of time is another every time
 CLOCKS = ("time", "seconds", "train/seconds", "train/sample_seconds", "train/tokens_per_second", "train/reward_spent/")
 
@@ -233,7 +232,7 @@ class Server:
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
         assert "learns at http://127.0.0.1:" in said, (said, self.process.communicate())
-        self.http = httpx.Client(base_url=said.split("learns at ")[1].split("/v1")[0], timeout=60)
+        self.http = httpx.Client(base_url=said.split("learns at ")[1].split("/v1")[0], timeout=PATIENCE)
 
     def __enter__(self) -> Server:
         return self
@@ -241,7 +240,7 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.http.close()
         self.process.terminate()
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=PATIENCE)
 
     def ask(self, method: str, path: str, body: Any = None, *, as_: str = "op", status: int = 200) -> Any:
         answer = self.http.request(method, path, json=body, headers={"Authorization": f"Bearer {self.keys[as_]}"})

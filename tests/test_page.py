@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from forks import Forked
+from forks import PATIENCE, Forked
 from serving import SAME_PACKAGE, Served, learning
 
 from operant.algorithms.learner import logprobs_of
@@ -55,7 +55,7 @@ def program(policy: Policy, folder: Path, *options: str) -> Iterator[httpx.Clien
     with (folder / "log").open("w") as log:
         process = Forked(command, stdout=log, stderr=log, env=SAME_PACKAGE)
     try:
-        with httpx.Client(base_url=address(folder / "log", process), timeout=30) as http:
+        with httpx.Client(base_url=address(folder / "log", process), timeout=PATIENCE) as http:
             yield http
     finally:
         process.terminate()
@@ -69,7 +69,7 @@ def served(make_policy: Callable[..., Policy], tmp_path_factory: pytest.TempPath
 
 
 def address(log: Path, process: subprocess.Popen[bytes]) -> str:
-    until = time.monotonic() + 90
+    until = time.monotonic() + PATIENCE
     while time.monotonic() < until and process.poll() is None:
         found = re.search(r"http://127\.0\.0\.1:\d+", log.read_text())
         if found:
@@ -350,7 +350,7 @@ def trial_of(served: Served) -> dict[str, Any]:
 def put_on_trial(served: Served) -> None:
     """Teach something, and wait until version 1 is tried by half of the users."""
     served.rate(served.chat(user="teacher")["id"], "edit", "a dog", source="teacher")
-    until = time.monotonic() + 90
+    until = time.monotonic() + PATIENCE
     while trial_of(served)["candidate"] != 1 or 1 not in served.http.get("/v1/versions").json()["resident"]:
         assert time.monotonic() < until
         time.sleep(0.05)

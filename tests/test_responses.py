@@ -10,6 +10,7 @@ from typing import Any
 
 import openai
 import pytest
+from forks import PATIENCE
 from serving import HELLO, Served, learning, serving
 
 from operant.live.serving.access import Keys
@@ -288,10 +289,10 @@ def test_a_client_that_goes_away_frees_its_row(served: Served, policy: Policy, m
     monkeypatch.setattr(policy, "decode", held)
     body = {"model": "default", "input": "the cat sat", "max_output_tokens": 100, "stream": True}
     with served.http.stream("POST", "/v1/responses", json=body) as response:
-        assert reached.wait(20)
+        assert reached.wait(PATIENCE)
         name = response.headers["X-Operant-Completion"]
     go_on.set()
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while (stored := served.store.completion(name)).completion is None and time.monotonic() < end:
         time.sleep(0.01)
     assert stored.status == "partial" and len(stored.completion.tokens) < 100

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from forks import PATIENCE
 
 from operant.rewards import Bleu, RewardRunner, Sum, Ter
 from operant.rewards.runner import IN_PLACE_CHARACTERS
@@ -249,14 +250,16 @@ def test_a_worker_that_holds_the_lock_does_not_outlive_a_killed_program(tmp_path
     program.kill()
     try:
         # The worker has the pipes too: they end when it does.
-        program.communicate(timeout=60)
+        program.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         os.kill(int(begun.read_text()), signal.SIGKILL)
         raise
 
 
 def test_what_a_reward_prints_is_on_stderr_also_when_it_is_killed(tmp_path):
-    out, err = script(tmp_path, "print('thinking'); os.kill(os.getpid(), signal.SIGKILL)", 10.0).communicate(timeout=60)
+    out, err = script(tmp_path, "print('thinking'); os.kill(os.getpid(), signal.SIGKILL)", 10.0).communicate(
+        timeout=PATIENCE
+    )
     assert out == "crashed: the worker process ended with -9\n" and err == "thinking\n"
 
 
@@ -287,6 +290,6 @@ def test_a_script_needs_no_main_guard(tmp_path):
         """)
     )
     command, environment = [sys.executable, str(script)], os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "started once\n"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forks import PATIENCE
 
 import operant
 from operant.config import install_line
@@ -278,7 +279,7 @@ def test_the_lock_against_a_second_live_process(tmp_path: Path) -> None:
         assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1"
     finally:
         holder.send_signal(signal.SIGKILL)
-        holder.communicate(timeout=60)
+        holder.communicate(timeout=PATIENCE)
     RunFolder.open(tmp_path / "run", "a: 1", resume=True).close()
 
 

@@ -18,7 +18,7 @@ import httpx
 import openai
 import psutil
 import pytest
-from forks import Forked
+from forks import PATIENCE, Forked
 from live import logprob
 from program import Program
 from serving import HELLO, SAME_PACKAGE, Process, Served, learning
@@ -131,7 +131,7 @@ def test_chats_are_answered_while_versions_come(taught: Served) -> None:
     stop, answers = threading.Event(), list[str]()
 
     def talk() -> None:
-        with httpx.Client(base_url=taught.url, timeout=60) as http:
+        with httpx.Client(base_url=taught.url, timeout=PATIENCE) as http:
             while not stop.is_set():
                 body = {"model": "default", "messages": HELLO, "max_tokens": 30}
                 response = http.post("/v1/chat/completions", json=body)

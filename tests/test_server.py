@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from forks import PATIENCE
 from live import logprob
 from runs import quick
 from serving import Served, serving
@@ -59,7 +60,7 @@ def slow(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "decode", slowly)
 
 
-def until(holds: Callable[[], Any], seconds: float = 10.0) -> Any:
+def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """What becomes true in a while."""
     end = time.monotonic() + seconds
     while not (found := holds()):
@@ -1024,7 +1025,7 @@ def test_a_reward_rates_every_answer_once(policy: Policy, tmp_path: Path, reward
         with serving(policy, tmp_path, listeners=[automatic]) as served:
             name = served.chat(logit_bias={"2": -100})["id"]
             served.chat(store=False)
-            until = time.monotonic() + 60
+            until = time.monotonic() + PATIENCE
             while served.service.tasks and time.monotonic() < until:
                 time.sleep(0.02)
             told = served.http.get("/v1/feedback").json()["data"]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from forks import PATIENCE
 from postgres import binaries, empty, server
 
 import operant
@@ -600,7 +601,7 @@ def test_while_it_is_open_it_prunes_by_itself(tmp_path: Path) -> None:
         converse(store, "a")
         store.retain(1e-9, 0, every_s=0.01)
         for name in "bc":
-            until = time.monotonic() + 20
+            until = time.monotonic() + PATIENCE
             while store.list_completions() and time.monotonic() < until:
                 time.sleep(0.01)
             assert store.list_completions() == []
@@ -619,10 +620,10 @@ def test_it_prunes_nothing_by_itself_while_that_is_forbidden(tmp_path: Path) -> 
         converse(store, "a")
         store.retain(1e-9, 0, every_s=0.01, unless=forgetting)
         for _ in range(3):  # who asks again has done what it did after the answer before
-            assert asked.acquire(timeout=20)
+            assert asked.acquire(timeout=PATIENCE)
         assert len(store.list_completions()) == 1
         forbidden = False
-        until = time.monotonic() + 20
+        until = time.monotonic() + PATIENCE
         while store.list_completions() and time.monotonic() < until:
             time.sleep(0.01)
         assert store.list_completions() == []

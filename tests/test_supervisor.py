@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forks import Forked
+from forks import PATIENCE, Forked
 from live import MemoryStore, answered, logprob, prompts
 
 from operant.config import WorkerConfig
@@ -31,8 +31,6 @@ from operant.run import checkpoint
 from operant.types import Completion, OperantError, Sampling
 
 Make = Callable[..., Policy]
-PATIENCE = 90  # seconds after which a test fails instead of hanging
-
 # stands in for the learner: tells, and notes in a file, what reaches it
 PARROT = """
 import json, signal, sys
