@@ -571,6 +571,8 @@ class FormatFields:
         prefix: text put before every text prompt; null is none for a model of which nothing is kept.
         separator: text between prompt and completion for decoder-only models, where there is no chat; null is a newline
             for a model of which nothing is kept.
+        source_lang: language of the prompts, by the tokenizer's code for it (NLLB: eng_Latn); null is the tokenizer's.
+        target_lang: language of the completions, which then begin with its token; null is the model's own.
     """
 
     chat: Annotated[bool | Literal["auto"], Before(False)] = "auto"
@@ -578,6 +580,8 @@ class FormatFields:
     template_arguments: dict[str, Any] | None = None
     prefix: str | None = None
     separator: str | None = None
+    source_lang: str | None = None
+    target_lang: str | None = None
 
 
 @settings

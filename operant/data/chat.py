@@ -39,6 +39,8 @@ class PromptStyle:
     separator: written after a decoder's text prompt where there is no chat.
     system: the system message of chats that have none; "" adds none.
     template_arguments: more that the chat template takes, such as {"enable_thinking": False}.
+    source_lang, target_lang: the languages of what is asked and of what is answered, by the tokenizer's codes for them
+        (NLLB's eng_Latn, M2M-100's en); "" leaves them as the model's makers set them.
     """
 
     chat: bool = False
@@ -46,6 +48,8 @@ class PromptStyle:
     separator: str = "\n"
     system: str = ""
     template_arguments: dict[str, Any] = field(default_factory=dict)
+    source_lang: str = ""
+    target_lang: str = ""
 
     @classmethod
     def read(cls, file: Path) -> PromptStyle:
@@ -60,7 +64,9 @@ class PromptStyle:
 
     def write(self, folder: Path) -> None:
         """Save it in the folder of a model."""
-        text = json.dumps(dataclasses.asdict(self), ensure_ascii=False, indent=1)
+        languages = ("source_lang", "target_lang")
+        said = {n: value for n, value in dataclasses.asdict(self).items() if value or n not in languages}
+        text = json.dumps(said, ensure_ascii=False, indent=1)
         (folder / STYLE_FILE).write_text(text + "\n", encoding="utf-8")
 
     def differences(self, other: PromptStyle) -> dict[str, tuple[Any, Any]]:

@@ -194,6 +194,7 @@ class PromptFormat:
     prefix: written before each text prompt ("translate English to German: "). `Prompt.text` stays without it. None: "".
     separator: written after a decoder's text prompt where there is no chat, so that it can tell where the completion
         begins. Encoders' prompts end with EOS, chats end as their template says. None: a newline.
+    source_lang, target_lang: as of `PromptStyle`; the codec that encodes is to be in that style. None: as they are.
     encoder: the policy is an encoder-decoder.
     max_prompt_tokens: the longest prompt that the model takes; None sets no limit.
     too_long: "error", "skip" (leave the row out) or "truncate" (a decoder keeps the end of the prompt, an encoder the
@@ -205,6 +206,8 @@ class PromptFormat:
     template_arguments: dict[str, Any] | None = None
     prefix: str | None = None
     separator: str | None = None
+    source_lang: str | None = None
+    target_lang: str | None = None
     encoder: bool = False
     max_prompt_tokens: int | None = None
     too_long: TooLong = "error"
@@ -250,6 +253,8 @@ class PromptFormat:
             template_arguments=dict(
                 usual.template_arguments if self.template_arguments is None else self.template_arguments
             ),
+            source_lang=usual.source_lang if self.source_lang is None else self.source_lang,
+            target_lang=usual.target_lang if self.target_lang is None else self.target_lang,
         )
 
     def encode(self, text: str, codec: Codec, tools: Sequence[Any] | None = None) -> Ints:
@@ -279,6 +284,8 @@ def settle_style(policy: Styled, config: FormatFields) -> list[str]:
     written = PromptFormat.of(config)
     notes = departures(policy.codec, written)
     policy.codec = policy.codec.in_style(written.style(policy.codec))
+    if policy.codec.lacks_target:
+        notes.append("the model answers in many languages and nobody says in which; give --target_lang")
     return notes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import copy
+import difflib
 import hashlib
 import itertools
 import json
@@ -249,6 +250,7 @@ class Codec:
             )
         self.eos_id: int = int(eos)
         self.bos_id: int | None = None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+        self.unk_id: int | None = None if tokenizer.unk_token_id is None else int(tokenizer.unk_token_id)
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         added = tokenizer.added_tokens_decoder
         self._added: dict[int, str] = {int(i): str(token.content) for i, token in added.items()}
@@ -345,12 +347,48 @@ class Codec:
             self.style.write(Path(path))
 
     def in_style(self, style: PromptStyle | None) -> Codec:
-        """The same tokenizer for a model whose prompts are written so."""
+        """The same tokenizer for a model whose prompts are written so.
+
+        Raises:
+            OperantError: it knows no such language.
+        """
         if style == self.style:
             return self
         other = copy.copy(self)
         other.style = style
+        if style is not None and (style.source_lang or style.target_lang):
+            other._speak(style.source_lang, style.target_lang)
         return other
+
+    def _speak(self, source: str, target: str) -> None:
+        """Let prompts be in the language `source`, and answers begin with the token of `target`; "" leaves it so."""
+        ids = {code: self._language(code) for code in (source, target) if code}
+        self.tokenizer = copy.deepcopy(self.tokenizer)
+        for place, code in (("src_lang", source), ("tgt_lang", target)):
+            if code:
+                setattr(self.tokenizer, place, code)
+                self.tokenizer.init_kwargs[place] = code  # so that plain Transformers reads it from a saved folder
+        if target:
+            self.first_id = ids[target]
+        for name in ("hash", "_control_tokens"):
+            self.__dict__.pop(name, None)
+
+    @property
+    def lacks_target(self) -> bool:
+        """Whether the model answers in many languages and nobody has said in which. mBART's decoders begin with it."""
+        many = hasattr(self.tokenizer, "src_lang") and not type(self.tokenizer).__name__.startswith("MBartTokenizer")
+        return many and self.first_id is None
+
+    def _language(self, code: str) -> int:
+        """The token of a language."""
+        if not hasattr(self.tokenizer, "src_lang"):
+            raise OperantError("the tokenizer tells no languages apart; leave --source_lang and --target_lang out")
+        for name in (code, f"__{code}__"):  # M2M-100's
+            if (found := self.tokenizer.convert_tokens_to_ids(name)) in self.special_ids and found != self.unk_id:
+                return int(found)
+        known = [self._added.get(i, "").strip("_") for i in sorted(self.special_ids)]
+        near = difflib.get_close_matches(code, known, 3, 0.3) or [name for name in known if "<" not in name][:3]
+        raise OperantError(f"the tokenizer knows no language {code!r}; it knows {', '.join(near)} and others")
 
     def ending_at(self, ends: Iterable[int], first: int | None = None) -> Codec:
         """The same tokenizer for a model whose texts also end at these tokens, and begin with `first` if it is one."""
@@ -539,6 +577,8 @@ class Codec:
             ids = self._encode_pieces(self.chat_text(messages, tools=tools, style=style).pieces)
         else:
             ids = self.tokenizer(text, add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
+        if encoder and self.eos_id in ids[-2:-1] and ids[-1] in self.special_ids:
+            return np.asarray(ids, dtype=np.int64)  # the end, and then the language (NLLB's older form, mBART)
         while ids and ids[-1] == self.eos_id and len(ids) > (ids[0] == self.bos_id):
             ids = ids[:-1]
         if encoder:

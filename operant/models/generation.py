@@ -69,11 +69,14 @@ class Generation:
 def with_ends(codec: Codec, config: Any, *, encoder: bool) -> Codec:
     """The codec of a model whose GenerationConfig, or None, says where its texts begin and end.
 
-    encoder: only a decoder that an encoder stands before writes its own first token.
+    encoder: only a decoder that an encoder stands before writes its own first token. A language that the codec's style
+        names goes before the config's.
     """
     ends = getattr(config, "eos_token_id", None)
     named = [ends] if isinstance(ends, int) else list(ends or ())
     first = getattr(config, "forced_bos_token_id", None) if encoder else None
+    if encoder and codec.first_id is not None:
+        first = codec.first_id
     return codec.ending_at(named, None if first is None else int(first))
 
 

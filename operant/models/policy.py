@@ -391,6 +391,9 @@ class Policy:
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
+        settings = getattr(self._base(), "generation_config", None)
+        if settings is not None and self.codec.first_id is not None:
+            settings.forced_bos_token_id = self.codec.first_id  # so that plain Transformers writes in that language
         if self.is_lora:
             self._origin = save_adapter(self.model, folder, self._origin, self._save_base)
         elif by_name and self._origin is not None and holds(self._origin.place, self.model.state_dict()):

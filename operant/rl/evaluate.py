@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from operant.config import EvalConfig, SampleConfig
-from operant.data.prompts import PromptFormat, departures, load_fitting_prompts
+from operant.data.prompts import PromptFormat, load_fitting_prompts, settle_style
 from operant.data.rows import first_split, load_rows
 from operant.models.policy import Policy
 from operant.models.sampler import Sampler
@@ -93,7 +93,7 @@ def evaluate_from(
     rows = load_rows(config.data, split=split or "test", limit=config.limit)
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()
-    for departure in departures(policy.codec, PromptFormat.of(config)):
+    for departure in settle_style(policy, config):
         if note is not None:
             note(departure)
     prompts = load_fitting_prompts(rows, policy, config, room=config.max_tokens)
@@ -152,7 +152,7 @@ def sample_from(
     policy = Policy.load(config.model, device=config.device, dtype=config.dtype)
     policy.model.eval()
     written = PromptFormat.of(config, encoder=policy.has_encoder)
-    for departure in departures(policy.codec, written):
+    for departure in settle_style(policy, config):
         if note is not None:
             note(departure)
     temperature, top_p, top_k = policy.generation.settings(

@@ -61,7 +61,7 @@ C = TypeVar("C", bound=RunConfig)
 
 
 #: Settings that may be `auto` or null, which a resumed run takes from what it began with.
-BEGUN_WITH = ("lr", "chat", "system", "template_arguments", "prefix", "separator")
+BEGUN_WITH = ("lr", "chat", "system", "template_arguments", "prefix", "separator", "source_lang", "target_lang")
 
 
 def as_begun(config: C) -> C:
