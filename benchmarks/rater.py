@@ -243,13 +243,14 @@ def write() -> None:
             *(f"{len(curve[n]['right'])}" if n in curve else "" for n in (0, *LOOKS)),
             f"{curve[0]['length']:.0f} → {curve[max(curve)]['length']:.0f}",
             f"{curve[0]['distinct2']:.2f} → {curve[max(curve)]['distinct2']:.2f}",
+            f"{len(curve[max(curve)]['lost'])}",
             f"{record['steps']['kl_drift']:.2f}",
             f"{record['became'].get('used', 0)} / {sum(record['became'].values())}",
         ])  # fmt: skip
     if not rows:
         return
     head = ["rater", "seed", *(f"liked {n}" for n in (0, *LOOKS)), *(f"right {n}" for n in (0, *LOOKS)), "words",
-            "distinct-2", "KL", "used / thumbs"]  # fmt: skip
+            "distinct-2", "lost", "KL", "used / thumbs"]  # fmt: skip
     write_section(
         "rater", f"`python -m benchmarks.rater`. {RECORD.machines()}.\n\n{markdown(head, rows)}", pages=ROOT / "docs"
     )
