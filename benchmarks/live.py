@@ -71,7 +71,8 @@ class Subject:
     name: of these records among those of the same model. flags: for `operant serve`.
     ahead: the server goes before other programs, where the machine is not quiet. tokens: of an answer.
     warm_up: ratings of a round that do not count, the first of which is the cold one. ratings: of a round that count.
-    rounds: of a server begun anew and rated, and turns of each kind of the latencies.
+    rounds: of a server begun anew and rated, and turns of each kind of the latencies. reading: seconds between an
+    answer and its click.
     """
 
     model: Path | None
@@ -85,6 +86,7 @@ class Subject:
     records: Records
     runs: Path
     ahead: bool
+    reading: float
 
     @classmethod
     def given(cls, given: argparse.Namespace) -> Subject:
@@ -99,7 +101,7 @@ class Subject:
             return cls(
                 None, "", flags, tokens=given.tokens or 32, warm_up=5, ratings=given.ratings or 60,
                 rounds=given.rounds or 1, turn_seconds=given.seconds, records=Records(RECORDS / "live"), runs=RUNS,
-                ahead=given.ahead,
+                ahead=given.ahead, reading=given.reading,
             )  # fmt: skip
         model = given.model.resolve()
         name = given.name or (f"lora_rank {given.lora_rank}" if given.lora_rank not in (None, "0") else "all weights")
@@ -107,7 +109,7 @@ class Subject:
         return cls(
             model, name, flags, tokens=given.tokens or 60, warm_up=1, ratings=given.ratings or 10,
             rounds=given.rounds or 3, turn_seconds=given.seconds, records=Records(RECORDS / "live_models" / place),
-            runs=RUNS / place, ahead=given.ahead,
+            runs=RUNS / place, ahead=given.ahead, reading=given.reading,
         )  # fmt: skip
 
     @contextmanager
@@ -270,6 +272,7 @@ def _round_of_clicks(subject: Subject) -> dict[str, Any]:
 def _click(client: httpx.Client, subject: Subject, number: int) -> tuple[str, dict[str, float] | None]:
     """What became of one rating, and the seconds from the click to each stage where it was learned and serves."""
     answer = client.post("/v1/chat/completions", json=subject.chat_body(number)).raise_for_status().json()
+    time.sleep(subject.reading)
     clicked = time.time()
     receipt = client.post("/v1/feedback", json=rating_of(number, answer)).raise_for_status().json()
     acknowledged, story = time.time(), receipt
@@ -584,13 +587,14 @@ def main() -> None:
     parser.add_argument("--ratings", type=int, help="that count, in a round (60; of a model 10)")
     parser.add_argument("--rounds", type=int, help="servers rated, and turns of each kind of the latencies (1; 3)")
     parser.add_argument("--seconds", type=float, default=60.0, help="of a turn")
+    parser.add_argument("--reading", type=float, default=0.0, help="seconds between an answer and its click")
     parser.add_argument("--ahead", action="store_true", help="go before other programs, on a busy machine (needs root)")
     parser.add_argument("flags", nargs="*", help="more flags for operant serve, after --")
     given = parser.parse_args()
     subject = Subject.given(given)
     given.only = given.only or (CELLS[:2] if subject.model else CELLS)
     # what the cells, in processes of their own, are to be told
-    taken = ("model", "name", "lora_rank", "threads", "tokens", "ratings", "rounds", "seconds")
+    taken = ("model", "name", "lora_rank", "threads", "tokens", "ratings", "rounds", "seconds", "reading")
     options = [f"--{name}={value}" for name in taken if (value := getattr(given, name)) is not None]
     options += ["--ahead"] if given.ahead else []
     told = [f"--{name} {getattr(given, name)}" for name in taken if getattr(given, name) != parser.get_default(name)]
