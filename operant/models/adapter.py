@@ -108,7 +108,7 @@ def turn_away(model: Any, read: Callable[[], object], directions: int, *, seed: 
         if not last or last[0] is not arguments[0]:
             last[:] = [arguments[0]]
             states = arguments[0].reshape(-1, arguments[0].shape[-1])
-            inputs.append(states[:: max(1, len(states) // SEEN)].float())
+            inputs.append(states[:: max(1, len(states) // SEEN)].float().cpu())
         read_by[id(layer)].append(len(inputs) - 1)
 
     handles = [layer.register_forward_pre_hook(note) for layer in layers]
@@ -126,7 +126,8 @@ def turn_away(model: Any, read: Callable[[], object], directions: int, *, seed: 
                 states = torch.cat([inputs[i] for i in which])
                 count = min(directions, states.shape[1] // 2, len(states))
                 common[which] = torch.svd_lowrank(states, q=min(count + 8, *states.shape), niter=4)[2][:, :count]
-            turned = weight - (weight @ common[which]) @ common[which].T
+            shared = common[which].to(weight)  # decomposed on the processor, which every machine has
+            turned = weight - (weight @ shared) @ shared.T
             weight.copy_(turned * (weight.norm() / turned.norm()))
 
 
