@@ -232,10 +232,12 @@ def _steps(told: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def write() -> None:
     rows = []
-    for file in sorted(RECORD.folder.glob("*.json")):
-        seed, record = file.stem.partition(".")[0], RECORD.get(file.stem)
-        if "curve" not in record:
-            continue
+    measured = [(file.stem.partition(".")[0], RECORD.get(file.stem)) for file in RECORD.folder.glob("*.json")]
+    cells = [(seed, record) for seed, record in measured if "curve" in record]
+    shipped = {name: place for place, name in enumerate(CONDITIONS)}
+    for seed, record in sorted(
+        cells, key=lambda cell: (shipped.get(cell[1]["condition"], 9), cell[1]["style"], cell[1]["condition"], cell[0])
+    ):
         curve = {point["ratings"]: point for point in record["curve"]}
         rows.append([
             f"{record['style']}: {record['condition'].replace(',', ', ')}", seed,
