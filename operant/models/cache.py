@@ -13,7 +13,11 @@ GROWTH = 64  # columns added when a cache is full: appending in place beats conc
 
 
 class State(Protocol):
-    """What a policy remembers of rows that are being decoded: `DecodeState`, or `alone.RowStates`."""
+    """What a policy remembers of rows that are being decoded: `DecodeState`, or `alone.RowStates`.
+
+    select: the rows of int64[R], in that order, as often as they are named. keep: of these rows, those that it keeps
+    and their new order. join: with the rows of another behind its own.
+    """
 
     @property
     def rows(self) -> int: ...
