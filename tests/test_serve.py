@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -124,6 +125,14 @@ def test_a_user_is_served_what_they_are_pinned_to(taught: Served) -> None:
     assert taught.chat(user="bob")["operant"]["version"] > 0
     taught.http.post("/v1/versions/pins", json={"user": "ann", "version": None}).raise_for_status()
     assert taught.chat(user="ann")["operant"]["version"] > 0
+
+
+def test_the_learner_is_told_of_each_answer_that_is_stored(taught: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr(taught.service.supervisor, "poke", told.put)
+    taught.chat(store=False)
+    stored = taught.chat()
+    assert told.get(timeout=PATIENCE) == stored["id"] and told.empty()
 
 
 def test_chats_are_answered_while_versions_come(taught: Served) -> None:
