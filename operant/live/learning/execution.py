@@ -174,8 +174,7 @@ def make_again(versions: Versions, version: int, source: EventSource, config: Wo
     lesson, used = lesson_of(record, at, source, versions, config)
     pulled_to = record.pulled_to
     origin = None if pulled_to is None else Origin(load_version(versions, pulled_to, config, at.policy))
-    anchors, pulled = (load(versions.root, at.policy) for load in (Anchors.load, Anchors.load_pulled))
-    assert anchors is not None
+    anchors, pulled = Anchors.load(versions.root, at.policy), Anchors.load_pulled(versions.root, at.policy)
     make_step(record, at, lesson, anchors, used, origin, pulled)
     if lesson.rehearsed != record.replayed:  # after the step, which leaves out what is too far, as the record does
         raise OperantError(f"the store lacks what step {version} learned again; give the --store that it began with")
